@@ -1,0 +1,1 @@
+"""Builds the small Stable Diffusion model, and its two CLIPs, that ship inside the package."""
