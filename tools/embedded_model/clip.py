@@ -23,14 +23,14 @@ ARCHITECTURES = {
         "text": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 4},
         "vision": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
         | {"patch_size": 8},
-        "steps": 2000,
+        "steps": 1500,
         "seed": 0,
     },
     "judge": {
         "text": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2},
         "vision": {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 3, "num_attention_heads": 6}
         | {"patch_size": 16},
-        "steps": 2400,
+        "steps": 2000,
         "seed": 1,
     },
 }

@@ -5,6 +5,7 @@ Diffusion Training via Min-SNR Weighting, 2023, arXiv 2303.09556.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -38,18 +39,22 @@ SCHEDULER = {
 
 @torch.no_grad()
 def precompute(work: Path) -> None:
-    """Writes `latents.npy` [POOL, 16, 8, 8], `texts.npy` [captions, 16, 192] (the first is the empty caption) and
-    `text_index.npy` [POOL], once; training reads them memory-mapped.
+    """Writes what training reads memory-mapped, each file once.
+
+    `latents.npy` [POOL, 16, 8, 8], `text_index.npy` [POOL] with `captions.json`, and `texts.npy` [captions, 16, 192];
+    the first caption is the empty one.
 
     Args:
         work: Folder with the trained autoencoder and CLIP.
     """
-    if (work / "text_index.npy").exists():
-        return
-    tokenizer = build_tokenizer(work)
-    clip = CLIPTraining("clip", tokenizer)
-    clip.load_state_dict(torch.load(work / "clip/last.ckpt", weights_only=True, map_location="cpu")["state_dict"])
-    text, vae, scenes, rng = clip.clip.text_model.eval(), export_vae(work / "vae/last.ckpt", work), Scenes(work), np.random.default_rng(7)
+    if not (work / "captions.json").exists():
+        _precompute_latents(work)
+    if not (work / "texts.npy").exists():
+        _precompute_texts(work)
+
+
+def _precompute_latents(work: Path) -> None:
+    vae, scenes, rng = export_vae(work / "vae/last.ckpt", work), Scenes(work), np.random.default_rng(7)
     latents = np.lib.format.open_memmap(work / "latents.npy", "w+", np.float16, (POOL, 16, 8, 8))
     index, known = np.zeros(POOL, np.int64), {"": 0}
     for start in range(0, POOL, 200):
@@ -57,14 +62,22 @@ def precompute(work: Path) -> None:
         latents[start : start + 200] = vae.encode(to_unit(torch.from_numpy(images)) * 2 - 1).latent_dist.mean.half()
         index[start : start + 200] = [known.setdefault(caption, len(known)) for caption in captions]
     latents.flush()
-    captions = list(known)
-    texts = np.lib.format.open_memmap(work / "texts.npy", "w+", np.float16, (len(captions), TOKENS, 192))
+    np.save(work / "text_index.npy", index)
+    (work / "captions.json").write_text(json.dumps(list(known)))
+
+
+def _precompute_texts(work: Path) -> None:
+    tokenizer = build_tokenizer(work)
+    clip = CLIPTraining("clip", tokenizer)
+    clip.load_state_dict(torch.load(work / "clip/last.ckpt", weights_only=True, map_location="cpu")["state_dict"])
+    text = clip.clip.text_model.eval()
+    captions = json.loads((work / "captions.json").read_text())
+    states = []
     for start in range(0, len(captions), 500):
         part = captions[start : start + 500]
         tokens = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt")
-        texts[start : start + 500] = text(tokens.input_ids).last_hidden_state.half()
-    texts.flush()
-    np.save(work / "text_index.npy", index)
+        states.append(text(tokens.input_ids).last_hidden_state.half())
+    np.save(work / "texts.npy", torch.cat(states).numpy())
 
 
 class _Latents(IterableDataset):

@@ -1,0 +1,59 @@
+"""Bounds how many rows a device works on at once."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Chunker"]
+
+
+class Chunker:
+    """Applies a row-wise function to row chunks and joins the results.
+
+    Args:
+        size: Rows at once, or `auto`: everything, halved whenever the device runs out of memory. The halved size is
+            kept, so that a run pays for it once.
+
+    Raises:
+        ValueError: If `size` is neither `auto` nor an integer of at least 1.
+    """
+
+    def __init__(self, size: int | str = "auto") -> None:
+        if size != "auto" and (isinstance(size, str) or size < 1):
+            raise ValueError(f"chunk_size must be 'auto' or an integer >= 1, got {size!r}")
+        self.automatic = size == "auto"
+        self.limit: int | None = None if isinstance(size, str) else size
+
+    def map(self, function: Callable[..., Tensor], count: int, *arguments: Sequence | Tensor) -> Tensor:
+        """Returns `function(*arguments)`, computed on slices of at most the current limit.
+
+        Args:
+            function: Takes slices of the arguments, returns a tensor with one row per row of the slice.
+            count: Rows in all.
+            arguments: Tensors or sequences of `count` rows.
+
+        Raises:
+            torch.OutOfMemoryError: If a single row, or a chunk of fixed size, does not fit.
+        """
+        done: list[Tensor] = []
+        start = 0
+        while start < count:
+            size = min(self.limit or count, count - start)
+            try:
+                part = function(*(argument[start : start + size] for argument in arguments))
+            except torch.OutOfMemoryError:
+                if not self.automatic or size == 1:
+                    raise
+                self._halve(size)
+                continue
+            done.append(part)
+            start += size
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _halve(self, size: int) -> None:
+        self.limit = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"out of memory with {size} rows at once: chunk_size is now {self.limit}", stacklevel=3)

@@ -1,0 +1,1 @@
+"""Pretrained models as Markov chains: one file per model family."""

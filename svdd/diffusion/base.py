@@ -1,0 +1,128 @@
+"""A pretrained text-to-image model as a Markov chain with Gaussian steps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from svdd.chunking import Chunker
+
+if TYPE_CHECKING:
+    from svdd.state import State
+
+__all__ = ["Diffusion", "Prediction"]
+
+
+class Prediction(NamedTuple):
+    """What one denoiser evaluation tells about a latent.
+
+    Args:
+        x0: Posterior mean E[x_0 | x_i], [n, c, h, w].
+        mean: Mean of the reverse kernel p(x_{i+1} | x_i), [n, c, h, w].
+    """
+
+    x0: Tensor
+    mean: Tensor
+
+
+class Diffusion(nn.Module, ABC):
+    """The chain x_0 .. x_T of a pretrained model, from noise (i = 0) to the latent of an image (i = T).
+
+    Here the index counts denoising steps: it runs the other way than the paper's t. A subclass says how to encode
+    prompts, denoise and decode; `start` and the states it returns do the rest.
+
+    Args:
+        num_inference_steps: T, the number of denoising steps.
+        chunk_size: Rows that go through the network, the decoder or a reward at once, or `auto`.
+
+    Raises:
+        ValueError: If `num_inference_steps` is below 1.
+    """
+
+    def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
+        super().__init__()
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be >= 1, got {num_inference_steps}")
+        self.num_inference_steps = num_inference_steps
+        self.chunker = Chunker(chunk_size)
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent, (c, h, w)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that latents have."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device that latents live on."""
+
+    @property
+    def network_rows_per_row(self) -> int:
+        """Network evaluations behind one denoiser row: 2 with classifier-free guidance."""
+        return 1
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
+        """Returns the conditioning of `len(prompts)` prompts; opaque to everyone but `denoise`.
+
+        Args:
+            prompts: Distinct (prompt, negative prompt) pairs, first half.
+            negative_prompts: The second half; None means the model's own default.
+        """
+
+    @abstractmethod
+    def initial(self, noise: Tensor) -> Tensor:
+        """Turns standard normal noise [n, c, h, w] into x at i = 0."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, i: int, conditioning: Any, row: Tensor) -> Prediction:
+        """Evaluates the network.
+
+        Args:
+            x: Latents at step i, [n, c, h, w].
+            i: Step index, 0 .. T - 1.
+            conditioning: What `encode` returned.
+            row: Index of each latent's prompt in the conditioning, int64 [n].
+        """
+
+    @abstractmethod
+    def std(self, i: int) -> float:
+        """Standard deviation of the reverse kernel from step i to i + 1; 0 where the step is deterministic."""
+
+    @abstractmethod
+    def decode(self, x0: Tensor) -> Tensor:
+        """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step draws noise; without it, candidates of one parent would all be the same."""
+        return any(self.std(i) > 0 for i in range(self.num_inference_steps))
+
+    def start(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_particles: int = 1,
+        negative_prompts: Sequence[str | None] | None = None,
+    ) -> "State":
+        """Returns the state at i = 0: pure noise, `num_particles` rows for each image.
+
+        Args:
+            prompts: One per image.
+            seeds: One per image; the image depends on it and on nothing else that is random.
+            num_particles: Rows per image.
+            negative_prompts: One per image, or None for the model's default throughout.
+
+        Raises:
+            ValueError: If there are no prompts, lengths differ or `num_particles` is below 1.
+        """
+        from svdd.state import start
+
+        return start(self, prompts, seeds, num_particles, negative_prompts)

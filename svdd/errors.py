@@ -1,0 +1,11 @@
+"""The errors that are the user's to repair: the command line prints them in one line and exits with code 2."""
+
+__all__ = ["RewardError", "UserError"]
+
+
+class UserError(ValueError):
+    """Something that came from outside is wrong; the message says what came, what was expected and what to do."""
+
+
+class RewardError(UserError):
+    """A reward returned something that is not one finite number per image."""
