@@ -5,6 +5,7 @@ import difflib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import reprlib
@@ -13,11 +14,13 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing import context, reduction
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from svdd.errors import UserError
 
 __all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError"]
 
@@ -33,7 +36,7 @@ _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 60
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt source that cannot be used; the message is one line and names the file and the place in it."""
 
 
@@ -48,7 +51,7 @@ class Prompt(NamedTuple):
         extra: All other columns of the source, carried into the results.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     text: str
     negative_prompt: str | None
     seed: int | None
@@ -121,7 +124,7 @@ def _read_json(path: str, prompt_column: str) -> Iterator[_Row]:
         items = items["prompts"]
     if not isinstance(items, list):
         raise PromptError(f'expected an array of prompts or {{"prompts": [...]}}, got {_shorten.repr(items)}')
-    return _read_list(items)
+    yield from _read_list(items)
 
 
 def _read_list(items: Sequence[Any]) -> Iterator[_Row]:
@@ -287,6 +290,11 @@ def _open_source(prompts: Sequence[str] | str, prompt_column: str) -> tuple[str,
         raise PromptError(f"{name}: cannot be read: {error}") from None
 
 
+def _new_spool() -> IO[bytes]:
+    """Open a temporary file that has no name and goes when its last descriptor is closed."""
+    return tempfile.TemporaryFile(prefix="svdd-")
+
+
 class PromptDataset(Dataset[Prompt]):
     """The prompts of a source, checked in one pass and kept in an unnamed temporary file.
 
@@ -312,7 +320,7 @@ class PromptDataset(Dataset[Prompt]):
     ) -> None:
         name, rows = _open_source(prompts, prompt_column)
         self._ends = array("Q", [0])  # line i of the spool is the bytes ends[i] .. ends[i + 1]
-        self._spool = tempfile.TemporaryFile(prefix="svdd-")
+        self._spool = _new_spool()
         try:
             self._fill(rows, name, prompt_column, limit, max_prompt_length)
         except PromptError as error:
@@ -360,12 +368,13 @@ class PromptDataset(Dataset[Prompt]):
         descriptor = self._spool.fileno()
         if context.get_spawning_popen() is not None:  # a process is being started: it inherits the file itself
             return {**self.__dict__, "_spool": reduction.DupFd(descriptor)}
-        return {**self.__dict__, "_spool": os.pread(descriptor, self._ends[-1], 0)}
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
+            return {**self.__dict__, "_spool": content.read()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(state["_spool"], bytes):
-            self._spool = tempfile.TemporaryFile(prefix="svdd-")
+            self._spool = _new_spool()
             self._spool.write(state["_spool"])
             self._spool.flush()
         else:

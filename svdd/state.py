@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from svdd.diffusion.base import Diffusion, Prediction
+from svdd.diffusion.base import Diffusion, Denoised
 from svdd.ledger import Ledger
 
 __all__ = ["Context", "Scorer", "State", "start"]
@@ -92,7 +92,7 @@ class State:
         return [self.context.prompts[index] for index in self.row.tolist()]
 
     @property
-    def prediction(self) -> Prediction:
+    def prediction(self) -> Denoised:
         """The denoiser's answer at x, evaluated once.
 
         Raises:
@@ -167,7 +167,7 @@ class State:
         flat = (index + offsets).flatten().to(self.x.device)
         cache: dict[str, Any] = {}
         if "prediction" in self._cache:
-            cache["prediction"] = Prediction(*(part[flat] for part in self._cache["prediction"]))
+            cache["prediction"] = Denoised(*(part[flat] for part in self._cache["prediction"]))
         if "images" in self._cache:
             cache["images"] = self._cache["images"][flat]
         return replace(self, x=self.x[flat], row=self.row[flat.to(self.row.device)], _cache=cache)
@@ -177,14 +177,14 @@ class State:
         draws = [torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.context.choosers]
         return torch.stack(draws).to(self.x.device)
 
-    def _denoise(self) -> Prediction:
+    def _denoise(self) -> Denoised:
         context, n = self.context, len(self.x)
         denoise = partial(_denoise_packed, context.diffusion, self.i, context.conditioning)
         with context.ledger.timed("denoiser_seconds", self.x.device):
             both = context.diffusion.chunker.map(denoise, n, self.x, self.row)
         context.ledger.denoiser_rows += n
         context.ledger.network_rows += n * context.diffusion.network_rows_per_row
-        return Prediction(*both.unbind(1))
+        return Denoised(*both.unbind(1))
 
 
 def start(

@@ -12,10 +12,10 @@ from svdd.chunking import Chunker
 if TYPE_CHECKING:
     from svdd.state import State
 
-__all__ = ["Diffusion", "Prediction"]
+__all__ = ["Diffusion", "Denoised"]
 
 
-class Prediction(NamedTuple):
+class Denoised(NamedTuple):
     """What one denoiser evaluation tells about a latent.
 
     Args:
@@ -82,7 +82,7 @@ class Diffusion(nn.Module, ABC):
         """Turns standard normal noise [n, c, h, w] into x at i = 0."""
 
     @abstractmethod
-    def denoise(self, x: Tensor, i: int, conditioning: Any, row: Tensor) -> Prediction:
+    def denoise(self, x: Tensor, i: int, conditioning: Any, row: Tensor) -> Denoised:
         """Evaluates the network.
 
         Args:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
-from svdd.diffusion.base import Prediction
+from svdd.diffusion.base import Denoised
 
 __all__ = ["DDIMKernel", "DDPMKernel", "EulerAncestralKernel", "Kernel", "known_schedulers", "make_kernel"]
 
@@ -52,7 +52,7 @@ class Kernel(ABC):
         return x
 
     @abstractmethod
-    def predict(self, x: Tensor, output: Tensor, i: int) -> Prediction:
+    def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """Turns the network's output at step i into the posterior mean and the kernel's mean."""
 
     @abstractmethod
@@ -105,13 +105,13 @@ class DDIMKernel(_AlphaKernel):
         table = self.scheduler.alphas_cumprod
         return table[t], table[previous] if previous >= 0 else self.scheduler.final_alpha_cumprod
 
-    def predict(self, x: Tensor, output: Tensor, i: int) -> Prediction:
+    def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """Mean = sqrt(a') x0 + sqrt(1 - a' - std^2) epsilon."""
         alpha, alpha_next = self.alphas(i)
         x0, epsilon = self.split(x, output, alpha)
         std = self.eta * self._variance(i) ** 0.5
         direction = (1 - alpha_next - std**2) ** 0.5 * epsilon
-        return Prediction(x0, alpha_next**0.5 * x0 + direction)
+        return Denoised(x0, alpha_next**0.5 * x0 + direction)
 
     def std(self, i: int) -> float:
         """Eta times the standard deviation of the DDPM posterior."""
@@ -140,14 +140,14 @@ class DDPMKernel(_AlphaKernel):
         last = i + 1 == len(self.timesteps)
         return table[int(self.timesteps[i])], self.scheduler.one if last else table[int(self.timesteps[i + 1])]
 
-    def predict(self, x: Tensor, output: Tensor, i: int) -> Prediction:
+    def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """The posterior mean of q(x_next | x, x0) at the predicted x0."""
         alpha, alpha_next = self.alphas(i)
         x0, _ = self.split(x, output, alpha)
         step_alpha = alpha / alpha_next
         weight_x0 = (alpha_next**0.5 * (1 - step_alpha)) / (1 - alpha)
         weight_x = step_alpha**0.5 * (1 - alpha_next) / (1 - alpha)
-        return Prediction(x0, weight_x0 * x0 + weight_x * x)
+        return Denoised(x0, weight_x0 * x0 + weight_x * x)
 
     def std(self, i: int) -> float:
         """The posterior's standard deviation, or sqrt(beta) where the configuration says `fixed_large`."""
@@ -176,7 +176,7 @@ class EulerAncestralKernel(Kernel):
         """Divides by sqrt(sigma^2 + 1)."""
         return x / ((self.scheduler.sigmas[i] ** 2 + 1) ** 0.5)
 
-    def predict(self, x: Tensor, output: Tensor, i: int) -> Prediction:
+    def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """Mean = x + (sigma_down - sigma) (x - x0) / sigma."""
         sigma, kind = self.scheduler.sigmas[i], self.config.prediction_type
         wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -187,7 +187,7 @@ class EulerAncestralKernel(Kernel):
         derivative = (wide - x0) / sigma
         sigma_next, up = self.scheduler.sigmas[i + 1], self._up(i)
         down = (sigma_next**2 - up**2) ** 0.5
-        return Prediction(x0.to(x.dtype), (wide + derivative * (down - sigma)).to(x.dtype))
+        return Denoised(x0.to(x.dtype), (wide + derivative * (down - sigma)).to(x.dtype))
 
     def std(self, i: int) -> float:
         """Sigma_up of the step."""

@@ -1,0 +1,191 @@
+"""The LightningModule that wraps a diffusion model, a sampler, a value and a reward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import ModuleDict
+from torchmetrics import SumMetric
+
+from svdd.data import Prompt
+from svdd.diffusion.base import Diffusion
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.errors import UserError
+from svdd.ledger import Ledger
+from svdd.metrics import RewardStatistics
+from svdd.prediction import Prediction
+from svdd.rewards.base import Reward
+from svdd.samplers.base import Sampler
+from svdd.samplers.svdd import SVDD
+from svdd.state import State
+from svdd.values.base import Value
+from svdd.values.posterior_mean import PosteriorMean
+
+__all__ = ["GuidedDiffusion"]
+
+
+class GuidedDiffusion(L.LightningModule):
+    """A pretrained diffusion model whose samples are steered towards a reward.
+
+    Args:
+        reward: What sampling climbs.
+        diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
+        sampler: The algorithm; by default `SVDD` with 20 candidates.
+        value: The estimate that the sampler chooses by; by default `PosteriorMean`.
+        eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
+        images_per_prompt: Images for each prompt.
+        seed: Image k of prompt p starts from the seed `seed + p * images_per_prompt + k`; a prompt that brings its
+            own seed s uses s + k.
+
+    Raises:
+        ValueError: If `images_per_prompt` is below 1 or `seed` negative.
+        UserError: If the sampler cannot work on this chain.
+
+    Example:
+        >>> from svdd.rewards.jpeg import Compressibility
+        >>> from svdd.samplers.svdd import SVDD
+        >>> model = GuidedDiffusion(Compressibility(), StableDiffusion("emoji", 4), SVDD(num_candidates=2))
+        >>> images, scores = model.sample(["apple", "blue car"], seed=7)
+        >>> images.shape, scores.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        diffusion: Diffusion | None = None,
+        sampler: Sampler | None = None,
+        value: Value | None = None,
+        eval_rewards: list[Reward] | None = None,
+        images_per_prompt: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
+        self.reward = reward
+        self.diffusion = diffusion if diffusion is not None else StableDiffusion()
+        self.sampler = sampler if sampler is not None else SVDD()
+        self.value = value if value is not None else PosteriorMean()
+        self.value.bind(reward)
+        self.eval_rewards = torch.nn.ModuleList(eval_rewards or [])
+        self.images_per_prompt, self.seed = images_per_prompt, seed
+        self.sampler.check(self.diffusion)
+        names = [reward.name, *(held_out.name for held_out in self.eval_rewards)]
+        if len(set(names)) < len(names):
+            raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
+        self.guide_name = reward.name
+        self.statistics = ModuleDict({_key(name): RewardStatistics() for name in names})
+        self.spent = ModuleDict({name: SumMetric() for name in Ledger.__dataclass_fields__})
+        self.spent.set_dtype(torch.float64)
+        self.summary: dict[str, Any] = {}
+        self.on_step: Callable[[int, float | None], None] | None = None
+
+    @property
+    def rewards(self) -> dict[str, Reward]:
+        """All rewards by name, the guide first."""
+        return {reward.name: reward for reward in (self.reward, *self.eval_rewards)}
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str] | str, seed: int = 0, seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws one guided image per prompt, outside of a Trainer.
+
+        Args:
+            prompts: One or several prompts; repeat a prompt for several images of it.
+            seed: Image k starts from the seed `seed + k`.
+            seeds: One seed per image instead.
+
+        Returns:
+            Images, float32 [n, 3, h, w] in [0, 1], and the guide reward of each, float32 [n].
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        final = self.draw(texts, [seed + k for k in range(len(texts))] if seeds is None else list(seeds))
+        return final.images, self.reward.score(final.images, final.prompts)
+
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str | None] | None = None
+    ) -> State:
+        """Runs the sampler and returns the state at the end of the chain, decoded, one row per image."""
+        state = self.diffusion.start(prompts, seeds, self.sampler.start_particles, negative_prompts)
+        state.context.on_step = self.on_step
+        with state.context.ledger.timed("total_seconds", state.x.device):
+            final = self.sampler.sample(state, self.value)
+            _ = final.images
+        return final
+
+    def predict_step(self, batch: list[Prompt], batch_idx: int) -> Prediction:
+        """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
+        images_per_prompt = self.images_per_prompt
+        jobs = [(prompt, k) for prompt in batch for k in range(images_per_prompt)]
+        seeds = [
+            prompt.seed + k if prompt.seed is not None else self.seed + prompt.index * images_per_prompt + k
+            for prompt, k in jobs
+        ]
+        final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
+        score = self.diffusion.chunker.map
+        scores = {
+            name: score(reward.score, len(jobs), final.images, final.prompts).tolist()
+            for name, reward in self.rewards.items()
+        }
+        ledger = final.context.ledger.per_image(len(jobs))
+        rows = [
+            {
+                "prompt_index": prompt.index,
+                "image_index": k,
+                "prompt": prompt.text,
+                **({} if prompt.negative_prompt is None else {"negative_prompt": prompt.negative_prompt}),
+                **prompt.extra,
+                "seed": seeds[j],
+                "rewards": {name: values[j] for name, values in scores.items()},
+                "ledger": ledger,
+            }
+            for j, (prompt, k) in enumerate(jobs)
+        ]
+        self.record(rows)
+        return Prediction(final.images.cpu(), rows)
+
+    def record(self, rows: list[dict[str, Any]]) -> None:
+        """Adds result rows to the statistics; a resumed run feeds what it finds on disk through here."""
+        for name in self.rewards:
+            self.statistics[_key(name)].update(torch.tensor([row["rewards"][name] for row in rows]).double())
+        for name, metric in self.spent.items():
+            metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
+
+    def on_predict_epoch_start(self) -> None:
+        """Forgets the statistics of an earlier prediction."""
+        self.summary = {}
+
+    def on_predict_epoch_end(self) -> None:
+        """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
+        statistics = {
+            name: {key: value.item() for key, value in self.statistics[_key(name)].compute().items()}
+            for name in self.rewards
+        }
+        totals = {name: metric.compute().item() for name, metric in self.spent.items()}
+        images = next(iter(statistics.values()))["count"]
+        self.summary = {
+            "guide": self.guide_name,
+            "rewards": statistics,
+            "ledger": {name: round(total, 3) if name.endswith("seconds") else int(total) for name, total in totals.items()},
+            "denoiser_rows_per_image": totals["denoiser_rows"] / images if images else None,
+        }
+        for metric in (*self.statistics.values(), *self.spent.values()):
+            metric.reset()
+        flat = {f"{name}/{key}": value for name, entries in statistics.items() for key, value in entries.items()}
+        for logger in self.loggers:
+            logger.log_metrics(flat)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves prompts where they are: they are strings."""
+        return batch
+
+
+def _key(name: str) -> str:
+    """A module name may not hold a dot."""
+    return name.replace(".", "_")

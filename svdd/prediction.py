@@ -1,0 +1,22 @@
+"""What one prediction step hands to callbacks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Prediction"]
+
+
+@dataclass
+class Prediction:
+    """The images of a batch of prompts and what is known about each.
+
+    Args:
+        images: float [n, 3, h, w] in [0, 1], on the CPU.
+        rows: One per image, in the same order: prompt_index, image_index, prompt, seed, rewards, ledger, and the
+            prompt file's further columns.
+    """
+
+    images: Tensor
+    rows: list[dict[str, Any]]

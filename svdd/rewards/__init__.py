@@ -1,0 +1,1 @@
+"""What images are steered towards and measured by: one file per reward."""

@@ -1,0 +1,1 @@
+"""Ways to drive particles down the chain: one file per algorithm."""

@@ -1,0 +1,41 @@
+"""Best-of-N: sample N images, keep the one with the highest reward."""
+
+from svdd.samplers.base import Sampler
+from svdd.selection import top
+from svdd.state import State
+from svdd.values.base import Value
+
+__all__ = ["BestOfN"]
+
+
+class BestOfN(Sampler):
+    """Best of N independent images by the reward.
+
+    1. draw N chains from the pretrained model
+    2. return the one whose image has the highest reward
+
+    Costs N T denoiser rows per image.
+
+    Args:
+        num_particles: N, images drawn for each one returned.
+
+    Raises:
+        ValueError: If `num_particles` is below 1.
+    """
+
+    def __init__(self, num_particles: int = 20) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be >= 1, got {num_particles}")
+        self.num_particles = self.start_particles = num_particles
+
+    def sample(self, state: State, value: Value) -> State:
+        """Returns the best end of N chains for each image."""
+        while not state.done:
+            state = state.propose()
+        if self.num_particles == 1:
+            return state
+        return state.select(top(self.evaluate(value, state)))
+
+    def rows(self, num_inference_steps: int) -> int:
+        """N T."""
+        return self.num_particles * num_inference_steps

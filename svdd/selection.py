@@ -1,0 +1,72 @@
+"""Which rows of a group survive: pure functions from log-weights to indices."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["choose", "draw", "top"]
+
+
+def top(log_w: Tensor, k: int = 1) -> Tensor:
+    """Returns the k best of every group, best first; the earlier row wins a tie.
+
+    Args:
+        log_w: Log-weights, float [groups, rows].
+        k: Survivors per group, 1 .. rows.
+
+    Returns:
+        Index within the group, int64 [groups, k].
+
+    Raises:
+        ValueError: If k is not in 1 .. rows or a weight is NaN.
+    """
+    _check(log_w, k)
+    if k > log_w.shape[1]:
+        raise ValueError(f"k must be at most the {log_w.shape[1]} rows of a group, got {k}")
+    return log_w.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def draw(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Draws k independent rows of every group in proportion to exp(log_w), by inversion.
+
+    Args:
+        log_w: Log-weights, float [groups, rows]; -inf is weight zero, no normalisation is needed.
+        uniforms: Numbers in [0, 1), float [groups, k].
+
+    Returns:
+        Index within the group, int64 [groups, k].
+
+    Raises:
+        ValueError: If a weight is NaN or +inf, or all weights of a group are zero.
+    """
+    _check(log_w, 1)
+    if torch.isposinf(log_w).any() or torch.isneginf(log_w).all(dim=1).any():
+        raise ValueError("log-weights must be below +inf, and finite for at least one row of every group")
+    cumulative = log_w.double().softmax(1).cumsum(1)
+    cumulative = cumulative / cumulative[:, -1:]  # the last entry is 1 exactly, above every uniform number
+    return torch.searchsorted(cumulative, uniforms.double(), right=True)
+
+
+def choose(values: Tensor, alpha: float, k: int, uniforms: Callable[[int], Tensor]) -> Tensor:
+    """Draws k rows of every group in proportion to exp(value / alpha); at alpha = 0 takes the k best.
+
+    Args:
+        values: float [groups, rows].
+        alpha: Temperature, at least 0, in units of the reward.
+        k: Survivors per group.
+        uniforms: Gives k uniform numbers per group, [groups, k]; asked only when alpha > 0.
+
+    Returns:
+        Index within the group, int64 [groups, k].
+    """
+    return top(values, k) if alpha == 0 else draw(values.double() / alpha, uniforms(k))
+
+
+def _check(log_w: Tensor, k: int) -> None:
+    if log_w.ndim != 2 or log_w.shape[1] == 0:
+        raise ValueError(f"log-weights must have shape [groups, rows] with at least one row, got {list(log_w.shape)}")
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    if log_w.isnan().any():
+        raise ValueError(f"{int(log_w.isnan().sum())} of {log_w.numel()} log-weights are NaN")

@@ -1,0 +1,1 @@
+"""Estimates of the soft value of a noisy state: one file per estimator."""
