@@ -2,11 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["Chunker"]
+
+Rows = TypeVar("Rows", bound=Tensor | tuple[Tensor, ...])
 
 
 class Chunker:
@@ -26,18 +29,19 @@ class Chunker:
         self.automatic = size == "auto"
         self.limit: int | None = None if isinstance(size, str) else size
 
-    def map(self, function: Callable[..., Tensor], count: int, *arguments: Sequence | Tensor) -> Tensor:
+    def map(self, function: Callable[..., Rows], count: int, *arguments: Sequence | Tensor) -> Rows:
         """Returns `function(*arguments)`, computed on slices of at most the current limit.
 
         Args:
-            function: Takes slices of the arguments, returns a tensor with one row per row of the slice.
-            count: Rows in all.
+            function: Takes slices of the arguments, returns a tensor, or a named tuple of tensors, with one row per
+                row of the slice.
+            count: Rows in all, at least 1.
             arguments: Tensors or sequences of `count` rows.
 
         Raises:
             torch.OutOfMemoryError: If a single row, or a chunk of fixed size, does not fit.
         """
-        done: list[Tensor] = []
+        done: list[Rows] = []
         start = 0
         while start < count:
             size = min(self.limit or count, count - start)
@@ -50,7 +54,11 @@ class Chunker:
                 continue
             done.append(part)
             start += size
-        return done[0] if len(done) == 1 else torch.cat(done)
+        if len(done) == 1:
+            return done[0]
+        if isinstance(done[0], Tensor):
+            return torch.cat(done)
+        return type(done[0])(*(torch.cat(parts) for parts in zip(*done, strict=True)))
 
     def _halve(self, size: int) -> None:
         self.limit = size // 2

@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -320,7 +321,7 @@ class PromptDataset(Dataset[Prompt]):
     ) -> None:
         name, rows = _open_source(prompts, prompt_column)
         self._ends = array("Q", [0])  # line i of the spool is the bytes ends[i] .. ends[i + 1]
-        self._spool = _new_spool()
+        self._hold(_new_spool())
         try:
             self._fill(rows, name, prompt_column, limit, max_prompt_length)
         except PromptError as error:
@@ -329,6 +330,10 @@ class PromptDataset(Dataset[Prompt]):
         except BaseException:
             self.close()
             raise
+
+    def _hold(self, spool: IO[bytes]) -> None:
+        self._spool = spool
+        weakref.finalize(self, spool.close)
 
     def _fill(
         self, rows: Iterable[_Row], name: str, prompt_column: str, limit: int | None, max_prompt_length: int
@@ -374,11 +379,11 @@ class PromptDataset(Dataset[Prompt]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(state["_spool"], bytes):
-            self._spool = _new_spool()
+            self._hold(_new_spool())
             self._spool.write(state["_spool"])
             self._spool.flush()
         else:
-            self._spool = os.fdopen(state["_spool"].detach(), "rb")
+            self._hold(os.fdopen(state["_spool"].detach(), "rb"))
 
     def close(self) -> None:
         """Remove the spool; the prompts cannot be read afterwards."""
@@ -505,4 +510,5 @@ class PromptDataModule(LightningDataModule):
             )
         if remaining < self.num_prompts:
             dataset = Subset(dataset, array("Q", (i for i, done in enumerate(self._finished) if not done)))
-        return DataLoader(dataset, self.batch_size, shuffle=False, num_workers=self.num_workers, collate_fn=list)
+        # By keyword, all of it: Lightning builds the loader anew with its own sampler and trips over positions.
+        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=list)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -178,13 +177,16 @@ class State:
         return torch.stack(draws).to(self.x.device)
 
     def _denoise(self) -> Denoised:
-        context, n = self.context, len(self.x)
-        denoise = partial(_denoise_packed, context.diffusion, self.i, context.conditioning)
+        context, diffusion, n = self.context, self.context.diffusion, len(self.x)
+
+        def denoise(x: Tensor, row: Tensor) -> Denoised:
+            return diffusion.denoise(x, self.i, context.conditioning, row)
+
         with context.ledger.timed("denoiser_seconds", self.x.device):
-            both = context.diffusion.chunker.map(denoise, n, self.x, self.row)
+            denoised = diffusion.chunker.map(denoise, n, self.x, self.row)
         context.ledger.denoiser_rows += n
-        context.ledger.network_rows += n * context.diffusion.network_rows_per_row
-        return Denoised(*both.unbind(1))
+        context.ledger.network_rows += n * diffusion.network_rows_per_row
+        return denoised
 
 
 def start(
@@ -228,8 +230,3 @@ def _draw(context: Context, rows_per_image: int) -> Tensor:
     """
     shape, dtype = (rows_per_image, *context.diffusion.latent_shape), context.diffusion.dtype
     return torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in context.generators])
-
-
-def _denoise_packed(diffusion: Diffusion, i: int, conditioning: Any, x: Tensor, row: Tensor) -> Tensor:
-    """Returns (x0, mean) as one tensor [n, 2, c, h, w], so that chunks can be joined."""
-    return torch.stack(diffusion.denoise(x, i, conditioning, row), dim=1)

@@ -71,9 +71,9 @@ class StableDiffusion(Diffusion):
         pipeline = _load(source, revision=revision, variant=variant, local_files_only=local)
         if lora is not None:
             _fuse_lora(pipeline, lora)
-        self.unet = pipeline.unet.eval().requires_grad_(False)
-        self.vae = pipeline.vae.eval().requires_grad_(False)
-        self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
+        # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
+        # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
+        self.unet, self.vae, self.text_encoder = pipeline.unet.eval(), pipeline.vae.eval(), pipeline.text_encoder.eval()
         self.tokenizer = pipeline.tokenizer
         self.kernel = make_kernel(scheduler, dict(pipeline.scheduler.config), num_inference_steps, eta)
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt

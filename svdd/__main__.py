@@ -1,0 +1,85 @@
+"""The `svdd` command: answers what it can at once, and imports the rest on demand."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from svdd import __version__
+from svdd.errors import UserError
+
+__all__ = ["main"]
+
+_HELP = """\
+usage: svdd COMMAND [options]
+
+Steer text-to-image diffusion models with any reward, at inference time.
+
+commands:
+  predict    draw guided images for a list of prompts:
+             svdd predict --config configs/quickstart.yaml --output runs/first
+  list       show every sampler, value, reward and diffusion that can be selected by name
+
+options:
+  -h, --help       this help; `svdd predict --help` lists all settings
+  --version        print the version
+
+One class's own settings: svdd predict --model.sampler.help SVDD
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 for what the user can repair.
+
+    Args:
+        arguments: The command line without the program's name; the process's own by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if command == "--version":
+        print(f"svdd {__version__}")
+        return 0
+    sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
+    try:
+        if command == "list":
+            _list(words[1:])
+        elif command == "predict":
+            from svdd.cli import run
+
+            run(words)
+        else:
+            from svdd.registry import nearest
+
+            near = nearest(command, ["predict", "list"])
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise UserError(f"unknown command {command!r}; known: predict, list{hint}")
+    except UserError as error:
+        if os.environ.get("SVDD_DEBUG"):
+            raise
+        print(f"svdd: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `svdd list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _list(words: Sequence[str]) -> None:
+    from svdd.registry import KINDS, catalogue
+
+    if unknown := [word for word in words if word not in KINDS]:
+        raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
+    kinds = list(words) or list(KINDS)
+    entries = [entry for entry in catalogue() if entry.kind in kinds]
+    width = max(len(entry.name) for entry in entries)
+    for kind in kinds:
+        print(f"{kind}:")
+        for entry in entries:
+            if entry.kind == kind:
+                source = "" if entry.package == "svdd" else f"  [{entry.package}]"
+                print(f"  {entry.name:<{width}}  {entry.description}{source}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

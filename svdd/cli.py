@@ -1,0 +1,109 @@
+"""`svdd predict`: LightningCLI with registry names, a run folder and errors in one line."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from svdd.data import PromptDataModule
+from svdd.errors import UserError
+from svdd.module import GuidedDiffusion
+from svdd.progress import StepProgress
+from svdd.registry import KINDS, import_all, names_of, nearest
+from svdd.writer import RunWriter
+
+__all__ = ["run"]
+
+
+class _Parser(LightningArgumentParser):
+    """Reports a bad argument in one line; a class name that does not exist with those that do."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises UserError with the part of the message that a user can act on."""
+        raise UserError(_unknown_name(message) or _last_reason(message))
+
+
+class _PredictCLI(LightningCLI):
+    """Opens the run folder and reads the prompts before any weight is loaded."""
+
+    writer: RunWriter
+    finished: set[int]
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only prediction so far; what it returns is on disk, not in memory."""
+        return {"predict": {"model", "dataloaders", "datamodule", "return_predictions", "ckpt_path", "weights_only"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run folder."""
+        parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
+
+    def before_instantiate_classes(self) -> None:
+        """Checks prompts and run folder, which cost nothing, before weights, which do."""
+        config = self.config["predict"]
+        prompts = PromptDataModule(**config.data.as_dict())
+        prompts.setup("predict")
+        prompts.teardown("predict")
+        plain = yaml.safe_load(self.parser.subcommands_parsers["predict"].dump(config, skip_none=False))
+        plain.pop("config", None)
+        self.writer = RunWriter(config.output, plain, config.overwrite, config.model.images_per_prompt)
+        self.finished = self.writer.open()
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; what a constructor refuses is the user's to repair."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(_last_reason(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Adds the run writer and the progress bar."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(self.writer)
+        return trainer
+
+    def before_predict(self) -> None:
+        """Leaves out what the folder already holds."""
+        self.datamodule.skip(self.finished)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs `svdd predict`.
+
+    Args:
+        arguments: The command line, beginning with the command's name.
+
+    Raises:
+        UserError: For everything that the user can repair.
+    """
+    import_all()
+    quiet = {"enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    _PredictCLI(
+        GuidedDiffusion,
+        PromptDataModule,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults={**quiet, "callbacks": [StepProgress()] if sys.stderr.isatty() else None},
+        auto_configure_optimizers=False,
+        parser_class=_Parser,
+        args=list(arguments),
+    )
+
+
+def _unknown_name(message: str) -> str | None:
+    """Returns a helpful message where a class name was given that is not registered."""
+    return None
+
+
+def _last_reason(message: str) -> str:
+    """Folds a nested parser message to one line."""
+    return " ".join(message.split())

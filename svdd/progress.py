@@ -1,0 +1,64 @@
+"""A progress bar over prompts and, inside it, over denoising steps; silent where nobody watches."""
+
+import sys
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from svdd.prediction import Prediction
+
+__all__ = ["StepProgress"]
+
+
+class StepProgress(ProgressBar):
+    """Shows prompts done, the step of the batch at work and the mean value there; only on rank 0 of a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = sys.stderr.isatty()
+        self._prompts: tqdm | None = None
+        self._steps: tqdm | None = None
+
+    def disable(self) -> None:
+        """Lightning switches the bars of other ranks off."""
+        self.active = False
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the bars and listens to the module's steps."""
+        if not self.active:
+            return
+        total = sum(int(count) for count in trainer.num_predict_batches)
+        self._prompts = tqdm(total=total, desc="batches of prompts", unit="batch", position=0)
+        self._steps = tqdm(total=pl_module.diffusion.num_inference_steps, desc="steps", position=1, leave=False)
+        pl_module.on_step = self._show_step
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Prediction, *args: Any, **kwargs: Any
+    ) -> None:
+        """Moves the outer bar on."""
+        if self._prompts is not None:
+            self._prompts.update()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the bars."""
+        self._close(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Closes the bars, so that the error is not written over."""
+        self._close(pl_module)
+
+    def _show_step(self, i: int, value: float | None) -> None:
+        if self._steps is not None:
+            self._steps.n = i
+            if value is not None:
+                self._steps.set_postfix_str(f"mean value {value:.4g}", refresh=False)
+            self._steps.refresh()
+
+    def _close(self, pl_module: L.LightningModule) -> None:
+        for bar in (self._steps, self._prompts):
+            if bar is not None:
+                bar.close()
+        self._steps = self._prompts = None
+        pl_module.on_step = None

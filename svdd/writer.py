@@ -1,0 +1,198 @@
+"""The callback that leaves a run on disk while it is under way, and lets an interrupted one continue."""
+
+import io
+import json
+import os
+import time
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from svdd import __version__
+from svdd.prediction import Prediction
+from svdd.run_config import plain
+from svdd.run_folder import RunError, RunFolder
+
+__all__ = ["RunError", "RunWriter"]
+
+
+class RunWriter(L.Callback):
+    """Writes each batch as soon as it is drawn: images, result rows, and at the end a summary.
+
+    Call `open` before anything costly is built, and leave the prompts that it returns out of the data. The module
+    must take the rows of an earlier run through `record(rows)`, return a `Prediction` from `predict_step`, and hold
+    its statistics in `summary` after its own `on_predict_epoch_end`.
+
+    Args:
+        output: The run folder; one that was begun with the same settings is continued.
+        config: The resolved configuration, kept as config.yaml and compared with that of an earlier run.
+        overwrite: Remove the files of an earlier run in the folder, and no others.
+        images_per_prompt: How many images make a prompt finished.
+
+    Raises:
+        ValueError: If `images_per_prompt` is below 1.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        config: dict[str, Any] | None = None,
+        overwrite: bool = False,
+        images_per_prompt: int = 1,
+    ) -> None:
+        if images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
+        self.folder = RunFolder(output, images_per_prompt)
+        self.config = config or {}
+        self.overwrite = overwrite
+        self._started: float | None = None  # when the folder was opened; None while it is not
+        self._drawn = False
+
+    def open(self) -> set[int]:
+        """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
+
+        Only the process of rank 0 changes anything, and it holds the folder until the prediction ends.
+
+        Raises:
+            RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
+        """
+        if _is_main_process():
+            finished = self.folder.claim(self.config, self.overwrite)
+        else:
+            finished = set() if self.overwrite else self.folder.finished()
+        self._started, self._drawn = time.monotonic(), False
+        return finished
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Opens the folder if nobody has; then it must be new, for its prompts would be drawn again.
+
+        Raises:
+            RunError: If the folder cannot be used, or already holds finished prompts.
+        """
+        if stage == "predict" and self._started is None and (finished := self.open()):
+            self._close()
+            raise RunError(
+                f"{self.folder.path} already holds {len(finished)} finished prompts: call RunWriter.open() before "
+                "Trainer.predict and leave out the prompts that it returns, or set overwrite=True"
+            )
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens this process's own file of rows."""
+        self._drawn = True
+        self.folder.open_shard(trainer.global_rank)
+        if trainer.is_global_zero:
+            self.folder.remove_summary()
+
+    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hands the rows of an earlier run to the module, after its own `on_predict_start`."""
+        self._recall(trainer, pl_module)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes a batch.
+
+        Raises:
+            ValueError: If `outputs` is not a `Prediction` with as many rows as images in [0, 1].
+            RunError: If the disk is full or cannot be written.
+        """
+        if not isinstance(outputs, Prediction):
+            raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
+        pixels = _to_uint8(outputs.images)
+        if len(pixels) != len(outputs.rows):
+            raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
+        self.folder.write((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Folds the rows of all processes together and writes the summary that the module has computed by now."""
+        self.folder.close_shard()
+        trainer.strategy.barrier("svdd.RunWriter")
+        if trainer.is_global_zero:
+            self._conclude(pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives the folder free; where no prompt was left to draw, writes a missing summary first.
+
+        Without a batch Lightning calls none of the hooks above.
+        """
+        if stage != "predict" or self._started is None:
+            return
+        if not self._drawn:
+            self._recall(trainer, pl_module)
+            pl_module.on_predict_epoch_end()
+            if trainer.is_global_zero and not self.folder.summary.exists():
+                self._conclude(pl_module)
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the folder free; what is written stays for the next run."""
+        self._close()
+
+    def _recall(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for rows in self.folder.rows():
+                cast(Any, pl_module).record(rows)
+
+    def _conclude(self, pl_module: L.LightningModule) -> None:
+        assert self._started is not None
+        prompts, images = self.folder.merge()
+        seconds = round(time.monotonic() - self._started, 3)
+        summary = cast(Any, pl_module).summary
+        self.folder.write_summary({"prompts": prompts, "images": images, **summary, "wall_seconds": seconds})
+
+    def _close(self) -> None:
+        self.folder.close()
+        self._started = None
+
+
+def _is_main_process() -> bool:
+    """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
+    return rank_zero_only.rank == 0 and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))) == 0
+
+
+def _to_uint8(images: Tensor) -> np.ndarray:
+    """Rounds as diffusers' `numpy_to_pil` does: float [n, 3, h, w] in [0, 1] to uint8 [n, h, w, 3]."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images must be float [n, 3, h, w], got {images.dtype} {list(images.shape)}")
+    values = images.detach().cpu().float()
+    if not bool(((values >= -1e-3) & (values <= 1 + 1e-3)).all()):
+        low, high = (value.item() for value in torch.aminmax(values))
+        raise ValueError(f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}: rescale or clamp them")
+    return (values.clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
+
+
+def _encode_png(pixels: np.ndarray, row: dict[str, Any]) -> bytes:
+    """Encodes uint8 [h, w, 3] with the prompt, the seed, the rewards and the versions as text chunks."""
+    info = PngInfo()
+    rewards = json.dumps(plain(row["rewards"], finite=True), ensure_ascii=False)
+    for key, text in {"prompt": row["prompt"], "seed": str(row["seed"]), "rewards": rewards, **_versions()}.items():
+        info.add_text(key, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    versions = {"svdd": __version__}
+    for name in ("torch", "diffusers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions

@@ -1,0 +1,45 @@
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
+
+import pytest
+import torch
+
+from tests.tiny_models import save_tiny_clip, save_tiny_pipeline
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory) -> str:
+    """A folder laid out as Stable Diffusion 1.5's: PNDM scheduler, epsilon prediction, a safety checker on disk."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("sd15"), "sd15")
+
+
+@pytest.fixture(scope="session")
+def sd21(tmp_path_factory) -> str:
+    """A folder laid out as Stable Diffusion 2.1's: DDIM scheduler, v prediction, no safety checker."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("sd21"), "sd21")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> str:
+    """A random CLIP of 32 px with tokenizer and image processor."""
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def prompts_file(tmp_path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("red apple\nblue car on a white background\npanda\n")
+    return path
+
+
+@pytest.fixture
+def read_rows():
+    def read(folder) -> list[dict]:
+        return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
+
+    return read

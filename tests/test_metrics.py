@@ -1,0 +1,150 @@
+import doctest
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import svdd.metrics
+from svdd.metrics import RewardStatistics
+
+
+def reference(scores):
+    return {
+        "count": len(scores),
+        "mean": scores.mean(),
+        "std": scores.std(ddof=1),
+        "standard_error": scores.std(ddof=1) / np.sqrt(len(scores)),
+        "min": scores.min(),
+        "max": scores.max(),
+        "median": np.median(scores),
+        "top10": np.quantile(scores, 0.9),
+        "top20": np.quantile(scores, 0.8),
+    }
+
+
+def numbers(statistics):
+    return {name: value.item() for name, value in statistics.compute().items()}
+
+
+def draw(n, seed=0):
+    return np.random.default_rng(seed).normal(5.0, 2.0, n)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 11, 1000])
+def test_equals_numpy(n):
+    scores = draw(n)
+    statistics = RewardStatistics()
+    for batch in np.array_split(scores, 4):
+        statistics.update(torch.from_numpy(batch))
+    assert numbers(statistics) == pytest.approx(reference(scores), rel=1e-12)
+    assert list(statistics.compute()) == list(reference(scores))
+
+
+def test_formulas_by_hand():
+    statistics = RewardStatistics()
+    statistics.update(torch.tensor([4.0, 1.0, 2.0, 3.0]))
+    expected = {"mean": 2.5, "median": 2.5, "top10": 3.7, "top20": 3.4, "std": math.sqrt(5 / 3)}
+    result = numbers(statistics)
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-14)
+
+
+def test_order_and_batches_do_not_change_a_bit():
+    scores = torch.from_numpy(draw(5000)) * 10.0 ** torch.randint(-8, 8, (5000,))
+    one, other = RewardStatistics(), RewardStatistics()
+    one.update(scores)
+    for batch in scores[torch.randperm(5000)].split(7):
+        other.update(batch)
+    assert numbers(one) == numbers(other)
+
+
+def test_none_and_one():
+    statistics = RewardStatistics()
+    statistics.update(torch.zeros(0))
+    result = numbers(statistics)
+    assert result.pop("count") == 0
+    assert all(math.isnan(value) for value in result.values())
+    statistics.update(torch.tensor([2.5]))
+    result = numbers(statistics)
+    assert math.isnan(result.pop("std"))
+    assert math.isnan(result.pop("standard_error"))
+    assert result == {"count": 1} | dict.fromkeys(("mean", "min", "max", "median", "top10", "top20"), 2.5)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_never_updated_and_reset():
+    statistics = RewardStatistics()
+    assert numbers(statistics)["count"] == 0
+    statistics.update(torch.tensor([1.0, 2.0]))
+    statistics.reset()
+    assert numbers(statistics)["count"] == 0
+
+
+@pytest.mark.parametrize(("scores", "bad"), [([1.0, math.nan, math.inf], 2), ([-math.inf], 1)])
+def test_refuses_what_is_not_finite(scores, bad):
+    statistics = RewardStatistics()
+    with pytest.raises(ValueError, match=f"{bad} of {len(scores)} scores are NaN or infinite"):
+        statistics.update(torch.tensor(scores))
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1)])
+def test_refuses_another_shape(shape):
+    with pytest.raises(ValueError, match=r"shape \[n\]"):
+        RewardStatistics().update(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
+def test_takes_any_dtype_and_computes_in_float64(dtype):
+    scores = torch.tensor([1.0, 3.0, 100.0, 7.0]).to(dtype)
+    statistics = RewardStatistics().half()
+    statistics.update(scores)
+    assert numbers(statistics) == pytest.approx(reference(scores.double().numpy()), rel=1e-12)
+    assert statistics.compute()["mean"].dtype == torch.float64
+
+
+def test_memory_is_flat_and_the_input_is_not_aliased():
+    statistics = RewardStatistics()
+    batch = torch.ones(3, dtype=torch.float64)
+    for _ in range(1000):
+        statistics.update(batch)
+    assert len(statistics.scores) <= math.log2(1000) + 1
+    batch.zero_()
+    assert numbers(statistics)["mean"] == 1.0
+
+
+def test_update_after_compute_and_in_inference_mode():
+    statistics = RewardStatistics()
+    with torch.inference_mode():
+        statistics.update(torch.tensor([1.0]))
+    assert numbers(statistics)["count"] == 1
+    statistics.update(torch.tensor([3.0]))
+    assert numbers(statistics)["mean"] == 2.0
+    assert statistics(torch.tensor([5.0]))["mean"].item() == 5.0
+    assert numbers(statistics)["mean"] == 3.0
+
+
+def work(rank, store, counts, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    statistics = RewardStatistics().to("cpu")
+    for batch in torch.from_numpy(draw(counts[rank], seed=rank)).split(3) if counts[rank] else ():
+        statistics.update(batch)
+    torch.save([statistics.compute(), len(statistics.scores) > 0, statistics.compute()], f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(7, 4), (5, 0), (0, 5), (0, 0)])
+def test_two_ranks(tmp_path, counts):
+    mp.start_processes(work, (tmp_path / "store", counts, tmp_path), nprocs=2, start_method="spawn")
+    first, second = ([float(v) for v in torch.load(tmp_path / f"{rank}.pt")[0].values()] for rank in (0, 1))
+    scores = np.concatenate([draw(count, seed=rank) for rank, count in enumerate(counts)])
+    expected = reference(scores) if len(scores) else {"count": 0} | dict.fromkeys(range(8), math.nan)
+    assert first == pytest.approx(list(expected.values()), rel=1e-12, nan_ok=True)
+    assert second == pytest.approx(first, rel=0, abs=0, nan_ok=True)
+
+
+def test_example():
+    failures, tried = doctest.testmod(svdd.metrics)
+    assert (failures, tried) == (0, 6)

@@ -1,0 +1,72 @@
+"""`Unguided` and one-candidate SVDD are `StableDiffusionPipeline` itself, bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers.utils import logging
+
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.svdd import SVDD
+from svdd.samplers.unguided import Unguided
+from svdd.values.posterior_mean import PosteriorMean
+
+logging.set_verbosity_error()
+PROMPTS = ["red apple", "blue car", "panda", "house on a green background"]
+SEEDS = [11, 5, 2**40, 0]
+CLASSES = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler}
+
+
+def by_hand(folder, scheduler, prompts, seeds, steps, guidance_scale, eta, negative_prompt=None) -> np.ndarray:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipeline.scheduler = CLASSES[scheduler].from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompts,
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).images
+
+
+def ours(folder, sampler, scheduler, prompts, seeds, steps, guidance_scale, eta, negatives=None) -> np.ndarray:
+    diffusion = StableDiffusion(folder, steps, guidance_scale, eta, scheduler)
+    value = PosteriorMean()
+    value.bind(Compressibility())
+    with torch.no_grad():
+        final = sampler.sample(diffusion.start(prompts, seeds, sampler.start_particles, negatives), value)
+        return final.images.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("sampler", [Unguided(), SVDD(num_candidates=1), SVDD(1, alpha=0.5), BestOfN(1)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_embedded_model_equals_the_pipeline(sampler, count):
+    from importlib.resources import files
+
+    folder = str(files("svdd") / "assets" / "emoji-sd")
+    arguments = (PROMPTS[:count], SEEDS[:count], 6, 4.0, 1.0)
+    assert np.array_equal(by_hand(folder, "ddim", *arguments), ours("emoji", sampler, "ddim", *arguments))
+
+
+@pytest.mark.parametrize("folder", ["sd15", "sd21"])
+@pytest.mark.parametrize(
+    ("scheduler", "guidance_scale", "eta"),
+    [("ddim", 7.5, 1.0), ("ddim", 7.5, 0.0), ("ddim", 1.0, 0.5), ("ddpm", 3.0, 0.0), ("euler_ancestral", 7.5, 0.0)],
+)
+def test_real_layouts_equal_the_pipeline(folder, scheduler, guidance_scale, eta, request):
+    path = request.getfixturevalue(folder)
+    arguments = (PROMPTS, SEEDS, 5, guidance_scale, eta)
+    assert np.array_equal(by_hand(path, scheduler, *arguments), ours(path, Unguided(), scheduler, *arguments))
+
+
+def test_negative_prompts_equal_the_pipeline(sd15):
+    negatives = ["blurry", "", "red", "dark"]
+    arguments = (PROMPTS, SEEDS, 4, 7.5, 1.0)
+    expected = by_hand(sd15, "ddim", *arguments, negative_prompt=negatives)
+    assert np.array_equal(expected, ours(sd15, Unguided(), "ddim", *arguments, negatives))
+    assert not np.array_equal(expected, ours(sd15, Unguided(), "ddim", *arguments))

@@ -1,0 +1,97 @@
+"""Assembles what training left into the folders that ship: emoji-sd, emoji-clip and emoji-judge, fp16 on disk."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel
+
+from tools.embedded_model.clip import MEAN, STD, CLIPTraining, build_tokenizer
+from tools.embedded_model.unet import SCHEDULER, UNetTraining
+from tools.embedded_model.vae import export_vae
+
+__all__ = ["export_clip", "export_diffusion"]
+
+
+def export_diffusion(work: Path, folder: Path) -> None:
+    """Writes the diffusers pipeline: averaged UNet, autoencoder, the CLIP's text tower, tokenizer, DDIM scheduler.
+
+    Args:
+        work: Folder of the training runs.
+        folder: Takes the pipeline.
+    """
+    training = UNetTraining()
+    training.load_state_dict(_weights(work / "unet/last.ckpt"))
+    decoder = work / "vae_decoder/last.ckpt"
+    pipeline = StableDiffusionPipeline(
+        vae=export_vae(decoder if decoder.exists() else work / "vae/last.ckpt", work),
+        text_encoder=_text_tower(work),
+        tokenizer=build_tokenizer(work),
+        unet=training.average.eval(),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(folder)
+    _declare_float32(folder / "text_encoder")
+
+
+def export_clip(work: Path, name: str, folder: Path) -> None:
+    """Writes one CLIP with its tokenizer and image processor.
+
+    Args:
+        work: Folder of the training runs.
+        name: A key of `ARCHITECTURES`.
+        folder: Takes the model.
+    """
+    tokenizer = build_tokenizer(work)
+    _clip(work, name).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=MEAN, image_std=STD
+    ).save_pretrained(folder)
+    _declare_float32(folder)
+
+
+def _text_tower(work: Path) -> CLIPTextModel:
+    clip = _clip(work, "clip")
+    text = CLIPTextModel(clip.config.text_config)
+    prefix = "text_model." if any(key.startswith("text_model.") for key in text.state_dict()) else ""
+    text.load_state_dict({f"{prefix}{key}": value for key, value in clip.text_model.state_dict().items()})
+    return text.eval()
+
+
+def _clip(work: Path, name: str) -> CLIPModel:
+    training = CLIPTraining(name, build_tokenizer(work))
+    training.load_state_dict(_weights(work / name / "last.ckpt"))
+    return training.clip.eval()
+
+
+def _weights(checkpoint: Path) -> dict:
+    return torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+
+
+def _declare_float32(folder: Path) -> None:
+    """Transformers loads a model in the type its configuration names; the fp16 is only how the disk holds it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--assets", type=Path, default=Path("svdd/assets"))
+    arguments = parser.parse_args()
+    export_diffusion(arguments.work, arguments.assets / "emoji-sd")
+    for model in ("clip", "judge"):
+        if (arguments.work / model / "last.ckpt").exists():
+            export_clip(arguments.work, model, arguments.assets / f"emoji-{model}")
