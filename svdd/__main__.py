@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command == "predict":
             from svdd.cli import run
 
-            run(words)
+            run(arguments)
         else:
             from svdd.registry import nearest
 

@@ -1,6 +1,8 @@
 """`svdd predict`: LightningCLI with registry names, a run folder and errors in one line."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -38,7 +40,14 @@ class _PredictCLI(LightningCLI):
         return {"predict": {"model", "dataloaders", "datamodule", "return_predictions", "ckpt_path", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the run folder."""
+        """Adds the run folder, and the classes whose arguments can be given without naming them."""
+        parser.set_defaults(
+            {
+                "model.diffusion": {"class_path": "svdd.diffusion.stable_diffusion.StableDiffusion"},
+                "model.sampler": {"class_path": "svdd.samplers.svdd.SVDD"},
+                "model.value": {"class_path": "svdd.values.posterior_mean.PosteriorMean"},
+            }
+        )
         parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
 
@@ -48,7 +57,7 @@ class _PredictCLI(LightningCLI):
         prompts = PromptDataModule(**config.data.as_dict())
         prompts.setup("predict")
         prompts.teardown("predict")
-        plain = yaml.safe_load(self.parser.subcommands_parsers["predict"].dump(config, skip_none=False))
+        plain = yaml.safe_load(self._parser("predict").dump(config, skip_none=False))
         plain.pop("config", None)
         self.writer = RunWriter(config.output, plain, config.overwrite, config.model.images_per_prompt)
         self.finished = self.writer.open()
@@ -63,9 +72,10 @@ class _PredictCLI(LightningCLI):
             raise UserError(_last_reason(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the run writer and the progress bar."""
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(self.writer)
+        """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
+        wanted = self._get(self.config_init, "trainer.enable_progress_bar", default=True) is not False
+        trainer = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
+        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else [])]
         return trainer
 
     def before_predict(self) -> None:
@@ -76,27 +86,34 @@ class _PredictCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     """Runs `svdd predict`.
 
     Args:
-        arguments: The command line, beginning with the command's name.
+        arguments: The command line, beginning with the command's name; the process's own by default.
 
     Raises:
         UserError: For everything that the user can repair.
     """
     import_all()
-    quiet = {"enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    _hush()
     _PredictCLI(
         GuidedDiffusion,
         PromptDataModule,
         save_config_callback=None,
         seed_everything_default=False,
-        trainer_defaults={**quiet, "callbacks": [StepProgress()] if sys.stderr.isatty() else None},
+        trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
         auto_configure_optimizers=False,
         parser_class=_Parser,
-        args=list(arguments),
+        args=None if arguments is None else list(arguments),
     )
+
+
+def _hush() -> None:
+    """Keeps remarks of the libraries that no user can act on out of the terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*", ".*across ranks is zero.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _unknown_name(message: str) -> str | None:

@@ -80,8 +80,7 @@ class GuidedDiffusion(L.LightningModule):
             raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
         self.guide_name = reward.name
         self.statistics = ModuleDict({_key(name): RewardStatistics() for name in names})
-        self.spent = ModuleDict({name: SumMetric() for name in Ledger.__dataclass_fields__})
-        self.spent.set_dtype(torch.float64)
+        self.spent = ModuleDict({name: SumMetric().set_dtype(torch.float64) for name in Ledger.__dataclass_fields__})
         self.summary: dict[str, Any] = {}
         self.on_step: Callable[[int, float | None], None] | None = None
 
@@ -130,7 +129,7 @@ class GuidedDiffusion(L.LightningModule):
         final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
         score = self.diffusion.chunker.map
         scores = {
-            name: score(reward.score, len(jobs), final.images, final.prompts).tolist()
+            name: [_short(s) for s in score(reward.score, len(jobs), final.images, final.prompts).tolist()]
             for name, reward in self.rewards.items()
         }
         ledger = final.context.ledger.per_image(len(jobs))
@@ -181,11 +180,12 @@ class GuidedDiffusion(L.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(flat)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves prompts where they are: they are strings."""
-        return batch
-
 
 def _key(name: str) -> str:
     """A module name may not hold a dot."""
     return name.replace(".", "_")
+
+
+def _short(score: float) -> float:
+    """A float32 holds seven digits; the rest of its decimal form is noise."""
+    return float(f"{score:.7g}")

@@ -1,10 +1,8 @@
-"""A progress bar over prompts and, inside it, over denoising steps; silent where nobody watches."""
+"""A progress bar over prompts and, inside it, over denoising steps."""
 
-import sys
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from svdd.prediction import Prediction
@@ -12,22 +10,16 @@ from svdd.prediction import Prediction
 __all__ = ["StepProgress"]
 
 
-class StepProgress(ProgressBar):
-    """Shows prompts done, the step of the batch at work and the mean value there; only on rank 0 of a terminal."""
+class StepProgress(L.Callback):
+    """Shows prompts done, the step of the batch at work and the mean value there; only on rank 0."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.active = sys.stderr.isatty()
         self._prompts: tqdm | None = None
         self._steps: tqdm | None = None
 
-    def disable(self) -> None:
-        """Lightning switches the bars of other ranks off."""
-        self.active = False
-
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the bars and listens to the module's steps."""
-        if not self.active:
+        if not trainer.is_global_zero:
             return
         total = sum(int(count) for count in trainer.num_predict_batches)
         self._prompts = tqdm(total=total, desc="batches of prompts", unit="batch", position=0)

@@ -7,33 +7,26 @@ again.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-import socket
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from svdd.errors import UserError
 from svdd.run_config import HEADER, differences, dump_config, load_config, plain
+from svdd.run_files import RunError, explained, lock, sync_folder, write_atomically
 
-__all__ = ["RunError", "RunFolder", "image_name"]
+__all__ = ["RunFolder", "image_name"]
 
 _OWN_FILE = re.compile(r"(config\.yaml|results(-\d+)?\.jsonl|summary\.json|trace\.jsonl)(\.tmp)?")
 _OWN_IMAGE = re.compile(r"\d{6,}-\d{2,}\.png(\.tmp)?")
 _SHARD = re.compile(r"results-\d+\.jsonl")
 
 Key = tuple[int, int]
-
-
-class RunError(UserError):
-    """The run folder cannot be used, or no longer."""
 
 
 class _Place(NamedTuple):
@@ -70,7 +63,7 @@ class RunFolder:
             RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
         """
         try:
-            with _explained(self.path):
+            with explained(self.path):
                 return self._claim(config, overwrite)
         except BaseException:
             self.close()
@@ -78,7 +71,7 @@ class RunFolder:
 
     def finished(self) -> set[int]:
         """Returns the indices of the prompts whose images are all whole; reads only, also while rank 0 repairs."""
-        with _explained(self.path):
+        with explained(self.path):
             return self._finished(self._scan(check_images=True)[0])
 
     def rows(self, count: int = 1024) -> Iterator[list[dict[str, Any]]]:
@@ -92,9 +85,9 @@ class RunFolder:
     def open_shard(self, rank: int) -> None:
         """Opens the file to which the process of this rank appends its rows, and locks it."""
         path = self.path / f"results-{rank:05d}.jsonl"
-        with _explained(path):
-            self._shard = _lock(path, f"another process writes {path}", os.O_APPEND)
-            _sync_folder(self.path)
+        with explained(path):
+            self._shard = lock(path, f"another process writes {path}", os.O_APPEND)
+            sync_folder(self.path)
 
     def write(self, images: Iterable[tuple[dict[str, Any], bytes]]) -> None:
         """Puts a batch on disk: first each image, then, in one write, a row for each.
@@ -108,12 +101,12 @@ class RunFolder:
         if self._shard is None:
             raise RuntimeError("write needs an open shard: call open_shard first")
         lines = []
-        with _explained(self.path):
+        with explained(self.path):
             for row, png in images:
                 name = image_name(row["prompt_index"], row["image_index"])
-                _write_atomically(self.path / name, png, sync_folder=False)
+                write_atomically(self.path / name, png, durable=False)
                 lines.append(_dump({**row, "file": name, "sha256": hashlib.sha256(png).hexdigest()}) + b"\n")
-            _sync_folder(self._images)
+            sync_folder(self._images)
             data = b"".join(lines)
             if os.write(self._shard, data) != len(data):  # the torn line is dropped when the run continues
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -127,19 +120,19 @@ class RunFolder:
 
     def merge(self) -> tuple[int, int]:
         """Folds all shards into `results.jsonl` and returns the number of prompts and of images in it."""
-        with _explained(self.path):
+        with explained(self.path):
             rows, _ = self._scan()
             self._fold(rows)
         return len({prompt_index for prompt_index, _ in rows}), len(rows)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json`; what is not a finite number becomes null."""
-        with _explained(self.summary):
-            _write_atomically(self.summary, _dump(summary, indent=2) + b"\n")
+        with explained(self.summary):
+            write_atomically(self.summary, _dump(summary, indent=2) + b"\n")
 
     def remove_summary(self) -> None:
         """Removes the summary, which is about to be outdated."""
-        with _explained(self.summary):
+        with explained(self.summary):
             self.summary.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -154,18 +147,18 @@ class RunFolder:
             raise RunError(f"the output must be a folder, got the file {self.path}; choose another --output")
         self.path.mkdir(parents=True, exist_ok=True)
         recorded = self._recorded_config()
-        self._lock = _lock(self.path / ".lock", f"{self.path} is in use by another run")
+        self._lock = lock(self.path / ".lock", f"{self.path} is in use by another run")
         for shard in self._shards():  # a process of a killed run may have outlived it
-            os.close(_lock(shard, f"a process of an earlier run still writes {shard}"))
+            os.close(lock(shard, f"a process of an earlier run still writes {shard}"))
         if recorded is not None and not overwrite and (changed := differences(recorded, config)):
             raise RunError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
                 "Choose another --output, or remove the old run with --overwrite"
             )
-        self._images.mkdir(exist_ok=True)
         self._remove_own_files(everything=overwrite)
         if recorded is None or overwrite:
-            _write_atomically(self._config, dump_config(config))
+            write_atomically(self._config, dump_config(config))
+        self._images.mkdir(exist_ok=True)  # after the file that marks the folder as ours
         rows, lines = self._scan(check_images=True)
         finished = self._finished(rows)
         kept = {key: place for key, place in rows.items() if key[0] in finished}
@@ -194,7 +187,7 @@ class RunFolder:
     def _remove_own_files(self, everything: bool) -> None:
         """Removes what a crash left half written, or everything but config.yaml, which marks the folder as ours."""
         for folder, own in ((self.path, _OWN_FILE), (self._images, _OWN_IMAGE)):
-            for path in list(folder.iterdir()):
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
                 if own.fullmatch(path.name) and (path.suffix == ".tmp" or (everything and path != self._config)):
                     path.unlink()
 
@@ -241,7 +234,7 @@ class RunFolder:
             output.flush()
             os.fsync(output.fileno())
         os.replace(temporary, self.results)
-        _sync_folder(self.path)
+        sync_folder(self.path)
         for shard in self._shards():
             shard.unlink()
 
@@ -265,52 +258,3 @@ def _dump(value: Any, indent: int | None = None) -> bytes:
     """Encodes as strict JSON; a lone surrogate, which UTF-8 has not, becomes its JSON escape."""
     text = json.dumps(plain(value, finite=True), ensure_ascii=False, allow_nan=False, indent=indent)
     return text.encode("utf-8", "backslashreplace")
-
-
-def _write_atomically(path: Path, data: bytes, sync_folder: bool = True) -> None:
-    """Writes a temporary file and renames it: the file is old or new, never in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if sync_folder:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Makes renames and new files in a folder durable, where the file system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    with suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _lock(path: Path, held: str, flags: int = 0) -> int:
-    """Opens a file and locks it for the life of this process; forked children do not inherit the lock."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = os.pread(descriptor, 200, 0).decode("utf-8", "replace") if path.name == ".lock" else ""
-            os.close(descriptor)
-            raise RunError(f"{held}{f' ({owner})' if owner else ''}; wait for it, or choose another --output") from None
-        warnings.warn(f"{path} cannot be locked ({error}): do not start a second run in this folder", stacklevel=2)
-    if path.name == ".lock":
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns an error of the file system into one that names the path, the cause and the way out."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write the run to {error.filename or path}: {error.strerror or error}; "
-            "what is finished is kept: repair the cause and start the same command again, or choose another --output"
-        ) from error

@@ -20,7 +20,8 @@ from torch import Tensor
 from svdd import __version__
 from svdd.prediction import Prediction
 from svdd.run_config import plain
-from svdd.run_folder import RunError, RunFolder
+from svdd.run_files import RunError
+from svdd.run_folder import RunFolder
 
 __all__ = ["RunError", "RunWriter"]
 
@@ -162,7 +163,10 @@ class RunWriter(L.Callback):
 
 def _is_main_process() -> bool:
     """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
-    return rank_zero_only.rank == 0 and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))) == 0
+    return (
+        getattr(rank_zero_only, "rank", 0) == 0
+        and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))) == 0
+    )
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:

@@ -4,7 +4,8 @@ Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Mo
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,6 @@ class StableDiffusion(Diffusion):
 
 def _load(source: str, **options: Any) -> Any:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
-    from diffusers.utils import logging
 
     path = Path(source).expanduser()
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
@@ -194,24 +194,39 @@ def _load(source: str, **options: Any) -> Any:
                 f"pretrained={source!r} has no model_index.json, so it is no diffusers pipeline; save one with "
                 "StableDiffusionPipeline.save_pretrained, or convert a single file with from_single_file first"
             )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the safety checker is left out on purpose: rewards and users judge the images
     try:
-        name = DiffusionPipeline.load_config(source, **{k: v for k, v in options.items() if k != "variant"})
-        if name["_class_name"] != StableDiffusionPipeline.__name__:
+        index = DiffusionPipeline.load_config(source, **{k: v for k, v in options.items() if k != "variant"})
+        if index["_class_name"] != StableDiffusionPipeline.__name__:
             raise UserError(
-                f"pretrained={source!r} is a {name['_class_name']}; this class takes a StableDiffusionPipeline "
+                f"pretrained={source!r} is a {index['_class_name']}; this class takes a StableDiffusionPipeline "
                 "(Stable Diffusion 1.x or 2.x)"
             )
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source, safety_checker=None, feature_extractor=None, torch_dtype=torch.float32, **options
-        )
+        with _quiet():
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source, safety_checker=None, feature_extractor=None, dtype=torch.float32, **options
+            )
     except (OSError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"pretrained={source!r} cannot be loaded: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
     return pipeline
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back loading bars, and the remark that there is no safety checker: rewards and users judge the images."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        for library in (diffusers_logging, transformers_logging):
+            library.enable_progress_bar()
 
 
 def _fuse_lora(pipeline: Any, lora: str) -> None:
