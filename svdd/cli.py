@@ -9,23 +9,25 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd.data import PromptDataModule
 from svdd.errors import UserError
 from svdd.module import GuidedDiffusion
+from svdd.parser_errors import explain
 from svdd.progress import StepProgress
-from svdd.registry import KINDS, import_all, names_of, nearest
+from svdd.registry import import_all
 from svdd.writer import RunWriter
 
 __all__ = ["run"]
 
 
 class _Parser(LightningArgumentParser):
-    """Reports a bad argument in one line; a class name that does not exist with those that do."""
+    """Reports a bad argument as the error that `svdd` prints in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises UserError with the part of the message that a user can act on."""
-        raise UserError(_unknown_name(message) or _last_reason(message))
+        """Raises UserError."""
+        raise UserError(explain(message))
 
 
 class _PredictCLI(LightningCLI):
@@ -68,8 +70,8 @@ class _PredictCLI(LightningCLI):
             super().instantiate_classes()
         except UserError:
             raise
-        except ValueError as error:
-            raise UserError(_last_reason(str(error))) from error
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(explain(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
@@ -114,13 +116,3 @@ def _hush() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*", ".*across ranks is zero.*"):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _unknown_name(message: str) -> str | None:
-    """Returns a helpful message where a class name was given that is not registered."""
-    return None
-
-
-def _last_reason(message: str) -> str:
-    """Folds a nested parser message to one line."""
-    return " ".join(message.split())

@@ -150,13 +150,14 @@ class RunFolder:
         self._lock = lock(self.path / ".lock", f"{self.path} is in use by another run")
         for shard in self._shards():  # a process of a killed run may have outlived it
             os.close(lock(shard, f"a process of an earlier run still writes {shard}"))
-        if recorded is not None and not overwrite and (changed := differences(recorded, config)):
+        changed = differences(recorded, config) if recorded is not None else []
+        if changed and self._has_rows() and not overwrite:
             raise RunError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
                 "Choose another --output, or remove the old run with --overwrite"
             )
         self._remove_own_files(everything=overwrite)
-        if recorded is None or overwrite:
+        if recorded is None or changed or overwrite:
             write_atomically(self._config, dump_config(config))
         self._images.mkdir(exist_ok=True)  # after the file that marks the folder as ours
         rows, lines = self._scan(check_images=True)
@@ -168,6 +169,10 @@ class RunFolder:
 
     def _shards(self) -> list[Path]:
         return sorted(path for path in self.path.iterdir() if _SHARD.fullmatch(path.name))
+
+    def _has_rows(self) -> bool:
+        """Whether an earlier run got as far as an image; one that failed before binds nobody to its settings."""
+        return any(path.stat().st_size for path in (self.results, *self._shards()) if path.exists())
 
     def _recorded_config(self) -> dict[str, Any] | None:
         """Returns the configuration of the run in the folder, None where there is no run, or refuses the folder."""

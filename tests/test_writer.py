@@ -391,6 +391,14 @@ def test_other_settings_are_refused(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text()) == other
 
 
+def test_a_run_that_drew_nothing_binds_nobody(tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(tmp_path / "run", stop_at=0)
+    other = CONFIG | {"ckpt_path": "other"}
+    assert run(tmp_path / "run", config=other, prompts=[0]).drawn == [0]
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == other
+
+
 @pytest.mark.parametrize(
     ("key", "counts"),
     [
