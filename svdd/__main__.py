@@ -1,14 +1,17 @@
 """The `svdd` command: answers what it can at once, and imports the rest on demand."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from svdd import __version__
 from svdd.errors import UserError
 
 __all__ = ["main"]
 
+_COMMANDS = ("predict", "compare", "list")
 _HELP = """\
 usage: svdd COMMAND [options]
 
@@ -17,6 +20,8 @@ Steer text-to-image diffusion models with any reward, at inference time.
 commands:
   predict    draw guided images for a list of prompts:
              svdd predict --config configs/quickstart.yaml --output runs/first
+  compare    put runs of the same prompts side by side in one picture:
+             svdd compare runs/unguided runs/svdd --output compare.png
   list       show every sampler, value, reward and diffusion that can be selected by name
 
 options:
@@ -45,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "list":
             _list(words[1:])
+        elif command == "compare":
+            _compare(words[1:])
         elif command == "predict":
             from svdd.cli import run
 
@@ -52,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from svdd.registry import nearest
 
-            near = nearest(command, ["predict", "list"])
+            near = nearest(command, list(_COMMANDS))
             hint = f"; did you mean {near!r}?" if near else ""
-            raise UserError(f"unknown command {command!r}; known: predict, list{hint}")
+            raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
     except UserError as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
@@ -63,6 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `svdd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _compare(words: Sequence[str]) -> None:
+    from svdd.report import compare
+
+    parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one column each")
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
+    parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
+    options = parser.parse_args(words)
+    print(compare(options.runs, options.output, max(1, options.limit)))
+    print(f"wrote {options.output}")
 
 
 def _list(words: Sequence[str]) -> None:

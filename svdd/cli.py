@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -57,10 +56,11 @@ class _PredictCLI(LightningCLI):
         """Checks prompts and run folder, which cost nothing, before weights, which do."""
         config = self.config["predict"]
         prompts = PromptDataModule(**config.data.as_dict())
-        prompts.setup("predict")
+        digest = prompts.digest
         prompts.teardown("predict")
         plain = yaml.safe_load(self._parser("predict").dump(config, skip_none=False))
         plain.pop("config", None)
+        plain["data"]["prompts_sha256"] = digest
         self.writer = RunWriter(config.output, plain, config.overwrite, config.model.images_per_prompt)
         self.finished = self.writer.open()
 

@@ -156,9 +156,10 @@ class GuidedDiffusion(L.LightningModule):
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
 
-    def on_predict_epoch_start(self) -> None:
-        """Forgets the statistics of an earlier prediction."""
+    def on_predict_start(self) -> None:
+        """Forgets the statistics of an earlier prediction; callbacks feed those of a resumed run after this."""
         self.summary = {}
+        self._reset()
 
     def on_predict_epoch_end(self) -> None:
         """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
@@ -171,14 +172,19 @@ class GuidedDiffusion(L.LightningModule):
         self.summary = {
             "guide": self.guide_name,
             "rewards": statistics,
-            "ledger": {name: round(total, 3) if name.endswith("seconds") else int(total) for name, total in totals.items()},
+            "ledger": {
+                name: round(total, 3) if name.endswith("seconds") else int(total) for name, total in totals.items()
+            },
             "denoiser_rows_per_image": totals["denoiser_rows"] / images if images else None,
         }
-        for metric in (*self.statistics.values(), *self.spent.values()):
-            metric.reset()
+        self._reset()
         flat = {f"{name}/{key}": value for name, entries in statistics.items() for key, value in entries.items()}
         for logger in self.loggers:
             logger.log_metrics(flat)
+
+    def _reset(self) -> None:
+        for metric in (*self.statistics.values(), *self.spent.values()):
+            metric.reset()
 
 
 def _key(name: str) -> str:

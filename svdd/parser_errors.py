@@ -6,7 +6,9 @@ from svdd.registry import KINDS, names_of, nearest
 
 __all__ = ["explain"]
 
-_NOISE = re.compile(r"Expected a <class 'NoneType'>|Expected a path but |Does not validate against|Given value|^\s*(Subtypes|Errors):")
+_NOISE = re.compile(
+    r"Expected a <class 'NoneType'>|Expected a path but |Does not validate against|Given value|^\s*(Subtypes|Errors):"
+)
 
 
 def explain(message: str) -> str:
@@ -23,7 +25,9 @@ def explain(message: str) -> str:
     if option := re.search(r"Option '([^']+)' is not accepted", rest):
         return f"{key}no argument {option[1]!r}; `svdd predict --{name}.help NAME` lists what class NAME takes"
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):
-        return f"{key}class {path[1]!r} cannot be used: {path[2].strip()}; own classes are sought in the working directory"
+        return (
+            f"{key}class {path[1]!r} cannot be used: {path[2].strip()}; own classes are sought in the working directory"
+        )
     if inner := re.search(r'Parser key "([^"]+)":?\s*(.*)', rest):
         return f"{name}.{inner[1]}: {_plain(inner[2])}"
     reasons = [line.strip(" -") for line in rest.splitlines() if line.strip(" -") and not _NOISE.search(line)]

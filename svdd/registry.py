@@ -52,7 +52,9 @@ def import_all() -> None:
             plugin.load()
         except Exception as error:  # a stranger's package may raise anything, and must not stop the rest
             source = plugin.dist.name if plugin.dist else plugin.value
-            warnings.warn(f"plug-in {plugin.name!r} of {source} was skipped: {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(
+                f"plug-in {plugin.name!r} of {source} was skipped: {type(error).__name__}: {error}", stacklevel=2
+            )
 
 
 def catalogue() -> list[Entry]:

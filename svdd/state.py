@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from svdd.diffusion.base import Diffusion, Denoised
+from svdd.diffusion.base import Denoised, Diffusion
 from svdd.ledger import Ledger
 
 __all__ = ["Context", "Scorer", "State", "start"]

@@ -12,7 +12,7 @@ from svdd.chunking import Chunker
 if TYPE_CHECKING:
     from svdd.state import State
 
-__all__ = ["Diffusion", "Denoised"]
+__all__ = ["Denoised", "Diffusion"]
 
 
 class Denoised(NamedTuple):

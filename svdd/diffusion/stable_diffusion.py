@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd.diffusion.base import Diffusion, Denoised
+from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.kernels import known_schedulers, make_kernel
 from svdd.errors import UserError
 

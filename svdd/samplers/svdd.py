@@ -60,5 +60,5 @@ class SVDD(Sampler):
         return state
 
     def rows(self, num_inference_steps: int) -> int:
-        """b (1 + M (T - 1))."""
+        """B (1 + M (T - 1))."""
         return self.num_particles * (1 + self.num_candidates * (num_inference_steps - 1))

@@ -64,7 +64,9 @@ def _render_all(modules: Path) -> dict[str, np.ndarray]:
     import resvg_py
 
     emoji = json.loads((modules / "unicode-emoji-json/data-by-emoji.json").read_text())
-    codepoints = {entry["name"]: "-".join(f"{ord(c):x}" for c in char if c != "\ufe0f") for char, entry in emoji.items()}
+    codepoints = {
+        entry["name"]: "-".join(f"{ord(c):x}" for c in char if c != "\ufe0f") for char, entry in emoji.items()
+    }
     rendered = {}
     for set_index, icon_set in enumerate(ICON_SETS):
         icons = json.loads((modules / icon_set / "icons.json").read_text())

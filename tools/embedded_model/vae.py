@@ -81,7 +81,9 @@ def export_vae(checkpoint: Path, work: Path) -> AutoencoderKL:
     module.load_state_dict(torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"])
     vae = module.vae.eval()
     images, _ = SceneBatches(work, 1000, seed=1).scenes.batch(1000, np.random.default_rng(1))
-    latents = torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in to_unit(torch.from_numpy(images)).split(100)])
+    latents = torch.cat(
+        [vae.encode(part * 2 - 1).latent_dist.mean for part in to_unit(torch.from_numpy(images)).split(100)]
+    )
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = vae.config.latent_channels
     encode, decode = vae.quant_conv, vae.post_quant_conv

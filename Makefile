@@ -1,0 +1,53 @@
+# Everything runs inside .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WORK ?= build/embedded-model
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format benchmarks embedded-model clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## Set up, draw with and without guidance on the embedded model, compare in demo.png
+	$(BIN)/svdd predict --config configs/quickstart.yaml --output runs/demo/unguided --overwrite true --model.sampler Unguided
+	$(BIN)/svdd predict --config configs/quickstart.yaml --output runs/demo/best-of-8 --overwrite true --model.sampler BestOfN --model.sampler.num_particles 8
+	$(BIN)/svdd predict --config configs/quickstart.yaml --output runs/demo/svdd --overwrite true
+	$(BIN)/svdd compare runs/demo/unguided runs/demo/best-of-8 runs/demo/svdd --output demo.png
+
+test: $(INSTALLED)  ## Set up and run all tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## Lint, types and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+format: $(INSTALLED)  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmarks: $(INSTALLED)  ## Measure guidance and overhead (about 15 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.guidance
+	$(BIN)/python -m benchmarks.overhead
+
+embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours; continues where it stopped)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.vae --work $(WORK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.clip --work $(WORK) --name clip
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.clip --work $(WORK) --name judge
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.unet --work $(WORK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.vae --work $(WORK) --decoder
+	$(BIN)/python -m tools.embedded_model.export --work $(WORK)
+	$(BIN)/python -m tools.embedded_model.contact_sheets
+
+clean:  ## Remove caches and runs, keep the environment
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache
