@@ -26,7 +26,7 @@ def explain(message: str) -> str:
         return f"{key}no argument {option[1]!r}; `svdd predict --{name}.help NAME` lists what class NAME takes"
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):
         return (
-            f"{key}class {path[1]!r} cannot be used: {path[2].strip()}; own classes are sought in the working directory"
+            f"{key}class {path[1]!r} cannot be used: {path[2].strip()}; own files are sought in the working directory"
         )
     if inner := re.search(r'Parser key "([^"]+)":?\s*(.*)', rest):
         return f"{name}.{inner[1]}: {_plain(inner[2])}"

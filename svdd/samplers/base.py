@@ -36,7 +36,7 @@ class Sampler(ABC):
     def rows(self, num_inference_steps: int) -> int:
         """Returns the denoiser rows that `sample` spends per returned image with a posterior-mean value."""
 
-    def check(self, diffusion: Diffusion) -> None:
+    def check(self, diffusion: Diffusion) -> None:  # noqa: B027 (most samplers work on every chain)
         """Raises UserError if the sampler cannot work on this chain."""
 
     @staticmethod

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from tools.embedded_model.scenes import Scenes
 from tools.embedded_model.training import SceneBatches, fit, hold_then_cosine, to_unit
 
-__all__ = ["ARCHITECTURES", "CLIPTraining", "MEAN", "STD", "build_tokenizer", "preprocess"]
+__all__ = ["ARCHITECTURES", "MEAN", "STD", "CLIPTraining", "build_tokenizer", "preprocess"]
 
 TOKENS = 16
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from tools.embedded_model.clip import TOKENS, CLIPTraining, build_tokenizer
+from tools.embedded_model.clip import CLIPTraining, build_tokenizer
 from tools.embedded_model.scenes import Scenes
 from tools.embedded_model.training import fit, hold_then_cosine, to_unit
 from tools.embedded_model.vae import export_vae

@@ -7,12 +7,21 @@ value the name that Unicode gives the emoji.
 __all__ = ["COLORS", "OBJECTS"]
 
 OBJECTS: dict[str, str] = {
-    name: name
-    for name in (
-        # fruit and vegetables
-        "banana lemon grapes watermelon pineapple cherries strawberry peach pear avocado eggplant carrot tomato broccoli"
-    ).split()
-} | {
+    # fruit and vegetables
+    "banana": "banana",
+    "lemon": "lemon",
+    "grapes": "grapes",
+    "watermelon": "watermelon",
+    "pineapple": "pineapple",
+    "cherries": "cherries",
+    "strawberry": "strawberry",
+    "peach": "peach",
+    "pear": "pear",
+    "avocado": "avocado",
+    "eggplant": "eggplant",
+    "carrot": "carrot",
+    "tomato": "tomato",
+    "broccoli": "broccoli",
     "apple": "red apple",
     "orange": "tangerine",
     "kiwi": "kiwi fruit",
