@@ -3,7 +3,8 @@
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import yaml
@@ -55,23 +56,21 @@ class _PredictCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Checks prompts and run folder, which cost nothing, before weights, which do."""
         config = self.config["predict"]
-        prompts = PromptDataModule(**config.data.as_dict())
+        with _refusals():
+            prompts = PromptDataModule(**config.data.as_dict())
         digest = prompts.digest
         prompts.teardown("predict")
         plain = yaml.safe_load(self._parser("predict").dump(config, skip_none=False))
         plain.pop("config", None)
         plain["data"]["prompts_sha256"] = digest
-        self.writer = RunWriter(config.output, plain, config.overwrite, config.model.images_per_prompt)
+        with _refusals():
+            self.writer = RunWriter(config.output, plain, config.overwrite, config.model.images_per_prompt)
         self.finished = self.writer.open()
 
     def instantiate_classes(self) -> None:
         """Builds everything; what a constructor refuses is the user's to repair."""
-        try:
+        with _refusals():
             super().instantiate_classes()
-        except UserError:
-            raise
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UserError(explain(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
@@ -109,6 +108,17 @@ def run(arguments: Sequence[str] | None = None) -> None:
         parser_class=_Parser,
         args=None if arguments is None else list(arguments),
     )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what a constructor says about its arguments into the user's error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(explain(str(error))) from error
 
 
 def _hush() -> None:

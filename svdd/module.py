@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import ModuleDict
+from torch.nn import ModuleDict, ModuleList
 from torchmetrics import SumMetric
 
 from svdd.data import Prompt
@@ -72,14 +72,14 @@ class GuidedDiffusion(L.LightningModule):
         self.sampler = sampler if sampler is not None else SVDD()
         self.value = value if value is not None else PosteriorMean()
         self.value.bind(reward)
-        self.eval_rewards = torch.nn.ModuleList(eval_rewards or [])
+        self.eval_rewards = ModuleList(eval_rewards or [])
         self.images_per_prompt, self.seed = images_per_prompt, seed
         self.sampler.check(self.diffusion)
         names = [reward.name, *(held_out.name for held_out in self.eval_rewards)]
         if len(set(names)) < len(names):
             raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
         self.guide_name = reward.name
-        self.statistics = ModuleDict({_key(name): RewardStatistics() for name in names})
+        self.statistics = ModuleList(RewardStatistics() for _ in names)  # in the order of `rewards`
         self.spent = ModuleDict({name: SumMetric().set_dtype(torch.float64) for name in Ledger.__dataclass_fields__})
         self.summary: dict[str, Any] = {}
         self.on_step: Callable[[int, float | None], None] | None = None
@@ -123,7 +123,7 @@ class GuidedDiffusion(L.LightningModule):
         images_per_prompt = self.images_per_prompt
         jobs = [(prompt, k) for prompt in batch for k in range(images_per_prompt)]
         seeds = [
-            prompt.seed + k if prompt.seed is not None else self.seed + prompt.index * images_per_prompt + k
+            (self.seed + prompt.index * images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
             for prompt, k in jobs
         ]
         final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
@@ -151,8 +151,8 @@ class GuidedDiffusion(L.LightningModule):
 
     def record(self, rows: list[dict[str, Any]]) -> None:
         """Adds result rows to the statistics; a resumed run feeds what it finds on disk through here."""
-        for name in self.rewards:
-            self.statistics[_key(name)].update(torch.tensor([row["rewards"][name] for row in rows]).double())
+        for name, metric in zip(self.rewards, self.statistics, strict=True):
+            metric.update(torch.tensor([row["rewards"][name] for row in rows], dtype=torch.float64))
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
 
@@ -164,8 +164,8 @@ class GuidedDiffusion(L.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
         statistics = {
-            name: {key: value.item() for key, value in self.statistics[_key(name)].compute().items()}
-            for name in self.rewards
+            name: {key: value.item() for key, value in metric.compute().items()}
+            for name, metric in zip(self.rewards, self.statistics, strict=True)
         }
         totals = {name: metric.compute().item() for name, metric in self.spent.items()}
         images = next(iter(statistics.values()))["count"]
@@ -183,13 +183,8 @@ class GuidedDiffusion(L.LightningModule):
             logger.log_metrics(flat)
 
     def _reset(self) -> None:
-        for metric in (*self.statistics.values(), *self.spent.values()):
+        for metric in (*self.statistics, *self.spent.values()):
             metric.reset()
-
-
-def _key(name: str) -> str:
-    """A module name may not hold a dot."""
-    return name.replace(".", "_")
 
 
 def _short(score: float) -> float:

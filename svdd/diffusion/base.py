@@ -28,9 +28,9 @@ class Denoised(NamedTuple):
 
 
 class Diffusion(nn.Module, ABC):
-    """The chain x_0 .. x_T of a pretrained model, from noise (i = 0) to the latent of an image (i = T).
+    """The reverse chain of a pretrained model, from noise (step i = 0) to the latent of an image (i = T).
 
-    Here the index counts denoising steps: it runs the other way than the paper's t. A subclass says how to encode
+    The index i counts denoising steps: it runs the other way than the paper's t. `x0` is always the clean latent. A subclass says how to encode
     prompts, denoise and decode; `start` and the states it returns do the rest.
 
     Args:

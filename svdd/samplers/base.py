@@ -9,7 +9,7 @@ from svdd.errors import UserError
 from svdd.state import State
 from svdd.values.base import Value
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "require_noise"]
 
 
 class Sampler(ABC):

@@ -25,7 +25,7 @@ class SVDD(Sampler):
     Costs b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b T with a learned one.
 
     Args:
-        num_candidates: M, children of a particle at every step (the paper's M, the seed's duplicate_size).
+        num_candidates: M, children of a particle at every step (`duplicate_size` in the paper's code).
         alpha: Temperature in units of the reward; 0 takes the best.
         num_particles: b, particles kept per image; more than one makes a beam search.
 

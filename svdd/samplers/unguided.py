@@ -10,8 +10,8 @@ __all__ = ["Unguided"]
 class Unguided(Sampler):
     """Plain sampling: no choice is made.
 
-    1. x_0 ~ N(0, I)
-    2. for each step: x_{i+1} ~ N(mean_i(x_i), std_i^2 I)
+    1. start from noise
+    2. for each step i: x_{i+1} ~ N(mean_i(x_i), std_i^2 I)
 
     Costs T denoiser rows per image.
     """

@@ -1,0 +1,202 @@
+"""Chains whose every law is known: an exact denoiser for a Gaussian and for a Gaussian mixture, in float64."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svdd.diffusion.base import Denoised, Diffusion
+from svdd.rewards.base import Reward
+from svdd.state import State
+from svdd.values.base import Value
+
+
+class AnalyticDiffusion(Diffusion):
+    """DDIM-eta steps (formula 12 of arXiv 2010.02502) over a variance-preserving schedule of T + 1 levels.
+
+    Subclasses give E[x_0 | x_i]. `decode` changes nothing but the shape: a reward reads the latent off the image. A
+    prompt that is a number moves its prior by as much; every other prompt does not.
+    """
+
+    def __init__(self, num_inference_steps, eta=1.0, size=2, first=0.05, last=0.97, chunk_size="auto"):
+        super().__init__(num_inference_steps, chunk_size)
+        self.eta, self.size = eta, size
+        self.signal = np.linspace(first, last, num_inference_steps + 1).tolist()  # cumulative, at step i
+        self.encoded: list[list[tuple[str, str | None]]] = []
+        self.denoised_rows: list[int] = []  # what really went through, to hold the ledger against
+
+    latent_shape = property(lambda self: (1, 1, self.size))
+    dtype = property(lambda self: torch.float64)
+    device = property(lambda self: torch.device("cpu"))
+
+    def posterior_mean(self, x: Tensor, signal: float, shift: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Tensor:
+        self.encoded.append(list(zip(prompts, negative_prompts, strict=True)))
+        return torch.tensor([_number(prompt) for prompt in prompts], dtype=torch.float64)
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def denoise(self, x: Tensor, i: int, conditioning: Tensor, row: Tensor) -> Denoised:
+        self.denoised_rows.append(len(x))
+        signal, following, std = self.signal[i], self.signal[i + 1], self.std(i)
+        x0 = self.posterior_mean(x, signal, conditioning[row].view(-1, 1, 1, 1))
+        noise = (x - math.sqrt(signal) * x0) / math.sqrt(1 - signal)
+        return Denoised(x0, math.sqrt(following) * x0 + math.sqrt(1 - following - std**2) * noise)
+
+    def std(self, i: int) -> float:
+        signal, following = self.signal[i], self.signal[i + 1]
+        return self.eta * math.sqrt((1 - following) / (1 - signal) * (1 - signal / following))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0.expand(-1, 3, -1, -1)
+
+
+class GaussianDiffusion(AnalyticDiffusion):
+    """Prior N(mu, s^2 I): the posterior mean, hence the kernel's mean, is linear in x.
+
+    The law of the chain's end is Gaussian, but not the prior: each step uses x_0's mean where it should draw it.
+    """
+
+    def __init__(self, num_inference_steps, mu=0.3, s=0.8, **options):
+        super().__init__(num_inference_steps, **options)
+        self.mu, self.s = mu, s
+
+    def posterior_mean(self, x, signal, shift):
+        mu = self.mu + shift
+        gain = self.s**2 * math.sqrt(signal) / (signal * self.s**2 + 1 - signal)
+        return mu + gain * (x - math.sqrt(signal) * mu)
+
+    def affine(self, i: int) -> tuple[float, float]:
+        """Returns (K, k) of step i's mean K x + k, for an unshifted prompt."""
+        signal, following, std = self.signal[i], self.signal[i + 1], self.std(i)
+        gain = self.s**2 * math.sqrt(signal) / (signal * self.s**2 + 1 - signal)
+        a, b = math.sqrt(following), math.sqrt(1 - following - std**2) / math.sqrt(1 - signal)
+        weight = a - b * math.sqrt(signal)  # of x0; b is that of x
+        return weight * gain + b, weight * self.mu * (1 - gain * math.sqrt(signal))
+
+    def end(self, i: int) -> tuple[float, float, float]:
+        """Returns (A, c, V): given x_i = x, each entry of x_T is N(A x + c, V)."""
+        gain, offset, variance = 1.0, 0.0, 0.0
+        for j in range(i, self.num_inference_steps):
+            factor, constant = self.affine(j)
+            gain, offset = factor * gain, factor * offset + constant
+            variance = factor**2 * variance + self.std(j) ** 2
+        return gain, offset, variance
+
+    def end_law(self) -> tuple[float, float]:
+        """Returns mean and variance of each entry of x_T."""
+        gain, offset, variance = self.end(0)
+        return offset, gain**2 + variance
+
+
+class MixtureDiffusion(AnalyticDiffusion):
+    """Prior sum_k w_k N(mu_k, s^2) on the line; the chain's laws are integrals over a grid."""
+
+    weights, means, s = (0.7, 0.3), (-1.5, 2.0), 0.3
+
+    def __init__(self, num_inference_steps, **options):
+        super().__init__(num_inference_steps, size=1, **options)
+        self.grid = np.linspace(-7, 7, 701)
+        self.cell = self.grid[1] - self.grid[0]
+
+    def posterior_mean(self, x, signal, shift):
+        variance = signal * self.s**2 + 1 - signal
+        weights, means = (torch.tensor(values, dtype=x.dtype) for values in (self.weights, self.means))
+        residual = x[..., None] - math.sqrt(signal) * means
+        share = (weights.log() - residual**2 / (2 * variance)).softmax(-1)
+        return (share * (means + math.sqrt(signal) * self.s**2 / variance * residual)).sum(-1)
+
+    def transition(self, i: int) -> np.ndarray:
+        """Returns the kernel of step i as a matrix [to, from] over the grid; columns sum to 1."""
+        x = torch.tensor(self.grid).view(-1, 1, 1, 1)
+        mean = self.denoise(x, i, torch.zeros(1, dtype=x.dtype), torch.zeros(len(x), dtype=torch.int64)).mean
+        self.denoised_rows.pop()
+        density = np.exp(-((self.grid[:, None] - mean.flatten().numpy()) ** 2) / (2 * self.std(i) ** 2))
+        return density / density.sum(0)
+
+    def end_law(self, tilt: np.ndarray | None = None) -> np.ndarray:
+        """Returns the mass of x_T on the grid.
+
+        Args:
+            tilt: exp(r / alpha) on the grid: every step is then drawn from the kernel times the exact soft value.
+        """
+        law = np.exp(-(self.grid**2) / 2)
+        law /= law.sum()
+        for i in range(self.num_inference_steps):
+            kernel = self.transition(i)
+            if tilt is not None:
+                kernel = kernel * self.twist(i + 1, tilt)[:, None]
+                kernel = kernel / kernel.sum(0)
+            law = kernel @ law
+        return law
+
+    def twist(self, i: int, tilt: np.ndarray) -> np.ndarray:
+        """Returns E[tilt(x_T) | x_i] on the grid."""
+        for j in reversed(range(i, self.num_inference_steps)):
+            tilt = self.transition(j).T @ tilt
+        return tilt
+
+
+class Linear(Reward):
+    """r(x) = b . x of the latent that the image carries."""
+
+    differentiable = True
+
+    def __init__(self, b):
+        super().__init__()
+        self.register_buffer("b", torch.tensor(b, dtype=torch.float64))
+
+    def forward(self, images, prompts):
+        return images[:, 0].flatten(1) @ self.b
+
+
+class ExactSoftValue(Value):
+    """alpha log E[exp(b . x_T / alpha) | x_i] = b . (A x + c) + V |b|^2 / (2 alpha); asks for x0 at the end only."""
+
+    def __init__(self, alpha):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, state: State) -> Tensor:
+        if state.done:
+            return state.scores(self.reward)
+        gain, offset, variance = state.context.diffusion.end(state.i)
+        b = self.reward.b
+        return (state.x.flatten(1) * gain + offset) @ b + variance * float(b @ b) / (2 * self.alpha)
+
+
+class GridSoftValue(Value):
+    """alpha log E[exp(r(x_T) / alpha) | x_i] of a `MixtureDiffusion`, interpolated on its grid."""
+
+    def __init__(self, diffusion, tilt, alpha):
+        super().__init__()
+        self.grid, self.alpha = diffusion.grid, alpha
+        self.table = [alpha * np.log(diffusion.twist(i, tilt)) for i in range(diffusion.num_inference_steps + 1)]
+
+    def forward(self, state: State) -> Tensor:
+        return torch.from_numpy(np.interp(state.x.flatten().numpy(), self.grid, self.table[state.i]))
+
+
+def bound(value: Value, reward: Reward) -> Value:
+    """Returns the value with its reward."""
+    value.bind(reward)
+    return value
+
+
+def run(diffusion, sampler, value, count=None, prompts=None, seeds=None) -> State:
+    """Samples `count` images of one prompt, or one per prompt given, with seeds 0, 1, ..."""
+    prompts = [""] * count if prompts is None else prompts
+    seeds = range(len(prompts)) if seeds is None else seeds
+    return sampler.sample(diffusion.start(prompts, list(seeds), sampler.start_particles), value)
+
+
+def _number(prompt: str) -> float:
+    try:
+        return float(prompt)
+    except ValueError:
+        return 0.0

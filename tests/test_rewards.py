@@ -1,0 +1,265 @@
+"""Every reward keeps one contract; each one's number is checked against a computation of its own."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
+
+from svdd.errors import RewardError, UserError
+from svdd.rewards.base import Reward
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.jpeg import Compressibility, Incompressibility
+
+PROMPTS = ["a red apple", "blue car", "panda", "a house, on a hill!"]
+TESTED = {
+    "Compressibility": lambda clip: Compressibility(),
+    "Incompressibility": lambda clip: Incompressibility(),
+    "CLIPScore": lambda clip: CLIPScore(clip),
+}
+
+
+def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
+    """Smooth to noisy pictures whose every pixel is a multiple of 1/255."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
+    noise = torch.rand(count, 3, height, width, generator=generator) - 0.5
+    strength = torch.linspace(0, 0.6, count).view(-1, 1, 1, 1)
+    return ((smooth + strength * noise).clamp(0, 1) * 255).round() / 255
+
+
+def as_pil(images: torch.Tensor) -> list[Image.Image]:
+    arrays = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
+
+
+# ---- the contract
+
+
+@pytest.fixture(scope="module", params=TESTED)
+def reward(request, tiny_clip) -> Reward:
+    return TESTED[request.param](tiny_clip)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_one_finite_float32_per_image(reward, count):
+    scores = reward.score(pictures(count), PROMPTS[:count])
+    assert scores.shape == (count,)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+
+
+def test_a_score_belongs_to_its_row(reward):
+    images, order = pictures(4), [2, 0, 3, 1]
+    scores = reward.score(images, PROMPTS)
+    assert len(set(scores.tolist())) == 4
+    permuted = reward.score(images[order], [PROMPTS[k] for k in order])
+    torch.testing.assert_close(permuted, scores[order], rtol=0, atol=1e-6)
+    for k in range(4):
+        alone = reward.score(images[k : k + 1], PROMPTS[k : k + 1])
+        torch.testing.assert_close(alone, scores[k : k + 1], rtol=0, atol=1e-6)
+
+
+def test_images_are_left_alone(reward):
+    images = pictures(2)
+    before = images.clone()
+    reward.score(images, PROMPTS[:2])
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_float_is_taken(reward, dtype):
+    images = pictures(2)
+    scores = reward.score(images.to(dtype), PROMPTS[:2])
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, reward.score(images, PROMPTS[:2]), rtol=0.1, atol=0.02)
+
+
+def test_not_square_images_are_taken(reward):
+    assert reward.score(pictures(2, 24, 56), PROMPTS[:2]).shape == (2,)
+
+
+def test_images_that_are_slices_of_others_are_taken(reward):
+    images = pictures(4)
+    part = images.permute(0, 1, 3, 2)[::2]
+    torch.testing.assert_close(reward.score(part, PROMPTS[::2]), reward.score(part.contiguous(), PROMPTS[::2]))
+
+
+def test_the_gradient_is_the_slope(reward):
+    if not reward.differentiable:
+        images = pictures(1).requires_grad_()
+        assert not reward(images, PROMPTS[:1]).requires_grad
+        return
+    wide = type(reward)
+    assert wide is CLIPScore, "give a double-precision copy of a new differentiable reward here"
+    images = pictures(2, 36, 44).clamp(0.2, 0.8)
+    images.requires_grad_()
+    scores = reward(images, PROMPTS[:2])
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert gradient.isfinite().all()
+    assert gradient.flatten(1).norm(dim=1).min() > 0
+    direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    step = 0.05
+    with torch.no_grad():
+        ahead, behind = (reward(images + sign * step * direction, PROMPTS[:2]) for sign in (1, -1))
+    slope = (ahead - behind) / (2 * step)
+    torch.testing.assert_close(slope, (gradient * direction).flatten(1).sum(1), rtol=0.02, atol=1e-5)
+
+
+def test_the_gradient_of_a_row_comes_from_that_row(reward):
+    if not reward.differentiable:
+        pytest.skip("no gradient")
+    images = pictures(3).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:3])[1], images)
+    assert gradient[[0, 2]].abs().max() == 0
+    assert gradient[1].abs().max() > 0
+
+
+def test_no_parameter_is_trainable(reward):
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    assert not any(module.training for module in reward.children())
+
+
+# ---- score() holds rewards to the contract
+
+
+class Returns(Reward):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, images, prompts):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([1.0, 2.0], r"reward Returns returned a list; expected a tensor of shape \[2\]"),
+        (1.0, "returned a float"),
+        (torch.zeros(2, 1), r"returned shape \[2, 1\]"),
+        (torch.zeros(3), r"returned shape \[3\]"),
+        (torch.tensor(1.0), r"returned shape \[\]"),
+        (torch.tensor([0, math.nan]), "NaN or infinity for 1 of 2 images, first for the prompt 'blue car'"),
+        (torch.tensor([math.inf, -math.inf]), "NaN or infinity for 2 of 2 images, first for the prompt 'a red apple'"),
+    ],
+)
+def test_what_is_no_score_is_refused(answer, message):
+    with pytest.raises(RewardError, match=message):
+        Returns(answer).score(pictures(2), PROMPTS[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_scores_of_any_type_become_float32(dtype):
+    scores = Returns(torch.tensor([1, 2], dtype=dtype)).score(pictures(2), PROMPTS[:2])
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [1.0, 2.0]
+
+
+# ---- JPEG
+
+
+@pytest.mark.parametrize("size", [(40, 40), (33, 57)])
+def test_kilobytes_are_those_of_the_saved_file(size, tmp_path):
+    images = pictures(4, *size)
+    expected = []
+    for k, picture in enumerate(as_pil(images)):
+        path = tmp_path / f"{k}.jpg"
+        picture.save(path, quality=95)
+        expected.append(path.stat().st_size / 1000)
+    torch.testing.assert_close(Incompressibility().score(images, PROMPTS), torch.tensor(expected), rtol=0, atol=0)
+    assert torch.equal(Compressibility().score(images, PROMPTS), -Incompressibility().score(images, PROMPTS))
+    assert expected == sorted(expected)  # more noise, larger file
+
+
+def test_pixels_are_rounded_and_cut_to_their_range():
+    images = pictures(1)
+    blurred = images + 0.4 / 255 * torch.sign(torch.rand_like(images) - 0.5)
+    reward = Compressibility()
+    assert torch.equal(reward.score(blurred, PROMPTS[:1]), reward.score(images, PROMPTS[:1]))
+    buffer = io.BytesIO()
+    as_pil((2 * images - 0.5).clamp(0, 1))[0].save(buffer, "JPEG", quality=95)
+    assert float(reward.score(2 * images - 0.5, PROMPTS[:1])) == pytest.approx(-len(buffer.getvalue()) / 1000)
+
+
+# ---- CLIP
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (40, 40), (48, 96), (100, 37), (20, 20), (33, 65), (32, 47)])
+def test_clip_score_is_what_transformers_says(tiny_clip, size):
+    """Within 3e-4: the processor rounds pixels to 8 bits after resizing and we do not."""
+    images = pictures(4, *size)
+    processor = CLIPProcessor(
+        CLIPImageProcessor.from_pretrained(tiny_clip), CLIPTokenizerFast.from_pretrained(tiny_clip)
+    )
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    inputs = processor(text=PROMPTS, images=as_pil(images), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = model(**inputs)
+    expected = F.cosine_similarity(output.image_embeds, output.text_embeds)
+    reward = CLIPScore(tiny_clip)
+    torch.testing.assert_close(reward.score(images, PROMPTS), expected, rtol=0, atol=3e-4)
+    spread = (output.image_embeds @ output.text_embeds.T - expected[:, None]).abs()
+    assert spread.max() > 0.05  # a score of another pair would be seen
+    pixels = reward.preprocess(images)
+    torch.testing.assert_close(
+        pixels, inputs.pixel_values, rtol=0, atol=0.51 / 255 / 0.26 + 1e-4 if size != (32, 32) else 1e-5
+    )
+
+
+def test_every_image_is_paired_with_its_own_prompt(tiny_clip):
+    reward, image = CLIPScore(tiny_clip), pictures(1)
+    one_by_one = torch.cat([reward.score(image, [prompt]) for prompt in PROMPTS])
+    together = reward.score(image.repeat(4, 1, 1, 1), PROMPTS)
+    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-6)
+    assert len({round(score, 5) for score in together.tolist()}) == 4
+    repeated = reward.score(image.repeat(3, 1, 1, 1), [PROMPTS[0], PROMPTS[2], PROMPTS[0]])
+    torch.testing.assert_close(repeated, one_by_one[[0, 2, 0]], rtol=0, atol=1e-6)
+
+
+def test_remembered_prompts_score_as_new_ones(tiny_clip):
+    warm, images = CLIPScore(tiny_clip), pictures(4)
+    warm.score(images[:2], PROMPTS[:2])
+    torch.testing.assert_close(warm.score(images, PROMPTS), CLIPScore(tiny_clip).score(images, PROMPTS))
+
+
+def test_long_and_empty_prompts_are_scored(tiny_clip):
+    assert CLIPScore(tiny_clip).score(pictures(2), ["long " * 100, ""]).isfinite().all()
+
+
+def test_the_name_says_which_clip(tiny_clip):
+    assert CLIPScore(tiny_clip).name == "CLIPScore-" + tiny_clip.rsplit("/", 1)[1]
+
+
+def test_a_folder_without_preprocessor_uses_openais_numbers(tiny_clip, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(f"{tiny_clip}/{name}")
+    images = pictures(2)
+    assert torch.equal(
+        CLIPScore(str(tmp_path)).score(images, PROMPTS[:2]), CLIPScore(tiny_clip).score(images, PROMPTS[:2])
+    )
+
+
+def test_what_is_no_clip_is_refused(tmp_path, sd15):
+    with pytest.raises(UserError, match=r"'.*/nowhere' has no config\.json; expected `emoji`"):
+        CLIPScore(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        CLIPScore(str(tmp_path))
+    with pytest.raises(UserError, match="clip_text_model model; expected a CLIP"):
+        CLIPScore(f"{sd15}/text_encoder")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="bert model; expected a CLIP"):
+        CLIPScore(str(tmp_path))
+
+
+def test_a_clip_without_weights_is_refused_in_one_line(tiny_clip, tmp_path):
+    (tmp_path / "config.json").symlink_to(f"{tiny_clip}/config.json")
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        CLIPScore(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,361 @@
+"""Samplers against laws in closed form, against each other in their limits, and against their exact cost."""
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from svdd.errors import UserError
+from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.svdd import SVDD
+from svdd.samplers.unguided import Unguided
+from svdd.values.posterior_mean import PosteriorMean
+from tests.analytic import (
+    ExactSoftValue,
+    GaussianDiffusion,
+    GridSoftValue,
+    Linear,
+    MixtureDiffusion,
+    bound,
+    run,
+)
+
+B = [0.6, -0.8]  # a unit vector
+SAMPLERS = [
+    Unguided(),
+    BestOfN(1),
+    BestOfN(4),
+    SVDD(1),
+    SVDD(5),
+    SVDD(5, alpha=0.7),
+    SVDD(3, num_particles=2),
+    SVDD(3, alpha=0.7, num_particles=2),
+    SVDD(1, num_particles=3),
+]
+
+
+def label(sampler) -> str:
+    return type(sampler).__name__ + "-".join(f"{value:g}" for value in vars(sampler).values())
+
+
+def value_of(b=B):
+    return bound(PosteriorMean(), Linear(b))
+
+
+def rewards(state, b=B) -> torch.Tensor:
+    return state.x.flatten(1) @ torch.tensor(b, dtype=torch.float64)
+
+
+def assert_mean(samples: torch.Tensor, mean: float, slack: float = 0.0) -> None:
+    """The samples' mean is within four standard errors, and `slack` for a bias that is known."""
+    assert abs(float(samples.mean()) - mean) < 4 * float(samples.std()) / math.sqrt(len(samples)) + slack
+
+
+def assert_variance(samples: torch.Tensor, variance: float, slack: float = 0.0) -> None:
+    """As `assert_mean`, for normal samples: a variance estimate has the standard error variance sqrt(2 / n)."""
+    assert abs(float(samples.var()) / variance - 1) < 4 * math.sqrt(2 / len(samples)) + slack
+
+
+@cache
+def largest_of(m: int) -> float:
+    """The expectation of the largest of m standard normal numbers."""
+    x = np.linspace(-9, 9, 20001)
+    below = np.array([0.5 * math.erfc(-z / math.sqrt(2)) for z in x])
+    return float(np.sum(x * m * below ** (m - 1) * np.exp(-(x**2) / 2)) / math.sqrt(2 * math.pi) * (x[1] - x[0]))
+
+
+# ---- the formulas that the tests rest on
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_the_gaussian_chain_is_the_linear_map_that_the_tests_take_it_for(eta):
+    diffusion = GaussianDiffusion(5, eta=eta)
+    x = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nobody = torch.zeros(4, dtype=torch.int64)
+    for i in range(5):
+        factor, constant = diffusion.affine(i)
+        mean = diffusion.denoise(x, i, torch.zeros(1, dtype=torch.float64), nobody).mean
+        torch.testing.assert_close(mean, factor * x + constant)
+
+
+def test_the_exact_soft_value_is_a_martingale_of_the_kernel():
+    """exp(v_i(x) / alpha) = E[exp(v_{i+1} / alpha) | x_i = x], here by quadrature."""
+    alpha, diffusion = 0.7, GaussianDiffusion(4, size=1)
+    value = bound(ExactSoftValue(alpha), Linear([1.3]))
+    state = diffusion.start([""], [0]).propose()
+    z = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    mass = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    children = state.propose(4001)
+    object.__setattr__(children, "x", state.prediction.mean + state.std * z.view(-1, 1, 1, 1))
+    right = float((mass * torch.exp(value(children) / alpha)).sum())
+    assert float(torch.exp(value(state) / alpha)) == pytest.approx(right, rel=1e-9)
+
+
+def test_a_fine_chain_ends_in_its_prior():
+    mean, variance = GaussianDiffusion(1000, first=1e-4, last=1 - 1e-5).end_law()
+    assert mean == pytest.approx(0.3, abs=0.01)
+    assert variance == pytest.approx(0.8**2, rel=0.02)
+
+
+# ---- laws
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_unguided_ends_in_the_chains_law(steps, eta):
+    diffusion = GaussianDiffusion(steps, eta=eta)
+    entries = run(diffusion, Unguided(), value_of(), 1500).x.flatten()
+    mean, variance = diffusion.end_law()
+    assert_mean(entries, mean)
+    assert_variance(entries, variance)
+
+
+@pytest.mark.parametrize(
+    "sampler", [Unguided(), SVDD(4, alpha=math.inf), SVDD(4, alpha=1e9), SVDD(2, math.inf, 2)], ids=label
+)
+def test_a_mixture_comes_out_with_its_weights(sampler):
+    """Infinite temperature is plain sampling in law, though other noise is drawn."""
+    diffusion = MixtureDiffusion(6)
+    x = run(diffusion, sampler, value_of([1.0]), 1000).x.flatten()
+    law = diffusion.end_law()
+    mean = float(law @ diffusion.grid)
+    assert_mean(x, mean)
+    assert_mean((x > 0.25).double(), float(law[diffusion.grid > 0.25].sum()))
+    assert_mean((x - mean) ** 2, float(law @ (diffusion.grid - mean) ** 2))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_many_candidates_and_the_exact_soft_value_give_the_tilted_law(steps, alpha):
+    """x_T | x_0 is N(A x_0 + c, V); tilting it by exp(b . x / alpha) shifts it by V b / alpha and keeps V.
+
+    With M candidates the shift falls short by O(1 / M): the slack.
+    """
+    diffusion = GaussianDiffusion(steps)
+    final = run(diffusion, SVDD(100, alpha), bound(ExactSoftValue(alpha), Linear(B)), 1000)
+    mean, variance = diffusion.end_law()
+    conditional = diffusion.end(0)[2]
+    shift = conditional / alpha  # along b, which has length 1
+    assert_mean(rewards(final), mean * sum(B) + shift, slack=0.02 * shift)
+    assert_variance(rewards(final), variance, slack=0.02)
+    across = final.x.flatten(1) @ torch.tensor([0.8, 0.6], dtype=torch.float64)
+    assert_mean(across, mean * 1.4)
+    assert_variance(across, variance)
+
+
+def test_a_tilted_mixture_moves_its_weights():
+    diffusion, alpha = MixtureDiffusion(6), 1.0
+    tilt = np.exp(diffusion.grid / alpha)
+    value = bound(GridSoftValue(diffusion, tilt, alpha), Linear([1.0]))
+    x = run(diffusion, SVDD(60, alpha), value, 700).x.flatten()
+    law = diffusion.end_law(tilt)
+    right = float(law[diffusion.grid > 0.25].sum())
+    assert right > float(diffusion.end_law()[diffusion.grid > 0.25].sum()) + 0.2  # the tilt is no small one
+    assert_mean((x > 0.25).double(), right, slack=0.01)
+    assert_mean(x, float(law @ diffusion.grid), slack=0.03)
+
+
+@pytest.mark.parametrize("candidates", [2, 7])
+def test_at_zero_temperature_every_step_gains_the_largest_of_its_noise(candidates):
+    """A linear value is climbed by std_i E[max of M normals] at every step, carried on by the steps that follow."""
+    diffusion = GaussianDiffusion(4)
+    final = run(diffusion, SVDD(candidates), value_of(), 1200)
+    mean, _ = diffusion.end_law()
+    gain = sum(diffusion.end(i + 1)[0] * diffusion.std(i) for i in range(4)) * largest_of(candidates)
+    assert_mean(rewards(final), mean * sum(B) + gain)
+    across = final.x.flatten(1) @ torch.tensor([0.8, 0.6], dtype=torch.float64)
+    assert_mean(across, mean * 1.4)
+    assert_variance(across, diffusion.end_law()[1])
+
+
+@pytest.mark.parametrize("particles", [1, 2, 9])
+def test_the_best_of_n_has_the_largest_of_n_rewards(particles):
+    diffusion = GaussianDiffusion(3)
+    final = run(diffusion, BestOfN(particles), value_of(), 1200)
+    mean, variance = diffusion.end_law()
+    assert_mean(rewards(final), mean * sum(B) + math.sqrt(variance) * largest_of(particles))
+
+
+def test_more_candidates_and_more_particles_earn_more():
+    diffusion = GaussianDiffusion(4)
+    samplers = [Unguided(), SVDD(2), SVDD(6), SVDD(6, num_particles=4)]
+    means = [float(rewards(run(diffusion, sampler, value_of(), 300)).mean()) for sampler in samplers]
+    assert means == sorted(means)
+    cooler = [float(rewards(run(diffusion, SVDD(6, alpha), value_of(), 300)).mean()) for alpha in (5.0, 0.5, 0.05)]
+    assert cooler == sorted(cooler)
+
+
+# ---- each choice
+
+
+def by_hand(seed: int, particles: int, diffusion) -> torch.Tensor:
+    """The ends of `particles` plain chains of one image, [particles, size], written out."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (particles, *diffusion.latent_shape)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for i in range(diffusion.num_inference_steps):
+        factor, constant = diffusion.affine(i)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = factor * x + constant + diffusion.std(i) * noise
+    return x.flatten(1)
+
+
+def test_the_best_of_n_is_the_best_of_the_n_plain_chains():
+    diffusion = GaussianDiffusion(4)
+    final = run(diffusion, BestOfN(6), value_of(), seeds=[3, 1, 4], prompts=[""] * 3)
+    for seed, x in zip([3, 1, 4], final.x.flatten(1), strict=True):
+        ends = by_hand(seed, 6, diffusion)
+        torch.testing.assert_close(x, ends[(ends @ torch.tensor(B, dtype=torch.float64)).argmax()])
+
+
+def test_svdd_at_zero_temperature_is_a_greedy_search_written_out():
+    diffusion, m, b = GaussianDiffusion(4), 5, torch.tensor(B, dtype=torch.float64)
+    final = run(diffusion, SVDD(m), value_of(), seeds=[8, 2], prompts=[""] * 2)
+    for seed, x in zip([8, 2], final.x.flatten(1), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        kept = torch.randn(1, 2, generator=generator, dtype=torch.float64)
+        for i in range(4):
+            factor, constant = diffusion.affine(i)
+            noise = torch.randn(m, 2, generator=generator, dtype=torch.float64)
+            children = factor * kept + constant + diffusion.std(i) * noise
+            gain = 1 if i == 3 else diffusion.posterior_mean(torch.ones(()), diffusion.signal[i + 1], 0)
+            assert gain > 0  # E[x0 | x] is monotone in x: the best candidate is the one furthest along b
+            kept = children[(children @ b).argmax()][None]
+        torch.testing.assert_close(x, kept[0])
+
+
+@pytest.mark.parametrize("sampler", [SVDD(1), SVDD(1, alpha=0.5), SVDD(1, alpha=math.inf), BestOfN(1)], ids=label)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_single_candidate_is_plain_sampling_bit_for_bit(sampler, eta):
+    diffusion = GaussianDiffusion(5, eta=eta)
+    final = run(diffusion, sampler, value_of(), 7)
+    assert torch.equal(final.x, run(diffusion, Unguided(), value_of(), 7).x)
+    assert final.context.ledger.reward_calls == 0
+
+
+def test_a_beam_of_single_candidates_is_best_of_n_bit_for_bit():
+    diffusion = GaussianDiffusion(5)
+    beam = run(diffusion, SVDD(1, num_particles=4), value_of(), 6)
+    assert torch.equal(beam.x, run(diffusion, BestOfN(4), value_of(), 6).x)
+
+
+def test_one_step_of_svdd_is_the_best_of_its_candidates():
+    diffusion, candidates = GaussianDiffusion(1), 8
+    final = run(diffusion, SVDD(candidates), value_of(), 5)
+    ends = diffusion.start([""] * 5, range(5)).propose(candidates)
+    torch.testing.assert_close(rewards(final), rewards(ends).view(5, candidates).max(1).values)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+def test_an_image_is_the_same_alone_in_a_batch_and_in_another_order(sampler):
+    diffusion = GaussianDiffusion(3)
+    prompts, seeds = ["1", "-2", "", "0.5"], [7, 0, 2**62, 3]
+    together = run(diffusion, sampler, value_of(), prompts=prompts, seeds=seeds)
+    assert together.prompts == prompts
+    order = [2, 0, 3, 1]
+    other = run(diffusion, sampler, value_of(), prompts=[prompts[k] for k in order], seeds=[seeds[k] for k in order])
+    assert torch.equal(other.x, together.x[order])
+    for k in range(4):
+        alone = run(diffusion, sampler, value_of(), prompts=prompts[k : k + 1], seeds=seeds[k : k + 1])
+        assert torch.equal(alone.x[0], together.x[k])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+def test_the_global_generator_is_left_alone(sampler):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = run(GaussianDiffusion(3), sampler, value_of(), 2).x
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(run(GaussianDiffusion(3), sampler, value_of(), 2).x, first)
+
+
+# ---- cost
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_end_has_one_row_per_image_and_the_cost_is_the_formula(sampler, steps, count):
+    diffusion = GaussianDiffusion(steps)
+    final = run(diffusion, sampler, value_of(), count)
+    assert final.done
+    assert final.x.shape == (count, 1, 1, 2)
+    assert final.images.shape == (count, 3, 1, 2)
+    ledger = final.context.ledger
+    assert ledger.denoiser_rows == count * sampler.rows(steps) == sum(diffusion.denoised_rows)
+    assert ledger.network_rows == ledger.denoiser_rows
+    if isinstance(sampler, Unguided):
+        expected, scored = steps, 0
+    elif isinstance(sampler, BestOfN):
+        expected, scored = sampler.num_particles * steps, sampler.num_particles * (sampler.num_particles > 1)
+    else:
+        b, m = sampler.num_particles, sampler.num_candidates
+        expected = b * (1 + m * (steps - 1))
+        scored = b * m * (steps if m > 1 else int(b > 1))
+    assert sampler.rows(steps) == expected
+    assert ledger.reward_calls == count * scored
+    assert ledger.decoded_images == count * max(scored, 1)  # a survivor's image is not decoded again
+
+
+@pytest.mark.parametrize(("candidates", "particles"), [(5, 1), (3, 2)])
+def test_a_value_that_does_not_ask_costs_the_winners_only(candidates, particles):
+    value = bound(ExactSoftValue(1.0), Linear(B))
+    final = run(GaussianDiffusion(4), SVDD(candidates, 1.0, particles), value, 3)
+    assert final.context.ledger.denoiser_rows == 3 * particles * 4
+    assert final.context.ledger.reward_calls == 3 * particles * candidates  # the last choice is the reward's
+
+
+def test_a_deterministic_last_step_proposes_no_copies():
+    diffusion = GaussianDiffusion(4, last=1.0)
+    assert diffusion.std(3) == 0.0
+    final = run(diffusion, SVDD(5), value_of(), 2)
+    assert final.context.ledger.denoiser_rows == 2 * SVDD(5).rows(4)
+    assert final.context.ledger.reward_calls == 2 * 5 * 3
+    beam = run(diffusion, SVDD(5, num_particles=3), value_of(), 2)
+    assert beam.context.ledger.denoiser_rows == 2 * SVDD(5, num_particles=3).rows(4)
+    assert beam.context.ledger.reward_calls == 2 * (15 * 3 + 3)
+
+
+# ---- refusals
+
+
+def test_candidates_need_noise():
+    diffusion = GaussianDiffusion(3, eta=0.0)
+    with pytest.raises(UserError, match=r"num_candidates=20 needs a chain with noise: with eta=0 .*set eta above 0"):
+        SVDD().check(diffusion)
+    for sampler in (SVDD(1), BestOfN(5), Unguided()):
+        sampler.check(diffusion)
+    SVDD().check(GaussianDiffusion(3, eta=0.01))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SVDD(num_candidates=0), "num_candidates must be >= 1, got 0"),
+        (lambda: SVDD(num_particles=0), "num_particles must be >= 1, got 0"),
+        (lambda: SVDD(alpha=-1), "alpha must be >= 0, got -1"),
+        (lambda: SVDD(alpha=math.nan), "alpha must be >= 0, got nan"),
+        (lambda: BestOfN(0), "num_particles must be >= 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_value_without_a_reward_says_what_to_do():
+    with pytest.raises(UserError, match=r"PosteriorMean has no reward yet: call value.bind\(reward\)"):
+        run(GaussianDiffusion(2), SVDD(2), PosteriorMean(), 1)
+
+
+def test_watchers_hear_of_every_step_and_every_mean_value():
+    heard = []
+    state = GaussianDiffusion(3).start(["", ""], [0, 1])
+    state.context.on_step = lambda i, value: heard.append((i, value))
+    SVDD(4).sample(state, value_of())
+    assert [i for i, value in heard if value is None] == [1, 2, 3]
+    assert [i for i, value in heard if value is not None] == [1, 2, 3]
+    assert all(math.isfinite(value) for _, value in heard if value is not None)
