@@ -30,8 +30,8 @@ class Denoised(NamedTuple):
 class Diffusion(nn.Module, ABC):
     """The reverse chain of a pretrained model, from noise (step i = 0) to the latent of an image (i = T).
 
-    The index i counts denoising steps: it runs the other way than the paper's t. `x0` is always the clean latent. A subclass says how to encode
-    prompts, denoise and decode; `start` and the states it returns do the rest.
+    The index i counts denoising steps: it runs the other way than the paper's t. `x0` is always the clean latent.
+    A subclass says how to encode prompts, denoise and decode; `start` and the states it returns do the rest.
 
     Args:
         num_inference_steps: T, the number of denoising steps.

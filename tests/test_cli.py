@@ -1,0 +1,335 @@
+"""The command line as a user types it: real runs on tiny models, real errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from svdd.__main__ import main
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def config(sd15, prompts_file, tmp_path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {
+                    "reward": "Compressibility",
+                    "diffusion": {
+                        "class_path": "StableDiffusion",
+                        "init_args": {"pretrained": sd15, "num_inference_steps": 3},
+                    },
+                    "sampler": {"class_path": "SVDD", "init_args": {"num_candidates": 2}},
+                },
+                "data": {"prompts": str(prompts_file)},
+                "trainer": {"accelerator": "cpu", "devices": 1},
+            }
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def predict(config, tmp_path):
+    def run(*arguments: str) -> int:
+        return main(["predict", "--config", str(config), "--output", str(tmp_path / "run"), *arguments])
+
+    return run
+
+
+@pytest.fixture
+def refused(predict, capsys, tmp_path):
+    """Runs the command, which must end with code 2, one line and nothing on disk; returns the line."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert predict(*arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("svdd: error: ")
+        assert not list(tmp_path.glob("run/images/*"))
+        assert not (tmp_path / "run" / "results.jsonl").exists()
+        return lines[0]
+
+    return run
+
+
+def test_a_run_leaves_what_the_design_promises(predict, tmp_path, read_rows):
+    assert predict("--model.eval_rewards+=Incompressibility", "--model.images_per_prompt", "2") == 0
+    run = tmp_path / "run"
+    rows = read_rows(run)
+    assert [(row["prompt_index"], row["image_index"]) for row in rows] == [(p, k) for p in range(3) for k in range(2)]
+    assert [row["seed"] for row in rows] == list(range(6))
+    for row in rows:
+        assert row["ledger"]["denoiser_rows"] == 1 + 2 * (3 - 1)
+        assert row["ledger"]["network_rows"] == 2 * row["ledger"]["denoiser_rows"]
+        assert set(row["rewards"]) == {"Compressibility", "Incompressibility"}
+        picture = Image.open(run / row["file"])
+        assert picture.info["prompt"] == row["prompt"]
+        kilobytes = row["rewards"]["Incompressibility"]
+        assert row["rewards"]["Compressibility"] == -kilobytes
+    summary = json.loads((run / "summary.json").read_text())
+    scores = [row["rewards"]["Compressibility"] for row in rows]
+    assert summary["rewards"]["Compressibility"]["mean"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert summary["ledger"]["denoiser_rows"] == sum(row["ledger"]["denoiser_rows"] for row in rows)
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    assert recorded["model"]["sampler"]["init_args"] == {"num_candidates": 2, "alpha": 0.0, "num_particles": 1}
+
+
+@pytest.mark.parametrize("sampler", [["Unguided"], ["SVDD", "--model.sampler.num_candidates", "1"]])
+def test_pngs_equal_those_of_the_pipeline(predict, tmp_path, sd15, prompts_file, sampler):
+    assert predict("--model.sampler", *sampler, "--data.batch_size", "3", "--model.seed", "40") == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None, dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    generators = [torch.Generator().manual_seed(seed) for seed in (40, 41, 42)]
+    prompts = prompts_file.read_text().splitlines()
+    images = pipeline(prompts, num_inference_steps=3, guidance_scale=7.5, eta=1.0, generator=generators).images
+    for index, image in enumerate(images):
+        ours = Image.open(tmp_path / "run" / "images" / f"{index:06d}-00.png")
+        assert np.array_equal(np.asarray(ours), np.asarray(image))
+
+
+def test_a_run_continues_where_it_stopped(predict, tmp_path, read_rows):
+    assert predict("--data.batch_size", "1") == 0
+    run = tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in run.glob("images/*.png")}
+    rows, summary = read_rows(run), json.loads((run / "summary.json").read_text())
+    (run / "images" / "000001-00.png").write_bytes(b"torn")
+    stamp = (run / "images" / "000000-00.png").stat().st_mtime_ns
+    assert predict("--data.batch_size", "1") == 0
+    assert {path.name: path.read_bytes() for path in run.glob("images/*.png")} == before
+    assert (run / "images" / "000000-00.png").stat().st_mtime_ns == stamp
+    without_times = [{**row, "ledger": row["ledger"]["denoiser_rows"]} for row in rows]
+    assert [{**row, "ledger": row["ledger"]["denoiser_rows"]} for row in read_rows(run)] == without_times
+    assert json.loads((run / "summary.json").read_text())["rewards"] == summary["rewards"]
+
+
+def test_a_finished_run_is_left_alone(predict, tmp_path):
+    assert predict() == 0
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    assert predict() == 0
+    assert (tmp_path / "run" / "summary.json").read_bytes() == summary
+
+
+def test_a_folder_of_another_configuration_is_refused_unless_overwritten(predict, capsys, tmp_path):
+    assert predict() == 0
+    results = (tmp_path / "run" / "results.jsonl").read_bytes()
+    capsys.readouterr()
+    assert predict("--model.sampler.num_candidates", "3") == 2
+    message = capsys.readouterr().err
+    assert "model.sampler.num_candidates was 2, now 3" in message
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == results
+    assert predict("--model.sampler.num_candidates", "3", "--overwrite", "true") == 0
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() != results
+
+
+def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts_file):
+    assert predict() == 0
+    prompts_file.write_text("red apple\ngreen car\npanda\n")
+    assert predict() == 2
+    assert "prompts_sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.sampler", "SVD"], "unknown sampler 'SVD'; known: BestOfN, SVDD, Unguided; did you mean 'SVDD'?"),
+        (["--model.value", "PosteriorMeen"], "unknown value 'PosteriorMeen'; known: PosteriorMean"),
+        (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),
+        (["--model.eval_rewards+=Nope"], "unknown reward 'Nope'"),
+        (["--model.reward", "my_module.Mine"], "No module named 'my_module'"),
+        (["--model.sampler", "SVDD", "--model.sampler.candidates", "3"], "no argument 'candidates'"),
+        (["--model.sampler.num_candidates", "many"], "expected int, got many"),
+        (["--model.sampler.num_candidates", "0"], "num_candidates must be >= 1, got 0"),
+        (["--model.sampler.alpha", "-1"], "alpha must be >= 0, got -1.0"),
+        (["--model.diffusion.num_inference_steps", "0"], "num_inference_steps must be >= 1, got 0"),
+        (["--model.diffusion.eta", "0"], "eta=0 every step is deterministic"),
+        (["--model.diffusion.scheduler", "pndm"], "known: ddim, ddpm, euler_ancestral"),
+        (["--model.diffusion.chunk_size", "0"], "chunk_size must be 'auto' or an integer >= 1, got 0"),
+        (["--model.diffusion.pretrained", "/no/such/folder"], "'/no/such/folder' is not a folder"),
+        (["--model.images_per_prompt", "0"], "images_per_prompt must be >= 1, got 0"),
+        (["--data.batch_size", "0"], "batch_size must be >= 1, got 0"),
+        (["--data.prompts", "/no/such/prompts.txt"], "no such file"),
+        (["--modell.seed", "3"], "unrecognized arguments: --modell.seed"),
+        (["--config", "/no/such.yaml"], "File does not exist: '/no/such.yaml'"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_code_2(refused, arguments, expected):
+    assert expected in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("empty.txt", b"", "holds no prompt"),
+        ("blank.txt", b"\n  \n\n", "3 blank"),
+        ("latin.txt", "caf\u00e9\n".encode("latin-1"), "line 1"),
+        ("torn.jsonl", b'{"prompt": "apple"}\n{"prompt": \n', "line 2: not valid JSON"),
+        ("columns.csv", b"promt,seed\napple,1\n", "promt"),
+        ("broken.json", b'["apple", ', "not valid JSON"),
+    ],
+)
+def test_a_bad_prompt_file_is_named_with_the_place(refused, tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content)
+    line = refused("--data.prompts", str(path))
+    assert name in line
+    assert expected in line
+
+
+def test_blank_lines_are_skipped_and_said(predict, tmp_path, prompts_file, read_rows):
+    prompts_file.write_text("apple\n\n\npanda\n")
+    with pytest.warns(UserWarning, match="skipped 2 blank prompts, the first at line 2"):
+        assert predict() == 0
+    assert [row["prompt"] for row in read_rows(tmp_path / "run")] == ["apple", "panda"]
+
+
+def test_a_folder_that_is_no_pipeline(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no model_index.json" in refused("--model.diffusion.pretrained", str(tmp_path / "empty"))
+
+
+def test_an_output_that_is_a_file(predict, capsys, tmp_path, config):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    assert main(["predict", "--config", str(config), "--output", str(path)]) == 2
+    assert "svdd: error: " in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_a_foreign_folder_is_not_written_over(predict, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert predict("--overwrite", "true") == 2
+    assert "run folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+REWARDS = """
+import torch
+from svdd.rewards.base import Reward
+
+class Redness(Reward):
+    '''Mean of the red channel.'''
+    def forward(self, images, prompts):
+        return images[:, 0].mean((1, 2))
+
+class WrongShape(Reward):
+    '''Not one number per image.'''
+    def forward(self, images, prompts):
+        return images.mean()
+
+class NotANumber(Reward):
+    '''NaN for one prompt.'''
+    def forward(self, images, prompts):
+        return torch.tensor([float("nan") if p == "panda" else 0.0 for p in prompts])
+"""
+
+
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("own_rewards", None)
+    sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path)]
+
+
+def test_a_reward_of_ones_own_in_the_working_directory(predict, own_rewards, tmp_path, read_rows):
+    assert predict("--model.reward", "own_rewards.Redness") == 0
+    for row in read_rows(tmp_path / "run"):
+        red = np.asarray(Image.open(tmp_path / "run" / row["file"]))[..., 0].mean() / 255
+        assert row["rewards"]["Redness"] == pytest.approx(red, abs=2e-3)
+
+
+def test_a_bad_reward_ends_the_run_in_one_line_and_keeps_what_is_done(predict, own_rewards, capsys, tmp_path):
+    assert predict("--model.reward", "own_rewards.WrongShape") == 2
+    assert "reward WrongShape returned shape []" in capsys.readouterr().err
+    assert predict("--model.reward", "own_rewards.NotANumber", "--data.batch_size", "1") == 2
+    message = capsys.readouterr().err
+    assert "NaN" in message
+    assert "'panda'" in message
+    assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir()) == ["000000-00.png", "000001-00.png"]
+
+
+def test_later_configs_lie_over_earlier_ones(config, tmp_path, read_rows):
+    best = REPOSITORY / "configs" / "best_of_n.yaml"
+    run = str(tmp_path / "run")
+    arguments = ["--config", str(config), "--config", str(best), "--model.sampler.num_particles", "3", "--output", run]
+    assert main(["predict", *arguments]) == 0
+    assert read_rows(tmp_path / "run")[0]["ledger"]["denoiser_rows"] == 3 * 3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+def test_every_config_runs(path, sd15, tiny_clip, config, tmp_path, read_rows):
+    """As it is, but for hub models, which become tiny ones, and for length."""
+    settings = yaml.safe_load(path.read_text())
+    text = path.read_text().replace("stable-diffusion-v1-5/stable-diffusion-v1-5", sd15)
+    text = text.replace("openai/clip-vit-large-patch14", tiny_clip)
+    (tmp_path / "adapted.yaml").write_text(text)
+    base = ["--config", str(config)] if "data" not in settings else []  # an overlay needs something below it
+    short = ["--model.diffusion.num_inference_steps", "2", "--data.limit", "2"]
+    run = str(tmp_path / "run")
+    assert main(["predict", *base, "--config", str(tmp_path / "adapted.yaml"), *short, "--output", run]) == 0
+    assert len(read_rows(tmp_path / "run")) == 2
+
+
+def test_the_quick_commands_import_nothing_heavy():
+    code = (
+        "import sys; from svdd.__main__ import main\n"
+        "for words in (['--help'], ['--version'], ['list']):\n"
+        "    assert main(words) == 0\n"
+        "heavy = {'torch', 'lightning', 'diffusers', 'transformers', 'PIL', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("SVDD", "BestOfN", "Unguided", "PosteriorMean", "CLIPScore", "StableDiffusion"):
+        assert name in done.stdout
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main(["predcit"]) == 2
+    assert "did you mean 'predict'?" in capsys.readouterr().err
+    assert main(["list", "rewards"]) == 2
+    assert "diffusion, sampler, value, reward" in capsys.readouterr().err
+
+
+def test_compare_puts_runs_side_by_side(predict, config, capsys, tmp_path):
+    assert predict() == 0
+    other = str(tmp_path / "plain")
+    assert main(["predict", "--config", str(config), "--output", other, "--model.sampler", "Unguided"]) == 0
+    picture = tmp_path / "compare.png"
+    assert main(["compare", str(tmp_path / "run"), other, "--output", str(picture)]) == 0
+    table = capsys.readouterr().out
+    assert "means over 3 images" in table
+    assert Image.open(picture).width > 3 * 128
+    assert main(["compare", str(tmp_path / "nothing")]) == 2
+    assert "results.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_images(predict, config, tmp_path, read_rows):
+    assert predict("--data.batch_size", "1") == 0
+    command = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
+    command += ["--output", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = read_rows(tmp_path / "run"), read_rows(tmp_path / "two")
+    assert [row["sha256"] for row in one] == [row["sha256"] for row in two]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "two")]
+    assert summaries[0]["rewards"] == summaries[1]["rewards"]
+    assert summaries[0]["ledger"]["denoiser_rows"] == summaries[1]["ledger"]["denoiser_rows"]
