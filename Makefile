@@ -45,7 +45,6 @@ embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.clip --work $(WORK) --name clip
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.clip --work $(WORK) --name judge
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.unet --work $(WORK)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.vae --work $(WORK) --decoder
 	$(BIN)/python -m tools.embedded_model.export --work $(WORK)
 	$(BIN)/python -m tools.embedded_model.contact_sheets
 

@@ -99,8 +99,6 @@ def test_the_gradient_is_the_slope(reward):
         images = pictures(1).requires_grad_()
         assert not reward(images, PROMPTS[:1]).requires_grad
         return
-    wide = type(reward)
-    assert wide is CLIPScore, "give a double-precision copy of a new differentiable reward here"
     images = pictures(2, 36, 44).clamp(0.2, 0.8)
     images.requires_grad_()
     scores = reward(images, PROMPTS[:2])
@@ -212,7 +210,7 @@ def by_transformers(folder: str, images: torch.Tensor, prompts: list[str]) -> tu
     "size", [(32, 32), (32, 47), (64, 64), (40, 40), (48, 96), (100, 37), (20, 20), (33, 65), (47, 33)]
 )
 def test_clip_score_is_what_transformers_says(tiny_clip, size):
-    """Where something is resized, the processor rounds to 8 bits after each of two passes: 1.2 / 255, 1.5e-3 a score."""
+    """Where it resizes, the processor rounds to 8 bits after each of two passes: 1.2 / 255, or 1.5e-3 of a score."""
     images, resized = within_gamut(4, *size), min(size) != 32
     pixels, cosines = by_transformers(tiny_clip, images, PROMPTS)
     reward = CLIPScore(tiny_clip)
@@ -245,6 +243,14 @@ def test_remembered_prompts_score_as_new_ones(tiny_clip):
     warm, images = CLIPScore(tiny_clip), pictures(4)
     warm.score(images[:2], PROMPTS[:2])
     torch.testing.assert_close(warm.score(images, PROMPTS), CLIPScore(tiny_clip).score(images, PROMPTS))
+
+
+def test_prompts_remembered_in_inference_mode_do_not_stop_gradients(tiny_clip):
+    reward, images = CLIPScore(tiny_clip), pictures(2)
+    with torch.inference_mode():
+        reward.score(images, PROMPTS[:2])
+    reward(images.requires_grad_(), PROMPTS[:2]).sum().backward()
+    assert images.grad.abs().max() > 0
 
 
 def test_long_and_empty_prompts_are_scored(tiny_clip):

@@ -24,9 +24,8 @@ def export_diffusion(work: Path, folder: Path) -> None:
     """
     training = UNetTraining()
     training.load_state_dict(_weights(work / "unet/last.ckpt"))
-    decoder = work / "vae_decoder/last.ckpt"
     pipeline = StableDiffusionPipeline(
-        vae=export_vae(decoder if decoder.exists() else work / "vae/last.ckpt", work),
+        vae=export_vae(work / "vae/last.ckpt", work),
         text_encoder=_text_tower(work),
         tokenizer=build_tokenizer(work),
         unet=training.average.eval(),
