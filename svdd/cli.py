@@ -124,5 +124,10 @@ def _refusals() -> Iterator[None]:
 def _hush() -> None:
     """Keeps remarks of the libraries that no user can act on out of the terminal."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*", ".*across ranks is zero.*"):
-        warnings.filterwarnings("ignore", message=message)
+    for message in (
+        "isinstance.treespec, LeafSpec",
+        "have many workers",
+        "ranks is zero",
+        "LightningCLI's args parameter",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")

@@ -86,7 +86,7 @@ def _read_txt(path: str, prompt_column: str) -> Iterator[Row]:
 
 def _read_jsonl(path: str, prompt_column: str) -> Iterator[Row]:
     for number, line in enumerate(_read_lines(path), 1):
-        yield f"line {number}", _parse_json(line, number) if line.strip() else ""
+        yield f"line {number}", _parse_json(line.rstrip(), number) if line.strip() else ""
 
 
 def _read_json(path: str, prompt_column: str) -> Iterator[Row]:
