@@ -24,7 +24,7 @@ class Chunker:
     """
 
     def __init__(self, size: int | str = "auto") -> None:
-        if size != "auto" and (isinstance(size, str) or size < 1):
+        if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"chunk_size must be 'auto' or an integer >= 1, got {size!r}")
         self.automatic = size == "auto"
         self.limit: int | None = None if isinstance(size, str) else size
@@ -58,7 +58,7 @@ class Chunker:
             return done[0]
         if isinstance(done[0], Tensor):
             return torch.cat(done)
-        return type(done[0])(*(torch.cat(parts) for parts in zip(*done, strict=True)))
+        return type(done[0])._make(torch.cat(parts) for parts in zip(*done, strict=True))
 
     def _halve(self, size: int) -> None:
         self.limit = size // 2

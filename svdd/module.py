@@ -105,7 +105,8 @@ class GuidedDiffusion(L.LightningModule):
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         final = self.draw(texts, [seed + k for k in range(len(texts))] if seeds is None else list(seeds))
-        return final.images, self.reward.score(final.images, final.prompts)
+        scores = self.diffusion.chunker.map(self.reward.score, len(texts), final.images, final.prompts)
+        return final.images, scores
 
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str | None] | None = None
@@ -113,7 +114,7 @@ class GuidedDiffusion(L.LightningModule):
         """Runs the sampler and returns the state at the end of the chain, decoded, one row per image."""
         state = self.diffusion.start(prompts, seeds, self.sampler.start_particles, negative_prompts)
         state.context.on_step = self.on_step
-        with state.context.ledger.timed("total_seconds", state.x.device):
+        with state.context.ledger.timed("total_seconds", state.x.device), torch.no_grad():
             final = self.sampler.sample(state, self.value)
             _ = final.images
         return final
@@ -149,6 +150,7 @@ class GuidedDiffusion(L.LightningModule):
         self.record(rows)
         return Prediction(final.images.cpu(), rows)
 
+    @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[dict[str, Any]]) -> None:
         """Adds result rows to the statistics; a resumed run feeds what it finds on disk through here."""
         for name, metric in zip(self.rewards, self.statistics, strict=True):
@@ -173,7 +175,7 @@ class GuidedDiffusion(L.LightningModule):
             "guide": self.guide_name,
             "rewards": statistics,
             "ledger": {
-                name: round(total, 3) if name.endswith("seconds") else int(total) for name, total in totals.items()
+                name: round(total, 3) if name.endswith("seconds") else round(total) for name, total in totals.items()
             },
             "denoiser_rows_per_image": totals["denoiser_rows"] / images if images else None,
         }
@@ -182,6 +184,7 @@ class GuidedDiffusion(L.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(flat)
 
+    @torch.inference_mode(False)
     def _reset(self) -> None:
         for metric in (*self.statistics, *self.spent.values()):
             metric.reset()

@@ -1,17 +1,16 @@
 """A progress bar over prompts and, inside it, over denoising steps."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from tqdm import tqdm
 
-from svdd.prediction import Prediction
-
 __all__ = ["StepProgress"]
 
 
 class StepProgress(L.Callback):
-    """Shows prompts done, the step of the batch at work and the mean value there; only on rank 0."""
+    """Shows this device's prompts, the step of the batch at work and the mean value there; only on rank 0."""
 
     def __init__(self) -> None:
         self._prompts: tqdm | None = None
@@ -21,17 +20,23 @@ class StepProgress(L.Callback):
         """Opens the bars and listens to the module's steps."""
         if not trainer.is_global_zero:
             return
-        total = sum(int(count) for count in trainer.num_predict_batches)
-        self._prompts = tqdm(total=total, desc="batches of prompts", unit="batch", position=0)
+        prompts = -(-len(trainer.predict_dataloaders.dataset) // trainer.world_size)
+        self._prompts = tqdm(total=prompts, desc="prompts", position=0)
         self._steps = tqdm(total=pl_module.diffusion.num_inference_steps, desc="steps", position=1, leave=False)
         pl_module.on_step = self._show_step
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Prediction, *args: Any, **kwargs: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Sequence[Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Moves the outer bar on."""
         if self._prompts is not None:
-            self._prompts.update()
+            self._prompts.update(len(batch))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bars."""

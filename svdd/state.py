@@ -135,8 +135,10 @@ class State:
             mean: The kernel's mean [n, c, h, w] where a sampler shifts it; the model's own by default.
 
         Raises:
-            ValueError: If m is below 1.
+            ValueError: If m is below 1, or at the end of the chain.
         """
+        if self.done:
+            raise ValueError("the chain has ended (i = T): there is no kernel to draw from")
         if m < 1:
             raise ValueError(f"m must be >= 1, got {m}")
         mean = self.prediction.mean if mean is None else mean
@@ -154,8 +156,11 @@ class State:
             index: int64 [groups, k]; entry (g, j) counts within group g, the g-th of `groups` equal runs of rows.
 
         Raises:
-            ValueError: If the rows do not divide into that many groups, or an index leaves its group.
+            ValueError: If `index` is not a matrix, the rows do not divide into that many groups, or an index leaves
+                its group.
         """
+        if index.ndim != 2:
+            raise ValueError(f"index must have shape [groups, k], got {list(index.shape)}")
         groups, n = index.shape[0], len(self.x)
         if groups < 1 or n % groups:
             raise ValueError(f"index has {groups} groups, which do not divide {n} rows evenly")

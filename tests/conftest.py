@@ -9,7 +9,8 @@ import torch
 
 from tests.tiny_models import save_tiny_clip, save_tiny_pipeline
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session")

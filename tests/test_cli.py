@@ -154,7 +154,7 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         (["--model.sampler.num_candidates", "many"], "expected int, got many"),
         (["--model.sampler.num_candidates", "0"], "num_candidates must be >= 1, got 0"),
         (["--model.sampler.alpha", "-1"], "alpha must be >= 0, got -1.0"),
-        (["--model.diffusion.num_inference_steps", "0"], "num_inference_steps must be >= 1, got 0"),
+        (["--model.diffusion.num_inference_steps", "0"], "num_inference_steps must be an integer >= 1, got 0"),
         (["--model.diffusion.eta", "0"], "eta=0 every step is deterministic"),
         (["--model.diffusion.scheduler", "pndm"], "known: ddim, ddpm, euler_ancestral"),
         (["--model.diffusion.chunk_size", "0"], "chunk_size must be 'auto' or an integer >= 1, got 0"),

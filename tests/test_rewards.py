@@ -74,10 +74,7 @@ def test_images_are_left_alone(reward):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_every_float_is_taken(reward, dtype, request):
-    if isinstance(reward, CLIPScore) and dtype != torch.float64:
-        reason = "svdd/rewards/clip.py: preprocess resizes in the images' type, which the CPU cannot for half types"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=NotImplementedError, reason=reason))
+def test_every_float_is_taken(reward, dtype):
     images = pictures(2)
     scores = reward.score(images.to(dtype), PROMPTS[:2])
     assert scores.dtype == torch.float32
@@ -222,7 +219,6 @@ def test_clip_score_is_what_transformers_says(tiny_clip, size):
     assert cosines.std() > 0.1  # another pair's score would be seen
 
 
-@pytest.mark.xfail(strict=True, reason="svdd/rewards/clip.py: int(784 * (32 / 392)) is 63, the processor's size 64")
 def test_the_longer_side_is_the_processors(tiny_clip):
     images = within_gamut(1, 392, 784)
     reward, (pixels, _) = CLIPScore(tiny_clip), by_transformers(tiny_clip, images, PROMPTS[:1])

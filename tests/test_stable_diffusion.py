@@ -205,16 +205,8 @@ def no_tokenizer(path: Path) -> None:
         (broken_json, "cannot be loaded: .*not a valid JSON file"),
         (no_network, "cannot be loaded: .*no file named config.json"),
         (cut_network, "cannot be loaded: Unable to load weights"),
-        pytest.param(
-            cut_text_encoder,
-            "cannot be loaded",
-            marks=pytest.mark.xfail(strict=True, reason="stable_diffusion.py: a SafetensorError passes through _load"),
-        ),
-        pytest.param(
-            no_tokenizer,
-            "cannot be loaded",
-            marks=pytest.mark.xfail(strict=True, reason="transformers 5 makes an empty tokenizer and nobody looks"),
-        ),
+        (cut_text_encoder, "cannot be loaded"),
+        (no_tokenizer, "has no usable tokenizer"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(sd15, tmp_path, damage, message):
@@ -260,15 +252,11 @@ def test_a_folder_or_file_that_is_no_pipeline_is_refused(tmp_path):
         ({"eta": 1.5}, r"eta must lie in 0 \.\. 1, got 1.5"),
         ({"eta": -0.1}, r"eta must lie in 0 \.\. 1, got -0.1"),
         ({"eta": float("nan")}, r"eta must lie in 0 \.\. 1, got nan"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
         ({"scheduler": "pndm"}, "'pndm' has no Gaussian one-step kernel.*known: ddim, ddpm, euler_ancestral"),
         ({"scheduler": "DDIM"}, "did you mean 'ddim'"),
         ({"chunk_size": 0}, "chunk_size must be 'auto' or an integer >= 1, got 0"),
-        pytest.param(
-            {"guidance_scale": float("nan")},
-            "guidance_scale",
-            marks=pytest.mark.xfail(strict=True, reason="stable_diffusion.py: guidance_scale is not checked"),
-        ),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
     ],
 )
 def test_arguments_out_of_range_are_refused(sd15, options, message):

@@ -43,8 +43,8 @@ class Diffusion(nn.Module, ABC):
 
     def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
         super().__init__()
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be >= 1, got {num_inference_steps}")
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
         self.num_inference_steps = num_inference_steps
         self.chunker = Chunker(chunk_size)
 

@@ -3,6 +3,7 @@
 Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022, arXiv 2112.10752.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from svdd.diffusion.base import Denoised, Diffusion
@@ -18,6 +20,8 @@ from svdd.diffusion.kernels import known_schedulers, make_kernel
 from svdd.errors import UserError
 
 __all__ = ["StableDiffusion"]
+
+_MOST_TOKENS = 10_000
 
 
 class StableDiffusion(Diffusion):
@@ -65,6 +69,8 @@ class StableDiffusion(Diffusion):
         super().__init__(num_inference_steps, chunk_size)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
         if scheduler not in known_schedulers():  # say so before gigabytes are read
             make_kernel(scheduler, {}, num_inference_steps, eta)
         source = str(files("svdd") / "assets" / "emoji-sd") if pretrained == "emoji" else pretrained
@@ -205,9 +211,13 @@ def _load(source: str, **options: Any) -> Any:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 source, safety_checker=None, feature_extractor=None, dtype=torch.float32, **options
             )
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"pretrained={source!r} cannot be loaded: {reason}") from error
+    if pipeline.tokenizer.model_max_length > _MOST_TOKENS:  # transformers makes up an empty one where files are missing
+        raise UserError(
+            f"pretrained={source!r} has no usable tokenizer; its folder `tokenizer` is missing or incomplete"
+        )
     return pipeline
 
 

@@ -70,10 +70,12 @@ class CLIPScore(Reward):
             images: float [n, 3, h, w] in [0, 1].
         """
         height, width = images.shape[-2:]
-        scale = self.side / min(height, width)
-        if scale != 1:
-            size = (max(self.side, int(height * scale)), max(self.side, int(width * scale)))
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        short = min(height, width)
+        if short != self.side:
+            size = (self.side * height // short, self.side * width // short)
+            images = F.interpolate(
+                images.float(), size=size, mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
         top, left = ((extent - self.side) // 2 for extent in images.shape[-2:])
         images = images[..., top : top + self.side, left : left + self.side]
         return (images - self.mean.to(images)) / self.std.to(images)
@@ -91,7 +93,7 @@ class CLIPScore(Reward):
             features = self.clip.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask)
             features = F.normalize(_pooled(features).float(), dim=-1)
             self._text_cache.update(zip(new, features, strict=True))
-        return torch.stack([self._text_cache[prompt] for prompt in prompts])
+        return torch.stack([self._text_cache[prompt].to(self.clip.device) for prompt in prompts])
 
 
 def _pooled(features: Any) -> Tensor:

@@ -25,7 +25,7 @@ from tools.embedded_model.vae import export_vae
 
 __all__ = ["SCHEDULER", "UNetTraining", "precompute"]
 
-STEPS, POOL, MIN_SNR = 6400, 80_000, 5.0
+STEPS, POOL, MIN_SNR = 4200, 80_000, 5.0
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
