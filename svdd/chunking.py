@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,14 +54,17 @@ class Chunker:
                 continue
             done.append(part)
             start += size
-        if len(done) == 1:
-            return done[0]
-        if isinstance(done[0], Tensor):
-            return torch.cat(done)
-        return type(done[0])._make(torch.cat(parts) for parts in zip(*done, strict=True))
+        return done[0] if len(done) == 1 else _join(done)
 
     def _halve(self, size: int) -> None:
         self.limit = size // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory with {size} rows at once: chunk_size is now {self.limit}", stacklevel=3)
+
+
+def _join(parts: list[Any]) -> Any:
+    """Joins tensors, or named tuples of tensors field by field, along the first dimension."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return type(parts[0])._make(torch.cat(fields) for fields in zip(*parts, strict=True))

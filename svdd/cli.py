@@ -83,6 +83,16 @@ class _PredictCLI(LightningCLI):
         """Leaves out what the folder already holds."""
         self.datamodule.skip(self.finished)
 
+    def after_predict(self) -> None:
+        """Says where the images are and how they score."""
+        summary = self.model.summary
+        if self.trainer.is_global_zero and summary:
+            guide = summary["rewards"][summary["guide"]]
+            print(f"{guide['count']:.0f} images in {self.writer.folder.path}/images")
+            for name, entry in summary["rewards"].items():
+                print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}")
+            print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
 

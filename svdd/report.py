@@ -44,7 +44,7 @@ def compare(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
         for line, run in enumerate(runs):
             x, y = _MARGIN + column * cell[0], 2 * _LINE + line * cell[1]
             row = rows[run][key]
-            tile = Image.open(run / row["file"]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            tile = Image.open(run / row["file"]).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             canvas.paste(tile, (x, y))
             pen.text((x, y + height + 2), run.name, _INK, font)
             for k, reward in enumerate(rewards):
