@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"svdd {__version__}")
         return 0
+    if not sys.stderr.isatty():  # nobody watches: no bars while weights are read
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
         if command == "list":
