@@ -321,15 +321,16 @@ def test_compare_puts_runs_side_by_side(predict, config, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_same_images(predict, config, tmp_path, read_rows):
-    assert predict("--data.batch_size", "1") == 0
-    command = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
-    command += ["--output", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+def test_two_processes_draw_the_same_images(config, tmp_path, read_rows):
+    """With one thread each: how many threads share a sum decides its last bit."""
+    base = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = read_rows(tmp_path / "run"), read_rows(tmp_path / "two")
+    for name, options in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
+        command = [*base, "--output", str(tmp_path / name), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
     assert [row["sha256"] for row in one] == [row["sha256"] for row in two]
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "two")]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[0]["rewards"] == summaries[1]["rewards"]
     assert summaries[0]["ledger"]["denoiser_rows"] == summaries[1]["ledger"]["denoiser_rows"]
