@@ -75,7 +75,7 @@ class _PredictCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
         wanted = self._get(self.config_init, "trainer.enable_progress_bar", default=True) is not False
-        trainer = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
+        trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
         trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else [])]
         return trainer
 

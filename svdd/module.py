@@ -75,12 +75,14 @@ class GuidedDiffusion(L.LightningModule):
         self.eval_rewards = ModuleList(eval_rewards or [])
         self.images_per_prompt, self.seed = images_per_prompt, seed
         self.sampler.check(self.diffusion)
-        names = [reward.name, *(held_out.name for held_out in self.eval_rewards)]
+        names = [reward.name, *(held_out.name for held_out in eval_rewards or [])]
         if len(set(names)) < len(names):
             raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
         self.guide_name = reward.name
-        self.statistics = ModuleList(RewardStatistics() for _ in names)  # in the order of `rewards`
-        self.spent = ModuleDict({name: SumMetric().set_dtype(torch.float64) for name in Ledger.__dataclass_fields__})
+        self.statistics: Any = ModuleList(RewardStatistics() for _ in names)  # in the order of `rewards`
+        self.spent: Any = ModuleDict(
+            {name: SumMetric().set_dtype(torch.float64) for name in Ledger.__dataclass_fields__}
+        )
         self.summary: dict[str, Any] = {}
         self.on_step: Callable[[int, float | None], None] | None = None
 

@@ -16,7 +16,7 @@ class StepProgress(L.Callback):
         self._prompts: tqdm | None = None
         self._steps: tqdm | None = None
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the bars and listens to the module's steps."""
         if not trainer.is_global_zero:
             return
@@ -27,8 +27,8 @@ class StepProgress(L.Callback):
 
     def on_predict_batch_end(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Any,
+        pl_module: Any,
         outputs: Any,
         batch: Sequence[Any],
         batch_idx: int,
@@ -38,11 +38,11 @@ class StepProgress(L.Callback):
         if self._prompts is not None:
             self._prompts.update(len(batch))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Closes the bars."""
         self._close(pl_module)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Closes the bars, so that the error is not written over."""
         self._close(pl_module)
 
@@ -53,7 +53,7 @@ class StepProgress(L.Callback):
                 self._steps.set_postfix_str(f"mean value {value:.4g}", refresh=False)
             self._steps.refresh()
 
-    def _close(self, pl_module: L.LightningModule) -> None:
+    def _close(self, pl_module: Any) -> None:
         for bar in (self._steps, self._prompts):
             if bar is not None:
                 bar.close()

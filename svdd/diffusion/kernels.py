@@ -32,7 +32,7 @@ class Kernel(ABC):
         ValueError: If the configuration asks for what has no Gaussian kernel.
     """
 
-    scheduler_class: type
+    scheduler_class: Any
 
     def __init__(self, config: dict[str, Any], num_inference_steps: int, eta: float) -> None:
         self.scheduler = self.scheduler_class.from_config(config)

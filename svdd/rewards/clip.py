@@ -37,6 +37,8 @@ class CLIPScore(Reward):
     """
 
     differentiable = True
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, pretrained: str = "emoji", revision: str | None = None, local_files_only: bool = False) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ def _pooled(features: Any) -> Tensor:
 
 
 def _load(source: str, options: dict[str, Any]) -> tuple[Any, Any, tuple[Sequence[float], Sequence[float]]]:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
     path = Path(source).expanduser()
@@ -118,9 +120,10 @@ def _load(source: str, options: dict[str, Any]) -> tuple[Any, Any, tuple[Sequenc
         if config.model_type != "clip":
             raise UserError(f"CLIPScore: pretrained={source!r} is a {config.model_type} model; expected a CLIP")
         model = CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
-        tokenizer = CLIPTokenizerFast.from_pretrained(source, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(source, **options)
     except (OSError, KeyError) as error:
         raise UserError(f"CLIPScore: pretrained={source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    statistics: tuple[Sequence[float], Sequence[float]]
     try:
         processor = CLIPImageProcessor.from_pretrained(source, **options)
         statistics = (processor.image_mean, processor.image_std)
