@@ -17,6 +17,7 @@ class Ledger:
     Args:
         denoiser_rows: Latents whose denoised prediction was computed; a classifier-free pair counts as one.
         network_rows: Rows that went through the network; a classifier-free pair counts as two.
+        gradient_rows: Denoiser rows that were also differentiated through; a backward pass costs about two forward.
         decoded_images: Latents that were decoded.
         reward_calls: Images that the guide reward scored.
         denoiser_seconds: Wall time in the network.
@@ -27,6 +28,7 @@ class Ledger:
 
     denoiser_rows: int = 0
     network_rows: int = 0
+    gradient_rows: int = 0
     decoded_images: int = 0
     reward_calls: int = 0
     denoiser_seconds: float = 0.0

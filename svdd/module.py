@@ -74,7 +74,7 @@ class GuidedDiffusion(L.LightningModule):
         self.value.bind(reward)
         self.eval_rewards = ModuleList(eval_rewards or [])
         self.images_per_prompt, self.seed = images_per_prompt, seed
-        self.sampler.check(self.diffusion)
+        self.sampler.check(self.diffusion, self.value)
         names = [reward.name, *(held_out.name for held_out in eval_rewards or [])]
         if len(set(names)) < len(names):
             raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["choose", "draw", "top"]
+__all__ = ["choose", "draw", "effective_sample_size", "probabilities", "top"]
 
 
 def top(log_w: Tensor, k: int = 1) -> Tensor:
@@ -40,12 +40,26 @@ def draw(log_w: Tensor, uniforms: Tensor) -> Tensor:
     Raises:
         ValueError: If a weight is NaN or +inf, or all weights of a group are zero.
     """
+    cumulative = probabilities(log_w).cumsum(1)
+    cumulative = cumulative / cumulative[:, -1:]  # the last entry is 1 exactly, above every uniform number
+    return torch.searchsorted(cumulative, uniforms.double(), right=True)
+
+
+def probabilities(log_w: Tensor) -> Tensor:
+    """Returns exp(log_w), normalised in every group, float64 [groups, rows].
+
+    Raises:
+        ValueError: If a weight is NaN or +inf, or all weights of a group are zero.
+    """
     _check(log_w, 1)
     if torch.isposinf(log_w).any() or torch.isneginf(log_w).all(dim=1).any():
         raise ValueError("log-weights must be below +inf, and finite for at least one row of every group")
-    cumulative = log_w.double().softmax(1).cumsum(1)
-    cumulative = cumulative / cumulative[:, -1:]  # the last entry is 1 exactly, above every uniform number
-    return torch.searchsorted(cumulative, uniforms.double(), right=True)
+    return log_w.double().softmax(1)
+
+
+def effective_sample_size(log_w: Tensor) -> Tensor:
+    """Returns (sum w)^2 / sum w^2 of every group, 1 .. rows, float64 [groups] (Kong, Liu and Wong, 1994)."""
+    return 1 / probabilities(log_w).square().sum(1)
 
 
 def choose(values: Tensor, alpha: float, k: int, uniforms: Callable[[int], Tensor]) -> Tensor:

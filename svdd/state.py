@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from svdd.context import Context
 from svdd.diffusion.base import Denoised, Diffusion
-from svdd.ledger import Ledger
 
-__all__ = ["Context", "Scorer", "State", "start"]
+__all__ = ["Scorer", "State", "start"]
 
 _MAX_SEED = 2**63 - 1
 _SELECTION_STREAM = 0x5DEECE66D  # selection draws from a stream of its own, so that it never shifts the noise
@@ -23,32 +23,13 @@ class Scorer(Protocol):
         """Returns one finite score per image, float32 [n]."""
 
 
-@dataclass
-class Context:
-    """What all states of one sampling run share.
+class _Slope(NamedTuple):
+    """Values of rows, their gradient, and the prediction that came of the same evaluation of the network."""
 
-    Args:
-        diffusion: The chain.
-        conditioning: Encoded distinct prompts.
-        prompts: The distinct prompts' texts; `State.row` indexes them.
-        generators: Noise of each image, on the CPU.
-        choosers: Uniform numbers of each image's selections, on the CPU.
-        ledger: What the run has spent.
-        on_step: Called with (step index, mean value or None) after every proposal and every evaluated value.
-    """
-
-    diffusion: Diffusion
-    conditioning: Any
-    prompts: list[str]
-    generators: list[torch.Generator]
-    choosers: list[torch.Generator]
-    ledger: Ledger = field(default_factory=Ledger)
-    on_step: Callable[[int, float | None], None] | None = None
-
-    def report(self, i: int, value: float | None = None) -> None:
-        """Tells whoever watches how far the run is."""
-        if self.on_step is not None:
-            self.on_step(i, value)
+    values: Tensor
+    gradient: Tensor
+    x0: Tensor
+    mean: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,12 +42,14 @@ class State:
         x: Latents at step i, [n, c, h, w].
         i: Step index, 0 .. T; T is the end of the chain.
         row: Index of each particle's prompt, int64 [n].
+        origin: Which of its image's starting particles each particle descends from, int64 [n].
         context: What the states of the run share.
     """
 
     x: Tensor
     i: int
     row: Tensor
+    origin: Tensor
     context: Context = field(repr=False)
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -144,8 +127,9 @@ class State:
         mean = self.prediction.mean if mean is None else mean
         x = mean.repeat_interleave(m, 0) if m > 1 else mean
         if self.std > 0:
-            x = x + self.std * _draw(self.context, len(x) // self.num_images).to(x)
-        child = State(x, self.i + 1, self.row.repeat_interleave(m), self.context)
+            x = x + self.std * self.context.noise(len(x) // self.num_images).to(x)
+        row, origin = self.row.repeat_interleave(m), self.origin.repeat_interleave(m)
+        child = State(x, self.i + 1, row, origin, self.context)
         self.context.report(child.i)
         return child
 
@@ -169,17 +153,68 @@ class State:
             raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
         offsets = torch.arange(groups, device=index.device)[:, None] * size
         flat = (index + offsets).flatten().to(self.x.device)
-        cache: dict[str, Any] = {}
-        if "prediction" in self._cache:
-            cache["prediction"] = Denoised(*(part[flat] for part in self._cache["prediction"]))
-        if "images" in self._cache:
-            cache["images"] = self._cache["images"][flat]
-        return replace(self, x=self.x[flat], row=self.row[flat.to(self.row.device)], _cache=cache)
+        cache = {name: _pick(known, flat) for name, known in self._cache.items()}
+        here = flat.to(self.row.device)
+        return replace(self, x=self.x[flat], row=self.row[here], origin=self.origin[here], _cache=cache)
+
+    def join(self, other: "State") -> "State":
+        """Returns the rows of both states, at the same step, with every image's rows of `other` after its own.
+
+        What only one of them knows is forgotten.
+        """
+        if self.i != other.i:
+            raise ValueError(f"states must be at the same step to be joined, got steps {self.i} and {other.i}")
+
+        def merge(first: Any, second: Any) -> Any:
+            if not isinstance(first, Tensor):
+                return type(first)._make(map(merge, first, second))
+            groups = (first.unflatten(0, (self.num_images, -1)), second.unflatten(0, (self.num_images, -1)))
+            return torch.cat(groups, 1).flatten(0, 1)
+
+        cache = {name: merge(self._cache[name], other._cache[name]) for name in self._cache.keys() & other._cache}
+        x, row, origin = (merge(getattr(self, name), getattr(other, name)) for name in ("x", "row", "origin"))
+        return replace(self, x=x, row=row, origin=origin, _cache=cache)
+
+    def replay(self, x: Tensor) -> "State":
+        """Starts the same chain from other latents: every row of an image will receive the noise of this start.
+
+        So the end of a row depends on its start alone, and equal starts have equal ends, however often this is asked.
+
+        Args:
+            x: Latents at i = 0, [images * k, c, h, w].
+
+        Raises:
+            ValueError: If this state is not at the start of the chain.
+        """
+        if self.i != 0:
+            raise ValueError(f"only a start can be replayed, got a state at step {self.i}")
+        k = len(x) // self.num_images
+        row = self.row.view(self.num_images, -1)[:, :1].expand(-1, k).flatten()
+        origin = torch.arange(k, device=row.device).repeat(self.num_images)
+        return State(x, 0, row, origin, self.context.replay())
+
+    def gradient(self, value: Callable[["State"], Tensor], through_denoiser: bool = True) -> tuple[Tensor, Tensor]:
+        """Returns the values of the rows and the gradient of each with respect to its own latent.
+
+        Evaluated once, with the prediction, which the next step then has; `select` hands all of it to the survivors.
+
+        Args:
+            value: Scores rows; it must be differentiable.
+            through_denoiser: Differentiate through the network. Otherwise the gradient is taken at x0 and used as if
+                x0 were x (a network evaluation without a backward pass).
+
+        Returns:
+            Values, float [n], and their gradient, [n, c, h, w].
+        """
+        if "slope" not in self._cache:
+            self._cache["slope"] = slope = self._differentiate(value, through_denoiser)
+            self._cache["prediction"] = Denoised(slope.x0, slope.mean)
+        slope = self._cache["slope"]
+        return slope.values, slope.gradient
 
     def uniforms(self, k: int) -> Tensor:
         """Returns k uniform numbers in [0, 1) for each image from its own selection stream, float64 [images, k]."""
-        draws = [torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.context.choosers]
-        return torch.stack(draws).to(self.x.device)
+        return self.context.uniforms(k).to(self.x.device)
 
     def _denoise(self) -> Denoised:
         context, diffusion, n = self.context, self.context.diffusion, len(self.x)
@@ -192,6 +227,26 @@ class State:
         context.ledger.denoiser_rows += n
         context.ledger.network_rows += n * diffusion.network_rows_per_row
         return denoised
+
+    def _differentiate(self, value: Callable[["State"], Tensor], through_denoiser: bool) -> _Slope:
+        """Works on chunks, each with a graph of its own, so that memory is bounded by `chunk_size`."""
+        if not through_denoiser:
+            _ = self.prediction
+
+        def differentiate(x: Tensor, row: Tensor, origin: Tensor, *known: Tensor) -> _Slope:
+            with torch.enable_grad():
+                part = State(x.detach().requires_grad_(through_denoiser), self.i, row, origin, self.context)
+                if known:
+                    part._cache["prediction"] = Denoised(known[0].detach().requires_grad_(), known[1])
+                values = value(part)
+                (slope,) = torch.autograd.grad(values.sum(), part.x if through_denoiser else part.x0)
+            return _Slope(values.detach(), slope, *(tensor.detach() for tensor in part.prediction))
+
+        known = () if through_denoiser else tuple(self.prediction)
+        chunker = self.context.diffusion.chunker
+        slope = chunker.map(differentiate, len(self.x), self.x, self.row, self.origin, *known)
+        self.context.ledger.gradient_rows += len(self.x) if through_denoiser else 0
+        return slope
 
 
 def start(
@@ -223,15 +278,12 @@ def start(
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         choosers=[torch.Generator().manual_seed(seed ^ _SELECTION_STREAM) for seed in seeds],
     )
-    noise = _draw(context, num_particles).to(diffusion.device)
+    noise = context.noise(num_particles).to(diffusion.device)
     row = torch.tensor([distinct[pair] for pair in pairs]).repeat_interleave(num_particles)
-    return State(diffusion.initial(noise), 0, row.to(diffusion.device), context)
+    origin = torch.arange(num_particles).repeat(len(prompts))
+    return State(diffusion.initial(noise), 0, row.to(diffusion.device), origin.to(diffusion.device), context)
 
 
-def _draw(context: Context, rows_per_image: int) -> Tensor:
-    """Draws [images * rows_per_image, c, h, w] normal numbers, each image's from its own generator.
-
-    One row per image is what diffusers draws for a list of generators.
-    """
-    shape, dtype = (rows_per_image, *context.diffusion.latent_shape), context.diffusion.dtype
-    return torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in context.generators])
+def _pick(known: Any, flat: Tensor) -> Any:
+    """Takes rows of a tensor, or of every field of a named tuple of tensors."""
+    return known[flat] if isinstance(known, Tensor) else type(known)._make(part[flat] for part in known)

@@ -1,5 +1,6 @@
 """Samplers against laws in closed form, against each other in their limits, and against their exact cost."""
 
+import inspect
 import math
 from functools import cache
 
@@ -37,7 +38,8 @@ SAMPLERS = [
 
 
 def label(sampler) -> str:
-    return type(sampler).__name__ + "-".join(f"{value:g}" for value in vars(sampler).values())
+    arguments = [str(getattr(sampler, name)) for name in inspect.signature(type(sampler)).parameters]
+    return type(sampler).__name__ + "-" + "-".join(arguments)
 
 
 def value_of(b=B):
@@ -325,10 +327,10 @@ def test_a_deterministic_last_step_proposes_no_copies():
 def test_candidates_need_noise():
     diffusion = GaussianDiffusion(3, eta=0.0)
     with pytest.raises(UserError, match=r"num_candidates=20 needs a chain with noise: with eta=0 .*set eta above 0"):
-        SVDD().check(diffusion)
+        SVDD().check(diffusion, value_of())
     for sampler in (SVDD(1), BestOfN(5), Unguided()):
-        sampler.check(diffusion)
-    SVDD().check(GaussianDiffusion(3, eta=0.01))
+        sampler.check(diffusion, value_of())
+    SVDD().check(GaussianDiffusion(3, eta=0.01), value_of())
 
 
 @pytest.mark.parametrize(

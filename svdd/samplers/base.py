@@ -1,31 +1,44 @@
 """What every sampler is."""
 
+import inspect
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
 from svdd.errors import UserError
+from svdd.selection import effective_sample_size
 from svdd.state import State
+from svdd.trace import Choice, count_distinct
 from svdd.values.base import Value
 
-__all__ = ["Sampler", "require_noise"]
+__all__ = ["Sampler", "require_at_least_one", "require_gradient", "require_noise"]
 
 
 class Sampler(ABC):
     """Drives a state from noise to the end of the chain, choosing with a value.
 
+    A subclass keeps every constructor argument as an attribute of the same name.
+
     Attributes:
         start_particles: Rows per image of the state that `sample` wants.
+        returned: Rows per image of the state that `sample` returns.
         needs_value: Whether `sample` asks the value at all.
+        needs_gradient: Whether `sample` differentiates the value.
+        budget_argument: The constructor argument, a count, that a budget of denoiser rows determines; None if no
+            argument bears on the cost.
     """
 
     start_particles: int = 1
+    returned: int = 1
     needs_value: bool = True
+    needs_gradient: ClassVar[bool] = False
+    budget_argument: ClassVar[str | None] = None
 
     @abstractmethod
     def sample(self, state: State, value: Value) -> State:
-        """Returns the state at the end of the chain, one row per image.
+        """Returns the state at the end of the chain, `returned` rows per image.
 
         Args:
             state: The start, with `start_particles` rows per image.
@@ -34,10 +47,50 @@ class Sampler(ABC):
 
     @abstractmethod
     def rows(self, num_inference_steps: int) -> int:
-        """Returns the denoiser rows that `sample` spends per returned image with a posterior-mean value."""
+        """Returns the denoiser rows that `sample` spends per image of the batch with a posterior-mean value."""
 
-    def check(self, diffusion: Diffusion) -> None:  # noqa: B027 (most samplers work on every chain)
-        """Raises UserError if the sampler cannot work on this chain."""
+    def check(self, diffusion: Diffusion, value: Value) -> None:  # noqa: B027 (most samplers work with everything)
+        """Raises UserError if the sampler cannot work on this chain or with this value."""
+
+    def within(self, budget: int, num_inference_steps: int) -> "Sampler":
+        """Returns this sampler with the largest count whose cost does not exceed a budget.
+
+        Args:
+            budget: Denoiser rows per returned image.
+            num_inference_steps: T.
+
+        Raises:
+            UserError: If even the smallest count exceeds the budget, or the budget determines no count.
+        """
+        name, kind = self.budget_argument, type(self).__name__
+        if self.returned > 1:
+            raise UserError(
+                f"budget={budget} cannot choose {kind}'s {name}: every particle is returned, so each image costs the "
+                "same whatever their number; set it yourself, or return one image"
+            )
+
+        def with_count(count: int) -> Sampler:
+            if name is None:
+                return self
+            arguments = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
+            return type(self)(**arguments | {name: count})
+
+        def cost(count: int) -> int:
+            return with_count(count).rows(num_inference_steps)
+
+        if cost(1) > budget:
+            least = f"{kind} with {name}=1" if name else kind
+            raise UserError(
+                f"budget={budget} is too small: {least} spends {cost(1)} denoiser rows per image at "
+                f"num_inference_steps={num_inference_steps}; raise the budget or lower num_inference_steps"
+            )
+        low, high = 1, 2
+        while name and high <= budget and cost(high) <= budget:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+        return with_count(low)
 
     @staticmethod
     def evaluate(value: Value, state: State) -> Tensor:
@@ -45,6 +98,29 @@ class Sampler(ABC):
         values = value(state).view(state.num_images, -1)
         state.context.report(state.i, float(values.mean()))
         return values
+
+    @staticmethod
+    def keep(
+        state: State,
+        index: Tensor,
+        values: Tensor,
+        log_w: Tensor | None = None,
+        log_normaliser: Tensor | None = None,
+    ) -> State:
+        """Selects rows of every image, as `State.select` does, and enters the choice into the trace.
+
+        Args:
+            state: The rows to choose from.
+            index: The rows to keep, int64 [images, k].
+            values: What the choice was made by, [images, rows].
+            log_w: The weights behind it, if there are any, [images, rows]: their effective sample size is traced.
+            log_normaliser: What the choice adds to the estimate of log Z, if there is one, [images].
+        """
+        kept = state.select(index)
+        ancestors = count_distinct(kept.origin.view(state.num_images, -1))
+        ess = None if log_w is None else effective_sample_size(log_w)
+        state.context.trace.choices.append(Choice(state.i, values, index, ancestors, ess, log_normaliser))
+        return kept
 
 
 def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
@@ -54,3 +130,19 @@ def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
             f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic and all {count} "
             "candidates of a particle are the same image; set eta above 0 (1.0 as in the paper), or use BestOfN"
         )
+
+
+def require_gradient(sampler: Sampler, value: Value) -> None:
+    """Raises UserError, by name, where a value has no gradient."""
+    if not value.differentiable:
+        raise UserError(
+            f"{type(sampler).__name__} needs gradients, and {value.describe()} is not differentiable; use a "
+            "differentiable reward such as CLIPScore, or a sampler that needs none, such as SVDD or SMC"
+        )
+
+
+def require_at_least_one(**counts: int) -> None:
+    """Raises ValueError for the first count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be >= 1, got {count}")

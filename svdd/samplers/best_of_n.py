@@ -1,6 +1,6 @@
 """Best-of-N: sample N images, keep the one with the highest reward."""
 
-from svdd.samplers.base import Sampler
+from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.selection import top
 from svdd.state import State
 from svdd.values.base import Value
@@ -23,9 +23,10 @@ class BestOfN(Sampler):
         ValueError: If `num_particles` is below 1.
     """
 
+    budget_argument = "num_particles"
+
     def __init__(self, num_particles: int = 20) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be >= 1, got {num_particles}")
+        require_at_least_one(num_particles=num_particles)
         self.num_particles = self.start_particles = num_particles
 
     def sample(self, state: State, value: Value) -> State:
@@ -34,7 +35,8 @@ class BestOfN(Sampler):
             state = state.propose()
         if self.num_particles == 1:
             return state
-        return state.select(top(self.evaluate(value, state)))
+        v = self.evaluate(value, state)
+        return self.keep(state, top(v), v)
 
     def rows(self, num_inference_steps: int) -> int:
         """N T."""

@@ -6,10 +6,11 @@ Decoding, 2024, arXiv 2408.08252, Algorithm 1.
 """
 
 from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_noise
+from svdd.samplers.base import Sampler, require_at_least_one, require_noise
 from svdd.selection import choose
 from svdd.state import State
 from svdd.values.base import Value
+from svdd.window import Window
 
 __all__ = ["SVDD"]
 
@@ -17,7 +18,7 @@ __all__ = ["SVDD"]
 class SVDD(Sampler):
     """Soft value-based decoding: M candidates per step, one kept in proportion to exp(value / alpha).
 
-    1. for each step, for each of the b particles: draw M candidates x_{i+1} from the pretrained kernel
+    1. for each guided step, for each of the b particles: draw M candidates x_{i+1} from the pretrained kernel
     2. v = value(candidates)
     3. keep b of each image's b M candidates in proportion to exp(v / alpha), at alpha = 0 the b best; at the last
        step, where the value is the reward of the image itself, keep one
@@ -25,40 +26,67 @@ class SVDD(Sampler):
     Costs b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b T with a learned one.
 
     Args:
-        num_candidates: M, children of a particle at every step (`duplicate_size` in the paper's code).
+        num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code).
         alpha: Temperature in units of the reward; 0 takes the best.
         num_particles: b, particles kept per image; more than one makes a beam search.
+        weigh_current: Score candidates by the x0 of the particle that they come from, which is known, instead of
+            their own: b T denoiser rows whatever M is. Needs num_particles > 1.
+        guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
+        guide_stop: Where it ends, as a fraction of the chain.
+        guide_every: Guide at every so many steps; one candidate is drawn at the others.
 
     Raises:
-        ValueError: If a count is below 1 or `alpha` is negative.
+        ValueError: If an argument is out of range.
     """
 
-    def __init__(self, num_candidates: int = 20, alpha: float = 0.0, num_particles: int = 1) -> None:
-        if num_candidates < 1:
-            raise ValueError(f"num_candidates must be >= 1, got {num_candidates}")
+    budget_argument = "num_candidates"
+
+    def __init__(
+        self,
+        num_candidates: int = 20,
+        alpha: float = 0.0,
+        num_particles: int = 1,
+        weigh_current: bool = False,
+        guide_start: float = 0.0,
+        guide_stop: float = 1.0,
+        guide_every: int = 1,
+    ) -> None:
+        require_at_least_one(num_candidates=num_candidates, num_particles=num_particles)
         if not alpha >= 0:
             raise ValueError(f"alpha must be >= 0, got {alpha}")
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be >= 1, got {num_particles}")
+        if weigh_current and num_particles == 1:
+            raise ValueError("weigh_current needs num_particles > 1: candidates of one particle would score the same")
         self.num_candidates, self.alpha, self.num_particles = num_candidates, alpha, num_particles
-        self.start_particles = num_particles
+        self.weigh_current, self.start_particles = weigh_current, num_particles
+        self.guide_start, self.guide_stop, self.guide_every = guide_start, guide_stop, guide_every
+        self.window = Window(guide_start, guide_stop, guide_every)
 
-    def check(self, diffusion: Diffusion) -> None:
+    def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if candidates would all be the same."""
         require_noise(diffusion, "num_candidates", self.num_candidates)
 
     def sample(self, state: State, value: Value) -> State:
         """Returns the chosen end of the chain for each image."""
+        steps = state.context.diffusion.num_inference_steps
         while not state.done:
-            candidates = state.propose(self.num_candidates if state.std > 0 else 1)
-            keep = 1 if candidates.done else self.num_particles
-            if len(candidates.x) == keep * candidates.num_images:  # nothing to choose from
+            guided = state.std > 0 and self.window.guides(state.i, steps)
+            m = self.num_candidates if guided else 1
+            candidates = state.propose(m)
+            kept = 1 if candidates.done else self.num_particles
+            if len(candidates.x) == kept * candidates.num_images:  # nothing to choose from
                 state = candidates
+                continue
+            if self.weigh_current and not candidates.done:
+                v = self.evaluate(value, state).repeat_interleave(m, 1)
             else:
                 v = self.evaluate(value, candidates)
-                state = candidates.select(choose(v, self.alpha, keep, candidates.uniforms))
+            index = choose(v, self.alpha, kept, candidates.uniforms)
+            state = self.keep(candidates, index, v, log_w=v.double() / self.alpha if self.alpha else None)
         return state
 
     def rows(self, num_inference_steps: int) -> int:
-        """B (1 + M (T - 1))."""
-        return self.num_particles * (1 + self.num_candidates * (num_inference_steps - 1))
+        """B (1 + M (T - 1)) where every step is guided; a step that is not counts 1 instead of M."""
+        guided = sum(self.window.guides(i, num_inference_steps) for i in range(num_inference_steps - 1))
+        if self.weigh_current:
+            guided = 0
+        return self.num_particles * (num_inference_steps + (self.num_candidates - 1) * guided)

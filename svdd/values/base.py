@@ -36,6 +36,15 @@ class Value(nn.Module, ABC):
             raise UserError(f"{type(self).__name__} has no reward yet: call value.bind(reward) first")
         return self._bound[0]
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow from the estimate to the latents."""
+        return False
+
+    def describe(self) -> str:
+        """Names the value for an error message."""
+        return f"value {type(self).__name__}"
+
     @abstractmethod
     def forward(self, state: State) -> Tensor:
         """Returns one estimate per row, float32 [n]; at the end of the chain it must be the reward itself."""

@@ -17,6 +17,15 @@ class PosteriorMean(Value):
     Needs no training. Costs one denoiser row per evaluated row, which the state keeps for the next step.
     """
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether the reward is."""
+        return self.reward.differentiable
+
+    def describe(self) -> str:
+        """Names the reward: it is what may lack a gradient."""
+        return f"reward {self.reward.name}"
+
     def forward(self, state: State) -> Tensor:
         """Returns the reward of each row's decoded x0, float32 [n]."""
         return state.scores(self.reward)

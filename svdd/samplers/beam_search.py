@@ -1,0 +1,65 @@
+"""Beam search over the chain: the b best of b M candidates at every step.
+
+Target: the image of the highest reward; no law is kept.
+Sources: Li et al., 2024, arXiv 2408.08252 (several particles, alpha = 0); Li et al., Dynamic Search for Inference-Time
+Alignment in Diffusion Models, 2025, arXiv 2503.02039.
+"""
+
+from svdd.diffusion.base import Diffusion
+from svdd.samplers.base import Sampler, require_at_least_one
+from svdd.samplers.svdd import SVDD
+from svdd.state import State
+from svdd.values.base import Value
+
+__all__ = ["BeamSearch"]
+
+
+class BeamSearch(Sampler):
+    """Beam search: M candidates of each of b beams per step, the b best of all of them kept.
+
+    1. start b beams from noise
+    2. for each guided step: draw M candidates of each beam, keep the b of the highest value
+    3. return the beam of the highest reward
+
+    This is `SVDD` at alpha = 0 with b particles. Costs b (1 + M (T - 1)) denoiser rows per image.
+
+    Args:
+        num_beams: b, beams kept per image.
+        num_candidates: M, candidates of each beam at every guided step.
+        weigh_current: Score candidates by the x0 of their beam instead of their own: b T rows whatever M is.
+        guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
+        guide_stop: Where it ends, as a fraction of the chain.
+        guide_every: Guide at every so many steps.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    budget_argument = "num_candidates"
+
+    def __init__(
+        self,
+        num_beams: int = 4,
+        num_candidates: int = 4,
+        weigh_current: bool = False,
+        guide_start: float = 0.0,
+        guide_stop: float = 1.0,
+        guide_every: int = 1,
+    ) -> None:
+        require_at_least_one(num_beams=num_beams)
+        self.num_beams, self.num_candidates, self.weigh_current = num_beams, num_candidates, weigh_current
+        self.guide_start, self.guide_stop, self.guide_every = guide_start, guide_stop, guide_every
+        self._search = SVDD(num_candidates, 0.0, num_beams, weigh_current, guide_start, guide_stop, guide_every)
+        self.start_particles = num_beams
+
+    def check(self, diffusion: Diffusion, value: Value) -> None:
+        """Raises UserError if candidates would all be the same."""
+        self._search.check(diffusion, value)
+
+    def sample(self, state: State, value: Value) -> State:
+        """Returns the best end of the beams for each image."""
+        return self._search.sample(state, value)
+
+    def rows(self, num_inference_steps: int) -> int:
+        """B (1 + M (T - 1)) where every step is guided."""
+        return self._search.rows(num_inference_steps)

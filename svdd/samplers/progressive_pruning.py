@@ -1,0 +1,85 @@
+"""Progressive pruning: start with many chains, drop the worst of them on the way, keep the best end.
+
+Target: the image of the highest reward among many starts; no law is kept.
+Sources: PSP's schedule of 2N chains, N after a quarter of the steps and N / 2 after half of them, at the cost of
+best-of-N; Su et al., Navigating the Exploration-Exploitation Tradeoff in Inference-Time Scaling of Diffusion Models,
+2025, arXiv 2508.12361 (a funnel of particles).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from svdd.samplers.base import Sampler, require_at_least_one
+from svdd.selection import top
+from svdd.state import State
+from svdd.values.base import Value
+
+__all__ = ["ProgressivePruning"]
+
+
+class ProgressivePruning(Sampler):
+    """Progressive pruning (PSP): 2N chains, N after a quarter of the steps, N / 2 after half, the best end of these.
+
+    1. start as many chains as the schedule's first entry says
+    2. at each further entry (fraction, survivors): keep the survivors of the highest value
+    3. return the end of the highest reward
+
+    A state that is pruned was evaluated. Costs the sum over the steps of the chains alive when the step begins to be
+    evaluated: about N T denoiser rows per image with the default schedule.
+
+    Args:
+        num_particles: N, the number of whole chains that the default schedule costs.
+        schedule: Pairs (fraction of the chain, survivors as a multiple of N), fractions rising from 0 to below 1,
+            survivors falling; a number of chains is rounded down and at least 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    budget_argument = "num_particles"
+
+    def __init__(
+        self,
+        num_particles: int = 8,
+        schedule: Sequence[tuple[float, float]] = ((0.0, 2.0), (0.25, 1.0), (0.5, 0.5)),
+    ) -> None:
+        require_at_least_one(num_particles=num_particles)
+        self.num_particles, self.schedule = num_particles, [(float(f), float(s)) for f, s in schedule]
+        fractions, survivors = [f for f, _ in self.schedule], [s for _, s in self.schedule]
+        rising = all(a < b for a, b in pairwise(fractions))
+        falling = all(a >= b for a, b in pairwise(survivors))
+        if not self.schedule or fractions[0] != 0 or fractions[-1] >= 1 or not rising:
+            raise ValueError(f"schedule: fractions must rise from 0 to below 1, got {fractions}")
+        if min(survivors) <= 0 or not falling:
+            raise ValueError(f"schedule: survivors must be positive and must not rise, got {survivors}")
+        self.start_particles = self._count(survivors[0])
+
+    def sample(self, state: State, value: Value) -> State:
+        """Returns the best end of the surviving chains for each image."""
+        steps = state.context.diffusion.num_inference_steps
+        while not state.done:
+            alive, survivors = len(state.x) // state.num_images, self._survivors(state.i, steps)
+            if survivors < alive:
+                v = self.evaluate(value, state)
+                state = self.keep(state, top(v, survivors), v)
+            state = state.propose()
+        if len(state.x) == state.num_images:
+            return state
+        v = self.evaluate(value, state)
+        return self.keep(state, top(v), v)
+
+    def rows(self, num_inference_steps: int) -> int:
+        """The chains alive at every step, before those that end there are pruned."""
+        alive = [self.start_particles] + [
+            self._survivors(i, num_inference_steps) for i in range(num_inference_steps - 1)
+        ]
+        return sum(alive)
+
+    def _survivors(self, i: int, steps: int) -> int:
+        """Chains that go on from step i; the first one may be pruned from step 1 on."""
+        return self._count(
+            min(s for fraction, s in self.schedule if i >= round(fraction * steps) and (i or not fraction))
+        )
+
+    def _count(self, multiple: float) -> int:
+        return max(1, int(multiple * self.num_particles))

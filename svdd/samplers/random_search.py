@@ -1,0 +1,49 @@
+"""Random search over the initial noise.
+
+Target: the initial noise whose chain ends in the highest reward; no law is kept.
+Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, 2025, arXiv 2501.09732.
+"""
+
+from svdd.samplers.base import Sampler, require_at_least_one
+from svdd.selection import top
+from svdd.state import State
+from svdd.values.base import Value
+
+__all__ = ["RandomSearch"]
+
+
+class RandomSearch(Sampler):
+    """Random search over the initial noise: N starts, the best end.
+
+    1. draw N starts of an image
+    2. run each to its end, all with the same noise in the steps, so that the start alone decides
+    3. return the end of the highest reward
+
+    On a chain without noise this is `BestOfN`. Costs N T denoiser rows per image.
+
+    Args:
+        num_candidates: N, starts of each image.
+
+    Raises:
+        ValueError: If `num_candidates` is below 1.
+    """
+
+    budget_argument = "num_candidates"
+
+    def __init__(self, num_candidates: int = 8) -> None:
+        require_at_least_one(num_candidates=num_candidates)
+        self.num_candidates = self.start_particles = num_candidates
+
+    def sample(self, state: State, value: Value) -> State:
+        """Returns the best end of N starts for each image."""
+        state = state.replay(state.x)
+        while not state.done:
+            state = state.propose()
+        if self.num_candidates == 1:
+            return state
+        v = self.evaluate(value, state)
+        return self.keep(state, top(v), v)
+
+    def rows(self, num_inference_steps: int) -> int:
+        """N T."""
+        return self.num_candidates * num_inference_steps

@@ -1,0 +1,99 @@
+"""Sequential Monte Carlo: particles that carry weights and are resampled when the weights degenerate.
+
+Target: p(x) exp(r(x) / alpha), exactly as the number of particles grows, whatever the value.
+Sources: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
+(values as twisting functions); Singhal et al., 2025, arXiv 2501.06848 (FK-steering: potentials); Kim et al., 2025,
+arXiv 2501.05803 (tempering).
+"""
+
+from typing import Literal
+
+from svdd.diffusion.base import Diffusion
+from svdd.samplers.base import Sampler, require_at_least_one, require_noise
+from svdd.samplers.returning import finish, number_returned
+from svdd.state import State
+from svdd.values.base import Value
+from svdd.weights import Weighing, Weights
+from svdd.window import Window
+
+__all__ = ["SMC"]
+
+
+class SMC(Sampler):
+    """Sequential Monte Carlo (FK-steering): N weighted particles per image, resampled when their weights degenerate.
+
+    1. for each step: move every particle by the pretrained kernel
+    2. at a guided step: w <- w G(v_i), with potentials G that multiply to exp(r / alpha) at the end of the chain
+    3. if the effective sample size of an image's weights is at most ess_threshold N: resample its particles
+    4. at the end return the best, one drawn by weight, or all
+
+    A particle is weighed by its own x0, which its next step needs anyway. Costs N T denoiser rows per image.
+
+    Args:
+        num_particles: N, particles of an image.
+        alpha: Temperature in units of the reward, above 0.
+        potential: `difference` (of the values of a particle and its parent), `max` or `sum` (over its past), or
+            `immediate` (its value).
+        resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
+        ess_threshold: Resample at an effective sample size of at most this share of N; 0 is never, 1 is always.
+        tempering: How fast the reward is switched on: `none`, `linear`, `exponential`, or `adaptive` (as far as the
+            effective sample size stays at the threshold).
+        returns: `best` by reward, one `drawn` by weight, or `all` with their weights.
+        guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
+        guide_stop: Where it ends, as a fraction of the chain; the final weights count the reward all the same.
+        guide_every: Weigh at every so many steps.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    budget_argument = "num_particles"
+
+    def __init__(
+        self,
+        num_particles: int = 8,
+        alpha: float = 0.1,
+        potential: Literal["difference", "max", "sum", "immediate"] = "difference",
+        resampler: Literal["multinomial", "stratified", "systematic", "residual", "ssp"] = "ssp",
+        ess_threshold: float = 0.5,
+        tempering: Literal["none", "linear", "exponential", "adaptive"] = "none",
+        returns: Literal["best", "drawn", "all"] = "best",
+        guide_start: float = 0.0,
+        guide_stop: float = 1.0,
+        guide_every: int = 1,
+    ) -> None:
+        require_at_least_one(num_particles=num_particles)
+        self.num_particles = self.start_particles = num_particles
+        self.alpha, self.potential, self.resampler = alpha, potential, resampler
+        self.ess_threshold, self.tempering, self.returns = ess_threshold, tempering, returns
+        self.guide_start, self.guide_stop, self.guide_every = guide_start, guide_stop, guide_every
+        self.weighing = Weighing(alpha, potential, resampler, ess_threshold, tempering)
+        self.window = Window(guide_start, guide_stop, guide_every)
+        self.returned = number_returned(returns, num_particles)
+
+    def check(self, diffusion: Diffusion, value: Value) -> None:
+        """Raises UserError if copies of a particle would stay the same for ever."""
+        require_noise(diffusion, "num_particles", self.num_particles if self.ess_threshold else 1)
+
+    def sample(self, state: State, value: Value) -> State:
+        """Returns the chosen ends of the chain for each image."""
+        steps = state.context.diffusion.num_inference_steps
+        weights = Weights.equal(state.num_images, self.num_particles, state.x.device)
+        while not state.done:
+            guided = self.window.guides(state.i, steps)
+            state = state.propose()
+            if self.num_particles == 1 or not (guided or state.done):
+                continue
+            v = self.evaluate(value, state)
+            before, weights = weights.log_normaliser, self.weighing.weigh(weights, v, state.i / steps)
+            increment = weights.log_normaliser - before
+            if state.done:
+                return finish(self, self.returns, state, v, weights, increment)
+            index, resampled = self.weighing.resample(weights, state.uniforms(self.num_particles))
+            state = self.keep(state, index, v, weights.log_w, increment)
+            weights = resampled
+        return state
+
+    def rows(self, num_inference_steps: int) -> int:
+        """N T."""
+        return self.num_particles * num_inference_steps

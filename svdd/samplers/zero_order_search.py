@@ -1,0 +1,83 @@
+"""Zero-order search over the initial noise: a walk uphill without gradients.
+
+Target: the initial noise whose chain ends in the highest reward; no law is kept.
+Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, 2025, arXiv 2501.09732.
+"""
+
+import torch
+
+from svdd.samplers.base import Sampler, require_at_least_one
+from svdd.selection import top
+from svdd.state import State
+from svdd.values.base import Value
+
+__all__ = ["ZeroOrderSearch"]
+
+
+class ZeroOrderSearch(Sampler):
+    """Zero-order search over the initial noise: neighbours of the best start so far, the best of them next.
+
+    1. run the first start to its end: the incumbent
+    2. K times: draw N neighbours sqrt(1 - radius^2) start + radius noise, which are as normal as the start, and run
+       each to its end; all ends receive the same noise in the steps, so that the start alone decides
+    3. the best of the neighbours and the incumbent is the next incumbent; an image whose incumbent stays multiplies
+       its radius by `decay`
+    4. return the incumbent's end
+
+    The reward of the incumbent never falls. Costs (1 + K N) T denoiser rows per image.
+
+    Args:
+        num_iterations: K, moves of the incumbent.
+        num_candidates: N, neighbours of each move.
+        radius: Share of new noise in the first neighbours, above 0, at most 1: a start of its own.
+        decay: Factor on the radius after a move that found nothing better, above 0, at most 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    budget_argument = "num_iterations"
+
+    def __init__(
+        self, num_iterations: int = 4, num_candidates: int = 4, radius: float = 0.5, decay: float = 0.7
+    ) -> None:
+        require_at_least_one(num_iterations=num_iterations, num_candidates=num_candidates)
+        for name, share in (("radius", radius), ("decay", decay)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} must lie above 0 and be at most 1, got {share}")
+        self.num_iterations, self.num_candidates, self.radius, self.decay = (
+            num_iterations,
+            num_candidates,
+            radius,
+            decay,
+        )
+
+    def sample(self, state: State, value: Value) -> State:
+        """Returns the end of the best start found for each image."""
+        images, n = state.num_images, self.num_candidates
+        best_start, best = state.x, self._end(state, state.x)
+        best_value = self.evaluate(value, best)
+        radius = torch.full((images, 1, 1, 1), self.radius, dtype=state.x.dtype, device=state.x.device)
+        for _ in range(self.num_iterations):
+            new = state.context.diffusion.initial(state.context.perturbations(n).to(state.x))
+            near = ((1 - radius**2).sqrt() * best_start).repeat_interleave(n, 0) + radius.repeat_interleave(n, 0) * new
+            ends = self._end(state, near)
+            v = torch.cat([best_value, self.evaluate(value, ends)], 1)
+            index = top(v)
+            starts = torch.cat([best_start[:, None], near.unflatten(0, (images, n))], 1)
+            best_start = starts[torch.arange(images, device=index.device), index[:, 0]]
+            best, best_value = self.keep(best.join(ends), index, v), v.gather(1, index)
+            radius = torch.where(index[:, :, None, None] == 0, radius * self.decay, radius)
+        return best
+
+    def rows(self, num_inference_steps: int) -> int:
+        """(1 + K N) T."""
+        return (1 + self.num_iterations * self.num_candidates) * num_inference_steps
+
+    @staticmethod
+    def _end(state: State, x: torch.Tensor) -> State:
+        """Runs the chain from other latents to its end."""
+        run = state.replay(x)
+        while not run.done:
+            run = run.propose()
+        return run
