@@ -5,11 +5,12 @@ intervals (Student's t over prompts; the images of a prompt are averaged first),
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
 
+from benchmarks.paired import PROMPTS as ALL_PROMPTS
+from benchmarks.paired import interval
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
@@ -20,34 +21,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
 from svdd.values.posterior_mean import PosteriorMean
 
-PROMPTS = (
-    "red apple on a yellow background",
-    "penguin on a blue background",
-    "rocket on a black background",
-    "birthday cake on a pink background",
-    "green car on a white background",
-    "tiger on an orange background",
-    "sunflower on a purple background",
-    "blue elephant",
-    "house on a teal background",
-    "pizza on red and white stripes",
-    "frog on a brown background",
-    "balloon on a blue and pink gradient",
-    "mushroom on a green background",
-    "purple fish",
-    "snowman on a gray background",
-    "guitar on a yellow background",
-)
-T_95 = {15: 2.1314}  # two-sided 95 % quantile of Student's t
-
-
-def interval(first: torch.Tensor, second: torch.Tensor) -> str:
-    """Returns mean and 95 % interval of first - second, [prompts, images] each."""
-    difference = (first - second).mean(1).double()
-    n = len(difference)
-    half = T_95[n - 1] * float(difference.std()) / math.sqrt(n)
-    mean = float(difference.mean())
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+PROMPTS = ALL_PROMPTS[:16]
 
 
 @torch.no_grad()

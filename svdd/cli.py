@@ -75,12 +75,18 @@ class _PredictCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
         wanted = self._get(self.config_init, "trainer.enable_progress_bar", default=True) is not False
+        if self.model.sampler.needs_gradient:
+            kwargs["inference_mode"] = False
         trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
         trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else [])]
         return trainer
 
     def before_predict(self) -> None:
-        """Leaves out what the folder already holds."""
+        """Leaves out what the folder already holds, and says what a budget came to."""
+        if self.trainer.is_global_zero and self.model.budget is not None:
+            *count, rows = (f"{name}={number}" for name, number in self.model.chosen.items())
+            words = " ".join([type(self.model.sampler).__name__, *(["with", *count] if count else [])])
+            print(f"budget {self.model.budget}: {words}, {rows} per image")
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:

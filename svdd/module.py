@@ -36,12 +36,14 @@ class GuidedDiffusion(L.LightningModule):
         value: The estimate that the sampler chooses by; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
         images_per_prompt: Images for each prompt.
+        budget: Denoiser rows that one returned image may cost. The sampler's count (of candidates, particles or
+            iterations) becomes the largest that stays within it; `chosen` tells which. By default the count is yours.
         seed: Image k of prompt p starts from the seed `seed + p * images_per_prompt + k`; a prompt that brings its
             own seed s uses s + k.
 
     Raises:
-        ValueError: If `images_per_prompt` is below 1 or `seed` negative.
-        UserError: If the sampler cannot work on this chain.
+        ValueError: If `images_per_prompt` or `budget` is below 1, or `seed` negative.
+        UserError: If the sampler cannot work on this chain, with this value or within this budget.
 
     Example:
         >>> from svdd.rewards.jpeg import Compressibility
@@ -60,11 +62,14 @@ class GuidedDiffusion(L.LightningModule):
         value: Value | None = None,
         eval_rewards: list[Reward] | None = None,
         images_per_prompt: int = 1,
+        budget: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget must be >= 1 denoiser rows per image, got {budget}")
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
         self.reward = reward
@@ -73,7 +78,9 @@ class GuidedDiffusion(L.LightningModule):
         self.value = value if value is not None else PosteriorMean()
         self.value.bind(reward)
         self.eval_rewards = ModuleList(eval_rewards or [])
-        self.images_per_prompt, self.seed = images_per_prompt, seed
+        self.images_per_prompt, self.budget, self.seed = images_per_prompt, budget, seed
+        if budget is not None:
+            self.sampler = self.sampler.within(budget, self.diffusion.num_inference_steps)
         self.sampler.check(self.diffusion, self.value)
         names = [reward.name, *(held_out.name for held_out in eval_rewards or [])]
         if len(set(names)) < len(names):
@@ -91,11 +98,18 @@ class GuidedDiffusion(L.LightningModule):
         """All rewards by name, the guide first."""
         return {reward.name: reward for reward in (self.reward, *self.eval_rewards)}
 
+    @property
+    def chosen(self) -> dict[str, int]:
+        """The count that the budget determined, by its name, and the denoiser rows per image that it costs."""
+        name = self.sampler.budget_argument
+        count = {} if name is None else {name: int(getattr(self.sampler, name))}
+        return count | {"denoiser_rows": self.sampler.rows(self.diffusion.num_inference_steps)}
+
     @torch.no_grad()
     def sample(
         self, prompts: Sequence[str] | str, seed: int = 0, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draws one guided image per prompt, outside of a Trainer.
+        """Draws guided images outside of a Trainer: as many per prompt as the sampler returns, mostly one.
 
         Args:
             prompts: One or several prompts; repeat a prompt for several images of it.
@@ -107,50 +121,67 @@ class GuidedDiffusion(L.LightningModule):
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         final = self.draw(texts, [seed + k for k in range(len(texts))] if seeds is None else list(seeds))
-        scores = self.diffusion.chunker.map(self.reward.score, len(texts), final.images, final.prompts)
+        scores = self.diffusion.chunker.map(self.reward.score, len(final.x), final.images, final.prompts)
         return final.images, scores
 
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str | None] | None = None
     ) -> State:
-        """Runs the sampler and returns the state at the end of the chain, decoded, one row per image."""
-        state = self.diffusion.start(prompts, seeds, self.sampler.start_particles, negative_prompts)
-        state.context.on_step = self.on_step
-        with state.context.ledger.timed("total_seconds", state.x.device), torch.no_grad():
-            final = self.sampler.sample(state, self.value)
-            _ = final.images
+        """Runs the sampler and returns the end of the chain, decoded, with as many rows per image as it returns.
+
+        Inference mode is left where the sampler needs gradients.
+        """
+        inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
+        with torch.inference_mode(inference), torch.no_grad():
+            state = self.diffusion.start(prompts, seeds, self.sampler.start_particles, negative_prompts)
+            state.context.on_step = self.on_step
+            with state.context.ledger.timed("total_seconds", state.x.device):
+                final = self.sampler.sample(state, self.value)
+                _ = final.images
         return final
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Prediction:
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
-        images_per_prompt = self.images_per_prompt
+        images_per_prompt, returned = self.images_per_prompt, self.sampler.returned
         jobs = [(prompt, k) for prompt in batch for k in range(images_per_prompt)]
         seeds = [
             (self.seed + prompt.index * images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
             for prompt, k in jobs
         ]
         final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
-        score = self.diffusion.chunker.map
+        count, score = len(final.x), self.diffusion.chunker.map
         scores = {
-            name: [_short(s) for s in score(reward.score, len(jobs), final.images, final.prompts).tolist()]
+            name: [_short(s) for s in score(reward.score, count, final.images, final.prompts).tolist()]
             for name, reward in self.rewards.items()
         }
-        ledger = final.context.ledger.per_image(len(jobs))
+        trace, ledger = final.context.trace, final.context.ledger.per_image(count)
+        weights = None if trace.weights is None else trace.weights.flatten().tolist()
         rows = [
             {
                 "prompt_index": prompt.index,
-                "image_index": k,
+                "image_index": k * returned + particle,
+                "num_images": images_per_prompt * returned,
                 "prompt": prompt.text,
                 **({} if prompt.negative_prompt is None else {"negative_prompt": prompt.negative_prompt}),
                 **prompt.extra,
                 "seed": seeds[j],
-                "rewards": {name: values[j] for name, values in scores.items()},
+                **(
+                    {}
+                    if weights is None
+                    else {"particle": particle, "weight": _short(weights[j * returned + particle])}
+                ),
+                "rewards": {name: values[j * returned + particle] for name, values in scores.items()},
                 "ledger": ledger,
             }
             for j, (prompt, k) in enumerate(jobs)
+            for particle in range(returned)
+        ]
+        traces = [
+            {"prompt_index": prompt.index, "image_index": k * returned, **columns}
+            for (prompt, k), columns in zip(jobs, trace.per_image(lineage=returned > 1), strict=False)
         ]
         self.record(rows)
-        return Prediction(final.images.cpu(), rows)
+        return Prediction(final.images.cpu(), rows, traces)
 
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[dict[str, Any]]) -> None:
@@ -175,6 +206,7 @@ class GuidedDiffusion(L.LightningModule):
         images = next(iter(statistics.values()))["count"]
         self.summary = {
             "guide": self.guide_name,
+            **({} if self.budget is None else {"budget": {"denoiser_rows": self.budget, "chosen": self.chosen}}),
             "rewards": statistics,
             "ledger": {
                 name: round(total, 3) if name.endswith("seconds") else round(total) for name, total in totals.items()

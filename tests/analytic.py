@@ -162,6 +162,8 @@ class ExactSoftValue(Value):
         super().__init__()
         self.alpha = alpha
 
+    differentiable = True
+
     def forward(self, state: State) -> Tensor:
         if state.done:
             return state.scores(self.reward)
@@ -200,3 +202,55 @@ def _number(prompt: str) -> float:
         return float(prompt)
     except ValueError:
         return 0.0
+
+
+class PlaneMixtureDiffusion(AnalyticDiffusion):
+    """Prior sum_k w_k N(mu_k, s^2 I) in the plane; the law of the chain's end is an integral over a grid.
+
+    A Gaussian kernel with equal variances is the product of one in each coordinate, so a step of the law costs no more
+    than a matrix product.
+    """
+
+    weights = (0.5, 0.3, 0.2)
+    means = ((-1.5, -1.0), (1.5, -1.0), (0.0, 1.5))
+    s = 0.35
+
+    def __init__(self, num_inference_steps, **options):
+        super().__init__(num_inference_steps, size=2, **options)
+        self.line = torch.linspace(-5, 5, 151, dtype=torch.float64)
+        self.grid = torch.cartesian_prod(self.line, self.line)  # [points, 2]
+
+    def posterior_mean(self, x, signal, shift):
+        variance = signal * self.s**2 + 1 - signal
+        weights, means = (torch.tensor(values, dtype=x.dtype) for values in (self.weights, self.means))
+        residual = x.view(-1, 1, 2) - math.sqrt(signal) * means  # [n, modes, 2]
+        share = (weights.log() - residual.square().sum(-1) / (2 * variance)).softmax(-1)[..., None]
+        return (share * (means + math.sqrt(signal) * self.s**2 / variance * residual)).sum(1).view_as(x)
+
+    def end_law(self) -> Tensor:
+        """Returns the mass of x_T on the grid, [points]."""
+        law = torch.exp(-self.grid.square().sum(1) / 2)
+        law = law / law.sum()
+        for i in range(self.num_inference_steps):
+            x = self.grid.view(-1, 1, 1, 2)
+            mean = self.denoise(x, i, torch.zeros(1, dtype=x.dtype), torch.zeros(len(x), dtype=torch.int64)).mean
+            self.denoised_rows.pop()
+            factors = [
+                (-((self.line[None] - mean.view(-1, 2)[:, axis, None]) ** 2) / (2 * self.std(i) ** 2)).softmax(1)
+                for axis in range(2)
+            ]
+            law = ((law[:, None] * factors[0]).T @ factors[1]).flatten()
+        return law
+
+
+class Quadratic(Reward):
+    """r(x) = -|x - centre|^2 / 2 of the latent that the image carries."""
+
+    differentiable = True
+
+    def __init__(self, centre):
+        super().__init__()
+        self.register_buffer("centre", torch.tensor(centre, dtype=torch.float64))
+
+    def forward(self, images, prompts):
+        return -(images[:, 0].flatten(1) - self.centre).square().sum(1) / 2

@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from svdd.errors import UserError
+from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.dps import DPS
+from svdd.samplers.progressive_pruning import ProgressivePruning
+from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
+from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
+from svdd.samplers.zero_order_search import ZeroOrderSearch
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import (
     ExactSoftValue,
@@ -34,6 +43,24 @@ SAMPLERS = [
     SVDD(3, num_particles=2),
     SVDD(3, alpha=0.7, num_particles=2),
     SVDD(1, num_particles=3),
+    SVDD(4, guide_start=0.3, guide_stop=0.9),
+    SVDD(4, num_particles=2, guide_every=2),
+    SVDD(3, num_particles=4, weigh_current=True),
+    BeamSearch(3, 2),
+    BlockwiseBestOfN(3, 2),
+    BlockwiseBestOfN(3, 2, alpha=0.7, weigh_current=True),
+    BlockwiseBestOfN(3, 2, guide_start=0.3, guide_stop=0.9),
+    SMC(5, alpha=0.7),
+    SMC(5, alpha=0.7, ess_threshold=1.0, resampler="multinomial", returns="drawn", guide_every=2),
+    SMC(3, alpha=0.7, ess_threshold=1.0, potential="max", tempering="linear", returns="all"),
+    SMC(4, alpha=0.7, tempering="adaptive", resampler="systematic"),
+    ProgressivePruning(4),
+    RandomSearch(4),
+    ZeroOrderSearch(2, 3),
+    DPS(0.5),
+    DPS(0.5, through_denoiser=False, guide_stop=0.6),
+    TwistedSMC(4, alpha=0.7),
+    TwistedSMC(3, alpha=0.7, tempering="adaptive", resampler="residual", returns="all", guide_every=2),
 ]
 
 
@@ -228,7 +255,21 @@ def test_svdd_at_zero_temperature_is_a_greedy_search_written_out():
         torch.testing.assert_close(x, kept[0])
 
 
-@pytest.mark.parametrize("sampler", [SVDD(1), SVDD(1, alpha=0.5), SVDD(1, alpha=math.inf), BestOfN(1)], ids=label)
+SINGLE = [
+    SVDD(1),
+    SVDD(1, alpha=0.5),
+    SVDD(1, alpha=math.inf),
+    BestOfN(1),
+    BeamSearch(1, 1),
+    BlockwiseBestOfN(1, 2),
+    SMC(1),
+    SMC(1, ess_threshold=1.0, returns="drawn"),
+    ProgressivePruning(1, [(0.0, 1.0)]),
+    RandomSearch(1),
+]
+
+
+@pytest.mark.parametrize("sampler", SINGLE, ids=label)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_single_candidate_is_plain_sampling_bit_for_bit(sampler, eta):
     diffusion = GaussianDiffusion(5, eta=eta)
@@ -255,13 +296,16 @@ def test_an_image_is_the_same_alone_in_a_batch_and_in_another_order(sampler):
     diffusion = GaussianDiffusion(3)
     prompts, seeds = ["1", "-2", "", "0.5"], [7, 0, 2**62, 3]
     together = run(diffusion, sampler, value_of(), prompts=prompts, seeds=seeds)
-    assert together.prompts == prompts
+    assert together.prompts == [prompt for prompt in prompts for _ in range(sampler.returned)]
+    images = together.x.unflatten(0, (4, sampler.returned))
+    traces = together.context.trace.per_image(lineage=True)
     order = [2, 0, 3, 1]
     other = run(diffusion, sampler, value_of(), prompts=[prompts[k] for k in order], seeds=[seeds[k] for k in order])
-    assert torch.equal(other.x, together.x[order])
+    assert torch.equal(other.x.unflatten(0, (4, sampler.returned)), images[order])
     for k in range(4):
         alone = run(diffusion, sampler, value_of(), prompts=prompts[k : k + 1], seeds=seeds[k : k + 1])
-        assert torch.equal(alone.x[0], together.x[k])
+        assert torch.equal(alone.x, images[k])
+        assert alone.context.trace.per_image(lineage=True) == traces[k : k + 1]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
@@ -278,28 +322,84 @@ def test_the_global_generator_is_left_alone(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_end_has_one_row_per_image_and_the_cost_is_the_formula(sampler, steps, count):
+def test_the_cost_is_the_promised_one(sampler, steps, count):
     diffusion = GaussianDiffusion(steps)
     final = run(diffusion, sampler, value_of(), count)
     assert final.done
-    assert final.x.shape == (count, 1, 1, 2)
-    assert final.images.shape == (count, 3, 1, 2)
+    assert final.x.shape == (count * sampler.returned, 1, 1, 2)
+    assert final.images.shape == (count * sampler.returned, 3, 1, 2)
     ledger = final.context.ledger
     assert ledger.denoiser_rows == count * sampler.rows(steps) == sum(diffusion.denoised_rows)
     assert ledger.network_rows == ledger.denoiser_rows
-    if isinstance(sampler, Unguided):
-        expected, scored = steps, 0
-    elif isinstance(sampler, BestOfN):
-        expected, scored = sampler.num_particles * steps, sampler.num_particles * (sampler.num_particles > 1)
-    else:
-        b, m = sampler.num_particles, sampler.num_candidates
-        expected = b * (1 + m * (steps - 1))
-        scored = b * m * (steps if m > 1 else int(b > 1))
-    assert sampler.rows(steps) == expected
-    assert ledger.reward_calls == count * scored
-    assert ledger.decoded_images == count * max(scored, 1)  # a survivor's image is not decoded again
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rows"),  # at T = 8, written out
+    [
+        (Unguided(), 8),
+        (BestOfN(4), 4 * 8),
+        (SVDD(5), 1 + 5 * 7),
+        (SVDD(3, num_particles=2), 2 * (1 + 3 * 7)),
+        (SVDD(4, guide_start=0.5), 8 + 3 * 3),  # the steps that leave 4, 5, 6; the last one's candidates are free
+        (SVDD(4, guide_stop=0.5), 8 + 3 * 4),
+        (SVDD(4, guide_every=2), 8 + 3 * 3),  # those that leave 1, 3, 5, and 7
+        (SVDD(3, num_particles=4, weigh_current=True), 4 * 8),
+        (BeamSearch(3, 2), 3 * (1 + 2 * 7)),
+        (BlockwiseBestOfN(3, 4), 1 + 3 * 7),
+        (BlockwiseBestOfN(3, 3), 1 + 3 * 7),
+        (BlockwiseBestOfN(3, 4, weigh_current=True), 2 + 3 * 6),
+        (BlockwiseBestOfN(3, 4, guide_start=0.5), 1 + 4 + 3 * 3),
+        (SMC(5), 5 * 8),
+        (ProgressivePruning(4), 8 * 3 + 4 * 2 + 2 * 3),  # states 0 .. 2, 3 and 4, 5 .. 7
+        (RandomSearch(4), 4 * 8),
+        (ZeroOrderSearch(2, 3), 7 * 8),
+        (DPS(1.0), 8),
+        (TwistedSMC(4), 4 * 8),
+    ],
+    ids=lambda case: label(case) if hasattr(case, "rows") else str(case),
+)
+def test_the_promised_cost_is_the_formulas(sampler, rows):
+    assert sampler.rows(8) == rows
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scored"),  # images that the reward sees, at T = 8
+    [
+        (Unguided(), 0),
+        (BestOfN(1), 0),
+        (BestOfN(4), 4),
+        (SVDD(1), 0),
+        (SVDD(5), 5 * 8),
+        (SVDD(3, num_particles=2), 2 * 3 * 8),
+        (SVDD(1, num_particles=3), 3),
+        (SVDD(4, guide_stop=0.5), 4 * 4),
+        (SVDD(3, num_particles=4, weigh_current=True), 4 * 7 + 12),
+        (BlockwiseBestOfN(3, 4), 3 * 2),
+        (SMC(5), 5 * 8),
+        (SMC(5, guide_every=4), 5 * 2),
+        (ProgressivePruning(4), 8 + 4 + 2),
+        (ZeroOrderSearch(2, 3), 7),
+        (DPS(1.0), 8),
+        (TwistedSMC(4), 4 * 9),
+    ],
+    ids=lambda case: label(case) if hasattr(case, "rows") else str(case),
+)
+def test_nothing_is_scored_or_decoded_twice(sampler, scored):
+    ledger = run(GaussianDiffusion(8), sampler, value_of(), 3).context.ledger
+    assert ledger.reward_calls == 3 * scored
+    final = run(GaussianDiffusion(8), sampler, value_of(), 3)
+    assert final.images is not None
+    decoded = final.context.ledger.decoded_images
+    assert decoded == 3 * (
+        scored + (1 if scored == 0 or isinstance(sampler, DPS) or sampler_ends_unseen(sampler) else 0)
+    )
+
+
+def sampler_ends_unseen(sampler) -> bool:
+    """Whether no image of the last step was asked for: guidance had stopped before."""
+    return getattr(sampler, "guide_stop", 1.0) < 1.0
 
 
 @pytest.mark.parametrize(("candidates", "particles"), [(5, 1), (3, 2)])
@@ -331,6 +431,24 @@ def test_candidates_need_noise():
     for sampler in (SVDD(1), BestOfN(5), Unguided()):
         sampler.check(diffusion, value_of())
     SVDD().check(GaussianDiffusion(3, eta=0.01), value_of())
+    for sampler in (BeamSearch(), BlockwiseBestOfN(), SMC(), TwistedSMC()):
+        with pytest.raises(UserError, match="needs a chain with noise"):
+            sampler.check(diffusion, value_of())
+    for sampler in (ProgressivePruning(), RandomSearch(), ZeroOrderSearch(), SMC(ess_threshold=0)):
+        sampler.check(diffusion, value_of())
+    with pytest.raises(UserError, match="with eta=0 there is none; set eta above 0"):
+        DPS().check(diffusion, value_of())
+
+
+@pytest.mark.parametrize("sampler", [DPS(), TwistedSMC()], ids=label)
+def test_a_reward_without_gradient_is_refused_by_name(sampler):
+    value = bound(PosteriorMean(), Compressibility())
+    message = f"{type(sampler).__name__} needs gradients, and reward Compressibility is not differentiable"
+    with pytest.raises(UserError, match=message):
+        sampler.check(GaussianDiffusion(3), value)
+    blind = bound(GridSoftValue(MixtureDiffusion(2), np.ones(701), 1.0), Linear([1.0]))
+    with pytest.raises(UserError, match="value GridSoftValue is not differentiable"):
+        sampler.check(GaussianDiffusion(3), blind)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +459,33 @@ def test_candidates_need_noise():
         (lambda: SVDD(alpha=-1), "alpha must be >= 0, got -1"),
         (lambda: SVDD(alpha=math.nan), "alpha must be >= 0, got nan"),
         (lambda: BestOfN(0), "num_particles must be >= 1, got 0"),
+        (lambda: SVDD(guide_start=0.5, guide_stop=0.5), "guide_start and guide_stop must satisfy"),
+        (lambda: SVDD(guide_every=0), "guide_every must be >= 1, got 0"),
+        (lambda: SVDD(weigh_current=True), "weigh_current needs num_particles > 1"),
+        (lambda: BeamSearch(num_beams=0), "num_beams must be >= 1, got 0"),
+        (lambda: BeamSearch(num_candidates=0), "num_candidates must be >= 1, got 0"),
+        (lambda: BlockwiseBestOfN(block_size=0), "block_size must be >= 1, got 0"),
+        (lambda: BlockwiseBestOfN(alpha=-0.1), "alpha must be >= 0, got -0.1"),
+        (lambda: BlockwiseBestOfN(block_size=1, weigh_current=True), "weigh_current needs block_size > 1"),
+        (lambda: SMC(num_particles=0), "num_particles must be >= 1, got 0"),
+        (lambda: SMC(alpha=0), "alpha must be > 0, got 0; for the limit of alpha = 0 use SVDD"),
+        (lambda: SMC(ess_threshold=1.5), "ess_threshold must lie in 0 .. 1"),
+        (lambda: SMC(potential="min"), "potential must be one of difference, max, sum, immediate, got 'min'"),
+        (lambda: SMC(resampler="best"), "resampler must be one of multinomial, .*, got 'best'"),
+        (lambda: SMC(tempering="fast"), "tempering must be one of none, .*, got 'fast'"),
+        (lambda: SMC(tempering="adaptive", potential="max"), "goes with potential 'difference' only, got 'max'"),
+        (lambda: SMC(returns="two"), "returns must be one of best, drawn, all, got 'two'"),
+        (lambda: TwistedSMC(returns="two"), "returns must be one of best, drawn, all, got 'two'"),
+        (lambda: ProgressivePruning(0), "num_particles must be >= 1, got 0"),
+        (lambda: ProgressivePruning(2, []), "fractions must rise from 0 to below 1"),
+        (lambda: ProgressivePruning(2, [(0.1, 1)]), "fractions must rise from 0 to below 1"),
+        (lambda: ProgressivePruning(2, [(0, 1), (0.5, 2)]), "survivors must be positive and must not rise"),
+        (lambda: RandomSearch(0), "num_candidates must be >= 1, got 0"),
+        (lambda: ZeroOrderSearch(0), "num_iterations must be >= 1, got 0"),
+        (lambda: ZeroOrderSearch(radius=0), "radius must lie above 0 and be at most 1, got 0"),
+        (lambda: ZeroOrderSearch(decay=1.1), "decay must lie above 0 and be at most 1, got 1.1"),
+        (lambda: DPS(-1), "scale must be a finite number >= 0, got -1"),
+        (lambda: DPS(math.inf), "scale must be a finite number >= 0, got inf"),
     ],
 )
 def test_arguments_out_of_range_are_refused(build, message):

@@ -61,9 +61,17 @@ class CLIPScore(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the cosine of each image with its own prompt, float [n]."""
-        features = self.clip.get_image_features(pixel_values=self.preprocess(images).to(self.clip.dtype))
-        features = F.normalize(_pooled(features).float(), dim=-1)
+        features = self.image_features(images)
         return (features * self._text_features(prompts).to(features)).sum(-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Returns the embedding of each image, of length 1, float32 [n, d].
+
+        Args:
+            images: float [n, 3, h, w] in [0, 1].
+        """
+        features = self.clip.get_image_features(pixel_values=self.preprocess(images).to(self.clip.dtype))
+        return F.normalize(_pooled(features).float(), dim=-1)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resizes the shorter side (antialiased bicubic), cuts the centre square and normalises, as CLIP's processor.
@@ -82,6 +90,7 @@ class CLIPScore(Reward):
         images = images[..., top : top + self.side, left : left + self.side]
         return (images - self.mean.to(images)) / self.std.to(images)
 
+    @torch.inference_mode(False)  # what is kept must serve gradients later
     @torch.no_grad()
     def _text_features(self, prompts: Sequence[str]) -> Tensor:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]

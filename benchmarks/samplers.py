@@ -1,0 +1,226 @@
+"""All samplers at equal compute on the embedded model: same prompts, same seeds, two budgets, two guide rewards.
+
+Draws in the order of the table, keeps every finished entry in a JSON file and continues there; writes
+benchmarks/samplers.md from whatever the file holds. `--time` measures seconds instead, in one go.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paired import PROMPTS, interval
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.rewards.base import Reward
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.base import Sampler
+from svdd.samplers.beam_search import BeamSearch
+from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.dps import DPS
+from svdd.samplers.progressive_pruning import ProgressivePruning
+from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.smc import SMC
+from svdd.samplers.svdd import SVDD
+from svdd.samplers.twisted_smc import TwistedSMC
+from svdd.samplers.unguided import Unguided
+from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.values.posterior_mean import PosteriorMean
+
+STEPS, AT_ONCE = 25, 4
+ALPHA = {"Compressibility": 0.1, "CLIPScore": 0.01}  # about half the reward's spread within a prompt, a third of it
+IMAGES = {0: 2, 200: 2, 800: 1}  # per prompt, by budget
+PLAIN, BASELINE = "Unguided", "BestOfN"
+
+
+def entries(guide: Reward) -> dict[str, Callable[[], Sampler]]:
+    """Returns the samplers by their name in the table; a budget sets their counts."""
+    alpha = ALPHA[guide.name]
+    table: dict[str, Callable[[], Sampler]] = {
+        BASELINE: BestOfN,
+        "SVDD": SVDD,
+        "BeamSearch, 4 beams": lambda: BeamSearch(num_beams=4),
+        "BlockwiseBestOfN, blocks of 5": lambda: BlockwiseBestOfN(block_size=5),
+        f"SMC, alpha {alpha}": lambda: SMC(alpha=alpha),
+        f"SMC, alpha {alpha}, max, exponential": lambda: SMC(alpha=alpha, potential="max", tempering="exponential"),
+        "ProgressivePruning": ProgressivePruning,
+        "RandomSearch": RandomSearch,
+        "ZeroOrderSearch, 4 neighbours": lambda: ZeroOrderSearch(num_candidates=4),
+    }
+    if guide.differentiable:
+        table[f"TwistedSMC, alpha {alpha}"] = lambda: TwistedSMC(alpha=alpha)
+    return table
+
+
+def unbudgeted(guide: Reward) -> dict[str, Callable[[], Sampler]]:
+    """Returns the samplers that cost T rows whatever the budget."""
+    table: dict[str, Callable[[], Sampler]] = {PLAIN: Unguided}
+    if guide.differentiable:
+        table["DPS, scale 100"] = lambda: DPS(scale=100)
+        table["DPS, scale 100, not through the denoiser"] = lambda: DPS(scale=100, through_denoiser=False)
+    return table
+
+
+@torch.no_grad()
+def draw(
+    diffusion: StableDiffusion,
+    sampler: Sampler,
+    guide: Reward,
+    others: list[Reward],
+    images: int,
+    prompts: Any = PROMPTS,
+) -> dict[str, Any]:
+    """Draws `images` pictures of every prompt; returns scores [prompts][images], cost and diversity per prompt."""
+    value, clip = PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
+    value.bind(guide)
+    rewards = (guide, *others)
+    result: dict[str, Any] = {"scores": {reward.name: [] for reward in rewards}, "diversity": []}
+    rows = seconds = 0.0
+    for start in range(0, len(prompts), AT_ONCE // images):
+        texts = [prompt for prompt in prompts[start : start + AT_ONCE // images] for _ in range(images)]
+        seeds = [1000 * (start + k // images) + k % images for k in range(len(texts))]
+        state = diffusion.start(texts, seeds, sampler.start_particles)
+        began = time.perf_counter()
+        final = sampler.sample(state, value)
+        pictures = final.images
+        seconds += time.perf_counter() - began
+        rows += state.context.ledger.denoiser_rows
+        for reward in rewards:
+            result["scores"][reward.name] += reward.score(pictures, texts).view(-1, images).tolist()
+        features = clip.image_features(pictures).view(-1, images, clip.image_features(pictures).shape[-1])
+        pairs = images * (images - 1)
+        if pairs:
+            total = features.sum(1).square().sum(1) - images  # sum of the cosines of all pairs, each twice
+            result["diversity"] += (1 - total / pairs).tolist()
+    count = len(prompts) * images
+    return result | {"rows": rows / count, "seconds": seconds / count}
+
+
+def table(guide: Reward, others: list[Reward], budget: int, results: dict[str, Any]) -> list[str]:
+    """Returns the lines of one table: means, paired differences to best-of-N and held-out ones to plain sampling."""
+    prefix = f"{guide.name}/{budget}/"
+    plain = results.get(f"{guide.name}/0/{PLAIN}")
+    found = {key.removeprefix(prefix): result for key, result in results.items() if key.startswith(prefix)}
+    if plain is None or BASELINE not in found:
+        return []
+    free = {key.split("/", 2)[2]: result for key, result in results.items() if key.startswith(f"{guide.name}/0/")}
+    images = IMAGES[budget]
+    held_out = [reward.name for reward in others]
+    lines = [
+        "",
+        f"## Guide {guide.name}, {budget} denoiser rows per image",
+        "",
+        f"{len(PROMPTS)} prompts x {images} image{'s' if images > 1 else ''}.",
+        "",
+        "| "
+        + " | ".join(
+            ["sampler", guide.name, "- BestOfN", *(f"{key} - unguided" for key in held_out), "diversity", "rows"]
+        )
+        + " |",
+        "|---|" + "---:|" * (4 + len(held_out)),
+    ]
+
+    def scores(result: dict[str, Any], name: str) -> torch.Tensor:
+        return torch.tensor(result["scores"][name])[:, :images]
+
+    for name, result in (free | found).items():
+        cells = [f"{float(scores(result, guide.name).mean()):.3f}"]
+        same = name == BASELINE
+        cells.append("" if same else interval(scores(result, guide.name), scores(found[BASELINE], guide.name)))
+        cells += ["" if name == PLAIN else interval(scores(result, key), scores(plain, key)) for key in held_out]
+        diverse = result["diversity"] if images > 1 else []
+        cells.append(f"{sum(diverse) / len(diverse):.3f}" if diverse else "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {result['rows']:.0f} |")
+    return lines
+
+
+def measure_time(diffusion: StableDiffusion, guides: list[tuple[Reward, list[Reward]]], budget: int) -> dict[str, Any]:
+    """Measures seconds per image of every sampler on the first prompts, in one run."""
+    return {
+        f"{guide.name}/{name}": draw(
+            diffusion,
+            sampler() if free else sampler().within(budget, STEPS),
+            guide,
+            others,
+            images=1,
+            prompts=PROMPTS[: 2 * AT_ONCE],
+        )["seconds"]
+        for guide, others in guides
+        for free, samplers in ((True, unbudgeted(guide)), (False, entries(guide)))
+        for name, sampler in samplers.items()
+    }
+
+
+def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -> str:
+    """Returns the page."""
+    lines = [
+        "# Samplers at equal compute",
+        "",
+        f"The embedded model, T = {STEPS}, guidance scale 3, eta 1, same prompts and seeds; every count is the largest "
+        "within the budget. Differences are paired by prompt, with 95 % intervals (Student's t). `CLIPScore-judge` is "
+        "held out: a second CLIP, trained apart. Diversity is 1 - cosine of the CLIP embeddings of two images of a "
+        "prompt. Samplers with 25 rows do not scale with a budget and stand in each table. Made by "
+        "`python -m benchmarks.samplers`.",
+    ]
+    for guide, others in guides:
+        for budget in (200, 800):
+            lines += table(guide, others, budget, results)
+    if times := results.get("seconds"):
+        lines += ["", "## Wall time at 200 rows per image", ""]
+        lines += ["Seconds per image over those of BestOfN, measured in one run (`--time`).", ""]
+        lines += ["| guide | sampler | seconds / BestOfN's |", "|---|---|---:|"]
+        for key, seconds in times.items():
+            guide_name, name = key.split("/", 1)
+            lines.append(f"| {guide_name} | {name} | {seconds / times[f'{guide_name}/{BASELINE}']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures what is missing, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--guides", nargs="+", default=["Compressibility", "CLIPScore"])
+    parser.add_argument("--budgets", nargs="+", type=int, default=[200, 800])
+    parser.add_argument("--time", action="store_true", help="measure seconds only")
+    parser.add_argument("--only-report", action="store_true", help="write the page from what is there")
+    parser.add_argument("--kept", type=Path, default=Path("build/samplers"), help="folder of finished entries")
+    options = parser.parse_args()
+    clip, judge, jpeg = CLIPScore(), CLIPScore("emoji-judge"), Compressibility()
+    guides: list[tuple[Reward, list[Reward]]] = [(jpeg, [clip, judge]), (clip, [judge, jpeg])]
+    diffusion = StableDiffusion("emoji", num_inference_steps=STEPS, guidance_scale=3.0, eta=1.0)
+    options.kept.mkdir(parents=True, exist_ok=True)
+    if options.time:
+        (options.kept / "seconds.json").write_text(json.dumps(measure_time(diffusion, guides, 200)))
+    elif not options.only_report:
+        for budget in (0, *options.budgets):
+            for guide, others in guides:
+                if guide.name not in options.guides:
+                    continue
+                for name, sampler in (entries(guide) if budget else unbudgeted(guide)).items():
+                    key = f"{guide.name}/{budget}/{name}"
+                    path = options.kept / (key.replace("/", "--") + ".json")
+                    if path.exists():
+                        continue
+                    chosen = sampler().within(budget, STEPS) if budget else sampler()
+                    path.write_text(json.dumps({key: draw(diffusion, chosen, guide, others, IMAGES[budget])}))
+                    print(key, f"{json.loads(path.read_text())[key]['rows']:.0f} rows", flush=True)
+    results: dict[str, Any] = {}
+    for guide, _ in guides:
+        for budget in (0, 200, 800):
+            for name in entries(guide) if budget else unbudgeted(guide):
+                path = options.kept / (f"{guide.name}/{budget}/{name}".replace("/", "--") + ".json")
+                if path.exists():
+                    results |= json.loads(path.read_text())
+    if (options.kept / "seconds.json").exists():
+        results["seconds"] = json.loads((options.kept / "seconds.json").read_text())
+    text = report(results, guides)
+    print(text)
+    Path(__file__).with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
