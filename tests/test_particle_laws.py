@@ -1,0 +1,394 @@
+"""Particle samplers against closed forms: the tilted law, the normalising constant, and the limits."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from svdd.resampling import RESAMPLERS
+from svdd.samplers.beam_search import BeamSearch
+from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.dps import DPS
+from svdd.samplers.progressive_pruning import ProgressivePruning
+from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.smc import SMC
+from svdd.samplers.svdd import SVDD
+from svdd.samplers.twisted_smc import TwistedSMC
+from svdd.samplers.unguided import Unguided
+from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.values.posterior_mean import PosteriorMean
+from svdd.weights import POTENTIALS, Weighing, Weights
+from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, PlaneMixtureDiffusion, Quadratic, bound, run
+from tests.test_samplers import B, assert_mean, assert_variance, rewards, value_of
+
+ALPHA = 0.7
+ACROSS = torch.tensor([0.8, 0.6], dtype=torch.float64)  # at a right angle to B: the reward does not act there
+
+
+def tilted_gaussian(diffusion: GaussianDiffusion, alpha: float = ALPHA) -> tuple[float, float]:
+    """Returns mean and variance of b . x_T under p(x) exp(b . x / alpha): shifted by V / alpha, as wide as before."""
+    mean, variance = diffusion.end_law()
+    return mean * sum(B) + variance / alpha, variance
+
+
+def true_log_normaliser(diffusion: GaussianDiffusion) -> float:
+    """log E[exp(b . x_T / alpha)] of a Gaussian."""
+    mean, variance = diffusion.end_law()
+    return mean * sum(B) / ALPHA + variance / (2 * ALPHA**2)
+
+
+def estimated_normalisers(final) -> torch.Tensor:
+    """The estimate of Z of each image, from its trace."""
+    traces = final.context.trace.per_image()
+    return torch.tensor([math.exp(sum(trace["log_normaliser"])) for trace in traces], dtype=torch.float64)
+
+
+# ---- the target
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SMC(200, ALPHA, returns="drawn"),
+        SMC(200, ALPHA, returns="drawn", ess_threshold=0.0),
+        SMC(200, ALPHA, returns="drawn", ess_threshold=1.0, resampler="multinomial"),
+        SMC(200, ALPHA, returns="drawn", tempering="adaptive", resampler="residual"),
+        SMC(200, ALPHA, returns="drawn", potential="max", tempering="exponential", resampler="stratified"),
+        # sums of values overshoot on the way: their bias falls slowly with N, the more so the lower alpha is
+        SMC(1000, 3 * ALPHA, returns="drawn", potential="sum", tempering="linear", resampler="systematic"),
+        SMC(200, ALPHA, returns="drawn", potential="immediate", tempering="linear"),
+        SMC(200, ALPHA, returns="drawn", guide_start=0.3, guide_stop=0.8, guide_every=2),
+        TwistedSMC(100, ALPHA, returns="drawn"),
+        TwistedSMC(100, ALPHA, returns="drawn", tempering="none", ess_threshold=1.0, resampler="multinomial"),
+        TwistedSMC(100, ALPHA, returns="drawn", tempering="adaptive", guide_start=0.2),
+    ],
+    ids=lambda sampler: (
+        f"{type(sampler).__name__}-{getattr(sampler, 'potential', '')}-{sampler.tempering}-{sampler.ess_threshold}"
+    ),
+)
+def test_a_drawn_particle_follows_the_tilted_gaussian(sampler):
+    diffusion = GaussianDiffusion(6)
+    final = run(diffusion, sampler, value_of(), 1000)
+    mean, variance = tilted_gaussian(diffusion, sampler.alpha)
+    shift = variance / sampler.alpha
+    assert_mean(rewards(final), mean, slack=0.03 * shift)  # the bias of a finite population
+    assert_variance(rewards(final), variance, slack=0.05)
+    untilted, _ = diffusion.end_law()
+    assert_mean(final.x.flatten(1) @ ACROSS, untilted * 1.4)
+    assert_variance(final.x.flatten(1) @ ACROSS, variance)
+
+
+@pytest.mark.parametrize("sampler", [SMC(250, ALPHA, returns="all"), TwistedSMC(120, ALPHA, returns="all")])
+def test_the_weights_of_all_particles_give_the_tilted_mean(sampler):
+    diffusion, images = GaussianDiffusion(6), 300
+    final = run(diffusion, sampler, value_of(), images)
+    weights = final.context.trace.weights
+    torch.testing.assert_close(weights.sum(1), torch.ones(images, dtype=torch.float64))
+    estimates = (weights * rewards(final).view(images, -1)).sum(1)
+    mean, variance = tilted_gaussian(diffusion)
+    assert_mean(estimates, mean, slack=0.02 * variance / ALPHA)
+
+
+def test_a_mixture_in_the_plane_keeps_its_modes_in_proportion_and_in_place():
+    """Mode weights and the mean within each mode, under a quadratic reward, against the tilted law on a grid."""
+    diffusion, alpha, images = PlaneMixtureDiffusion(8), 0.8, 400
+    reward = Quadratic([1.5, 0.5])
+    final = run(diffusion, SMC(300, alpha, returns="drawn"), bound(PosteriorMean(), reward), images)
+    tilt = torch.exp(reward(diffusion.grid.view(-1, 1, 1, 2).expand(-1, 3, -1, -1), []) / alpha)
+    plain = diffusion.end_law()
+    law = plain * tilt / (plain * tilt).sum()
+    centres = torch.tensor(diffusion.means, dtype=torch.float64)
+
+    def mode(x):
+        return torch.cdist(x, centres).argmin(1)
+
+    x, home, cells = final.x.flatten(1), mode(final.x.flatten(1)), mode(diffusion.grid)
+    moved = [float(law[cells == k].sum()) - float(plain[cells == k].sum()) for k in range(3)]
+    assert max(map(abs, moved)) > 0.15  # the tilt is no small one
+    for k in range(3):
+        assert_mean((home == k).double(), float(law[cells == k].sum()), slack=0.01)
+        inside = law * (cells == k)
+        if int((home == k).sum()) > 20:
+            for axis in range(2):
+                centre = float(inside @ diffusion.grid[:, axis] / inside.sum())
+                assert_mean(x[home == k][:, axis], centre, slack=0.03)
+
+
+# ---- the normalising constant
+
+
+@pytest.mark.parametrize("ess_threshold", [0.0, 0.5, 1.0], ids=["never", "adaptive", "every step"])
+@pytest.mark.parametrize("potential", list(POTENTIALS))
+@pytest.mark.parametrize("resampler", list(RESAMPLERS))
+def test_the_estimate_of_the_normalising_constant_is_unbiased(resampler, potential, ess_threshold):
+    diffusion = GaussianDiffusion(5)
+    tempering = "none" if potential == "difference" else "linear"
+    sampler = SMC(32, ALPHA, potential, resampler, ess_threshold, tempering)
+    estimates = estimated_normalisers(run(diffusion, sampler, value_of(), 200))
+    assert_mean(estimates / math.exp(true_log_normaliser(diffusion)), 1.0)
+
+
+@pytest.mark.parametrize("ess_threshold", [0.0, 0.5, 1.0], ids=["never", "adaptive", "every step"])
+@pytest.mark.parametrize("tempering", ["none", "linear", "exponential"])
+def test_twisting_leaves_the_estimate_unbiased_and_makes_it_sharper(tempering, ess_threshold):
+    diffusion, truth = GaussianDiffusion(5), math.exp(true_log_normaliser(GaussianDiffusion(5)))
+    options = {"ess_threshold": ess_threshold, "tempering": tempering}
+    twisted = estimated_normalisers(run(diffusion, TwistedSMC(32, ALPHA, **options), value_of(), 200)) / truth
+    plain = estimated_normalisers(run(diffusion, SMC(32, ALPHA, **options), value_of(), 200)) / truth
+    assert_mean(twisted, 1.0)
+    assert float(twisted.std()) < float(plain.std())
+
+
+def test_incremental_weights_of_the_exact_value_average_one_from_any_state():
+    diffusion, children = GaussianDiffusion(5), 20000
+    value = bound(ExactSoftValue(ALPHA), Linear(B))
+    state = diffusion.start([""] * 3, range(3))
+    while not state.done:
+        weighing = Weighing(ALPHA, "difference", "ssp", 0.0, "none")
+        before = Weights.equal(3, children, state.x.device)
+        parent = (value(state) / ALPHA).view(-1, 1).expand(-1, children)
+        moved = state.propose(children)
+        after = weighing.weigh(before.pay(parent, parent), value(moved).view(3, -1), moved.i / 5)
+        for k in range(3):
+            assert_mean((after.log_w - parent).exp()[k], 1.0)
+        state = state.propose()
+
+
+def test_the_bias_of_svdd_falls_as_candidates_grow():
+    """With the exact soft value M candidates fall short of the kernel's tilt by O(1 / M)."""
+    diffusion = GaussianDiffusion(4)
+    value = bound(ExactSoftValue(ALPHA), Linear(B))
+    start, drift = diffusion.end_law()[0] * sum(B), diffusion.end(0)[2] / ALPHA
+    gaps = []
+    for candidates in (2, 4, 16):
+        final = run(diffusion, SVDD(candidates, ALPHA), value, 4000)
+        gaps.append(start + drift - float(rewards(final).mean()))
+    error = 2 * math.sqrt(diffusion.end_law()[1] / 4000)
+    assert gaps[0] > gaps[1] + error > gaps[2] + 2 * error > error
+
+
+# ---- limits
+
+
+def test_infinite_temperature_leaves_all_chains_alone():
+    diffusion = GaussianDiffusion(5)
+    plain = diffusion.start([""] * 3, range(3), 4)
+    while not plain.done:
+        plain = plain.propose()
+    for sampler in (SMC(4, math.inf, returns="all"), TwistedSMC(4, math.inf, returns="all")):
+        final = run(diffusion, sampler, value_of(), 3)
+        assert torch.equal(final.x, plain.x)
+        assert torch.equal(final.context.trace.weights, torch.full((3, 4), 0.25, dtype=torch.float64))
+
+
+def test_one_particle_that_is_not_pulled_is_plain_sampling():
+    diffusion = GaussianDiffusion(5)
+    plain = run(diffusion, Unguided(), value_of(), 6).x
+    for sampler in (TwistedSMC(1, math.inf), DPS(0.0), DPS(0.0, through_denoiser=False)):
+        assert torch.equal(run(diffusion, sampler, value_of(), 6).x, plain)
+
+
+def test_no_resampling_returns_the_best_of_n():
+    diffusion = GaussianDiffusion(5)
+    best = run(diffusion, BestOfN(6), value_of(), 5).x
+    assert torch.equal(run(diffusion, SMC(6, ALPHA, ess_threshold=0.0), value_of(), 5).x, best)
+    whole = ProgressivePruning(6, [(0.0, 1.0)])
+    assert torch.equal(run(diffusion, whole, value_of(), 5).x, best)
+
+
+def test_a_beam_is_svdd_at_zero_temperature_and_a_block_of_one_step_is_svdd():
+    diffusion = GaussianDiffusion(5)
+    assert torch.equal(
+        run(diffusion, BeamSearch(3, 4), value_of(), 5).x, run(diffusion, SVDD(4, num_particles=3), value_of(), 5).x
+    )
+    for options in ({}, {"alpha": 0.5}, {"guide_start": 0.4, "guide_stop": 0.8}):
+        block = run(diffusion, BlockwiseBestOfN(4, 1, **options), value_of(), 5)
+        assert torch.equal(block.x, run(diffusion, SVDD(4, **options), value_of(), 5).x)
+
+
+def test_one_block_is_the_best_of_several_runs_from_one_start():
+    diffusion = GaussianDiffusion(5)
+    final = run(diffusion, BlockwiseBestOfN(6, 5), value_of(), 4)
+    runs = diffusion.start([""] * 4, range(4)).propose(6)
+    while not runs.done:
+        runs = runs.propose()
+    assert torch.equal(rewards(final), rewards(runs).view(4, 6).max(1).values)
+
+
+def test_blocks_are_chosen_by_hand():
+    diffusion, b = GaussianDiffusion(4), torch.tensor(B, dtype=torch.float64)
+    final = run(diffusion, BlockwiseBestOfN(3, 2), value_of(), 1)
+    state = diffusion.start([""], [0])
+    for _ in range(2):
+        state = state.propose(3).propose()
+        ahead = state.x0.flatten(1) @ b
+        state = state.select(ahead.argmax().view(1, 1))
+    assert torch.equal(final.x, state.x)
+
+
+def test_weighing_the_current_x0_follows_the_better_beam():
+    """Children score as their parent: of 4 beams the best two are kept, with two children each."""
+    diffusion, b = GaussianDiffusion(3), torch.tensor(B, dtype=torch.float64)
+    final = run(diffusion, SVDD(2, num_particles=4, weigh_current=True), value_of(), 1)
+    state = diffusion.start([""], [0], 4)
+    for i in range(3):
+        ahead = state.x0.flatten(1) @ b
+        candidates = state.propose(2)
+        if i < 2:
+            parents = ahead.argsort(descending=True)[:2]
+            state = candidates.select(torch.stack([2 * parents, 2 * parents + 1], 1).view(1, 4))
+    best = (candidates.x.flatten(1) @ b).argmax()
+    assert torch.equal(final.x[0], candidates.x[best])
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("through_denoiser", [True, False])
+def test_dps_shifts_every_step_by_the_gradient(through_denoiser):
+    """A linear reward has the gradient b times the slope of x0, or b itself where the denoiser is left out."""
+    diffusion, scale = GaussianDiffusion(6), 1.3
+    guided = run(diffusion, DPS(scale, through_denoiser, guide_start=0.3), value_of(), 5)
+    plain = run(diffusion, Unguided(), value_of(), 5)
+    shift = 0.0
+    for i in range(2, 6):
+        slope = diffusion.posterior_mean(torch.ones(()), diffusion.signal[i], 0) - diffusion.posterior_mean(
+            torch.zeros(()), diffusion.signal[i], 0
+        )
+        shift += diffusion.end(i + 1)[0] * scale * diffusion.std(i) ** 2 * (float(slope) if through_denoiser else 1.0)
+    expected = plain.x.flatten(1) + shift * torch.tensor(B, dtype=torch.float64)
+    torch.testing.assert_close(guided.x.flatten(1), expected, atol=1e-6, rtol=1e-6)
+    assert guided.context.ledger.gradient_rows == (5 * 4 if through_denoiser else 0)
+
+
+def test_gradients_do_not_depend_on_chunks_or_on_the_caller_s_mode():
+    whole = run(GaussianDiffusion(4), DPS(1.0), value_of(), 5).x
+    with torch.no_grad():
+        parts = run(GaussianDiffusion(4, chunk_size=2), DPS(1.0), value_of(), 5).x
+    assert torch.equal(parts, whole)
+    assert not whole.requires_grad
+
+
+def test_a_state_knows_its_slope_once_and_hands_it_on():
+    diffusion, value = PlaneMixtureDiffusion(4), bound(PosteriorMean(), Quadratic([1.0, -2.0]))
+    state = diffusion.start([""] * 2, [0, 1], 3)
+    v, slope = state.gradient(value)
+    assert diffusion.denoised_rows == [6]
+    for k in range(6):
+        for axis in range(2):
+            step = torch.zeros_like(state.x)
+            step[k, 0, 0, axis] = 1e-4
+            ends = [
+                diffusion.posterior_mean(state.x + sign * step, diffusion.signal[0], 0).flatten(1)[k]
+                for sign in (1, -1)
+            ]
+            rise = [-float((end - value.reward.centre).square().sum()) / 2 for end in ends]
+            assert float(slope[k, 0, 0, axis]) == pytest.approx((rise[0] - rise[1]) / 2e-4, abs=1e-5)
+    kept = state.select(torch.tensor([[2, 2], [0, 1]]))
+    diffusion.denoised_rows.clear()
+    assert torch.equal(kept.gradient(value)[1], slope[[2, 2, 3, 4]])
+    assert torch.equal(kept.gradient(value)[0], v[[2, 2, 3, 4]])
+    kept.propose()
+    assert diffusion.denoised_rows == []
+
+
+# ---- searches over the noise
+
+
+def test_random_search_is_best_of_n_on_a_chain_without_noise():
+    diffusion = GaussianDiffusion(4, eta=0.0)
+    best = run(diffusion, BestOfN(5), value_of(), 4).x
+    assert torch.equal(run(diffusion, RandomSearch(5), value_of(), 4).x, best)
+
+
+def test_random_search_gives_all_starts_the_same_noise():
+    diffusion = GaussianDiffusion(4)
+    final = run(diffusion, RandomSearch(5), value_of(), 1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 1, 1, 2, generator=generator, dtype=torch.float64)
+    for i in range(4):
+        factor, constant = diffusion.affine(i)
+        noise = torch.randn(1, 1, 1, 2, generator=generator, dtype=torch.float64)
+        x = factor * x + constant + diffusion.std(i) * noise
+    torch.testing.assert_close(final.x[0], x[(x.flatten(1) @ torch.tensor(B, dtype=torch.float64)).argmax()])
+
+
+def test_zero_order_search_never_falls_and_does_not_stall():
+    """The incumbent's reward never falls, and the walk comes close to the peak of a smooth reward."""
+    diffusion, centre = GaussianDiffusion(4, eta=0.0), [1.2, -0.4]
+    value = bound(PosteriorMean(), Quadratic(centre))
+    final = run(diffusion, ZeroOrderSearch(60, 4, radius=0.6, decay=0.85), value, 6)
+    for trace in final.context.trace.per_image():
+        chosen = trace["value_chosen"]
+        assert all(a <= b for a, b in pairwise(chosen))
+        assert len(set(chosen)) > 8  # it goes on finding better ones
+    start = run(diffusion, Unguided(), value, 6)
+    assert float(final.scores(value.reward).min()) > -0.005 > float(start.scores(value.reward).max())
+
+
+def test_a_search_without_success_returns_plain_sampling():
+    """A reward that likes nothing but the first image keeps it, whatever is tried."""
+    diffusion = GaussianDiffusion(4)
+    first = run(diffusion, Unguided(), value_of(), 1).x
+    value = bound(PosteriorMean(), Quadratic(first.flatten().tolist()))
+    final = run(diffusion, ZeroOrderSearch(3, 4), value, 1)
+    assert torch.equal(final.x, first)
+
+
+def test_pruning_keeps_the_chains_that_look_best_on_the_way():
+    diffusion, b = GaussianDiffusion(8), torch.tensor(B, dtype=torch.float64)
+    final = run(diffusion, ProgressivePruning(4), value_of(), 1)
+    state = diffusion.start([""], [0], 8)
+    for i in range(8):
+        if keep := {2: 4, 4: 2}.get(i):
+            state = state.select((state.x0.flatten(1) @ b).argsort(descending=True)[None, :keep])
+        state = state.propose()
+    assert torch.equal(final.x[0], state.x[(state.x.flatten(1) @ b).argmax()])
+
+
+def test_every_sampler_beats_plain_sampling():
+    diffusion = GaussianDiffusion(8)
+    plain = float(rewards(run(diffusion, Unguided(), value_of(), 200)).mean())
+    for sampler in (
+        BeamSearch(),
+        BlockwiseBestOfN(),
+        SMC(),
+        ProgressivePruning(),
+        RandomSearch(),
+        ZeroOrderSearch(),
+        DPS(),
+        TwistedSMC(),
+        SVDD(guide_every=4),
+        SVDD(4, num_particles=4, weigh_current=True),
+    ):
+        assert float(rewards(run(diffusion, sampler, value_of(), 200)).mean()) > plain + 0.2
+
+
+# ---- traces
+
+
+def test_the_trace_tells_of_collapse():
+    diffusion = GaussianDiffusion(6)
+    fierce = run(diffusion, SMC(8, 0.02, ess_threshold=1.0, returns="all"), value_of(), 3).context.trace
+    for trace in fierce.per_image(lineage=True):
+        assert trace["step"] == [1, 2, 3, 4, 5, 6]
+        assert trace["ancestors"][0] <= 8
+        assert trace["ancestors"] == sorted(trace["ancestors"], reverse=True)
+        assert trace["ancestors"][-1] < 4
+        assert all(1 <= ess <= 8 for ess in trace["ess"])
+        assert all(low <= high for low, high in zip(trace["value_mean"], trace["value_max"], strict=True))
+        alive = list(range(8))
+        for kept, ancestors in zip(trace["lineage"], trace["ancestors"], strict=True):
+            alive = [alive[j] for j in kept]
+            assert len(set(alive)) == ancestors
+    assert all("lineage" not in trace for trace in fierce.per_image())
+
+
+def test_a_beam_s_trace_holds_the_values_it_chose():
+    final = run(GaussianDiffusion(4), BeamSearch(3, 2), value_of(), 2)
+    for trace, reward in zip(final.context.trace.per_image(), rewards(final), strict=True):
+        assert trace["value_chosen"][-1] == pytest.approx(float(reward), rel=1e-5)
+        assert trace["value_max"][-1] == trace["value_chosen"][-1]
+        assert trace["ess"] == trace["log_normaliser"] == [None] * 4
