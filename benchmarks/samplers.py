@@ -35,11 +35,14 @@ from svdd.values.posterior_mean import PosteriorMean
 STEPS, AT_ONCE = 25, 4
 ALPHA = {"Compressibility": 0.1, "CLIPScore": 0.01}  # about half the reward's spread within a prompt, a third of it
 IMAGES = {0: 2, 200: 2, 800: 1}  # per prompt, by budget
+AT_LARGE_BUDGETS = ("BestOfN", "SVDD", "BeamSearch", "BlockwiseBestOfN", "SMC", "ProgressivePruning", "ZeroOrderSearch")
 PLAIN, BASELINE = "Unguided", "BestOfN"
 
 
-def entries(guide: Reward) -> dict[str, Callable[[], Sampler]]:
+def entries(guide: Reward, budget: int) -> dict[str, Callable[[], Sampler]]:
     """Returns the samplers by their name in the table; a budget sets their counts."""
+    if budget == 0:
+        return unbudgeted(guide)
     alpha = ALPHA[guide.name]
     table: dict[str, Callable[[], Sampler]] = {
         BASELINE: BestOfN,
@@ -54,6 +57,9 @@ def entries(guide: Reward) -> dict[str, Callable[[], Sampler]]:
     }
     if guide.differentiable:
         table[f"TwistedSMC, alpha {alpha}"] = lambda: TwistedSMC(alpha=alpha)
+    if budget > 200:  # one of each kind: hours are dear
+        del table[f"SMC, alpha {alpha}, max, exponential"]
+        table = {name: sampler for name, sampler in table.items() if name.split(",")[0] in AT_LARGE_BUDGETS}
     return table
 
 
@@ -151,8 +157,8 @@ def measure_time(diffusion: StableDiffusion, guides: list[tuple[Reward, list[Rew
             prompts=PROMPTS[: 2 * AT_ONCE],
         )["seconds"]
         for guide, others in guides
-        for free, samplers in ((True, unbudgeted(guide)), (False, entries(guide)))
-        for name, sampler in samplers.items()
+        for free in (True, False)
+        for name, sampler in entries(guide, 0 if free else budget).items()
     }
 
 
@@ -200,7 +206,7 @@ def main() -> None:
             for guide, others in guides:
                 if guide.name not in options.guides:
                     continue
-                for name, sampler in (entries(guide) if budget else unbudgeted(guide)).items():
+                for name, sampler in entries(guide, budget).items():
                     key = f"{guide.name}/{budget}/{name}"
                     path = options.kept / (key.replace("/", "--") + ".json")
                     if path.exists():
@@ -211,7 +217,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for guide, _ in guides:
         for budget in (0, 200, 800):
-            for name in entries(guide) if budget else unbudgeted(guide):
+            for name in entries(guide, budget):
                 path = options.kept / (f"{guide.name}/{budget}/{name}".replace("/", "--") + ".json")
                 if path.exists():
                     results |= json.loads(path.read_text())

@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from svdd.class_change import forget_arguments_on_class_change
 from svdd.data import PromptDataModule
 from svdd.errors import UserError
 from svdd.module import GuidedDiffusion
@@ -64,7 +65,7 @@ class _PredictCLI(LightningCLI):
         plain.pop("config", None)
         plain["data"]["prompts_sha256"] = digest
         with _refusals():
-            self.writer = RunWriter(config.output, plain, config.overwrite, config.model.images_per_prompt)
+            self.writer = RunWriter(config.output, plain, config.overwrite)
         self.finished = self.writer.open()
 
     def instantiate_classes(self) -> None:
@@ -113,6 +114,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         UserError: For everything that the user can repair.
     """
     import_all()
+    forget_arguments_on_class_change()
     _hush()
     _PredictCLI(
         GuidedDiffusion,

@@ -77,10 +77,11 @@ class GuidedDiffusion(L.LightningModule):
         self.sampler = sampler if sampler is not None else SVDD()
         self.value = value if value is not None else PosteriorMean()
         self.value.bind(reward)
+        self.value.prepare(self.diffusion)
         self.eval_rewards = ModuleList(eval_rewards or [])
         self.images_per_prompt, self.budget, self.seed = images_per_prompt, budget, seed
         if budget is not None:
-            self.sampler = self.sampler.within(budget, self.diffusion.num_inference_steps)
+            self.sampler = self.sampler.within(budget // self.value.most_rows, self.diffusion.num_inference_steps)
         self.sampler.check(self.diffusion, self.value)
         names = [reward.name, *(held_out.name for held_out in eval_rewards or [])]
         if len(set(names)) < len(names):

@@ -45,5 +45,6 @@ def _unknown(key: str, name: str) -> str:
 
 
 def _plain(text: str) -> str:
+    text = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", lambda match: "one of " + match[1].replace("'", ""), text)
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
     return " ".join(text.replace("Expected a ", "expected ").replace(". Got value:", ", got").split())

@@ -1,6 +1,6 @@
 """What one prediction step hands to callbacks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +14,11 @@ class Prediction:
 
     Args:
         images: float [n, 3, h, w] in [0, 1], on the CPU.
-        rows: One per image, in the same order: prompt_index, image_index, prompt, seed, rewards, ledger, and the
-            prompt file's further columns.
+        rows: One per image, in the same order: prompt_index, image_index, num_images (how many images the
+            prompt has in all), prompt, seed, rewards, ledger, and the prompt file's further columns.
+        traces: One per image whose sampler made choices: prompt_index, image_index and columns, see `Trace`.
     """
 
     images: Tensor
     rows: list[dict[str, Any]]
+    traces: list[dict[str, Any]] = field(default_factory=list)

@@ -1,37 +1,28 @@
 """The folder that a run leaves: written so that a crash at any point loses nothing, and read back to continue it.
 
-Every image is renamed into place before its row is appended to the process's own `results-00000.jsonl`. The main
-process folds these shards into `results.jsonl`, sorted and without doubles, when a run begins and when it ends. A
-row counts only if its line is whole and its image has the recorded SHA-256, so an interrupted fold is simply done
-again.
+Every image is renamed into place, then its trace and then its row are appended to the process's own
+`trace-00000.jsonl` and `results-00000.jsonl`. The main process folds these shards into `trace.jsonl` and
+`results.jsonl`, sorted and without doubles, when a run begins and when it ends. A row counts only if its line is whole
+and its image has the recorded SHA-256; a trace counts only where its row does.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from svdd.run_config import HEADER, differences, dump_config, load_config, plain
+from svdd.run_config import HEADER, differences, dump_config, load_config
 from svdd.run_files import RunError, explained, lock, sync_folder, write_atomically
+from svdd.run_shards import Key, Place, ShardedFile, encode
 
 __all__ = ["RunFolder", "image_name"]
 
-_OWN_FILE = re.compile(r"(config\.yaml|results(-\d+)?\.jsonl|summary\.json|trace\.jsonl)(\.tmp)?")
+_OWN_FILE = re.compile(r"(config\.yaml|(results|trace)(-\d+)?\.jsonl|summary\.json)(\.tmp)?")
 _OWN_IMAGE = re.compile(r"\d{6,}-\d{2,}\.png(\.tmp)?")
-_SHARD = re.compile(r"results-\d+\.jsonl")
-
-Key = tuple[int, int]
-
-
-class _Place(NamedTuple):
-    path: Path
-    offset: int
 
 
 class RunFolder:
@@ -39,18 +30,18 @@ class RunFolder:
 
     Args:
         path: The folder; it need not exist.
-        images_per_prompt: How many images make a prompt finished.
     """
 
-    def __init__(self, path: str | Path, images_per_prompt: int = 1) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.images_per_prompt = images_per_prompt
         self.results = self.path / "results.jsonl"
         self.summary = self.path / "summary.json"
+        self._rows = ShardedFile(self.results, _is_row)
+        self._traces = ShardedFile(self.path / "trace.jsonl")
         self._config = self.path / "config.yaml"
         self._images = self.path / "images"
         self._lock: int | None = None
-        self._shard: int | None = None
+        self._rank: int | None = None  # None while the shards are closed
 
     def claim(self, config: dict[str, Any], overwrite: bool = False) -> set[int]:
         """Locks the folder, repairs what a crash left, and returns the indices of the finished prompts.
@@ -72,7 +63,7 @@ class RunFolder:
     def finished(self) -> set[int]:
         """Returns the indices of the prompts whose images are all whole; reads only, also while rank 0 repairs."""
         with explained(self.path):
-            return self._finished(self._scan(check_images=True)[0])
+            return _finished(self._rows.scan(self._has_image)[0])
 
     def rows(self, count: int = 1024) -> Iterator[list[dict[str, Any]]]:
         """Yields the rows of `results.jsonl` in lists of at most `count`."""
@@ -83,52 +74,57 @@ class RunFolder:
                 yield [json.loads(line) for line in lines]
 
     def open_shard(self, rank: int) -> None:
-        """Opens the file to which the process of this rank appends its rows, and locks it."""
-        path = self.path / f"results-{rank:05d}.jsonl"
-        with explained(path):
-            self._shard = lock(path, f"another process writes {path}", os.O_APPEND)
-            sync_folder(self.path)
+        """Opens the file to which the process of this rank appends its rows, and locks it.
 
-    def write(self, images: Iterable[tuple[dict[str, Any], bytes]]) -> None:
-        """Puts a batch on disk: first each image, then, in one write, a row for each.
+        That of the traces is opened with the first one.
+        """
+        with explained(self.path):
+            self._rows.open(rank)
+        self._rank = rank
+
+    def write(self, images: Iterable[tuple[dict[str, Any], bytes]], traces: Sequence[dict[str, Any]] = ()) -> None:
+        """Puts a batch on disk: first each image, then, in one write each, the traces and a row for each image.
 
         Args:
             images: The row of each image, and its PNG file's bytes. The rows gain `file` and `sha256`.
+            traces: What was known at each choice, with `prompt_index` and `image_index`.
 
         Raises:
+            ValueError: If a row or a trace could not be read back, as a row without `num_images`.
             RunError: If the disk is full or cannot be written; earlier batches stay, and this one leaves no rows.
         """
-        if self._shard is None:
+        if self._rank is None:
             raise RuntimeError("write needs an open shard: call open_shard first")
-        lines = []
+        rows = []
         with explained(self.path):
             for row, png in images:
                 name = image_name(row["prompt_index"], row["image_index"])
                 write_atomically(self.path / name, png, durable=False)
-                lines.append(_dump({**row, "file": name, "sha256": hashlib.sha256(png).hexdigest()}) + b"\n")
+                rows.append({**row, "file": name, "sha256": hashlib.sha256(png).hexdigest()})
             sync_folder(self._images)
-            data = b"".join(lines)
-            if os.write(self._shard, data) != len(data):  # the torn line is dropped when the run continues
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._shard)
+            if traces:
+                self._traces.open(self._rank)
+                self._traces.append(traces)
+            self._rows.append(rows)
 
     def close_shard(self) -> None:
-        """Closes this process's shard, if it is open."""
-        if self._shard is not None:
-            os.close(self._shard)
-            self._shard = None
+        """Closes this process's shards, if they are open."""
+        self._rows.close()
+        self._traces.close()
+        self._rank = None
 
     def merge(self) -> tuple[int, int]:
-        """Folds all shards into `results.jsonl` and returns the number of prompts and of images in it."""
+        """Folds all shards and returns the number of prompts and of images in `results.jsonl`."""
         with explained(self.path):
-            rows, _ = self._scan()
-            self._fold(rows)
+            rows, _ = self._rows.scan(lambda key, row: True)
+            self._rows.fold(rows)
+            self._fold_traces(rows)
         return len({prompt_index for prompt_index, _ in rows}), len(rows)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json`; what is not a finite number becomes null."""
         with explained(self.summary):
-            write_atomically(self.summary, _dump(summary, indent=2) + b"\n")
+            write_atomically(self.summary, encode(summary, indent=2) + b"\n")
 
     def remove_summary(self) -> None:
         """Removes the summary, which is about to be outdated."""
@@ -148,7 +144,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         recorded = self._recorded_config()
         self._lock = lock(self.path / ".lock", f"{self.path} is in use by another run")
-        for shard in self._shards():  # a process of a killed run may have outlived it
+        for shard in (*self._rows.shards(), *self._traces.shards()):  # a process of a killed run may have outlived it
             os.close(lock(shard, f"a process of an earlier run still writes {shard}"))
         changed = differences(recorded, config) if recorded is not None else []
         if changed and self._has_rows() and not overwrite:
@@ -160,19 +156,17 @@ class RunFolder:
         if recorded is None or changed or overwrite:
             write_atomically(self._config, dump_config(config))
         self._images.mkdir(exist_ok=True)  # after the file that marks the folder as ours
-        rows, lines = self._scan(check_images=True)
-        finished = self._finished(rows)
+        rows, lines = self._rows.scan(self._has_image)
+        finished = _finished(rows)
         kept = {key: place for key, place in rows.items() if key[0] in finished}
-        if self._shards() or lines > len(kept):
-            self._fold(kept)
+        if self._rows.shards() or lines > len(kept):
+            self._rows.fold(kept)
+        self._fold_traces(kept)
         return finished
-
-    def _shards(self) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if _SHARD.fullmatch(path.name))
 
     def _has_rows(self) -> bool:
         """Whether an earlier run got as far as an image; one that failed before binds nobody to its settings."""
-        return any(path.stat().st_size for path in (self.results, *self._shards()) if path.exists())
+        return any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
 
     def _recorded_config(self) -> dict[str, Any] | None:
         """Returns the configuration of the run in the folder, None where there is no run, or refuses the folder."""
@@ -192,56 +186,23 @@ class RunFolder:
     def _remove_own_files(self, everything: bool) -> None:
         """Removes what a crash left half written, or everything but config.yaml, which marks the folder as ours."""
         for folder, own in ((self.path, _OWN_FILE), (self._images, _OWN_IMAGE)):
-            for path in list(folder.iterdir()) if folder.is_dir() else ():
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():  # rows before their traces
                 if own.fullmatch(path.name) and (path.suffix == ".tmp" or (everything and path != self._config)):
                     path.unlink()
 
-    def _scan(self, check_images: bool = False) -> tuple[dict[Key, _Place], int]:
-        """Returns where the row of each image begins, and the number of lines read.
+    def _fold_traces(self, rows: dict[Key, Place]) -> None:
+        """Folds the traces of the given rows and drops all others; without any, no file is left."""
+        traces, lines = self._traces.scan(lambda key, trace: key in rows)
+        if not traces:
+            self._traces.remove()
+        elif self._traces.shards() or lines > len(traces):
+            self._traces.fold(traces)
 
-        Shards are read first: rows only ever move from them to results.jsonl, so that none is missed meanwhile.
-        """
-        rows: dict[Key, _Place] = {}
-        lines = 0
-        for path in (*self._shards(), self.results) if self.path.is_dir() else ():
-            newer = set(rows) if path == self.results else set()
-            with suppress(FileNotFoundError), open(path, "rb") as file:
-                offset = 0
-                for line in file:
-                    row = _parse(line)
-                    if row is not None and not (check_images and not self._is_whole(row)):
-                        key = (row["prompt_index"], row["image_index"])
-                        if key not in newer:
-                            rows[key] = _Place(path, offset)
-                    offset += len(line)
-                    lines += 1
-        return rows, lines
-
-    def _is_whole(self, row: dict[str, Any]) -> bool:
+    def _has_image(self, key: Key, row: dict[str, Any]) -> bool:
         try:
             return hashlib.sha256((self.path / row["file"]).read_bytes()).hexdigest() == row["sha256"]
         except OSError:
             return False
-
-    def _finished(self, rows: Iterable[Key]) -> set[int]:
-        counts = Counter(prompt_index for prompt_index, image_index in rows if image_index < self.images_per_prompt)
-        return {prompt_index for prompt_index, count in counts.items() if count == self.images_per_prompt}
-
-    def _fold(self, rows: dict[Key, _Place]) -> None:
-        """Replaces results.jsonl by the given rows in order, and then removes the shards."""
-        temporary = self.results.with_suffix(".jsonl.tmp")
-        with ExitStack() as stack, open(temporary, "wb") as output:
-            sources = {path: stack.enter_context(open(path, "rb")) for path in {place.path for place in rows.values()}}
-            for key in sorted(rows):
-                source = sources[rows[key].path]
-                source.seek(rows[key].offset)
-                output.write(source.readline())
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(temporary, self.results)
-        sync_folder(self.path)
-        for shard in self._shards():
-            shard.unlink()
 
 
 def image_name(prompt_index: int, image_index: int) -> str:
@@ -249,17 +210,17 @@ def image_name(prompt_index: int, image_index: int) -> str:
     return f"images/{prompt_index:06d}-{image_index:02d}.png"
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the row in a whole line of ours, else None."""
-    with suppress(ValueError, KeyError, TypeError):
-        row = json.loads(line)
-        named = row["file"] == image_name(row["prompt_index"], row["image_index"])
-        if named and isinstance(row["sha256"], str) and line.endswith(b"\n"):
-            return row
-    return None
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether this is a row of ours; a prompt has the images 0 to num_images - 1."""
+    numbered = type(row["num_images"]) is int and 0 <= row["image_index"] < row["num_images"]
+    named = row["file"] == image_name(row["prompt_index"], row["image_index"])
+    return numbered and named and isinstance(row["sha256"], str)
 
 
-def _dump(value: Any, indent: int | None = None) -> bytes:
-    """Encodes as strict JSON; a lone surrogate, which UTF-8 has not, becomes its JSON escape."""
-    text = json.dumps(plain(value, finite=True), ensure_ascii=False, allow_nan=False, indent=indent)
-    return text.encode("utf-8", "backslashreplace")
+def _finished(rows: dict[Key, Place]) -> set[int]:
+    """Returns the prompts of which as many images are there as their rows say."""
+    counts = Counter(prompt_index for prompt_index, _ in rows)
+    num_images: dict[int, int] = {}
+    for (prompt_index, _), place in rows.items():
+        num_images[prompt_index] = max(place.num_images, num_images.get(prompt_index, 0))
+    return {prompt_index for prompt_index, count in counts.items() if count == num_images[prompt_index]}

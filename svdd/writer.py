@@ -27,7 +27,7 @@ __all__ = ["RunError", "RunWriter"]
 
 
 class RunWriter(L.Callback):
-    """Writes each batch as soon as it is drawn: images, result rows, and at the end a summary.
+    """Writes each batch as soon as it is drawn: images, traces, result rows, and at the end a summary.
 
     Call `open` before anything costly is built, and leave the prompts that it returns out of the data. The module
     must take the rows of an earlier run through `record(rows)`, return a `Prediction` from `predict_step`, and hold
@@ -37,22 +37,10 @@ class RunWriter(L.Callback):
         output: The run folder; one that was begun with the same settings is continued.
         config: The resolved configuration, kept as config.yaml and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
-        images_per_prompt: How many images make a prompt finished.
-
-    Raises:
-        ValueError: If `images_per_prompt` is below 1.
     """
 
-    def __init__(
-        self,
-        output: str | Path,
-        config: dict[str, Any] | None = None,
-        overwrite: bool = False,
-        images_per_prompt: int = 1,
-    ) -> None:
-        if images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
-        self.folder = RunFolder(output, images_per_prompt)
+    def __init__(self, output: str | Path, config: dict[str, Any] | None = None, overwrite: bool = False) -> None:
+        self.folder = RunFolder(output)
         self.config = config or {}
         self.overwrite = overwrite
         self._started: float | None = None  # when the folder was opened; None while it is not
@@ -109,7 +97,8 @@ class RunWriter(L.Callback):
         """Writes a batch.
 
         Raises:
-            ValueError: If `outputs` is not a `Prediction` with as many rows as images in [0, 1].
+            ValueError: If `outputs` is not a `Prediction` with as many rows as images in [0, 1], or a row or a trace
+                could not be read back.
             RunError: If the disk is full or cannot be written.
         """
         if not isinstance(outputs, Prediction):
@@ -117,10 +106,11 @@ class RunWriter(L.Callback):
         pixels = _to_uint8(outputs.images)
         if len(pixels) != len(outputs.rows):
             raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
-        self.folder.write((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
+        images = ((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
+        self.folder.write(images, outputs.traces)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Folds the rows of all processes together and writes the summary that the module has computed by now."""
+        """Folds the files of all processes together and writes the summary that the module has computed by now."""
         self.folder.close_shard()
         trainer.strategy.barrier("svdd.RunWriter")
         if trainer.is_global_zero:

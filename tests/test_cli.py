@@ -85,7 +85,15 @@ def test_a_run_leaves_what_the_design_promises(predict, tmp_path, read_rows):
     assert summary["rewards"]["Compressibility"]["mean"] == pytest.approx(np.mean(scores), abs=1e-6)
     assert summary["ledger"]["denoiser_rows"] == sum(row["ledger"]["denoiser_rows"] for row in rows)
     recorded = yaml.safe_load((run / "config.yaml").read_text())
-    assert recorded["model"]["sampler"]["init_args"] == {"num_candidates": 2, "alpha": 0.0, "num_particles": 1}
+    assert recorded["model"]["sampler"]["init_args"] == {
+        "num_candidates": 2,
+        "alpha": 0.0,
+        "num_particles": 1,
+        "weigh_current": False,
+        "guide_start": 0.0,
+        "guide_stop": 1.0,
+        "guide_every": 1,
+    }
 
 
 @pytest.mark.parametrize("sampler", [["Unguided"], ["SVDD", "--model.sampler.num_candidates", "1"]])
@@ -145,7 +153,11 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model.sampler", "SVD"], "unknown sampler 'SVD'; known: BestOfN, SVDD, Unguided; did you mean 'SVDD'?"),
+        (
+            ["--model.sampler", "SVD"],
+            "known: BeamSearch, BestOfN, BlockwiseBestOfN, DPS, ProgressivePruning, RandomSearch, "
+            "SMC, SVDD, TwistedSMC, Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
+        ),
         (["--model.value", "PosteriorMeen"], "unknown value 'PosteriorMeen'; known: PosteriorMean"),
         (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),
         (["--model.eval_rewards+=Nope"], "unknown reward 'Nope'"),
@@ -159,6 +171,15 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         (["--model.diffusion.scheduler", "pndm"], "known: ddim, ddpm, euler_ancestral"),
         (["--model.diffusion.chunk_size", "0"], "chunk_size must be 'auto' or an integer >= 1, got 0"),
         (["--model.diffusion.pretrained", "/no/such/folder"], "'/no/such/folder' is not a folder"),
+        (["--model.sampler.guide_every", "0"], "guide_every must be >= 1, got 0"),
+        (["--model.sampler", "SMC", "--model.sampler.alpha", "0"], "alpha must be > 0, got 0.0"),
+        (
+            ["--model.sampler", "SMC", "--model.sampler.resampler", "best"],
+            "resampler: expected one of multinomial, stratified, systematic, residual, ssp, got best",
+        ),
+        (["--model.sampler", "DPS"], "DPS needs gradients, and reward Compressibility is not differentiable"),
+        (["--model.budget", "2"], "budget=2 is too small: SVDD with num_candidates=1 spends 3 denoiser rows"),
+        (["--model.budget", "0"], "budget must be >= 1 denoiser rows per image, got 0"),
         (["--model.images_per_prompt", "0"], "images_per_prompt must be >= 1, got 0"),
         (["--data.batch_size", "0"], "batch_size must be >= 1, got 0"),
         (["--data.prompts", "/no/such/prompts.txt"], "no such file"),
@@ -262,6 +283,62 @@ def test_a_bad_reward_ends_the_run_in_one_line_and_keeps_what_is_done(predict, o
     assert "NaN" in message
     assert "'panda'" in message
     assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir()) == ["000000-00.png", "000001-00.png"]
+
+
+def test_a_budget_is_met_and_said(predict, capsys, tmp_path, read_rows):
+    assert predict("--model.budget", "20") == 0
+    assert "budget 20: SVDD with num_candidates=9, denoiser_rows=19 per image" in capsys.readouterr().out
+    assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {19}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["budget"] == {"denoiser_rows": 20, "chosen": {"num_candidates": 9, "denoiser_rows": 19}}
+
+
+def test_particles_leave_their_weights_and_their_lineage(predict, tmp_path, read_rows):
+    sampler = ["--model.sampler", "SMC", "--model.sampler.num_particles", "3", "--model.sampler.returns", "all"]
+    assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "2") == 0
+    run = tmp_path / "run"
+    rows = read_rows(run)
+    assert [(row["prompt_index"], row["image_index"]) for row in rows] == [(p, j) for p in range(3) for j in range(3)]
+    assert len(list(run.glob("images/*.png"))) == 9
+    traces = [json.loads(line) for line in (run / "trace.jsonl").read_text().splitlines()]
+    assert [(trace["prompt_index"], trace["image_index"]) for trace in traces] == [(p, 0) for p in range(3)]
+    for trace in traces:
+        assert trace["step"] == [1, 2, 3]
+        assert [len(kept) for kept in trace["lineage"]] == [3, 3, 3]
+    before = (run / "trace.jsonl").read_bytes()
+    (run / "images" / "000001-02.png").unlink()  # one of three ends: the prompt is redone, with its trace
+    assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "2") == 0
+    assert [row["sha256"] for row in read_rows(run)] == [row["sha256"] for row in rows]
+    assert len((run / "trace.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+
+
+@pytest.mark.parametrize("sampler", ["DPS", "TwistedSMC"])
+def test_gradients_flow_on_the_command_line(predict, tiny_clip, tmp_path, read_rows, sampler):
+    reward = ["--model.reward", "CLIPScore", "--model.reward.pretrained", tiny_clip]
+    assert predict(*reward, "--model.sampler", sampler) == 0
+    for row in read_rows(tmp_path / "run"):
+        assert row["ledger"]["gradient_rows"] == row["ledger"]["denoiser_rows"] > 0
+
+
+def test_another_class_starts_from_its_own_defaults(predict, tmp_path):
+    """SVDD's `num_particles: 1` and `alpha: 0.0` must not become SMC's."""
+    assert predict("--model.sampler", "SMC", "--model.sampler.potential", "max") == 0
+    arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
+    assert (arguments["num_particles"], arguments["alpha"], arguments["potential"]) == (8, 0.1, "max")
+    assert "num_candidates" not in arguments
+
+
+def test_the_same_class_keeps_what_the_config_says(predict, tmp_path):
+    assert predict("--model.sampler", "SVDD", "--model.sampler.alpha", "0.5") == 0
+    arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
+    assert (arguments["num_candidates"], arguments["alpha"]) == (2, 0.5)
+
+
+def test_a_schedule_is_a_list_of_pairs(predict, tmp_path, read_rows):
+    schedule = "[[0, 3], [0.5, 1]]"
+    assert predict("--model.sampler", "ProgressivePruning", "--model.sampler.num_particles", "2",
+                   "--model.sampler.schedule", schedule) == 0  # fmt: skip
+    assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {6 + 6 + 6}
 
 
 def test_later_configs_lie_over_earlier_ones(config, tmp_path, read_rows):

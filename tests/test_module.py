@@ -1,5 +1,6 @@
 """`GuidedDiffusion` inside and outside a Trainer: seeds, rows, statistics, precision."""
 
+import inspect
 import json
 import warnings
 
@@ -14,10 +15,19 @@ from svdd.errors import UserError
 from svdd.module import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility, Incompressibility
+from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.dps import DPS
+from svdd.samplers.progressive_pruning import ProgressivePruning
+from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
+from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
+from svdd.samplers.zero_order_search import ZeroOrderSearch
 from tests.analytic import GaussianDiffusion, Linear
+from tests.test_samplers import label
 
 PROMPTS = [
     {"prompt": "red apple", "negative_prompt": "blurry", "style": "photo", "seed": 40},
@@ -161,6 +171,130 @@ def test_images_do_not_depend_on_the_batch_size(sd15, prompts, tmp_path):
     first, second = predict(model, prompts, tmp_path, 1), predict(model, prompts, tmp_path, 3)
     assert torch.equal(first.images, second.images)
     assert [row["rewards"] for row in first.rows] == [row["rewards"] for row in second.rows]
+
+
+# ---- several ends of one image, and traces
+
+
+def test_all_particles_come_out_with_their_weights(sd15, prompts, tmp_path):
+    sampler = SMC(3, alpha=0.5, returns="all", ess_threshold=1.0)
+    collect = predict(model_of(sd15, sampler=sampler), prompts, tmp_path)
+    rows, traces = collect.rows, [trace for prediction in collect.predictions for trace in prediction.traces]
+    assert [(row["prompt_index"], row["image_index"]) for row in rows] == [(p, j) for p in range(3) for j in range(6)]
+    assert [row["particle"] for row in rows] == [0, 1, 2] * 6
+    assert {row["num_images"] for row in rows} == {6}
+    assert [row["seed"] for row in rows[:6]] == [40] * 3 + [41] * 3
+    for k in range(0, 18, 3):
+        assert sum(row["weight"] for row in rows[k : k + 3]) == pytest.approx(1, abs=1e-6)
+        assert {row["ledger"]["denoiser_rows"] for row in rows[k : k + 3]} == {2}  # N T rows over N images
+    assert collect.images.shape == (18, 3, 64, 64)
+    scores = Compressibility().score(collect.images, [""] * 18)
+    assert [row["rewards"]["Compressibility"] for row in rows] == pytest.approx(scores.tolist(), rel=1e-6)
+    assert [(trace["prompt_index"], trace["image_index"]) for trace in traces] == [
+        (p, j) for p in range(3) for j in (0, 3)
+    ]
+    for trace in traces:
+        assert trace["step"] == [1, 2]
+        assert len(trace["lineage"]) == len(trace["ess"]) == 2
+    json.dumps(traces)
+
+
+def test_a_trace_is_kept_of_every_image_whose_sampler_chose(sd15, prompts, tmp_path):
+    chosen = predict(model_of(sd15), prompts, tmp_path)
+    traces = [trace for prediction in chosen.predictions for trace in prediction.traces]
+    rows = {(row["prompt_index"], row["image_index"]): row for row in chosen.rows}
+    assert [(trace["prompt_index"], trace["image_index"]) for trace in traces] == list(rows)
+    for trace in traces:
+        reward = rows[trace["prompt_index"], trace["image_index"]]["rewards"]["Compressibility"]
+        assert trace["value_chosen"][-1] == pytest.approx(reward, rel=1e-6)
+        assert "lineage" not in trace
+    plain = predict(model_of(sd15, sampler=Unguided()), prompts, tmp_path)
+    assert all(prediction.traces == [] for prediction in plain.predictions)
+    assert all("weight" not in row and "particle" not in row for row in plain.rows)
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("sampler", [DPS(5.0), DPS(5.0, through_denoiser=False), TwistedSMC(2, alpha=0.1)], ids=label)
+@pytest.mark.parametrize("mode", [True, False], ids=["inference mode", "no_grad"])
+def test_gradient_samplers_work_in_any_trainer(sd15, tiny_clip, prompts, tmp_path, sampler, mode):
+    reward, held_out = CLIPScore(tiny_clip), Compressibility()
+    model = model_of(sd15, reward=reward, eval_rewards=[held_out], sampler=sampler)
+    collect = predict(model, prompts, tmp_path, inference_mode=mode)  # two batches: the second meets cached texts
+    plain = predict(model_of(sd15, reward=reward, eval_rewards=[held_out], sampler=Unguided()), prompts, tmp_path)
+    assert not collect.images.requires_grad
+    assert (collect.images != plain.images).flatten(1).any(1).all()
+    rows = 6 * sampler.rows(2)
+    assert model.summary["ledger"]["denoiser_rows"] == rows
+    assert model.summary["ledger"]["gradient_rows"] == (0 if not getattr(sampler, "through_denoiser", True) else rows)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_gradient_climbs_its_reward(sd15, tiny_clip):
+    reward = CLIPScore(tiny_clip)
+    means = [
+        float(GuidedDiffusion(reward, StableDiffusion(sd15, 6), DPS(scale)).sample(["panda"] * 4)[1].mean())
+        for scale in (0.0, 30.0, 300.0)
+    ]
+    assert means == sorted(means)
+    assert means[2] > means[0] + 0.01
+
+
+# ---- budget
+
+
+@pytest.mark.parametrize(
+    ("sampler", "budget", "count"),
+    [
+        (SVDD(alpha=0.3), 100, 11),  # 1 + 11 * 9
+        (SVDD(num_particles=2), 100, 5),  # 2 (1 + 5 * 9) = 92
+        (SVDD(guide_start=0.5), 100, 23),  # 10 + 22 * 4 = 98: the last step's candidates are free
+        (BeamSearch(num_beams=3), 100, 3),
+        (BestOfN(), 100, 10),
+        (BestOfN(), 109, 10),
+        (BlockwiseBestOfN(), 100, 11),
+        (SMC(alpha=2.0), 99, 9),
+        (TwistedSMC(), 45, 4),
+        (RandomSearch(), 10, 1),
+        (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
+    ],
+    ids=lambda case: label(case) if hasattr(case, "rows") else str(case),
+)
+def test_a_budget_chooses_the_largest_count(sampler, budget, count):
+    model = GuidedDiffusion(Linear([1.0, 0.0]), GaussianDiffusion(10), sampler, budget=budget)
+    name = sampler.budget_argument
+    assert model.chosen == {name: count, "denoiser_rows": model.sampler.rows(10)}
+    assert getattr(model.sampler, name) == count
+    for other in set(inspect.signature(type(sampler)).parameters) - {name}:
+        assert getattr(model.sampler, other) == getattr(sampler, other)
+    spent = model.draw([""] * 3, [0, 1, 2]).context.ledger.denoiser_rows / 3
+    assert spent == model.sampler.rows(10) <= budget
+    assert sampler.within(spent, 10).rows(10) == spent
+    more = type(sampler)(**{key: getattr(model.sampler, key) for key in inspect.signature(type(sampler)).parameters}
+        | {name: count + 1})  # fmt: skip
+    assert more.rows(10) > budget
+
+
+@pytest.mark.parametrize("budget", [60, 61, 77, 100, 1000])
+def test_a_pruning_schedule_stays_within_its_budget(budget):
+    sampler = ProgressivePruning().within(budget, 10)
+    larger = ProgressivePruning(sampler.num_particles + 1)
+    assert sampler.rows(10) <= budget < larger.rows(10)
+
+
+def test_what_a_budget_cannot_do_is_said():
+    diffusion = GaussianDiffusion(10)
+    with pytest.raises(UserError, match=r"budget=9 is too small: SVDD with num_candidates=1 spends 10 denoiser rows"):
+        GuidedDiffusion(Linear([1.0, 0.0]), diffusion, SVDD(), budget=9)
+    with pytest.raises(UserError, match=r"budget=9 is too small: Unguided spends 10 denoiser rows"):
+        GuidedDiffusion(Linear([1.0, 0.0]), diffusion, Unguided(), budget=9)
+    with pytest.raises(UserError, match="budget=50 cannot choose SMC's num_particles: every particle is returned"):
+        GuidedDiffusion(Linear([1.0, 0.0]), diffusion, SMC(returns="all"), budget=50)
+    with pytest.raises(ValueError, match="budget must be >= 1 denoiser rows per image, got 0"):
+        GuidedDiffusion(Linear([1.0, 0.0]), diffusion, SVDD(), budget=0)
+    plain = GuidedDiffusion(Linear([1.0, 0.0]), diffusion, Unguided(), budget=99)
+    assert plain.chosen == {"denoiser_rows": 10}
 
 
 # ---- summary

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -20,6 +21,7 @@ from svdd.metrics import RewardStatistics
 from svdd.prediction import Prediction
 from svdd.run_config import differences
 from svdd.run_folder import RunFolder
+from svdd.run_shards import encode
 from svdd.writer import RunError, RunWriter
 
 PROMPTS = ["apple", "blue car", "café ☕ \u2028 line", "lone \ud800", "../../etc/passwd", "x"]
@@ -40,12 +42,18 @@ def image(prompt_index, image_index, size=8):
     return torch.rand(3, size, size, generator=generator)
 
 
+def trace(prompt_index, image_index, choices=3):
+    columns = {"step": list(range(choices)), "ess": [None] * choices, "value_max": [prompt_index + 0.5] * choices}
+    return {"prompt_index": prompt_index, "image_index": image_index, **columns}
+
+
 class Tiny(L.LightningModule):
     """The contract of GuidedDiffusion without a diffusion model."""
 
-    def __init__(self, images_per_prompt=2, size=8, stop_at=None):
+    def __init__(self, images_per_prompt=2, size=8, stop_at=None, choices=3):
         super().__init__()
-        self.images_per_prompt, self.size, self.stop_at = images_per_prompt, size, stop_at
+        self.images_per_prompt, self.size = images_per_prompt, size
+        self.stop_at, self.choices = stop_at, choices
         self.statistics = RewardStatistics()
         self.drawn, self.recalled, self.summary = [], [], {}
 
@@ -65,6 +73,7 @@ class Tiny(L.LightningModule):
             {
                 "prompt_index": p,
                 "image_index": k,
+                "num_images": self.images_per_prompt,
                 "prompt": PROMPTS[p % len(PROMPTS)],
                 "tag": f"extra {p}",
                 "seed": 2 * p + k,
@@ -75,7 +84,7 @@ class Tiny(L.LightningModule):
         ]
         self.record(rows)
         self.drawn += batch
-        return Prediction(images, rows)
+        return Prediction(images, rows, [trace(p, k, self.choices) for p, k in reversed(keys)] if self.choices else [])
 
     def on_predict_epoch_end(self):
         self.summary = {"r": {name: value.item() for name, value in self.statistics.compute().items()}}
@@ -90,7 +99,7 @@ def predict(writer, module, prompts, batch_size=2, **kwargs):
 
 def run(folder, prompts=range(6), config=CONFIG, overwrite=False, **kwargs):
     """What the command line does: open, leave out what is finished, predict."""
-    writer = RunWriter(folder, config, overwrite, images_per_prompt=2)
+    writer = RunWriter(folder, config, overwrite)
     finished = writer.open()
     module = Tiny(**kwargs)
     predict(writer, module, [p for p in prompts if p not in finished])
@@ -99,6 +108,18 @@ def run(folder, prompts=range(6), config=CONFIG, overwrite=False, **kwargs):
 
 def read_rows(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+def read_traces(folder, name="trace.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_bytes().split(b"\n")[:-1]]
+
+
+def edit_rows(folder, edit):
+    """Rewrites results.jsonl with each row edited in place."""
+    rows = read_rows(folder)
+    for row in rows:
+        edit(row)
+    (folder / "results.jsonl").write_bytes(b"".join(encode(row) + b"\n" for row in rows))
 
 
 def read_all(folder):
@@ -120,15 +141,17 @@ def whole(tmp_path_factory):
 def test_leaves_the_run_of_the_design(whole):
     names = {f"images/{p:06d}-{k:02d}.png" for p in range(6) for k in range(2)}
     files, summary = read_all(whole)
-    assert set(files) == {"config.yaml", "results.jsonl"} | names
+    assert set(files) == {"config.yaml", "results.jsonl", "trace.jsonl"} | names
     assert yaml.safe_load(files["config.yaml"]) == CONFIG
     rows = read_rows(whole)
     assert [(row["prompt_index"], row["image_index"]) for row in rows] == [(p, k) for p in range(6) for k in range(2)]
     for row in rows:
         assert row["sha256"] == hashlib.sha256(files[row["file"]]).hexdigest()
         assert row["prompt"] == PROMPTS[row["prompt_index"]]
+        assert row["num_images"] == 2
         assert row["tag"] == f"extra {row['prompt_index']}"
         assert row["ledger"] == {"denoiser_rows": 4, "seconds": 0.5}
+    assert read_traces(whole) == [trace(p, k) for p in range(6) for k in range(2)]
     assert "café ☕".encode() in files["results.jsonl"]
     assert (summary["prompts"], summary["images"], summary["r"]["count"]) == (6, 12, 12)
     assert summary["r"]["mean"] == pytest.approx(np.mean([row["rewards"]["r"] for row in rows]))
@@ -157,7 +180,7 @@ def test_rounds_as_diffusers(tmp_path):
             return Prediction(ramp, prediction.rows)
 
     module = Ramp()
-    predict(RunWriter(tmp_path / "run", images_per_prompt=2), module, [0])
+    predict(RunWriter(tmp_path / "run"), module, [0])
     expected = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(module.images))
     for k in range(2):
         with Image.open(tmp_path / f"run/images/000000-{k:02d}.png") as picture:
@@ -221,7 +244,13 @@ def garble_a_line(folder):
 
 
 def leave_temporary_files(folder):
-    for name in ("results.jsonl.tmp", "summary.json.tmp", "config.yaml.tmp", "images/000001-00.png.tmp"):
+    for name in (
+        "results.jsonl.tmp",
+        "trace.jsonl.tmp",
+        "summary.json.tmp",
+        "config.yaml.tmp",
+        "images/000001-00.png.tmp",
+    ):
         (folder / name).write_bytes(b"half")
     return set()
 
@@ -240,6 +269,78 @@ def die_before_the_shards_are_removed(folder):
     lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "results-00001.jsonl").write_bytes(b"".join(lines[5:]))
     return set()
+
+
+def split_traces(folder, keep=0):
+    """Puts all but the first traces back into the shards of two processes."""
+    (folder / "summary.json").unlink()
+    path = folder / "trace.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    (folder / "trace-00000.jsonl").write_bytes(b"".join(lines[keep::2]))
+    (folder / "trace-00001.jsonl").write_bytes(b"".join(lines[keep + 1 :: 2]))
+    path.write_bytes(b"".join(lines[:keep])) if keep else path.unlink()
+
+
+def die_before_the_fold_of_traces(folder):
+    split_traces(folder)
+    return set()
+
+
+def die_between_two_folds_of_traces(folder):
+    split_traces(folder, keep=4)
+    return set()
+
+
+def die_before_the_shards_of_traces_are_removed(folder):
+    traces = (folder / "trace.jsonl").read_bytes()
+    split_traces(folder)
+    (folder / "trace.jsonl").write_bytes(traces)
+    return set()
+
+
+def die_between_traces_and_rows(folder):
+    """The rows of prompt 5 are not there, the traces are: of an earlier time, and the last one is torn."""
+    split_traces(folder, keep=10)
+    rows = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "results.jsonl").write_bytes(b"".join(rows[:10]))
+    old = json.dumps(trace(5, 0, choices=1)).encode() + b"\n"
+    (folder / "trace-00000.jsonl").write_bytes(old + json.dumps(trace(5, 1, choices=1)).encode()[:40])
+    return {5}
+
+
+def leave_an_old_trace(folder):
+    """trace.jsonl is older than the shards."""
+    traces = (folder / "trace.jsonl").read_bytes()
+    split_traces(folder)
+    (folder / "trace.jsonl").write_bytes(traces.replace(b"[0, 1, 2]", b"[7, 8, 9]"))
+    return set()
+
+
+def garble_the_file_of_traces(folder):
+    with open(folder / "trace.jsonl", "ab") as file:
+        file.write(
+            b'\xff\n[1]\n"x"\n{"prompt_index": true, "image_index": 0}\n{"prompt_index": 9, "image_index": 0}\n{}'
+        )
+    return set()
+
+
+def lose_the_number_of_images(folder):
+    edit_rows(folder, lambda row: row.pop("num_images") if row["prompt_index"] == 3 else None)
+    return {3}
+
+
+def garble_the_number_of_images(folder):
+    wrong = {(0, 1): 0, (1, 0): True, (2, 1): 2.0, (3, 0): "2", (4, 1): 1, (5, 0): None}
+    edit_rows(
+        folder,
+        lambda row: row.update(num_images=wrong.get((row["prompt_index"], row["image_index"]), row["num_images"])),
+    )
+    return set(range(6))
+
+
+def expect_three_images(folder):
+    edit_rows(folder, lambda row: row.update(num_images=3) if (row["file"] == "images/000002-00.png") else None)
+    return {2}
 
 
 def die_before_the_summary(folder):
@@ -269,6 +370,15 @@ def point_elsewhere(folder):
         tear_the_last_line,
         garble_a_line,
         leave_temporary_files,
+        lose_the_number_of_images,
+        garble_the_number_of_images,
+        expect_three_images,
+        die_before_the_fold_of_traces,
+        die_between_two_folds_of_traces,
+        die_before_the_shards_of_traces_are_removed,
+        die_between_traces_and_rows,
+        leave_an_old_trace,
+        garble_the_file_of_traces,
         die_before_the_fold,
         die_before_the_shards_are_removed,
         die_before_the_summary,
@@ -311,8 +421,8 @@ def test_other_ranks_read_and_change_nothing(tmp_path, monkeypatch):
     tear_the_last_line(folder)
     before = read_all(folder)
     monkeypatch.setenv("NODE_RANK", "1")
-    assert RunWriter(folder, CONFIG, images_per_prompt=2).open() == {0, 1, 2, 3, 4}
-    assert RunWriter(folder, CONFIG, overwrite=True, images_per_prompt=2).open() == set()
+    assert RunWriter(folder, CONFIG).open() == {0, 1, 2, 3, 4}
+    assert RunWriter(folder, CONFIG, overwrite=True).open() == set()
     assert RunWriter(tmp_path / "absent", CONFIG).open() == set()
     assert read_all(folder) == before
     assert not (tmp_path / "absent").exists()
@@ -360,7 +470,7 @@ def test_two_runs_at_once_and_kill(tmp_path, whole, halted):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for overwrite in (False, True):
         with pytest.raises(RunError, match=f"in use by another run.*process {halted.pid} on"):
-            RunWriter(folder, CONFIG, overwrite, images_per_prompt=2).open()
+            RunWriter(folder, CONFIG, overwrite).open()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     os.kill(halted.pid, signal.SIGKILL)
@@ -374,7 +484,7 @@ def test_two_runs_at_once_and_kill(tmp_path, whole, halted):
 def test_a_process_that_outlived_its_run_is_noticed(tmp_path, halted):
     (tmp_path / "run/.lock").unlink()  # as if rank 0 were gone, and this one, another rank, still wrote its shard
     with pytest.raises(RunError, match="earlier run still writes"):
-        RunWriter(tmp_path / "run", CONFIG, images_per_prompt=2).open()
+        RunWriter(tmp_path / "run", CONFIG).open()
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -440,11 +550,13 @@ def test_a_harmless_change_continues(tmp_path):
 def test_overwrite_keeps_foreign_files(tmp_path):
     folder = tmp_path / "run"
     run(folder, prompts=range(6))
-    foreign = ["notes.txt", "keep.tmp", "results.csv", "results-old.jsonl", "images/mine.png", "images/1-1.png"]
+    foreign = ["notes.txt", "keep.tmp", "results.csv", "results-old.jsonl", "trace-old.jsonl", "traces.jsonl"]
+    foreign += ["images/mine.png", "images/1-1.png"]
     for name in foreign:
         (folder / name).write_text("mine")
-    (folder / "trace.jsonl").write_text("old")
-    assert run(folder, prompts=[1], overwrite=True).drawn == [1]
+    for name in ("trace.jsonl", "trace-00000.jsonl", "trace-00003.jsonl"):
+        (folder / name).write_text(json.dumps(trace(1, 0, choices=1)) + "\n")
+    assert run(folder, prompts=[1], overwrite=True, choices=0).drawn == [1]
     expected = {"config.yaml", "results.jsonl", "images/000001-00.png", "images/000001-01.png", *foreign}
     files, _ = read_all(folder)
     assert set(files) == expected
@@ -480,39 +592,137 @@ def test_an_unwritable_folder_is_refused(tmp_path):
     assert isinstance(caught.value, UserError)
 
 
-def test_a_full_disk_loses_nothing(tmp_path):
-    folder = tmp_path / "run"
-    run(folder, prompts=[0, 1])
+@contextmanager
+def full_disk(size):
+    """No file may grow beyond so many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
-        with pytest.raises(RunError, match=r"cannot write the run to .*what is finished is kept"):
-            run(folder, prompts=[0, 1, 2], size=64)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    folder = tmp_path / "run"
+    run(folder, prompts=[0, 1])
+    with full_disk(8_000), pytest.raises(RunError, match=r"cannot write the run to .*what is finished is kept"):
+        run(folder, prompts=[0, 1, 2], size=64)
     module = run(folder, prompts=[0, 1, 2])
     assert (module.drawn, sorted(set(module.recalled))) == ([2], [0, 1])
     assert not list(folder.rglob("*.tmp"))
 
 
+def test_a_disk_that_is_full_of_traces_loses_nothing(tmp_path, whole):
+    folder = tmp_path / "run"
+    run(folder, prompts=[0, 1])
+    with full_disk(8_000), pytest.raises(RunError, match=r"run to .*/trace-00000.jsonl: .*what is finished is kept"):
+        run(folder, prompts=range(6), choices=1000)
+    assert (folder / "trace-00000.jsonl").stat().st_size == 8_000  # torn
+    assert (folder / "results-00000.jsonl").stat().st_size == 0
+    assert run(folder).drawn == [2, 3, 4, 5]
+    assert read_all(folder) == read_all(whole)
+
+
 def test_an_unopened_writer_opens_itself_but_never_draws_twice(tmp_path):
     folder = tmp_path / "run"
-    predict(RunWriter(folder, images_per_prompt=2), Tiny(), [0])
+    predict(RunWriter(folder), Tiny(), [0])
     assert len(read_rows(folder)) == 2
     with pytest.raises(RunError, match="already holds 1 finished prompts"):
-        predict(RunWriter(folder, images_per_prompt=2), Tiny(), [0])
-    predict(RunWriter(folder, images_per_prompt=2, overwrite=True), Tiny(), [1])
+        predict(RunWriter(folder), Tiny(), [0])
+    predict(RunWriter(folder, overwrite=True), Tiny(), [1])
     assert [row["prompt_index"] for row in read_rows(folder)] == [1, 1]
 
 
 def test_a_prompt_needs_all_its_images(tmp_path):
     folder = tmp_path / "run"
-    predict(RunWriter(folder, images_per_prompt=2), Tiny(images_per_prompt=2), [0])
-    assert RunWriter(folder, images_per_prompt=3).open() == set()
-    with pytest.raises(ValueError, match="images_per_prompt must be >= 1, got 0"):
-        RunWriter(folder, images_per_prompt=0)
+    predict(RunWriter(folder), Tiny(images_per_prompt=3), [0, 1])
+    assert RunWriter(folder).open() == {0, 1}
+    lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "results.jsonl").write_bytes(b"".join(lines[:2] + lines[3:]))
+    assert RunWriter(folder).open() == {1}
+    assert {row["prompt_index"] for row in read_rows(folder)} == {
+        trace["prompt_index"] for trace in read_traces(folder)
+    }
+
+
+@pytest.mark.parametrize("wrong", [{"num_images": None}, {"num_images": 1}, {"image_index": -1}, {"num_images": 2.0}])
+def test_a_row_that_could_not_be_read_back_is_refused(tmp_path, wrong):
+    class Bad(Tiny):
+        def predict_step(self, batch, batch_idx):
+            prediction = super().predict_step(batch, batch_idx)
+            prediction.rows[1].update(wrong)
+            return prediction
+
+    with pytest.raises(ValueError, match=r"an entry of results.jsonl needs .* num_images > image_index >= 0, got"):
+        predict(RunWriter(tmp_path / "run"), Bad(), [0])
+
+
+def test_a_trace_that_could_not_be_read_back_is_refused(tmp_path):
+    class Bad(Tiny):
+        def predict_step(self, batch, batch_idx):
+            prediction = super().predict_step(batch, batch_idx)
+            return Prediction(prediction.images, prediction.rows, [{"prompt_index": 0, "step": [1]}])
+
+    with pytest.raises(ValueError, match=r"an entry of trace.jsonl needs .*'image_index': None"):
+        predict(RunWriter(tmp_path / "run"), Bad(), [0])
+
+
+def test_without_traces_there_is_no_file(tmp_path):
+    folder = tmp_path / "run"
+    run(folder, choices=0, prompts=range(4))
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(folder, choices=0, stop_at=5)
+    assert not list(folder.glob("trace*"))
+    run(folder, choices=0)
+    assert not list(folder.glob("trace*"))
+
+
+def test_stale_traces_leave_no_file(tmp_path):
+    folder = tmp_path / "run"
+    run(folder, prompts=[0])
+    (folder / "results.jsonl").unlink()
+    run(folder, prompts=[0], choices=0)
+    assert not list(folder.glob("trace*"))
+
+
+def test_a_run_that_began_without_traces_continues_with_them(tmp_path):
+    folder = tmp_path / "run"
+    run(folder, prompts=[0, 1], choices=0)
+    assert run(folder, prompts=range(3)).drawn == [2]
+    assert read_traces(folder) == [trace(2, 0), trace(2, 1)]
+
+
+def test_a_torn_trace_of_a_finished_prompt_is_dropped(tmp_path):
+    folder = tmp_path / "run"
+    run(folder)
+    path = folder / "trace.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run(folder).drawn == []
+    assert read_traces(folder) == [trace(p, k) for p in range(6) for k in range(2)][:-1]
+
+
+def test_traces_of_several_ranks_are_merged(tmp_path):
+    folders = [RunFolder(tmp_path) for _ in range(3)]
+    folders[0].claim({})
+    for rank, folder in enumerate(folders):
+        folder.open_shard(rank)
+    assert not list(tmp_path.glob("trace*"))
+    for p in (4, 3, 2, 1, 0, 0):  # the last prompt fills up the last batch of another rank too
+        row = {"prompt_index": p, "image_index": 0, "num_images": 2}
+        batch = [(row, b"a"), ({**row, "image_index": 1}, b"b")]
+        folders[p % 2].write(batch, [trace(p, 0), *([trace(p, 1)] if p % 2 else [])])  # two images may share one
+    folders[1].write([({"prompt_index": 0, "image_index": 0, "num_images": 2}, b"a")], [trace(0, 0)])
+    assert sorted(path.name for path in tmp_path.glob("trace*")) == ["trace-00000.jsonl", "trace-00001.jsonl"]
+    assert [entry["prompt_index"] for entry in read_traces(tmp_path, "trace-00001.jsonl")] == [3, 3, 1, 1, 0]
+    for folder in folders:
+        folder.close_shard()
+    assert folders[0].merge() == (5, 10)
+    assert read_traces(tmp_path) == [trace(p, k) for p in range(5) for k in ((0, 1) if p % 2 else (0,))]
+    assert [path.name for path in tmp_path.glob("*-0*")] == []
+    folders[0].close()
 
 
 TWO_PROCESSES = """
@@ -520,7 +730,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_writer import CONFIG, RunWriter, Tiny, predict
 
-writer = RunWriter({folder!r}, CONFIG, images_per_prompt=2)
+writer = RunWriter({folder!r}, CONFIG)
 finished = writer.open()
 prompts = [p for p in range(int(sys.argv[1])) if p not in finished]
 predict(writer, Tiny(), prompts, batch_size=1, devices=2, strategy="ddp")
@@ -583,7 +793,8 @@ def work_through(folder, overwrite=False, label="new"):
         run_folder.open_shard(0)
         drawn = [p for p in range(3) if p not in finished]
         for p in drawn:
-            run_folder.write([({"prompt_index": p, "image_index": 0}, f"{label} {p}".encode())])
+            row = {"prompt_index": p, "image_index": 0, "num_images": 1}
+            run_folder.write([(row, f"{label} {p}".encode())], [trace(p, 0)])
         run_folder.close_shard()
         run_folder.merge()
         run_folder.write_summary({"images": 3})
@@ -608,6 +819,10 @@ def test_a_crash_at_every_step(tmp_path, monkeypatch, overwrite):
                 work_through(folder, overwrite)
             except Crash:
                 whole_rows = [line for path in folder.glob("results*.jsonl") for line in path.read_text().splitlines()]
+                traced = [
+                    json.loads(line) for path in folder.glob("trace*.jsonl") for line in path.read_text().splitlines()
+                ]
+                assert all(trace(json.loads(line)["prompt_index"], 0) in traced for line in whole_rows)
         if crash.left > 0:
             break
         try:

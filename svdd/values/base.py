@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from svdd.diffusion.base import Diffusion
 from svdd.errors import UserError
 from svdd.rewards.base import Reward
 from svdd.state import State
@@ -14,8 +15,14 @@ __all__ = ["Value"]
 class Value(nn.Module, ABC):
     """Estimates the soft value v_i(x_i) = alpha log E[exp(r(x) / alpha) given x_i] of every row.
 
-    A value is bound to the guide reward once, by whoever owns both, so that the reward exists once.
+    A value is bound to the guide reward once, by whoever owns both, so that the reward exists once, and prepared for
+    the diffusion that it will be asked about.
+
+    Attributes:
+        most_rows: The most denoiser rows that the evaluation of one row costs, and what its next step needs with it.
     """
+
+    most_rows: int = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,6 +31,9 @@ class Value(nn.Module, ABC):
     def bind(self, reward: Reward) -> None:
         """Sets the reward whose value this is."""
         self._bound = (reward,)
+
+    def prepare(self, diffusion: Diffusion) -> None:
+        """Builds or loads what depends on the diffusion; called once, before any state is evaluated."""
 
     @property
     def reward(self) -> Reward:
