@@ -11,7 +11,7 @@ from svdd.errors import UserError
 
 __all__ = ["main"]
 
-_COMMANDS = ("predict", "compare", "list")
+_COMMANDS = ("predict", "fit", "compare", "list")
 _HELP = """\
 usage: svdd COMMAND [options]
 
@@ -20,6 +20,8 @@ Steer text-to-image diffusion models with any reward, at inference time.
 commands:
   predict    draw guided images for a list of prompts:
              svdd predict --config configs/quickstart.yaml --output runs/first
+  fit        train a learned value on rollouts of the pretrained model:
+             svdd fit --config configs/fit_value_compressibility.yaml --output runs/value
   compare    put runs of the same prompts side by side in one picture:
              svdd compare runs/unguided runs/svdd --output compare.png
   list       show every sampler, value, reward and diffusion that can be selected by name
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _list(words[1:])
         elif command == "compare":
             _compare(words[1:])
-        elif command == "predict":
+        elif command in ("predict", "fit"):
             from svdd.cli import run
 
             run(arguments)

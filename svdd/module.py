@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import ModuleDict, ModuleList
@@ -13,6 +12,7 @@ from svdd.data import Prompt
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.errors import UserError
+from svdd.fitting import ValueFitting
 from svdd.ledger import Ledger
 from svdd.metrics import RewardStatistics
 from svdd.prediction import Prediction
@@ -26,7 +26,7 @@ from svdd.values.posterior_mean import PosteriorMean
 __all__ = ["GuidedDiffusion"]
 
 
-class GuidedDiffusion(L.LightningModule):
+class GuidedDiffusion(ValueFitting):
     """A pretrained diffusion model whose samples are steered towards a reward.
 
     Args:
@@ -66,6 +66,7 @@ class GuidedDiffusion(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
         if images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
         if budget is not None and budget < 1:

@@ -68,6 +68,28 @@ class Diffusion(nn.Module, ABC):
         """Network evaluations behind one denoiser row: 2 with classifier-free guidance."""
         return 1
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a value that was learned on this chain depends on, as plain numbers and strings."""
+        return {
+            "diffusion": type(self).__name__,
+            "num_inference_steps": self.num_inference_steps,
+            "latent_shape": list(self.latent_shape),
+        }
+
+    @property
+    def prompt_features_size(self) -> int:
+        """Width of what `prompt_features` returns; 0 where it returns None."""
+        return 0
+
+    def prompt_features(self, conditioning: Any) -> Tensor | None:
+        """Returns one vector for each encoded prompt, [p, d], for learned values; None if there are none.
+
+        Args:
+            conditioning: What `encode` returned.
+        """
+        return None
+
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
         """Returns the conditioning of `len(prompts)` prompts; opaque to everyone but `denoise`.

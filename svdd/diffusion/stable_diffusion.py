@@ -84,6 +84,7 @@ class StableDiffusion(Diffusion):
         self.tokenizer = pipeline.tokenizer
         self.kernel = make_kernel(scheduler, dict(pipeline.scheduler.config), num_inference_steps, eta)
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
+        self.pretrained, self.lora, self.scheduler = pretrained, lora, scheduler
         self._latent_size = self._check_size(height, width)
         if compile:
             self.unet.compile()
@@ -108,6 +109,26 @@ class StableDiffusion(Diffusion):
     def network_rows_per_row(self) -> int:
         """2 where classifier-free guidance runs, else 1."""
         return 2 if self.guidance_scale > 1 else 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The model by its name without the path, and how its chain runs."""
+        return super().identity | {
+            "pretrained": Path(self.pretrained).name,
+            "lora": None if self.lora is None else Path(self.lora).name,
+            "scheduler": self.scheduler,
+            "guidance_scale": self.guidance_scale,
+            "eta": self.eta,
+        }
+
+    @property
+    def prompt_features_size(self) -> int:
+        """Width of the text encoder."""
+        return int(self.text_encoder.config.hidden_size)
+
+    def prompt_features(self, conditioning: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Returns the mean of each prompt's text states, [p, d]."""
+        return conditioning[0].mean(1)
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> tuple[Tensor, Tensor | None]:
         """Returns the text states of prompts and of negative prompts (None without guidance), each [p, tokens, d]."""

@@ -1,0 +1,60 @@
+"""What the commands on LightningCLI share: registry names, class defaults and errors in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from svdd.errors import UserError
+from svdd.parser_errors import explain
+
+__all__ = ["ModelCLI", "Parser", "refusals"]
+
+
+class Parser(LightningArgumentParser):
+    """Reports a bad argument as the error that `svdd` prints in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(explain(message))
+
+
+class ModelCLI(LightningCLI):
+    """A command that builds a `GuidedDiffusion` from a configuration."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the folder of the run, and the classes whose arguments can be given without naming them."""
+        parser.set_defaults(
+            {
+                "model.diffusion": {"class_path": "svdd.diffusion.stable_diffusion.StableDiffusion"},
+                "model.sampler": {"class_path": "svdd.samplers.svdd.SVDD"},
+                "model.value": {"class_path": "svdd.values.posterior_mean.PosteriorMean"},
+            }
+        )
+        parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the whole configuration of the command as plain values."""
+        plain = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
+        plain.pop("config", None)
+        return plain
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; what a constructor refuses is the user's to repair."""
+        with refusals():
+            super().instantiate_classes()
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns what a constructor says about its arguments into the user's error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(explain(str(error))) from error

@@ -1,0 +1,103 @@
+"""`svdd fit`: trains a learned value on rollouts of the pretrained chain."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from svdd.commands.base import ModelCLI
+from svdd.run_config import HEADER, differences, dump_config, load_config
+from svdd.run_files import RunError, explained, write_atomically
+
+__all__ = ["FitCLI"]
+
+
+class FitCLI(ModelCLI):
+    """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Training; where it continues from is found in the output folder."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the output folder, and a value that can be trained."""
+        super().add_arguments_to_parser(parser)
+        parser.set_defaults(
+            {
+                "model.value": {"class_path": "svdd.values.latent_conv.LatentConvValue"},
+                "output": "runs/fit",
+                "trainer.max_epochs": 20,
+                "trainer.enable_checkpointing": True,
+                "trainer.num_sanity_val_steps": 0,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Claims the output folder for this configuration."""
+        config = self.config["fit"]
+        self.folder = Path(config.output)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            with explained(self.folder):
+                self._claim(self.resolved(), config.overwrite)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Adds checkpoints after every epoch and, unless another logger is configured, metrics.csv."""
+        checkpoints = ModelCheckpoint(
+            self.folder / "checkpoints",
+            filename="best",
+            monitor="val_loss",
+            save_last=True,
+            enable_version_counter=False,
+        )
+        if self._get(self.config_init, "trainer.logger", default=False) in (False, None, True):
+            kwargs["logger"] = CSVLogger(self.folder, name="logs", version="")
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(checkpoints)
+        self._checkpoints = checkpoints
+        return trainer
+
+    def after_fit(self) -> None:
+        """Exports the best weights, which `--model.value.pretrained` takes, and says where everything is."""
+        import torch
+
+        best = Path(self._checkpoints.best_model_path or self.folder / "checkpoints" / "last.ckpt")
+        if self.trainer.is_global_zero and best.is_file():
+            self.model.on_load_checkpoint(torch.load(best, map_location="cpu", weights_only=True))
+            weights = self.folder / "value.safetensors"
+            self.model.learned_value.export(weights)
+            score = self._checkpoints.best_model_score
+            print(f"{type(self.model.value).__name__} for {self.model.reward.name} in {self.folder}")
+            if score is not None:
+                print(f"best held-out loss {float(score):.4g} (1 is that of the mean reward), {best}")
+            print(f"use it: svdd predict ... --ckpt_path {best}  or  --model.value.pretrained {weights}")
+
+    def _claim(self, config: dict[str, Any], overwrite: bool) -> None:
+        recorded = self.folder / "config.yaml"
+        if recorded.exists():
+            text = recorded.read_text(encoding="utf-8")
+            if not text.startswith(HEADER):
+                raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
+            if overwrite:
+                for name in ("checkpoints", "logs"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                (self.folder / "value.safetensors").unlink(missing_ok=True)
+            elif changed := [
+                line for line in differences(load_config(text), config) if not line.startswith("data.cache")
+            ]:
+                raise RunError(
+                    f"{self.folder} holds a training with other settings: {'; '.join(changed)}. "
+                    "Choose another --output, or remove the old one with --overwrite true"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(recorded, dump_config(config))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        last = self.folder / "checkpoints" / "last.ckpt"
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": last if last.is_file() else None}

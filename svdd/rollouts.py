@@ -1,0 +1,116 @@
+"""Rollouts of the pretrained chain, on disk: what a learned value is fitted to.
+
+A cache folder holds `manifest.json` and shards of a fixed number of rollouts, each a safetensors file with the kept
+inputs `x` [n, steps, c, h, w] and the final latents `end` [n, c, h, w]. It does not depend on the reward. A shard is
+written by one process under a temporary name and renamed; one that is missing, torn or not as recorded is drawn again.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from svdd.diffusion.base import Diffusion
+from svdd.run_files import explained, write_atomically
+
+__all__ = ["RolloutCache", "draw_rollouts"]
+
+ROLLOUTS_PER_SHARD = 64
+
+
+def draw_rollouts(
+    diffusion: Diffusion, prompts: Sequence[str], seeds: Sequence[int], steps: Sequence[int], what: str
+) -> dict[str, Tensor]:
+    """Draws unguided chains, exactly as `Unguided` does, and keeps what a value reads of them.
+
+    Args:
+        diffusion: The chain.
+        prompts: One per rollout.
+        seeds: One per rollout.
+        steps: The steps to keep, rising, within 1 .. T - 1.
+        what: `x` for the latents, `x0` for their posterior means.
+
+    Returns:
+        `x`, [n, steps, c, h, w], and `end`, the final latents [n, c, h, w]; on the CPU.
+    """
+    state, kept = diffusion.start(prompts, seeds), []
+    while not state.done:
+        if state.i in steps:
+            kept.append((state.x if what == "x" else state.x0).cpu())
+        state = state.propose()
+    return {"x": torch.stack(kept, 1), "end": state.x.cpu()}
+
+
+class RolloutCache:
+    """A folder of rollouts for one setting; another setting has a folder of its own beside it.
+
+    Args:
+        folder: Where caches live.
+        settings: Everything that the rollouts depend on, as plain numbers and strings.
+        count: Number of rollouts.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], count: int) -> None:
+        text = json.dumps(settings, sort_keys=True)
+        self.settings, self.count = settings, count
+        self.path = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._manifest = self.path / "manifest.json"
+
+    @property
+    def shards(self) -> list[range]:
+        """The rollouts of each shard."""
+        return [
+            range(start, min(start + ROLLOUTS_PER_SHARD, self.count))
+            for start in range(0, self.count, ROLLOUTS_PER_SHARD)
+        ]
+
+    def missing(self) -> list[int]:
+        """Returns the shards that must be drawn: absent, torn, of the wrong size or not as recorded."""
+        with explained(self.path):
+            recorded = self._recorded()
+            return [k for k in range(len(self.shards)) if not self._is_whole(k, recorded.get(self._file(k).name))]
+
+    def write(self, shard: int, rollouts: dict[str, Tensor]) -> None:
+        """Writes one shard, whole or not at all."""
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file(shard), save({k: tensor.contiguous() for k, tensor in rollouts.items()}))
+
+    def seal(self) -> None:
+        """Records the settings and the checksum of every shard; for one process, when all are written."""
+        with explained(self.path):
+            for leftover in self.path.glob("*.tmp"):
+                leftover.unlink()
+            sums = {self._file(k).name: self._checksum(k) for k in range(len(self.shards))}
+            text = json.dumps({"settings": self.settings, "rollouts": self.count, "sha256": sums}, indent=2)
+            write_atomically(self._manifest, text.encode() + b"\n")
+
+    def load(self) -> list[dict[str, Tensor]]:
+        """Returns the shards; their tensors lie in mapped files, not in memory."""
+        return [load_file(self._file(k)) for k in range(len(self.shards))]
+
+    def _file(self, shard: int) -> Path:
+        return self.path / f"rollouts-{shard:05d}.safetensors"
+
+    def _checksum(self, shard: int) -> str:
+        return hashlib.sha256(self._file(shard).read_bytes()).hexdigest()
+
+    def _recorded(self) -> dict[str, str]:
+        try:
+            return json.loads(self._manifest.read_text(encoding="utf-8"))["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _is_whole(self, shard: int, recorded: str | None) -> bool:
+        try:
+            if recorded is not None:
+                return self._checksum(shard) == recorded
+            return len(load_file(self._file(shard))["end"]) == len(self.shards[shard])
+        except (OSError, SafetensorError, KeyError):
+            return False
