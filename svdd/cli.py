@@ -49,8 +49,13 @@ def _command(name: str) -> tuple[type[ModelCLI], type, type]:
         from svdd.rollout_data import RolloutDataModule
 
         return FitCLI, RolloutDataModule, L.Trainer
-    from svdd.commands.predict import PredictCLI
     from svdd.data import PromptDataModule
+
+    if name == "calibrate":
+        from svdd.commands.calibrate import CalibrateCLI, CalibrationTrainer
+
+        return CalibrateCLI, PromptDataModule, CalibrationTrainer
+    from svdd.commands.predict import PredictCLI
 
     return PredictCLI, PromptDataModule, L.Trainer
 
@@ -66,5 +71,6 @@ def _hush() -> None:
         "Cannot enable progress bars",  # nobody watches: we turned them off ourselves
         "module\\(s\\) in eval mode",  # the pretrained model, on purpose
         "smaller than the logging interval",
+        "exists and is not empty",  # a training that continues
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")

@@ -252,6 +252,10 @@ class PromptDataModule(LightningDataModule):
             if index < num_prompts:
                 self._finished[index] = 1
 
+    def test_dataloader(self) -> DataLoader[Prompt]:
+        """Return what `predict_dataloader` does: other loops than prediction read the same prompts."""
+        return self.predict_dataloader()
+
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Return a loader of `list[Prompt]`, in order, without the skipped prompts.
 

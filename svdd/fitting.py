@@ -1,5 +1,6 @@
 """How a learned value is trained, as a part of the LightningModule."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -88,10 +89,13 @@ class ValueFitting(L.LightningModule):
         value = self.learned_value
         own = [parameter for parameter in value.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(own, lr=value.learning_rate, weight_decay=_WEIGHT_DECAY)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, value.learning_rate, total_steps=max(total, 2), pct_start=_WARM_UP
-        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+
+        def share(step: int) -> float:  # no part of the checkpoint: a longer training may continue a shorter one
+            rising = min(1.0, (step + 1) / (_WARM_UP * total + 1))
+            return rising * (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import ModuleDict, ModuleList
 from torchmetrics import SumMetric
 
+from svdd.calibration import ValueCalibration
 from svdd.data import Prompt
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
@@ -26,7 +27,7 @@ from svdd.values.posterior_mean import PosteriorMean
 __all__ = ["GuidedDiffusion"]
 
 
-class GuidedDiffusion(ValueFitting):
+class GuidedDiffusion(ValueFitting, ValueCalibration):
     """A pretrained diffusion model whose samples are steered towards a reward.
 
     Args:

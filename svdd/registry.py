@@ -92,10 +92,22 @@ def _plugins() -> list[EntryPoint]:
 
 
 def _read_sources(kind: str, package: str, base: str) -> Iterator[Entry]:
-    for path in _modules(package):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == base for b in node.bases):
-                yield Entry(kind, node.name, _first_line(ast.get_docstring(node)), "svdd")
+    """Yields the concrete classes below `base`, however far, in the files of a package."""
+    nodes = [node for path in _modules(package) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    parents = {name: {b.id for b in node.bases if isinstance(b, ast.Name)} for name, node in classes.items()}
+    known = {base}
+    while below := {name for name, above in parents.items() if above & known} - known:
+        known |= below
+    for name in known - {base}:
+        if not name.startswith("_") and not any(_is_abstract(part) for part in classes[name].body):
+            yield Entry(kind, name, _first_line(ast.get_docstring(classes[name])), "svdd")
+
+
+def _is_abstract(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(mark, ast.Name) and mark.id == "abstractmethod" for mark in node.decorator_list
+    )
 
 
 def _imported() -> Iterator[Entry]:

@@ -207,9 +207,10 @@ class RolloutDataModule(L.LightningDataModule):
         trainer.strategy.barrier("svdd.rollouts.missing")  # every process has looked before one writes
         if missing:
             rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
+        watched = trainer.is_global_zero and sys.stderr.isatty()
         own = missing[trainer.global_rank :: trainer.world_size]
         with torch.no_grad():
-            for shard in tqdm(own, desc="rollouts", disable=trainer.global_rank > 0 or not own or not sys.stderr.isatty(), leave=False):
+            for shard in tqdm(own, desc="rollouts", disable=not (own and watched), leave=False):
                 rollouts, size = cache.shards[shard], self.rollout_batch_size
                 parts = [
                     draw_rollouts(

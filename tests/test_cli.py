@@ -158,7 +158,7 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
             "known: BeamSearch, BestOfN, BlockwiseBestOfN, DPS, ProgressivePruning, RandomSearch, "
             "SMC, SVDD, TwistedSMC, Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
         ),
-        (["--model.value", "PosteriorMeen"], "unknown value 'PosteriorMeen'; known: PosteriorMean"),
+        (["--model.value", "PosteriorMeen"], "unknown value 'PosteriorMeen'; known: FeatureValue, LatentConvValue, "),
         (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),
         (["--model.eval_rewards+=Nope"], "unknown reward 'Nope'"),
         (["--model.reward", "my_module.Mine"], "No module named 'my_module'"),
@@ -334,6 +334,79 @@ def test_the_same_class_keeps_what_the_config_says(predict, tmp_path):
     assert (arguments["num_candidates"], arguments["alpha"]) == (2, 0.5)
 
 
+@pytest.fixture
+def fit(config, tmp_path):
+    def run(*arguments: str) -> int:
+        settings = ["--data.num_rollouts", "12", "--data.batch_size", "8", "--data.cache", str(tmp_path / "cache")]
+        short = ["--trainer.max_epochs", "2", "--output", str(tmp_path / "value")]
+        return main(["fit", "--config", str(fit_config(config)), *settings, *short, *arguments])
+
+    return run
+
+
+def fit_config(config: Path) -> Path:
+    """The same model with a value that learns, without a sampler."""
+    settings = yaml.safe_load(config.read_text())
+    del settings["model"]["sampler"]
+    settings["model"]["value"] = {"class_path": "LatentConvValue", "init_args": {"channels": 8, "num_blocks": 1}}
+    path = config.with_name("fit.yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_rows):
+    assert fit() == 0
+    assert "LatentConvValue for Compressibility" in capsys.readouterr().out
+    checkpoint, weights = tmp_path / "value" / "checkpoints" / "best.ckpt", tmp_path / "value" / "value.safetensors"
+    value = ["--model.value", "LatentConvValue", "--model.value.channels", "8", "--model.value.num_blocks", "1"]
+    assert predict(*value, "--ckpt_path", str(checkpoint)) == 0
+    first = read_rows(tmp_path / "run")
+    assert {row["ledger"]["denoiser_rows"] for row in first} == {3}  # T, with two candidates a step
+    assert predict(*value, "--model.value.pretrained", str(weights), "--output", str(tmp_path / "again")) == 0
+    assert len(read_rows(tmp_path / "again")) == len(first)
+    capsys.readouterr()
+    assert predict(*value, "--overwrite", "true") == 2
+    assert "LatentConvValue is not trained yet" in capsys.readouterr().err
+    other = ["--ckpt_path", str(checkpoint), "--overwrite", "true", "--model.diffusion.num_inference_steps", "4"]
+    assert predict(*value, *other) == 2
+    message = capsys.readouterr().err
+    assert "the checkpoint was trained for something else: num_inference_steps was 3, here it is 4" in message
+    assert predict(*value, "--ckpt_path", str(tmp_path / "none.ckpt"), "--overwrite", "true") == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
+    assert fit("--trainer.max_epochs", "1") == 0
+    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert fit("--trainer.max_epochs", "3") == 0
+    last = torch.load(tmp_path / "value" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 2
+    assert last["global_step"] == 3 * 3  # 22 states in batches of 8, three epochs: none is done twice
+    assert len(list((tmp_path / "value" / "logs").iterdir())) == 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == cached
+    capsys.readouterr()
+    assert fit("--model.value.learning_rate", "0.1") == 2
+    assert "model.value.learning_rate was 0.001, now 0.1" in capsys.readouterr().err
+    assert fit("--model.value.learning_rate", "0.1", "--overwrite", "true") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.value", "PosteriorMean"], "value PosteriorMean has nothing to train"),
+        (["--data.num_rollouts", "0"], "num_rollouts must be >= 4"),
+        (["--data.prompts", "/no/such.txt"], "no such file"),
+        (["--model.value", "LatentConv"], "did you mean 'LatentConvValue'?"),
+        (["--model.value.loss", "svdd.values.losses.SoftLoss"], "alpha"),
+    ],
+)
+def test_what_fit_cannot_do_is_one_line_and_code_2(fit, capsys, arguments, expected):
+    assert fit(*arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert expected in lines[-1]
+    assert lines[-1].startswith("svdd: error: ")
+
+
 def test_a_schedule_is_a_list_of_pairs(predict, tmp_path, read_rows):
     schedule = "[[0, 3], [0.5, 1]]"
     assert predict("--model.sampler", "ProgressivePruning", "--model.sampler.num_particles", "2",
@@ -359,6 +432,13 @@ def test_every_config_runs(path, sd15, tiny_clip, config, tmp_path, read_rows):
     base = ["--config", str(config)] if "data" not in settings else []  # an overlay needs something below it
     short = ["--model.diffusion.num_inference_steps", "2", "--data.limit", "2"]
     run = str(tmp_path / "run")
+    if path.name.startswith("fit_"):
+        shorter = ["--data.num_rollouts", "6", "--data.cache", str(tmp_path / "cache"), "--trainer.max_epochs", "1"]
+        assert main(["fit", "--config", str(tmp_path / "adapted.yaml"), *short, *shorter, "--output", run]) == 0
+        assert (tmp_path / "run" / "value.safetensors").is_file()
+        return
+    if "pretrained: emoji-compressibility" in text:
+        short = short[2:]  # the value belongs to its number of steps
     assert main(["predict", *base, "--config", str(tmp_path / "adapted.yaml"), *short, "--output", run]) == 0
     assert len(read_rows(tmp_path / "run")) == 2
 

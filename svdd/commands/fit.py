@@ -32,7 +32,6 @@ class FitCLI(ModelCLI):
                 "model.value": {"class_path": "svdd.values.latent_conv.LatentConvValue"},
                 "output": "runs/fit",
                 "trainer.max_epochs": 20,
-                "trainer.enable_checkpointing": True,
                 "trainer.num_sanity_val_steps": 0,
             }
         )
@@ -55,7 +54,7 @@ class FitCLI(ModelCLI):
             enable_version_counter=False,
         )
         if self._get(self.config_init, "trainer.logger", default=False) in (False, None, True):
-            kwargs["logger"] = CSVLogger(self.folder, name="logs", version="")
+            kwargs["logger"] = CSVLogger(self.folder, name="logs")
         trainer: Any = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(checkpoints)
         self._checkpoints = checkpoints

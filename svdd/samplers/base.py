@@ -96,7 +96,7 @@ class Sampler(ABC):
     def evaluate(value: Value, state: State) -> Tensor:
         """Returns the values of a state's rows, one group per image: [images, rows per image]."""
         values = value(state).view(state.num_images, -1)
-        state.context.report(state.i, float(values.mean()))
+        state.context.report(state.i, float(values.detach().mean()))
         return values
 
     @staticmethod

@@ -1,0 +1,167 @@
+"""How well a value foretells the reward, step by step, on fresh chains of the pretrained model."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics.functional.regression import explained_variance, pearson_corrcoef, spearman_corrcoef
+
+from svdd.data import Prompt
+from svdd.run_files import explained, write_atomically
+
+__all__ = ["ValueCalibration", "measure", "plot", "write"]
+
+
+class ValueCalibration(L.LightningModule):
+    """Draws unguided chains in `test_step`, asks the value at every step, and measures it against the rewards."""
+
+    diffusion: Any
+    value: Any
+    reward: Any
+    images_per_prompt: int
+    seed: int
+    calibration: list[dict[str, float]]
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets an earlier calibration."""
+        self._seen: list[Tensor] = []
+        self.calibration = []
+
+    @torch.no_grad()
+    def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        """Runs `images_per_prompt` chains for each prompt of the batch, with the seeds of `predict_step`."""
+        jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
+        seeds = [
+            (self.seed + prompt.index * self.images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
+            for prompt, k in jobs
+        ]
+        texts, negatives = [prompt.text for prompt, _ in jobs], [prompt.negative_prompt for prompt, _ in jobs]
+        state, columns = self.diffusion.start(texts, seeds, 1, negatives), []
+        while not state.done:
+            if state.i > 0:
+                columns.append(self.value(state))
+            state = state.propose()
+        columns.append(state.scores(self.reward))
+        key = torch.tensor([[prompt.index, k] for prompt, k in jobs], device=self.device)
+        self._seen.append(torch.cat([key.double(), torch.stack(columns, 1).double()], 1))
+
+    def on_test_epoch_end(self) -> None:
+        """Gathers all processes' chains, drops those that were dealt twice, and computes the table."""
+        rows = torch.cat(self._seen)
+        everything = self.all_gather(rows).reshape(-1, rows.shape[1]).cpu()
+        _, first = torch.unique(everything[:, :2], dim=0, return_inverse=True)
+        order = torch.full((int(first.max()) + 1,), len(first)).scatter_reduce(
+            0, first, torch.arange(len(first)), "amin"
+        )
+        everything = everything[order]
+        self.calibration = measure(everything[:, 2:-1], everything[:, -1], everything[:, 0].long())
+
+
+def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> list[dict[str, float]]:
+    """Returns one row per step.
+
+    Args:
+        values: Estimates at the steps 1 .. T - 1, float64 [n, T - 1].
+        rewards: What the chains ended in, float64 [n].
+        prompts: Index of each chain's prompt, int64 [n].
+
+    Returns:
+        For each step: `spearman` and `pearson` correlation of value and reward, `spearman_within` (of their deviations
+        from the prompt's mean: what a sampler can choose by; NaN with one chain per prompt), `bias` (mean of value -
+        reward), `rmse`, and `explained_variance` (1 - var(reward - value) / var(reward)).
+    """
+    several = bool((torch.bincount(prompts) > 1).any())
+    table = []
+    for i, v in enumerate(values.unbind(1), start=1):
+        row: dict[str, Any] = {
+            "step": i,
+            "spearman": spearman_corrcoef(v, rewards),
+            "spearman_within": spearman_corrcoef(_within(v, prompts), _within(rewards, prompts))
+            if several
+            else torch.tensor(torch.nan),
+            "pearson": pearson_corrcoef(v, rewards),
+            "bias": (v - rewards).mean(),
+            "rmse": (v - rewards).square().mean().sqrt(),
+            "explained_variance": explained_variance(v, rewards),
+        }
+        table.append({name: float(number) for name, number in row.items()})
+    return table
+
+
+def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
+    """Returns the deviation of each number from the mean of its prompt's."""
+    counts = torch.bincount(prompts).clamp(min=1)
+    means = torch.zeros(len(counts), dtype=numbers.dtype).scatter_add_(0, prompts, numbers) / counts
+    return numbers - means[prompts]
+
+
+def write(folder: Path, table: list[dict[str, float]], about: dict[str, Any]) -> str:
+    """Writes `calibration.csv` and `calibration.json`, and returns the table as text.
+
+    Args:
+        folder: The run folder.
+        table: What `measure` returned.
+        about: What was measured, for the JSON file.
+    """
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(table[0]))
+    writer.writeheader()
+    writer.writerows(table)
+    plain = [{name: None if number != number else number for name, number in row.items()} for row in table]
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "calibration.csv", buffer.getvalue().encode())
+        write_atomically(folder / "calibration.json", json.dumps({**about, "steps": plain}, indent=2).encode() + b"\n")
+    names = list(table[0])
+    lines = ["".join(f"{name:>20}" for name in names)]
+    lines += [
+        "".join(f"{row[name]:>20.0f}" if name == "step" else f"{row[name]:>20.4f}" for name in names) for row in table
+    ]
+    return "\n".join(lines)
+
+
+def plot(path: Path, tables: dict[str, list[dict[str, float]]], title: str) -> bool:
+    """Draws rank correlation and explained variance over the steps; one line per table.
+
+    Args:
+        path: The PNG file.
+        tables: What `measure` returned, by the name of the value.
+        title: Above the picture.
+
+    Returns:
+        Whether matplotlib is there to draw it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for ax, key, label in (
+        (axes[0], "spearman", "Spearman correlation"),
+        (axes[1], "explained_variance", "explained variance"),
+    ):
+        for name, table in tables.items():
+            (line,) = ax.plot([row["step"] for row in table], [row[key] for row in table], label=name)
+            within = [row["spearman_within"] for row in table]
+            if key == "spearman" and within[0] == within[0]:
+                ax.plot(
+                    [row["step"] for row in table],
+                    within,
+                    "--",
+                    color=line.get_color(),
+                    label=f"{name}, within prompts",
+                )
+        ax.set_xlabel("step i (1: noise)")
+        ax.set_ylabel(label)
+        ax.set_ylim(min(0.0, ax.get_ylim()[0]) if key == "spearman" else -1, 1.02)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    return True

@@ -1,0 +1,415 @@
+"""Learned values: against values known in closed form, and everything about rollouts and checkpoints."""
+
+import json
+import math
+import warnings
+
+import lightning as L
+import pytest
+import torch
+
+from svdd.errors import UserError
+from svdd.module import GuidedDiffusion
+from svdd.rewards.base import Reward
+from svdd.rollout_data import RolloutDataModule
+from svdd.rollouts import RolloutCache, draw_rollouts
+from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.dps import DPS
+from svdd.samplers.svdd import SVDD
+from svdd.samplers.unguided import Unguided
+from svdd.values.feature import FeatureValue
+from svdd.values.latent_conv import LatentConvValue
+from svdd.values.losses import MeanLoss, SoftLoss
+from svdd.values.posterior_mean import PosteriorMean
+from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, bound, run
+
+B = [0.6, -0.8]
+ALPHA = 0.5
+
+
+def fit(value, cache, diffusion=None, reward=None, epochs=8, prompts=("0",), **options):
+    """Trains a value as the command line does, but for the folder."""
+    model = GuidedDiffusion(reward or Linear(B), diffusion or GaussianDiffusion(4), value=value)
+    defaults = {"num_rollouts": 4096, "batch_size": 512, "rollout_batch_size": 2048, "cache": str(cache)}
+    data = RolloutDataModule(list(prompts), **defaults | options)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, data)
+    model.eval()
+    return model, data, trainer
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Rollouts of the Gaussian chain, which all values here share."""
+    return tmp_path_factory.mktemp("rollouts")
+
+
+def network(**options):
+    return LatentConvValue(channels=32, num_blocks=1, learning_rate=5e-3, **options)
+
+
+# ---- convergence to the known value
+
+
+@pytest.mark.parametrize(
+    ("loss", "soft"),
+    [
+        (MeanLoss(), False),
+        (MeanLoss(bootstrap=True), False),
+        (SoftLoss(ALPHA), True),
+        (SoftLoss(ALPHA, bootstrap=True), True),
+    ],
+    ids=["mean", "mean, bootstrapped", "soft", "soft, bootstrapped"],
+)
+def test_a_learned_value_converges_to_the_known_one(cache, loss, soft):
+    """The plain loss to E[r | x_i] = b . (A x + c), the soft one to that plus V / (2 alpha)."""
+    diffusion = GaussianDiffusion(4)
+    model, _, _ = fit(network(loss=loss), cache, diffusion, epochs=10)
+    state = diffusion.start([""] * 400, range(400))
+    exact = bound(ExactSoftValue(ALPHA), Linear(B))
+    with torch.no_grad():
+        for i in range(1, 4):
+            state = state.propose()
+            bonus = diffusion.end(i)[2] / (2 * ALPHA)  # of the soft value over the mean
+            truth = exact(state) - (0 if soft else bonus)
+            learned = model.value(state).double()
+            assert float((learned - truth).square().mean() / truth.var()) < 0.06
+            assert abs(float((learned - truth).mean())) < 0.25 * diffusion.end(1)[2] / (2 * ALPHA)
+
+
+def test_the_soft_loss_is_least_at_the_soft_value():
+    rewards, alpha, scale = torch.tensor([0.0, 1.0, 1.0, 4.0], dtype=torch.float64), 2.0, 3.0
+    target = alpha * math.log(float((rewards / alpha).exp().mean()))
+    v = torch.full((4,), target / scale, dtype=torch.float64, requires_grad=True)
+    loss = SoftLoss(alpha)(v, rewards / scale, scale)
+    assert float(torch.autograd.grad(loss, v)[0].sum()) == pytest.approx(0, abs=1e-12)
+    for nearby in (-0.05, 0.05):
+        assert SoftLoss(alpha)(v + nearby, rewards / scale, scale) > loss
+
+
+def test_the_soft_loss_is_the_square_at_high_temperature_and_stays_finite_at_low():
+    values, targets = torch.tensor([0.1, -0.4, 2.0]), torch.tensor([0.3, 0.2, -1.0])
+    square = MeanLoss()(values, targets, 1.0)
+    torch.testing.assert_close(SoftLoss(1e3)(values.double(), targets.double(), 1.0).float(), square, rtol=1e-2, atol=0)
+    v = torch.zeros(3, requires_grad=True)
+    loss = SoftLoss(1e-3)(v, torch.tensor([1e4, 0.0, -1e4]), 1.0)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, v)[0]).all()
+    with pytest.raises(ValueError, match="alpha must be > 0, got 0"):
+        SoftLoss(0)
+
+
+# ---- what it costs and what it does
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    return fit(network(), cache)[0]
+
+
+@pytest.mark.parametrize(("candidates", "particles"), [(20, 1), (5, 3)])
+def test_svdd_with_a_learned_value_costs_t_rows(trained, candidates, particles):
+    diffusion = GaussianDiffusion(4)
+    final = run(diffusion, SVDD(candidates, num_particles=particles), trained.value, 3)
+    ledger = final.context.ledger
+    assert ledger.denoiser_rows == sum(diffusion.denoised_rows) == 3 * particles * 4
+    assert ledger.decoded_images == ledger.reward_calls == 3 * particles * candidates  # of the last choice
+
+
+def test_it_guides_and_its_gradient_too(trained):
+    diffusion, reward = GaussianDiffusion(4), Linear(B)
+    means = [
+        float(run(diffusion, sampler, trained.value, 300).scores(reward).mean())
+        for sampler in (Unguided(), SVDD(10), DPS(1.0))
+    ]
+    assert means[1] > means[0] + 0.5
+    assert means[2] > means[0] + 0.2
+
+
+def test_a_value_is_the_reward_at_the_end(trained):
+    final = run(GaussianDiffusion(4), Unguided(), trained.value, 5)
+    assert torch.equal(trained.value(final), final.scores(Linear(B)))
+
+
+def test_estimates_do_not_depend_on_other_rows(trained):
+    state = GaussianDiffusion(4).start([""] * 6, range(6)).propose().propose()
+    with torch.no_grad():
+        whole = trained.value(state)
+        for k in range(6):
+            alone = GaussianDiffusion(4).start([""], [k]).propose().propose()
+            torch.testing.assert_close(trained.value(alone)[0], whole[k], rtol=1e-5, atol=1e-6)
+
+
+def test_an_untrained_value_says_what_to_do():
+    model = GuidedDiffusion(Linear(B), GaussianDiffusion(3), SVDD(2), network())
+    with pytest.raises(UserError, match=r"LatentConvValue is not trained yet: run `svdd fit` first"):
+        model.sample([""])
+
+
+def test_the_prompt_is_part_of_the_input(sd15, tmp_path):
+    from svdd.diffusion.stable_diffusion import StableDiffusion
+    from svdd.rewards.jpeg import Compressibility
+
+    diffusion = StableDiffusion(sd15, 3)
+    model, _, _ = fit(
+        network(), tmp_path, diffusion, Compressibility(), 1, ["red apple", "panda"], num_rollouts=8, batch_size=8
+    )
+    with torch.no_grad():
+        torch.nn.init.normal_(model.value.text.weight)
+        values = [model.value(diffusion.start([prompt], [0]).propose()) for prompt in ("red apple", "panda")]
+        blind = fit(network(use_prompt=False), tmp_path, diffusion, Compressibility(), 1, ["red apple", "panda"],
+                    num_rollouts=8, batch_size=8)[0]  # fmt: skip
+        assert blind.value.text is None
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("of", ["x", "x0"])
+def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip, tmp_path, of):
+    from svdd.diffusion.stable_diffusion import StableDiffusion
+    from svdd.rewards.jpeg import Compressibility
+
+    value = FeatureValue(tiny_clip, of=of, width=16)
+    model, _, _ = fit(
+        value, tmp_path, StableDiffusion(sd15, 3), Compressibility(), 2, ["panda"], num_rollouts=16, batch_size=16
+    )
+    names = set(model.value.own_state())
+    assert not any(name.startswith("clip.") for name in names)
+    assert {"network.0.weight", "mean", "std", "trained"} <= names
+    model.sampler = SVDD(4)
+    ledger = model.draw(["panda"], [0]).context.ledger
+    assert ledger.denoiser_rows == (1 + 4 * 2 if of == "x0" else 3)
+
+
+# ---- rollouts
+
+
+def test_rollouts_are_plain_chains():
+    diffusion = GaussianDiffusion(4)
+    rollouts = draw_rollouts(diffusion, ["", "1"], [5, 6], [1, 3], "x")
+    state, kept = diffusion.start(["", "1"], [5, 6]), []
+    while not state.done:
+        kept.append(state)
+        state = state.propose()
+    assert torch.equal(rollouts["x"], torch.stack([kept[1].x, kept[3].x], 1))
+    assert torch.equal(rollouts["end"], state.x)
+    x0 = draw_rollouts(diffusion, ["", "1"], [5, 6], [2], "x0")["x"]
+    assert torch.equal(x0[:, 0], kept[2].x0)
+
+
+@pytest.fixture
+def filled(tmp_path):
+    diffusion = GaussianDiffusion(3)
+    cache = RolloutCache(tmp_path, {"steps": [1, 2]}, 150)
+    for k, part in enumerate(cache.shards):
+        cache.write(k, draw_rollouts(diffusion, [""] * len(part), list(part), [1, 2], "x"))
+    cache.seal()
+    return cache
+
+
+def test_a_whole_cache_lacks_nothing(filled):
+    assert [len(part) for part in filled.shards] == [64, 64, 22]
+    assert filled.missing() == []
+    assert [tuple(shard["x"].shape) for shard in filled.load()] == [
+        (64, 2, 1, 1, 2),
+        (64, 2, 1, 1, 2),
+        (22, 2, 1, 1, 2),
+    ]
+    settings = json.loads((filled.path / "manifest.json").read_text())
+    assert settings["settings"] == {"steps": [1, 2]}
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_torn_shard_is_found(filled, sealed):
+    path = filled.path / "rollouts-00001.safetensors"
+    whole = path.read_bytes()
+    if not sealed:
+        (filled.path / "manifest.json").unlink()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert filled.missing() == [1]
+    path.write_bytes(b"")
+    assert filled.missing() == [1]
+    path.unlink()
+    assert filled.missing() == [1]
+    path.write_bytes(whole)
+    assert filled.missing() == []
+
+
+def test_a_flipped_bit_is_found(filled):
+    path = filled.path / "rollouts-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert filled.missing() == [2]
+
+
+def test_another_setting_has_a_folder_of_its_own(tmp_path, filled):
+    other = RolloutCache(tmp_path, {"steps": [2]}, 150)
+    assert other.path != filled.path
+    assert other.missing() == [0, 1, 2]
+
+
+def test_only_what_is_missing_is_drawn_again_and_comes_out_the_same(tmp_path):
+    options = {"epochs": 1, "num_rollouts": 200, "batch_size": 64}
+    diffusion = GaussianDiffusion(4)
+    fit(network(), tmp_path, diffusion, **options)
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    drawn = sum(diffusion.denoised_rows)
+    assert drawn == 200 * 4
+    fit(network(), tmp_path, diffusion, **options)
+    assert sum(diffusion.denoised_rows) == drawn  # nothing was missing
+    (folder / "rollouts-00003.safetensors").write_bytes(b"torn")
+    (folder / "rollouts-00001.safetensors.tmp").write_bytes(b"half")
+    fit(network(), tmp_path, diffusion, **options)
+    assert sum(diffusion.denoised_rows) == drawn + 8 * 4  # the last shard has 8 rollouts
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_batches_pair_each_state_with_the_next(tmp_path):
+    _, data, _ = fit(network(), tmp_path, epochs=1, num_rollouts=100, batch_size=64, prompts=("0", "1", "2"))
+    batch = data.held_out.__getitems__(range(len(data.held_out)))
+    assert len(data.held_out) == 10 * 3
+    assert len(data.training) == 90 * 3
+    assert batch["step"].tolist() == [1, 2, 3] * 10
+    assert batch["next_step"].tolist() == [2, 3, -1] * 10
+    assert batch["prompt"].tolist() == [r % 3 for r in range(90, 100) for _ in range(3)]
+    inner = batch["next_step"] > 0
+    assert torch.equal(batch["next_x"][inner], batch["x"][batch["step"] > 1])
+    ends = batch["next_x"][~inner]
+    torch.testing.assert_close(batch["reward"][~inner].double(), ends.flatten(1) @ torch.tensor(B, dtype=torch.float64))
+    single = data.held_out[4]
+    assert torch.equal(single["x"], batch["x"][4])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_rollouts": 0}, "num_rollouts must be >= 4"),
+        ({"keep_every": 0}, "keep_every must be >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"validation": 1.0}, "validation must lie between 0 and 1, got 1.0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+    ],
+)
+def test_rollout_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutDataModule(["a"], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 12}, "channels must be a positive multiple of 8, got 12"),
+        ({"num_blocks": 0}, "num_blocks must be >= 1, got 0"),
+        ({"learning_rate": 0}, "learning_rate must be > 0, got 0"),
+    ],
+)
+def test_network_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LatentConvValue(**options)
+
+
+class Constant(Reward):
+    """The same for every image."""
+
+    def forward(self, images, prompts):
+        return torch.ones(len(images))
+
+
+class Broken(Reward):
+    """NaN for some images."""
+
+    def forward(self, images, prompts):
+        return torch.where(images[:, 0, 0, 0] > 0, torch.nan, 1.0)
+
+
+def test_what_cannot_be_learned_is_said(tmp_path, cache):
+    with pytest.raises(UserError, match=r"the rewards of .* rollouts do not differ, so there is nothing to learn"):
+        fit(network(), cache, reward=Constant())
+    with pytest.raises(UserError, match="reward Broken returned NaN or infinity for"):
+        fit(network(), cache, reward=Broken())
+    with pytest.raises(UserError, match="value PosteriorMean has nothing to train; choose one that learns"):
+        fit(PosteriorMean(), cache)
+    with pytest.raises(UserError, match=r"loss.bootstrap needs every step of the rollouts, got data.keep_every=2"):
+        fit(network(loss=MeanLoss(bootstrap=True)), tmp_path, keep_every=2)
+    with pytest.raises(UserError, match="num_inference_steps=1 has no step between noise and image"):
+        fit(network(), tmp_path, GaussianDiffusion(1))
+
+
+# ---- weights on disk
+
+
+def test_exported_weights_come_back(trained, tmp_path):
+    path = tmp_path / "value.safetensors"
+    trained.value.export(path)
+    again = GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=network(pretrained=str(path)))
+    state = GaussianDiffusion(4).start([""] * 5, range(5)).propose().propose()
+    with torch.no_grad():
+        torch.testing.assert_close(again.value(state), trained.value(state), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("reward", "diffusion", "difference"),
+    [
+        (Constant(), GaussianDiffusion(4), "reward was 'Linear', here it is 'Constant'"),
+        (Linear(B), GaussianDiffusion(5), "num_inference_steps was 4, here it is 5"),
+        (
+            Linear([1.0, 0.0, 0.0]),
+            GaussianDiffusion(4, size=3),
+            r"latent_shape was \[1, 1, 2\], here it is \[1, 1, 3\]",
+        ),
+    ],
+)
+def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffusion, difference):
+    path = tmp_path / "value.safetensors"
+    trained.value.export(path)
+    with pytest.raises(UserError, match=f"was trained for something else: .*{difference}"):
+        GuidedDiffusion(reward, diffusion, value=network(pretrained=str(path)))
+    checkpoint = {"state_dict": {}}
+    trained.on_save_checkpoint(checkpoint)
+    model = GuidedDiffusion(reward, diffusion, BestOfN(2), network())
+    with pytest.raises(UserError, match=f"the checkpoint was trained for something else: .*{difference}"):
+        model.on_load_checkpoint(checkpoint)
+
+
+def test_weights_of_another_size_or_none_at_all_are_refused(trained, tmp_path):
+    path = tmp_path / "value.safetensors"
+    trained.value.export(path)
+    larger = LatentConvValue(channels=64, num_blocks=1, pretrained=str(path))
+    with pytest.raises(
+        UserError, match=r"does not fit LatentConvValue: .* give the arguments that it was trained with"
+    ):
+        GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=larger)
+    path.write_bytes(path.read_bytes()[:100])
+    for broken in (path, tmp_path / "none.safetensors"):
+        with pytest.raises(UserError, match=r"cannot be loaded: .*; expected a file that `svdd fit` wrote"):
+            GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=network(pretrained=str(broken)))
+
+
+def test_a_checkpoint_holds_the_value_alone(trained):
+    checkpoint = {"state_dict": trained.state_dict()}
+    trained.on_save_checkpoint(checkpoint)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"value"}
+    assert checkpoint["svdd_value"] == {
+        "value": "LatentConvValue",
+        "reward": "Linear",
+        "diffusion": "GaussianDiffusion",
+        "num_inference_steps": 4,
+        "latent_shape": [1, 1, 2],
+    }
+    with pytest.raises(UserError, match="was not written by `svdd fit`"):
+        trained.on_load_checkpoint({"state_dict": {}})
