@@ -53,7 +53,8 @@ class ValueCalibration(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Gathers all processes' chains, drops those that were dealt twice, and computes the table."""
         rows = torch.cat(self._seen)
-        everything = self.all_gather(rows).reshape(-1, rows.shape[1]).cpu()
+        gathered: Any = self.all_gather(rows)
+        everything = gathered.reshape(-1, rows.shape[1]).cpu()
         _, first = torch.unique(everything[:, :2], dim=0, return_inverse=True)
         order = torch.full((int(first.max()) + 1,), len(first)).scatter_reduce(
             0, first, torch.arange(len(first)), "amin"

@@ -18,7 +18,18 @@ __all__ = ["PromptError", "Row", "open_source", "shorten", "to_record"]
 
 _MAX_LINE = 2**24  # characters; a longer line means a binary file
 _MAX_SEED = 2**63 - 1
-_RESERVED = {"prompt", "prompt_index", "image_index", "file", "rewards", "ledger", "sha256"}
+_RESERVED = {
+    "prompt",
+    "prompt_index",
+    "image_index",
+    "num_images",
+    "particle",
+    "weight",
+    "file",
+    "rewards",
+    "ledger",
+    "sha256",
+}
 _UNDECODED = re.compile(r"[\x00\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _BREAKS = re.compile(r"[\t\r\n\u2028\u2029]+")

@@ -98,7 +98,8 @@ def _invert(log_w: Tensor, uniforms: Tensor) -> Tensor:
     whole = steps.round()
     steps = torch.where((steps - whole).abs() < _ROUNDING, whole, steps)
     steps[:, -1] = steps.shape[1]  # above every point
-    return _first_above(steps, _slots(expected) + uniforms.double())
+    below_all = torch.nextafter(steps[0, -1], torch.zeros_like(steps[0, -1]))  # k - 1 + u may round up to k
+    return _first_above(steps, (_slots(expected) + uniforms.double()).clamp(max=below_all))
 
 
 def _repeat(copies: Tensor) -> Tensor:
