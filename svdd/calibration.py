@@ -90,7 +90,7 @@ def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> list[dict[str, 
             "rmse": (v - rewards).square().mean().sqrt(),
             "explained_variance": explained_variance(v, rewards),
         }
-        table.append({name: float(number) for name, number in row.items()})
+        table.append({name: number if name == "step" else float(number) for name, number in row.items()})
     return table
 
 
