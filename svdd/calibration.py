@@ -160,7 +160,7 @@ def plot(path: Path, tables: dict[str, list[dict[str, float]]], title: str) -> b
                 )
         ax.set_xlabel("step i (1: noise)")
         ax.set_ylabel(label)
-        ax.set_ylim(min(0.0, ax.get_ylim()[0]) if key == "spearman" else -1, 1.02)
+        ax.set_ylim(max(-1.0, min(0.0, ax.get_ylim()[0])), 1.02)
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

@@ -134,6 +134,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
 
         Inference mode is left where the sampler needs gradients.
         """
+        self.value.eval()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
             state = self.diffusion.start(prompts, seeds, self.sampler.start_particles, negative_prompts)

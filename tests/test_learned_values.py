@@ -56,7 +56,7 @@ def cache(tmp_path_factory):
 
 
 def network(**options):
-    return LatentConvValue(channels=32, num_blocks=1, learning_rate=5e-3, **options)
+    return LatentConvValue(channels=32, num_blocks=1, dropout=0.0, learning_rate=5e-3, **options)
 
 
 # ---- convergence to the known value
@@ -314,6 +314,7 @@ def test_rollout_settings_out_of_range_are_refused(options, message):
     ("options", "message"),
     [
         ({"channels": 12}, "channels must be a positive multiple of 8, got 12"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"num_blocks": 0}, "num_blocks must be >= 1, got 0"),
         ({"learning_rate": 0}, "learning_rate must be > 0, got 0"),
     ],

@@ -25,6 +25,7 @@ class LatentConvValue(LearnedValue):
         channels: Width of the network, a multiple of 8.
         num_blocks: Residual blocks at each resolution; the latent is halved until its side is at most 8.
         use_prompt: Whether the network sees the prompt's text features.
+        dropout: Share of the features that is dropped while training: states of one rollout are much alike.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
         learning_rate: Peak step size of AdamW, cosine to 0.
         pretrained: Trained weights: a safetensors file that `svdd fit` wrote, or the name of one that ships with svdd.
@@ -38,6 +39,7 @@ class LatentConvValue(LearnedValue):
         channels: int = 64,
         num_blocks: int = 3,
         use_prompt: bool = True,
+        dropout: float = 0.1,
         loss: ValueLoss | None = None,
         learning_rate: float = 1e-3,
         pretrained: str | None = None,
@@ -47,7 +49,9 @@ class LatentConvValue(LearnedValue):
             raise ValueError(f"channels must be a positive multiple of 8, got {channels}")
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
-        self.channels, self.num_blocks, self.use_prompt = channels, num_blocks, use_prompt
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.channels, self.num_blocks, self.use_prompt, self.dropout = channels, num_blocks, use_prompt, dropout
 
     def build(self, diffusion: Diffusion) -> None:
         """Makes the network for the latents' shape and the prompt features' width."""
@@ -61,7 +65,7 @@ class LatentConvValue(LearnedValue):
             features = diffusion.prompt_features_size if self.use_prompt else 0
             self.text = nn.Linear(features, hidden) if features else None
             self.blocks = nn.ModuleList(
-                _Block(self.channels, hidden, halve=level > 0 and k == 0)
+                _Block(self.channels, hidden, self.dropout, halve=level > 0 and k == 0)
                 for level in range(halvings + 1)
                 for k in range(self.num_blocks)
             )
@@ -83,12 +87,13 @@ class LatentConvValue(LearnedValue):
 class _Block(nn.Module):
     """Two convolutions with group norm, scaled and shifted by the condition, around a skip."""
 
-    def __init__(self, channels: int, condition: int, halve: bool) -> None:
+    def __init__(self, channels: int, condition: int, dropout: float, halve: bool) -> None:
         super().__init__()
         self.halve = halve
         self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
         self.modulation = nn.Linear(condition, 2 * channels)
+        self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -97,4 +102,4 @@ class _Block(nn.Module):
         scale, shift = self.modulation(F.silu(condition))[:, :, None, None].chunk(2, 1)
         hidden = self.first(F.silu(self.norms[0](x)))
         hidden = self.norms[1](hidden) * (1 + scale) + shift
-        return x + self.second(F.silu(hidden))
+        return x + self.second(self.dropout(F.silu(hidden)))
