@@ -95,20 +95,50 @@ class State:
     def images(self) -> Tensor:
         """The decoded x0, float32 [n, 3, H, W] in [0, 1]; decoded once."""
         if "images" not in self._cache:
-            diffusion, ledger = self.context.diffusion, self.context.ledger
-            x0 = self.x0
-            with ledger.timed("decoder_seconds", self.x.device):
-                self._cache["images"] = diffusion.chunker.map(diffusion.decode, len(x0), x0)
-            ledger.decoded_images += len(x0)
+            self._cache["images"] = self._decode(self.x0, self.context.diffusion.decode)
         return self._cache["images"]
 
-    def scores(self, reward: Scorer) -> Tensor:
-        """Returns the reward of each row's decoded x0, float32 [n]."""
-        images, prompts, ledger = self.images, self.prompts, self.context.ledger
+    def scores(
+        self, reward: Scorer, x0: Tensor | None = None, decode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Returns the reward of each row's decoded x0, float32 [n].
+
+        Args:
+            reward: Scores images.
+            x0: Another prediction of the clean latents, [n, c, h, w], for a preview.
+            decode: Another decoder, for a preview; neither preview is kept as the row's image.
+        """
+        prompts, ledger = self.prompts, self.context.ledger
+        if x0 is None and decode is None:
+            images = self.images
+        else:
+            images = self._decode(self.x0 if x0 is None else x0, decode or self.context.diffusion.decode)
         with ledger.timed("reward_seconds", self.x.device):
             scores = self.context.diffusion.chunker.map(reward.score, len(images), images, prompts)
         ledger.reward_calls += len(images)
         return scores
+
+    def preview(self, guidance_scale: float) -> Tensor:
+        """Returns x0 under another weight of classifier-free guidance, [n, c, h, w]; it is no prediction to go on from.
+
+        Args:
+            guidance_scale: At 1 or less the unconditional half of the network's rows is saved.
+        """
+        context, diffusion, n = self.context, self.context.diffusion, len(self.x)
+
+        def preview(x: Tensor, row: Tensor) -> Tensor:
+            return diffusion.preview(x, self.i, context.conditioning, row, guidance_scale)
+
+        with context.ledger.timed("denoiser_seconds", self.x.device):
+            x0 = diffusion.chunker.map(preview, n, self.x, self.row)
+        context.ledger.denoiser_rows += n
+        context.ledger.network_rows += n * diffusion.preview_network_rows(guidance_scale)
+        return x0
+
+    def flow(self) -> "State":
+        """Returns the only child that there is without noise: a DDIM step with eta = 0."""
+        x = self.context.diffusion.flow(self.x, self.x0, self.i)
+        return State(x, self.i + 1, self.row, self.origin, self.context)
 
     def propose(self, m: int = 1, mean: Tensor | None = None) -> "State":
         """Draws m children per row from the reverse kernel N(mean, std^2 I).
@@ -215,6 +245,12 @@ class State:
     def uniforms(self, k: int) -> Tensor:
         """Returns k uniform numbers in [0, 1) for each image from its own selection stream, float64 [images, k]."""
         return self.context.uniforms(k).to(self.x.device)
+
+    def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+        with self.context.ledger.timed("decoder_seconds", self.x.device):
+            images = self.context.diffusion.chunker.map(decode, len(x0), x0)
+        self.context.ledger.decoded_images += len(x0)
+        return images
 
     def _denoise(self) -> Denoised:
         context, diffusion, n = self.context, self.context.diffusion, len(self.x)

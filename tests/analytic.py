@@ -48,6 +48,11 @@ class AnalyticDiffusion(Diffusion):
         noise = (x - math.sqrt(signal) * x0) / math.sqrt(1 - signal)
         return Denoised(x0, math.sqrt(following) * x0 + math.sqrt(1 - following - std**2) * noise)
 
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        signal, following = self.signal[i], self.signal[i + 1]
+        noise = (x - math.sqrt(signal) * x0) / math.sqrt(1 - signal)
+        return math.sqrt(following) * x0 + math.sqrt(1 - following) * noise
+
     def std(self, i: int) -> float:
         signal, following = self.signal[i], self.signal[i + 1]
         return self.eta * math.sqrt((1 - following) / (1 - signal) * (1 - signal / following))

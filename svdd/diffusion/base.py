@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd.chunking import Chunker
+from svdd.errors import UserError
 
 if TYPE_CHECKING:
     from svdd.state import State
@@ -121,6 +122,42 @@ class Diffusion(nn.Module, ABC):
     @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
+
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        """Moves latents from step i to i + 1 without noise, as if x0 were right (a DDIM step with eta = 0).
+
+        Args:
+            x: Latents at step i, [n, c, h, w].
+            x0: Their posterior means.
+            i: Step index, 0 .. T - 1.
+
+        Raises:
+            UserError: If the family does not say how.
+        """
+        raise UserError(f"{type(self).__name__} has no deterministic step, which Lookahead needs: implement `flow`")
+
+    def preview(self, x: Tensor, i: int, conditioning: Any, row: Tensor, guidance_scale: float) -> Tensor:
+        """Returns x0 under another weight of classifier-free guidance, [n, c, h, w]; arguments as in `denoise`.
+
+        Raises:
+            UserError: If the family has no such guidance.
+        """
+        raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")
+
+    def preview_network_rows(self, guidance_scale: float) -> int:
+        """Network evaluations behind one preview: 2 where that scale needs the unconditional half."""
+        return 2 if guidance_scale > 1 else 1
+
+    def load_decoder(self, name: str) -> nn.Module:
+        """Returns a decoder from latents [n, c, h, w] to images float32 [n, 3, H, W] in [0, 1], for previews.
+
+        Args:
+            name: `tiny` for the small one that fits this model, a folder, or a hub name.
+
+        Raises:
+            UserError: If there is none, or it does not fit.
+        """
+        raise UserError(f"{type(self).__name__} has no other decoder than its own, got decoder={name!r}")
 
     @property
     def stochastic(self) -> bool:

@@ -59,6 +59,10 @@ class Kernel(ABC):
     def std(self, i: int) -> float:
         """Standard deviation of step i."""
 
+    @abstractmethod
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        """Moves x from step i to i + 1 without noise, along the straight line that its x0 foretells (eta = 0)."""
+
 
 class _AlphaKernel(Kernel):
     """A kernel in the variance-preserving coordinates of DDPM: x_t = sqrt(a) x_0 + sqrt(1 - a) noise."""
@@ -81,6 +85,12 @@ class _AlphaKernel(Kernel):
         if self.config.get("clip_sample"):
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return x0, epsilon
+
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        """Returns sqrt(a') x0 + sqrt(1 - a') epsilon, with the epsilon that x and x0 imply."""
+        alpha, alpha_next = self.alphas(i)
+        epsilon = (x - alpha**0.5 * x0) / (1 - alpha) ** 0.5
+        return alpha_next**0.5 * x0 + (1 - alpha_next) ** 0.5 * epsilon
 
     def _require_prediction_type(self) -> None:
         known = ("epsilon", "v_prediction", "sample")
@@ -192,6 +202,11 @@ class EulerAncestralKernel(Kernel):
     def std(self, i: int) -> float:
         """Sigma_up of the step."""
         return float(self._up(i))
+
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        """Returns x0 + (sigma' / sigma) (x - x0)."""
+        ratio = self.scheduler.sigmas[i + 1] / self.scheduler.sigmas[i]
+        return (x0 + ratio * (x - x0)).to(x.dtype)
 
     def _up(self, i: int) -> Tensor:
         sigma, sigma_next = self.scheduler.sigmas[i], self.scheduler.sigmas[i + 1]

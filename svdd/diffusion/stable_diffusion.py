@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.kernels import known_schedulers, make_kernel
+from svdd.diffusion.tiny_decoder import TinyDecoder
 from svdd.errors import UserError
 
 __all__ = ["StableDiffusion"]
@@ -146,17 +147,26 @@ class StableDiffusion(Diffusion):
 
     def denoise(self, x: Tensor, i: int, conditioning: tuple[Tensor, Tensor | None], row: Tensor) -> Denoised:
         """Runs the UNet, with guidance w as uncond + w (cond - uncond), and reads x0 and the kernel's mean off it."""
-        positive, negative = conditioning
-        model_input = self.kernel.scale_input(x, i)
-        t = self.kernel.timesteps[i].to(x.device)
-        if negative is None:
-            output = self.unet(model_input, t, encoder_hidden_states=positive[row], return_dict=False)[0]
-        else:
-            states = torch.cat([negative[row], positive[row]])
-            pair = self.unet(torch.cat([model_input] * 2), t, encoder_hidden_states=states, return_dict=False)[0]
-            unconditional, conditional = pair.chunk(2)
-            output = unconditional + self.guidance_scale * (conditional - unconditional)
-        return self.kernel.predict(x, output, i)
+        return self.kernel.predict(x, self._network(x, i, conditioning, row, self.guidance_scale), i)
+
+    def preview(
+        self, x: Tensor, i: int, conditioning: tuple[Tensor, Tensor | None], row: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """Returns x0 under another guidance scale; at 1 or less the unconditional half is not computed."""
+        if guidance_scale > 1 and conditioning[1] is None:
+            raise UserError(
+                f"a preview with guidance_scale={guidance_scale} needs a model with guidance; its own scale is "
+                f"{self.guidance_scale}"
+            )
+        return self.kernel.predict(x, self._network(x, i, conditioning, row, guidance_scale), i).x0
+
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        """One DDIM step with eta = 0, in the scheduler's coordinates."""
+        return self.kernel.flow(x, x0, i)
+
+    def load_decoder(self, name: str) -> nn.Module:
+        """Loads an AutoencoderTiny: `tiny` is the embedded model's, or TAESD for every other Stable Diffusion."""
+        return TinyDecoder(_tiny_source(name, self.pretrained), self.latent_shape[0], self.dtype)
 
     def std(self, i: int) -> float:
         """The scheduler's noise at step i."""
@@ -166,6 +176,19 @@ class StableDiffusion(Diffusion):
         """Runs the autoencoder's decoder."""
         images = self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+    def _network(
+        self, x: Tensor, i: int, conditioning: tuple[Tensor, Tensor | None], row: Tensor, guidance_scale: float
+    ) -> Tensor:
+        positive, negative = conditioning
+        model_input = self.kernel.scale_input(x, i)
+        t = self.kernel.timesteps[i].to(x.device)
+        if negative is None or guidance_scale <= 1:
+            return self.unet(model_input, t, encoder_hidden_states=positive[row], return_dict=False)[0]
+        states = torch.cat([negative[row], positive[row]])
+        pair = self.unet(torch.cat([model_input] * 2), t, encoder_hidden_states=states, return_dict=False)[0]
+        unconditional, conditional = pair.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     def _encode_text(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(
@@ -202,6 +225,13 @@ class StableDiffusion(Diffusion):
                 raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
             size.append(latent if pixels is None else pixels // factor)
         return size[0], size[1]
+
+
+def _tiny_source(name: str, pretrained: str) -> str:
+    """Returns the folder or hub name of a decoder; `tiny` depends on the model."""
+    if name != "tiny":
+        return name
+    return str(files("svdd") / "assets" / "emoji-tiny") if pretrained == "emoji" else "madebyollin/taesd"
 
 
 def _load(source: str, **options: Any) -> Any:

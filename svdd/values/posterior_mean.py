@@ -3,8 +3,9 @@
 Source: Li et al., 2024, arXiv 2408.08252, SVDD-PM; the same estimate as in DPS (Chung et al., 2022, arXiv 2209.14687).
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from svdd.diffusion.base import Diffusion
 from svdd.state import State
 from svdd.values.base import Value
 
@@ -15,17 +16,39 @@ class PosteriorMean(Value):
     """The reward of the decoded posterior mean: v(x) = r(decode(E[x_0 given x])).
 
     Needs no training. Costs one denoiser row per evaluated row, which the state keeps for the next step.
+
+    Args:
+        decoder: A smaller decoder for previews: `tiny`, a folder or a hub name of an AutoencoderTiny. The end of the
+            chain is decoded by the model's own.
+        guidance_scale: Another weight of classifier-free guidance for previews; 1 leaves out the unconditional half.
+            What is kept is then evaluated again in full: one more row for each.
     """
+
+    def __init__(self, decoder: str | None = None, guidance_scale: float | None = None) -> None:
+        super().__init__()
+        self.decoder, self.guidance_scale = decoder, guidance_scale
+        self.most_rows = 1 if guidance_scale is None else 2
+        self.preview_decoder: nn.Module | None = None
+
+    def prepare(self, diffusion: Diffusion) -> None:
+        """Loads the smaller decoder."""
+        if self.decoder is not None:
+            self.preview_decoder = diffusion.load_decoder(self.decoder)
 
     @property
     def differentiable(self) -> bool:
-        """Whether the reward is."""
-        return self.reward.differentiable
+        """Whether the reward is; a preview without guidance is no function of the prediction that gradients need."""
+        return self.reward.differentiable and self.guidance_scale is None
 
     def describe(self) -> str:
-        """Names the reward: it is what may lack a gradient."""
+        """Names what may lack a gradient."""
+        if self.reward.differentiable:
+            return f"value {type(self).__name__} with guidance_scale={self.guidance_scale}"
         return f"reward {self.reward.name}"
 
     def forward(self, state: State) -> Tensor:
-        """Returns the reward of each row's decoded x0, float32 [n]."""
-        return state.scores(self.reward)
+        """Returns the reward of each row's decoded x0, float32 [n]; at the end of the chain that of its image."""
+        if state.done:
+            return state.scores(self.reward)
+        x0 = None if self.guidance_scale is None else state.preview(self.guidance_scale)
+        return state.scores(self.reward, x0, self.preview_decoder)

@@ -1,0 +1,248 @@
+"""Cheaper and farther looks ahead: exact costs, exact agreement with what they stand for."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
+
+from svdd.diffusion.kernels import make_kernel
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.errors import UserError
+from svdd.module import GuidedDiffusion
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.dps import DPS
+from svdd.samplers.svdd import SVDD
+from svdd.samplers.unguided import Unguided
+from svdd.values.lookahead import Lookahead
+from svdd.values.posterior_mean import PosteriorMean
+from tests.analytic import GaussianDiffusion, Linear, bound, run
+
+B = [0.6, -0.8]
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tmp_path_factory) -> str:
+    """A random AutoencoderTiny for four latent channels."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+# ---- steps without noise
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_the_flow_is_the_deterministic_ddim_step(steps):
+    kernel, scheduler = (
+        make_kernel("ddim", {**NOISE, "clip_sample": False}, steps, 1.0),
+        DDIMScheduler(**NOISE, clip_sample=False),
+    )
+    scheduler.set_timesteps(steps)
+    x, output = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).chunk(2, 0)
+    for i, t in enumerate(scheduler.timesteps):
+        expected = scheduler.step(output, t, x, eta=0.0).prev_sample
+        torch.testing.assert_close(kernel.flow(x, kernel.predict(x, output, i).x0, i), expected, rtol=1e-4, atol=1e-5)
+    assert kernel.std(0) > 0
+
+
+def test_the_flow_of_ancestral_steps_is_an_euler_step():
+    kernel, scheduler = make_kernel("euler_ancestral", NOISE, 6, 1.0), EulerDiscreteScheduler(**NOISE)
+    scheduler.set_timesteps(6)
+    generator = torch.Generator().manual_seed(0)
+    output, x = torch.randn(1, 3, 4, 4, generator=generator), 10 * torch.randn(1, 3, 4, 4, generator=generator)
+    for i, t in enumerate(scheduler.timesteps):
+        expected = scheduler.step(output, t, x).prev_sample
+        torch.testing.assert_close(kernel.flow(x, kernel.predict(x, output, i).x0, i), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flowing_to_the_end_is_the_chain_without_noise():
+    diffusion = GaussianDiffusion(5, eta=0.0)
+    state, end = diffusion.start([""] * 3, range(3)), run(diffusion, Unguided(), None, 3)
+    while not state.done:
+        state = state.flow()
+    torch.testing.assert_close(state.x, end.x)
+    assert state.prompts == end.prompts
+
+
+# ---- lookahead
+
+
+def test_looking_no_step_ahead_is_the_posterior_mean_bit_for_bit():
+    for value in (PosteriorMean(), Lookahead(0)):
+        value.bind(Linear(B))
+    diffusion = GaussianDiffusion(5)
+    first, second = (run(diffusion, SVDD(4, 0.3), bound(v, Linear(B)), 4) for v in (PosteriorMean(), Lookahead(0)))
+    assert torch.equal(first.x, second.x)
+    assert first.context.ledger.denoiser_rows == second.context.ledger.denoiser_rows
+
+
+@pytest.mark.parametrize("steps", [5, 6, 100])
+def test_looking_to_the_end_foretells_a_chain_without_noise(steps):
+    diffusion = GaussianDiffusion(6, eta=0.0)
+    state, value = diffusion.start([""] * 4, range(4)), bound(Lookahead(steps), Linear(B))
+    end = run(diffusion, Unguided(), value, 4).scores(Linear(B))
+    while not state.done:
+        if state.i > 0 or steps > 5:
+            torch.testing.assert_close(value(state), end)
+        state = state.propose()
+    torch.testing.assert_close(value(state), end)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 50])
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_the_rows_of_looking_ahead(k, candidates):
+    steps, diffusion = 6, GaussianDiffusion(6)
+    final = run(diffusion, SVDD(candidates), bound(Lookahead(k), Linear(B)), 3)
+    ahead = sum(1 + min(k, steps - 1 - i) for i in range(1, steps))
+    expected = steps if candidates == 1 else 1 + candidates * ahead
+    assert final.context.ledger.denoiser_rows == sum(diffusion.denoised_rows) == 3 * expected
+    assert final.context.ledger.denoiser_rows <= 3 * SVDD(candidates).rows(steps) * Lookahead(k).most_rows
+
+
+def test_looking_ahead_does_not_change_the_noise_or_the_state():
+    diffusion = GaussianDiffusion(5)
+    state = diffusion.start([""] * 2, range(2)).propose()
+    before = [generator.get_state() for generator in state.context.generators]
+    bound(Lookahead(3), Linear(B))(state)
+    assert all(torch.equal(a.get_state(), b) for a, b in zip(state.context.generators, before, strict=True))
+    rows = len(diffusion.denoised_rows)
+    state.propose()
+    assert len(diffusion.denoised_rows) == rows  # its own prediction was kept
+
+
+def test_a_gradient_flows_from_ahead():
+    diffusion, value = GaussianDiffusion(6), bound(Lookahead(2), Linear(B))
+    state = diffusion.start([""], [0]).propose()
+    _, slope = state.gradient(value)
+    ahead = state.flow().flow()
+    shifted = type(state)(state.x + 1e-3 * slope, state.i, state.row, state.origin, state.context)
+    rise = float(Linear(B)(shifted.flow().flow().images, []) - Linear(B)(ahead.images, []))
+    assert rise == pytest.approx(1e-3 * float(slope.square().sum()), rel=1e-3)
+    assert float(run(diffusion, DPS(1.0), value, 50).scores(Linear(B)).mean()) > float(
+        run(diffusion, Unguided(), value, 50).scores(Linear(B)).mean()
+    )
+
+
+def test_a_budget_counts_the_farthest_look():
+    model = GuidedDiffusion(Linear(B), GaussianDiffusion(8), SVDD(), Lookahead(2), budget=100)
+    spent = model.draw([""] * 2, [0, 1]).context.ledger.denoiser_rows / 2
+    assert spent <= 100
+    assert model.sampler.num_candidates == (100 // 3 - 1) // 7
+
+
+def test_what_looking_ahead_cannot_do_is_said():
+    with pytest.raises(ValueError, match="steps must be >= 0, got -1"):
+        Lookahead(-1)
+
+    class Odd(GaussianDiffusion):
+        flow = GaussianDiffusion.__mro__[2].flow
+
+    with pytest.raises(UserError, match="Odd has no deterministic step, which Lookahead needs"):
+        run(Odd(3), SVDD(2), bound(Lookahead(1), Linear(B)), 1)
+
+
+# ---- previews without guidance
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_a_preview_without_guidance_is_cheaper_and_only_the_kept_one_is_paid_in_full(sd15, candidates):
+    steps, m = 4, candidates
+    model = GuidedDiffusion(Compressibility(), StableDiffusion(sd15, steps), SVDD(m), PosteriorMean(guidance_scale=1.0))
+    ledger = model.draw(["panda", "car"], [0, 1]).context.ledger
+    if m == 1:
+        assert (ledger.denoiser_rows, ledger.network_rows) == (2 * steps, 4 * steps)
+    else:
+        assert ledger.denoiser_rows == 2 * (1 + (m + 1) * (steps - 1))
+        assert ledger.network_rows == 2 * (2 + (m + 2) * (steps - 1))
+
+
+def test_a_preview_is_the_x0_of_a_model_with_that_scale(sd15):
+    own, other = StableDiffusion(sd15, 4, guidance_scale=7.5), StableDiffusion(sd15, 4, guidance_scale=1.0)
+    with torch.no_grad():
+        states = [diffusion.start(["panda"], [0]) for diffusion in (own, other)]
+        torch.testing.assert_close(states[0].preview(1.0), states[1].x0)
+        assert not torch.allclose(states[0].preview(1.0), states[0].x0)
+        torch.testing.assert_close(states[0].preview(7.5), states[0].x0)
+        with pytest.raises(UserError, match=r"needs a model with guidance; its own scale is 1.0"):
+            states[1].preview(3.0)
+    with pytest.raises(UserError, match="GaussianDiffusion has no classifier-free guidance"):
+        run(GaussianDiffusion(3), SVDD(2), bound(PosteriorMean(guidance_scale=1.0), Linear(B)), 1)
+
+
+def test_the_last_choice_is_the_reward_s_whatever_the_preview(sd15, tiny_decoder):
+    model = GuidedDiffusion(
+        Compressibility(), StableDiffusion(sd15, 3), SVDD(4), PosteriorMean(tiny_decoder, guidance_scale=1.0)
+    )
+    final = model.draw(["panda"], [0])
+    trace = final.context.trace.per_image()[0]
+    assert trace["value_chosen"][-1] == trace["value_max"][-1]
+    assert trace["value_chosen"][-1] == pytest.approx(float(Compressibility().score(final.images, [""])), rel=1e-6)
+
+
+# ---- the smaller decoder
+
+
+def test_the_smaller_decoder_is_the_pipeline_s_own(sd15, tiny_decoder):
+    diffusion = StableDiffusion(sd15, 2)
+    latents = torch.randn(2, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
+    decoder = diffusion.load_decoder(tiny_decoder)
+    with torch.no_grad():
+        expected = AutoencoderTiny.from_pretrained(tiny_decoder).decode(latents).sample * 0.5 + 0.5
+        torch.testing.assert_close(decoder(latents), expected.clamp(0, 1))
+
+
+def test_previews_use_it_and_images_do_not(sd15, tiny_decoder):
+    class Seen(Compressibility):
+        def forward(self, images, prompts):
+            self.images = [*getattr(self, "images", []), images]
+            return super().forward(images, prompts)
+
+    reward = Seen()
+    model = GuidedDiffusion(reward, StableDiffusion(sd15, 3), SVDD(2), PosteriorMean(tiny_decoder))
+    final = model.draw(["panda"], [0])
+    plain = GuidedDiffusion(Compressibility(), StableDiffusion(sd15, 3), SVDD(2)).diffusion
+    with torch.no_grad():
+        torch.testing.assert_close(final.images, plain.decode(final.x))
+    assert final.context.ledger.decoded_images == 3 * 2
+    assert final.context.ledger.denoiser_rows == SVDD(2).rows(3)
+    assert any(name.startswith("value.preview_decoder.") for name, _ in model.named_parameters())
+
+
+def test_a_gradient_flows_through_it(sd15, tiny_clip, tiny_decoder):
+    model = GuidedDiffusion(CLIPScore(tiny_clip), StableDiffusion(sd15, 3), DPS(50.0), Lookahead(1, tiny_decoder))
+    images, _ = model.sample(["panda"])
+    plain, _ = GuidedDiffusion(CLIPScore(tiny_clip), StableDiffusion(sd15, 3), Unguided()).sample(["panda"])
+    assert images.isfinite().all()
+    assert not torch.equal(images, plain)
+
+
+def test_a_decoder_that_does_not_fit_is_refused(sd15, tiny_decoder, tmp_path):
+    diffusion = StableDiffusion(sd15, 2)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config.json; expected `tiny`, a folder written by"):
+        diffusion.load_decoder(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="cannot be loaded as an AutoencoderTiny"):
+        diffusion.load_decoder("nobody/has-this")
+    with pytest.raises(UserError, match="is for latents of 4 channels; this model has 16"):
+        StableDiffusion("emoji", 2).load_decoder(tiny_decoder)
+    with pytest.raises(UserError, match="GaussianDiffusion has no other decoder than its own, got decoder='tiny'"):
+        GuidedDiffusion(Linear(B), GaussianDiffusion(2), value=PosteriorMean("tiny"))
+
+
+@pytest.mark.skipif(not Path("svdd/assets/emoji-tiny").is_dir(), reason="not shipped yet")
+def test_the_embedded_model_has_a_small_decoder_that_draws_the_same():
+    diffusion = StableDiffusion("emoji", 6, guidance_scale=3.0)
+    with torch.no_grad():
+        end = run(diffusion, Unguided(), None, prompts=["apple", "penguin on a blue background", "rocket"])
+        big, small = diffusion.decode(end.x), diffusion.load_decoder("tiny")(end.x)
+    assert -10 * math.log10(float((big - small).square().mean())) > 22
