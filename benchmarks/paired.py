@@ -32,7 +32,7 @@ PROMPTS = (
     "whale on a teal background",
     "crown on a purple background",
 )
-T_95 = {15: 2.1314, 23: 2.0687}  # two-sided 95 % quantile of Student's t
+T_95 = {15: 2.1314, 23: 2.0687, 7: 2.3646}  # two-sided 95 % quantile of Student's t
 
 
 def interval(first: torch.Tensor, second: torch.Tensor) -> str:

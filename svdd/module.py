@@ -172,7 +172,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
                 **(
                     {}
                     if weights is None
-                    else {"particle": particle, "weight": _short(weights[j * returned + particle])}
+                    else {"particle": particle, "particle_weight": _short(weights[j * returned + particle])}
                 ),
                 "rewards": {name: values[j * returned + particle] for name, values in scores.items()},
                 "ledger": ledger,

@@ -24,7 +24,7 @@ _RESERVED = {
     "image_index",
     "num_images",
     "particle",
-    "weight",
+    "particle_weight",
     "file",
     "rewards",
     "ledger",

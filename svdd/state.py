@@ -121,10 +121,15 @@ class State:
     def preview(self, guidance_scale: float) -> Tensor:
         """Returns x0 under another weight of classifier-free guidance, [n, c, h, w]; it is no prediction to go on from.
 
+        Where the scale is the model's own it is the prediction; at the end of the chain it is x itself.
+
         Args:
             guidance_scale: At 1 or less the unconditional half of the network's rows is saved.
         """
         context, diffusion, n = self.context, self.context.diffusion, len(self.x)
+        own = diffusion.guidance_scale
+        if self.done or (own is not None and max(guidance_scale, 1.0) == max(own, 1.0)):
+            return self.x0
 
         def preview(x: Tensor, row: Tensor) -> Tensor:
             return diffusion.preview(x, self.i, context.conditioning, row, guidance_scale)
@@ -136,7 +141,13 @@ class State:
         return x0
 
     def flow(self) -> "State":
-        """Returns the only child that there is without noise: a DDIM step with eta = 0."""
+        """Returns the only child that there is without noise: a DDIM step with eta = 0.
+
+        Raises:
+            ValueError: At the end of the chain.
+        """
+        if self.done:
+            raise ValueError("the chain has ended (i = T): there is nowhere to flow to")
         x = self.context.diffusion.flow(self.x, self.x0, self.i)
         return State(x, self.i + 1, self.row, self.origin, self.context)
 
@@ -274,15 +285,17 @@ class State:
                 part = State(x.detach().requires_grad_(through_denoiser), self.i, row, origin, self.context)
                 if known:
                     part._cache["prediction"] = Denoised(known[0].detach().requires_grad_(), known[1])
+                before = ledger.denoiser_rows
                 values = value(part)
+                rows = ledger.denoiser_rows - before  # of the network, between the latents and the values
                 (slope,) = torch.autograd.grad(values.sum(), part.x if through_denoiser else part.x0)
+            ledger.gradient_rows += rows
             return _Slope(values.detach(), slope, *(tensor.detach() for tensor in part.prediction))
 
+        ledger = self.context.ledger
         known = () if through_denoiser else tuple(self.prediction)
         chunker = self.context.diffusion.chunker
-        slope = chunker.map(differentiate, len(self.x), self.x, self.row, self.origin, *known)
-        self.context.ledger.gradient_rows += len(self.x) if through_denoiser else 0
-        return slope
+        return chunker.map(differentiate, len(self.x), self.x, self.row, self.origin, *known)
 
 
 def start(

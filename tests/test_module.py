@@ -185,7 +185,7 @@ def test_all_particles_come_out_with_their_weights(sd15, prompts, tmp_path):
     assert {row["num_images"] for row in rows} == {6}
     assert [row["seed"] for row in rows[:6]] == [40] * 3 + [41] * 3
     for k in range(0, 18, 3):
-        assert sum(row["weight"] for row in rows[k : k + 3]) == pytest.approx(1, abs=1e-6)
+        assert sum(row["particle_weight"] for row in rows[k : k + 3]) == pytest.approx(1, abs=1e-6)
         assert {row["ledger"]["denoiser_rows"] for row in rows[k : k + 3]} == {2}  # N T rows over N images
     assert collect.images.shape == (18, 3, 64, 64)
     scores = Compressibility().score(collect.images, [""] * 18)
@@ -210,7 +210,7 @@ def test_a_trace_is_kept_of_every_image_whose_sampler_chose(sd15, prompts, tmp_p
         assert "lineage" not in trace
     plain = predict(model_of(sd15, sampler=Unguided()), prompts, tmp_path)
     assert all(prediction.traces == [] for prediction in plain.predictions)
-    assert all("weight" not in row and "particle" not in row for row in plain.rows)
+    assert all("particle_weight" not in row and "particle" not in row for row in plain.rows)
 
 
 # ---- gradients

@@ -52,7 +52,7 @@ def test_the_flow_is_the_deterministic_ddim_step(steps):
     for i, t in enumerate(scheduler.timesteps):
         expected = scheduler.step(output, t, x, eta=0.0).prev_sample
         torch.testing.assert_close(kernel.flow(x, kernel.predict(x, output, i).x0, i), expected, rtol=1e-4, atol=1e-5)
-    assert kernel.std(0) > 0
+    assert steps == 1 or kernel.std(0) > 0  # there is noise that was left out
 
 
 def test_the_flow_of_ancestral_steps_is_an_euler_step():

@@ -40,7 +40,12 @@ class Diffusion(nn.Module, ABC):
 
     Raises:
         ValueError: If `num_inference_steps` is below 1.
+
+    Attributes:
+        guidance_scale: Weight of classifier-free guidance; None where the family has none.
     """
+
+    guidance_scale: float | None = None
 
     def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
         super().__init__()

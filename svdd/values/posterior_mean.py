@@ -3,6 +3,8 @@
 Source: Li et al., 2024, arXiv 2408.08252, SVDD-PM; the same estimate as in DPS (Chung et al., 2022, arXiv 2209.14687).
 """
 
+import math
+
 from torch import Tensor, nn
 
 from svdd.diffusion.base import Diffusion
@@ -22,10 +24,15 @@ class PosteriorMean(Value):
             chain is decoded by the model's own.
         guidance_scale: Another weight of classifier-free guidance for previews; 1 leaves out the unconditional half.
             What is kept is then evaluated again in full: one more row for each.
+
+    Raises:
+        ValueError: If `guidance_scale` is not finite.
     """
 
     def __init__(self, decoder: str | None = None, guidance_scale: float | None = None) -> None:
         super().__init__()
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
         self.decoder, self.guidance_scale = decoder, guidance_scale
         self.most_rows = 1 if guidance_scale is None else 2
         self.preview_decoder: nn.Module | None = None
