@@ -74,8 +74,8 @@ def main() -> None:
         "# Looks ahead",
         "",
         f"SVDD with CLIPScore on the embedded model, T = {STEPS}, guidance scale 3, eta 1, {n} prompts, same seeds. "
-        "Differences to PosteriorMean are paired by prompt, with 95 % intervals. Seconds are relative to PosteriorMean's, "
-        "measured alternating in one run. Made by `python -m benchmarks.previews`.",
+        "Differences to PosteriorMean are paired by prompt, with 95 % intervals. Seconds are relative to "
+        "PosteriorMean's, measured alternating in one run. Made by `python -m benchmarks.previews`.",
         "",
         "| value | M | CLIPScore | - PosteriorMean | held-out judge - | denoiser rows | network rows | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
