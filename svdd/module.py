@@ -85,6 +85,11 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         if budget is not None:
             self.sampler = self.sampler.within(budget // self.value.most_rows, self.diffusion.num_inference_steps)
         self.sampler.check(self.diffusion, self.value)
+        if not reward.higher_is_better:
+            raise UserError(
+                f"{reward.name} cannot guide: lower scores are better, and sampling climbs; give it a negative weight "
+                "in WeightedSum"
+            )
         names = [reward.name, *(held_out.name for held_out in eval_rewards or [])]
         if len(set(names)) < len(names):
             raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
@@ -194,6 +199,11 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
             metric.update(torch.tensor([row["rewards"][name] for row in rows], dtype=torch.float64))
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
+
+    def configure_model(self) -> None:
+        """Reads the rewards' weights before anything is drawn; Lightning calls it on every process."""
+        for reward in self.rewards.values():
+            reward.load()
 
     def on_predict_start(self) -> None:
         """Forgets the statistics of an earlier prediction; callbacks feed those of a resumed run after this."""

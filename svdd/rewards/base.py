@@ -1,31 +1,40 @@
 """What every reward is."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from svdd.errors import RewardError
+from svdd.errors import RewardError, UserError
 
 __all__ = ["Reward"]
 
 
 class Reward(nn.Module, ABC):
-    """One number per image; higher is better, for a reward is what sampling climbs.
+    """One number per image.
 
-    A subclass implements `forward` and, where gradients flow from scores to images, says `differentiable = True`.
+    A subclass implements `forward` and states what holds of its scores.
 
     Attributes:
-        differentiable: Whether `forward` is differentiable with respect to the images.
+        differentiable: Whether gradients flow from the scores to the images.
+        higher_is_better: Sampling climbs, so a guide reward must be one of which more is better; a held-out reward
+            may be an error, and is then summarised with the lowest as the best.
+        range: The lowest and the highest score that can occur.
     """
 
     differentiable: bool = False
+    higher_is_better: bool = True
+    range: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def name(self) -> str:
         """What results call the reward."""
         return type(self).__name__
+
+    def load(self) -> None:
+        """Reads the weights, if there are any and they have not been read; scoring does so by itself."""
 
     @abstractmethod
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -40,9 +49,17 @@ class Reward(nn.Module, ABC):
         """Returns `forward`'s scores as float32 [n], after checking them.
 
         Raises:
-            RewardError: If they are not one finite number per image.
+            RewardError: If they are not one finite number per image, or `forward` raised an error.
         """
-        scores = self(images, prompts)
+        try:
+            scores = self(images, prompts)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            raise RewardError(f"reward {self.name} failed with {type(error).__name__}: {reason}") from error
         expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
         if not isinstance(scores, Tensor):
             raise RewardError(f"reward {self.name} returned a {type(scores).__name__}; {expected}")

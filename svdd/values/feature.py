@@ -58,7 +58,7 @@ class FeatureValue(LearnedValue):
     def build(self, diffusion: Diffusion) -> None:
         """Makes the network for the features' widths."""
         self._decoder = (diffusion,)  # a tuple, so that the model is not registered a second time
-        image = int(self.clip.clip.config.projection_dim)
+        image = self.clip.network.width
         text = diffusion.prompt_features_size if self.use_prompt else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

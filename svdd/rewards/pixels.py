@@ -1,0 +1,37 @@
+"""What image models want of pixels, as tensor work that gradients flow through."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "normalise"]
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def fit_square(images: Tensor, side: int, whole: bool = False, mode: str = "bicubic") -> Tensor:
+    """Resizes the shorter side, antialiased, and cuts the centre square, as the processors of CLIP models do.
+
+    Args:
+        images: float [n, 3, h, w] in [0, 1].
+        side: Width and height of the result.
+        whole: Squeeze the whole picture into the square instead of cutting.
+        mode: `bicubic` or `bilinear`.
+
+    Returns:
+        float [n, 3, side, side] in [0, 1].
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    size = (side, side) if whole else (side * height // short, side * width // short)
+    if size != (height, width):
+        images = F.interpolate(images.float(), size=size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+    top, left = ((extent - side) // 2 for extent in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Returns (images - mean) / std for each colour."""
+    shift, scale = (images.new_tensor(list(values))[:, None, None] for values in (mean, std))
+    return (images - shift) / scale
