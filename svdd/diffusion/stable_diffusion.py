@@ -50,6 +50,8 @@ class StableDiffusion(Diffusion):
         ValueError: If an argument is out of range or the scheduler has no Gaussian kernel.
     """
 
+    guidance_scale: float
+
     def __init__(
         self,
         pretrained: str = "emoji",

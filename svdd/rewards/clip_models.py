@@ -94,6 +94,7 @@ class TransformersClip(ClipModel):
         from transformers import CLIPModel, CLIPTokenizer
 
         source, options = locate(pretrained, options)
+        self.clip: Any
         try:
             self.clip = CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
             self.tokenizer = CLIPTokenizer.from_pretrained(source, **options)
