@@ -220,6 +220,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         images = next(iter(statistics.values()))["count"]
         self.summary = {
             "guide": self.guide_name,
+            "sampler": type(self.sampler).__name__,
             **({} if self.budget is None else {"budget": {"denoiser_rows": self.budget, "chosen": self.chosen}}),
             "rewards": statistics,
             "ledger": {

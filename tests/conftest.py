@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 import pytest
 import torch
 
-from tests.tiny_models import save_tiny_clip, save_tiny_pipeline
+from tests.tiny_models import save_tiny_aesthetic_head, save_tiny_clip, save_tiny_open_clip, save_tiny_pipeline
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -29,6 +29,18 @@ def sd21(tmp_path_factory) -> str:
 def tiny_clip(tmp_path_factory) -> str:
     """A random CLIP of 32 px with tokenizer and image processor."""
     return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_open_clip(tmp_path_factory) -> str:
+    """A random CLIP of open_clip, as `local-dir:FOLDER`."""
+    return save_tiny_open_clip(tmp_path_factory.mktemp("open-clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_head(tmp_path_factory) -> str:
+    """Random weights of an aesthetic head for the random CLIP."""
+    return save_tiny_aesthetic_head(tmp_path_factory.mktemp("head"), 8)
 
 
 @pytest.fixture

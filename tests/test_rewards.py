@@ -1,5 +1,6 @@
 """Every reward keeps one contract; each one's number is checked against a computation of its own."""
 
+import copy
 import io
 import json
 import math
@@ -9,18 +10,52 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn import ModuleList
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
 from svdd.errors import RewardError, UserError
+from svdd.rewards.aesthetic import Aesthetic
 from svdd.rewards.base import Reward
+from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
+from svdd.rewards.colorfulness import Colorfulness
+from svdd.rewards.function import FunctionReward
+from svdd.rewards.hps_v2 import HPSv2
 from svdd.rewards.jpeg import Compressibility, Incompressibility
+from svdd.rewards.pick_score import PickScore
+from svdd.rewards.sharpness import Sharpness
+from svdd.rewards.threshold import Threshold
+from svdd.rewards.weighted_sum import WeightedSum
+from svdd.rewards.z_scored import ZScored
 
 PROMPTS = ["a red apple", "blue car", "panda", "a house, on a hill!"]
+
+
+def mean_red(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+
 TESTED = {
-    "Compressibility": lambda clip: Compressibility(),
-    "Incompressibility": lambda clip: Incompressibility(),
-    "CLIPScore": lambda clip: CLIPScore(clip),
+    "Compressibility": lambda clip, open_clip, head: Compressibility(),
+    "Incompressibility": lambda clip, open_clip, head: Incompressibility(),
+    "Colorfulness": lambda clip, open_clip, head: Colorfulness(),
+    "Sharpness": lambda clip, open_clip, head: Sharpness(),
+    "Brightness": lambda clip, open_clip, head: Brightness(),
+    "CLIPScore": lambda clip, open_clip, head: CLIPScore(clip),
+    "CLIPScore of open_clip": lambda clip, open_clip, head: CLIPScore(architecture=open_clip),
+    "PickScore": lambda clip, open_clip, head: PickScore(clip, processor=None),
+    "HPSv2": lambda clip, open_clip, head: HPSv2(
+        open_clip.removeprefix("local-dir:") + "/open_clip_pytorch_model.bin", "tiny-open-clip"
+    ),
+    "Aesthetic": lambda clip, open_clip, head: Aesthetic(clip, head),
+    "FunctionReward": lambda clip, open_clip, head: FunctionReward(mean_red, differentiable=True),
+    "FunctionReward, one by one": lambda clip, open_clip, head: FunctionReward(
+        lambda image, prompt: np.asarray(image).mean(), one_by_one=True
+    ),
+    "WeightedSum": lambda clip, open_clip, head: WeightedSum([CLIPScore(clip), Brightness()], [2.0, -0.5]),
+    "WeightedSum without gradient": lambda clip, open_clip, head: WeightedSum([Compressibility(), Brightness()]),
+    "ZScored": lambda clip, open_clip, head: ZScored(Brightness(), mean=0.4, std=0.1),
+    "Threshold": lambda clip, open_clip, head: Threshold(Brightness(), at_least=0.7),
 }
 
 
@@ -43,8 +78,8 @@ def as_pil(images: torch.Tensor) -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module", params=TESTED)
-def reward(request, tiny_clip) -> Reward:
-    return TESTED[request.param](tiny_clip)
+def reward(request, tiny_clip, tiny_open_clip, tiny_head) -> Reward:
+    return TESTED[request.param](tiny_clip, tiny_open_clip, tiny_head)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -119,9 +154,26 @@ def test_the_gradient_of_a_row_comes_from_that_row(reward):
     assert gradient[1].abs().max() > 0
 
 
+def test_scores_lie_in_the_range_that_it_states(reward):
+    low, high = reward.range
+    scores = reward.score(
+        torch.cat([pictures(4), torch.zeros(1, 3, 40, 40), torch.ones(1, 3, 40, 40)]), PROMPTS[:3] * 2
+    )
+    assert scores.min() >= low - 1e-5
+    assert scores.max() <= high + 1e-5
+
+
+def test_a_module_of_half_precision_scores_nearly_the_same(reward):
+    exact = reward.score(pictures(4), PROMPTS)
+    half = copy.deepcopy(reward).to(torch.bfloat16)
+    scores = half.score(pictures(4).bfloat16(), PROMPTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.05)
+
+
 def test_no_parameter_is_trainable(reward):
     assert not any(parameter.requires_grad for parameter in reward.parameters())
-    assert not any(module.training for module in reward.children())
+    assert not any(module.training for module in reward.modules() if not isinstance(module, Reward | ModuleList))
 
 
 # ---- score() holds rewards to the contract

@@ -127,3 +127,32 @@ def save_tiny_clip(folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
+
+
+OPEN_CLIP = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+def save_tiny_open_clip(folder: Path) -> str:
+    """Saves a random model of open_clip, and returns the name that open_clip finds it by."""
+    import open_clip
+
+    torch.manual_seed(2)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
+    (folder / "tiny-open-clip.json").write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(folder / "tiny-open-clip.json")
+    model = open_clip.create_model("tiny-open-clip", load_weights=False)
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return f"local-dir:{folder}"
+
+
+def save_tiny_aesthetic_head(folder: Path, width: int) -> str:
+    """Saves a random head under the published names."""
+    from svdd.rewards.aesthetic import AestheticHead
+
+    torch.manual_seed(3)
+    torch.save(AestheticHead(width).state_dict(), folder / "head.pth")
+    return str(folder / "head.pth")

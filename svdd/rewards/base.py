@@ -34,7 +34,13 @@ class Reward(nn.Module, ABC):
         return type(self).__name__
 
     def load(self) -> None:
-        """Reads the weights, if there are any and they have not been read; scoring does so by itself."""
+        """Reads the weights of this reward and of those it is made of, if they have not been read.
+
+        Scoring does so by itself.
+        """
+        for module in self.modules():
+            if isinstance(module, Reward) and module is not self:
+                module.load()
 
     @abstractmethod
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -84,24 +84,27 @@ class TransformersClip(ClipModel):
     Args:
         pretrained: `emoji`, `emoji-judge`, a folder or a hub name.
         options: `revision` and `local_files_only`.
+        processor: Where tokenizer and image processor come from, if not from there.
 
     Raises:
         UserError: If it cannot be loaded or is no CLIP.
     """
 
-    def __init__(self, pretrained: str, options: dict[str, Any]) -> None:
+    def __init__(self, pretrained: str, options: dict[str, Any], processor: str | None = None) -> None:
         super().__init__()
         from transformers import CLIPModel, CLIPTokenizer
 
         source, options = locate(pretrained, options)
+        words = source if processor is None else processor
+        others = options if processor is None else {**options, "revision": None}
         self.clip: Any
         try:
             self.clip = CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
-            self.tokenizer = CLIPTokenizer.from_pretrained(source, **options)
+            self.tokenizer = CLIPTokenizer.from_pretrained(words, **others)
         except LOAD_ERRORS as error:
             raise UserError(f"pretrained={source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.side = int(self.clip.config.vision_config.image_size)
-        self.mean, self.std = processor_statistics(source, options)
+        self.mean, self.std = processor_statistics(words, others)
 
     @property
     def width(self) -> int:

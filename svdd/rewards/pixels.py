@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "normalise"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -35,3 +35,9 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """Returns (images - mean) / std for each colour."""
     shift, scale = (images.new_tensor(list(values))[:, None, None] for values in (mean, std))
     return (images - shift) / scale
+
+
+def luma(images: Tensor) -> Tensor:
+    """Returns the luma of ITU-R BT.601, float32 [n, h, w] in [0, 1]."""
+    images = images.float()
+    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)

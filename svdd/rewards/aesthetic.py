@@ -1,0 +1,103 @@
+"""The LAION aesthetic score: what people find beautiful, 1 to 10, read off a CLIP embedding.
+
+Source: Schuhmann et al., LAION-5B, 2022, arXiv 2210.08402, and their improved-aesthetic-predictor (a stack of linear
+layers on the normalised embedding of CLIP ViT-L/14, trained on SAC, Logos and AVA), Apache-2.0.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdd.errors import UserError
+from svdd.rewards.clip_models import locate, processor_statistics
+from svdd.rewards.pixels import fit_square, normalise
+from svdd.rewards.pretrained import LOAD_ERRORS, PretrainedReward, find_file, fit_weights, read_weights
+
+__all__ = ["Aesthetic", "AestheticHead"]
+
+
+class Aesthetic(PretrainedReward):
+    """LAION aesthetic score v2 of the image alone, about 1 (poor) to 10 (beautiful).
+
+    Args:
+        pretrained: The CLIP whose image embedding is judged: a folder or a hub name.
+        head: Weights of the head on top of it: a file, or owner/name/file on the hub.
+        revision: Branch, tag or commit of the CLIP on the hub.
+        local_files_only: Never ask the hub; use what the disk holds.
+
+    Raises:
+        UserError: If the model or the head cannot be loaded, or they do not fit each other.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        pretrained: str = "openai/clip-vit-large-patch14",
+        head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.head = pretrained, head
+        self.options = {"revision": revision, "local_files_only": local_files_only}
+
+    def read(self) -> nn.Module:
+        """Returns the image encoder and the head."""
+        head = find_file(self.head, local_files_only=bool(self.options["local_files_only"]))
+        return _Judge(self.pretrained, self.options, read_weights(head), str(head))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns the score of each image, float [n]."""
+        return self.network(images)
+
+
+class AestheticHead(nn.Module):
+    """Linear layers d-1024-128-64-16-1 without activations; their dropouts work in training only.
+
+    Args:
+        width: d, the length of the embedding.
+    """
+
+    def __init__(self, width: int = 768) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns the score of each embedding; [n, d] of length 1 to [n]."""
+        return self.layers(features)[:, 0]
+
+
+class _Judge(nn.Module):
+    """The image encoder, and the head on its normalised embedding."""
+
+    def __init__(self, pretrained: str, options: dict[str, Any], head: dict[str, Tensor], head_name: str) -> None:
+        super().__init__()
+        from transformers import CLIPVisionModelWithProjection
+
+        source, options = locate(pretrained, options)
+        self.clip: Any
+        try:
+            self.clip = CLIPVisionModelWithProjection.from_pretrained(source, dtype=torch.float32, **options)
+        except LOAD_ERRORS as error:
+            raise UserError(f"pretrained={source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.head = AestheticHead(self.clip.config.projection_dim)
+        fit_weights(self.head, head, head_name)
+        self.mean, self.std = processor_statistics(source, options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = normalise(fit_square(images, self.clip.config.image_size), self.mean, self.std)
+        features = self.clip(pixel_values=pixels.to(self.clip.dtype)).image_embeds
+        return self.head(F.normalize(features, dim=-1))

@@ -1,0 +1,33 @@
+"""How colourful a picture is.
+
+Source: Hasler and Suesstrunk, Measuring colourfulness in natural images, 2003.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from svdd.rewards.base import Reward
+
+__all__ = ["Colorfulness"]
+
+_TINY = 1e-12  # keeps the gradient of a square root finite at 0
+
+
+class Colorfulness(Reward):
+    """Hasler and Suesstrunk's colourfulness: 0 is grey, 45 averagely, 82 highly and 109 extremely colourful.
+
+    With rg = R - G and yb = (R + G) / 2 - B on 0 .. 255: the root of their summed variances, plus 0.3 times the root of
+    their summed squared means.
+    """
+
+    differentiable = True
+    range = (0.0, 257.0)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns the colourfulness of each image, float32 [n]."""
+        red, green, blue = (255 * images.float()).flatten(2).unbind(1)
+        opponents = torch.stack([red - green, (red + green) / 2 - blue], 1)
+        variance, mean = torch.var_mean(opponents, dim=2, correction=0)
+        return (variance.sum(1) + _TINY).sqrt() + 0.3 * (mean.square().sum(1) + _TINY).sqrt()

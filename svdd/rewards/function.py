@@ -1,0 +1,74 @@
+"""Any function as a reward."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdd.errors import UserError
+from svdd.rewards.base import Reward
+
+__all__ = ["FunctionReward"]
+
+
+class FunctionReward(Reward):
+    """A Python function of your own as a reward, named as `my_file.my_function`.
+
+    Args:
+        function: Dotted name of `function(images, prompts)`, which takes float [n, 3, h, w] in [0, 1] and a list of n
+            texts, and returns n numbers: a tensor, an array or a list.
+        one_by_one: Call `function(image, prompt)` for each image instead, a PIL image and a text, for one number.
+        differentiable: Whether gradients flow from what it returns to `images`.
+        higher_is_better: Whether more is better.
+
+    Raises:
+        UserError: If the name leads to nothing that can be called.
+    """
+
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        one_by_one: bool = False,
+        differentiable: bool = False,
+        higher_is_better: bool = True,
+    ) -> None:
+        super().__init__()
+        if one_by_one and differentiable:
+            raise ValueError("one_by_one gives the function a PIL image, which has no gradient: drop one of the two")
+        self.function = _find(function) if isinstance(function, str) else function
+        self.one_by_one, self.differentiable, self.higher_is_better = one_by_one, differentiable, higher_is_better
+        self.label = function.rsplit(".", 1)[-1] if isinstance(function, str) else getattr(function, "__name__", "call")
+
+    @property
+    def name(self) -> str:
+        """The function's own."""
+        return self.label
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns what the function says of each image, [n]."""
+        if self.one_by_one:
+            from PIL import Image
+
+            pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            pairs = zip(pixels, prompts, strict=True)
+            scores: Any = [float(self.function(Image.fromarray(array), prompt)) for array, prompt in pairs]
+        else:
+            scores = self.function(images, list(prompts))
+        return torch.as_tensor(scores, device=images.device)
+
+
+def _find(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.replace(":", ".").rpartition(".")
+    if not module:
+        raise UserError(f"function={name!r} names no module; expected my_file.my_function")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"function={name!r} cannot be imported: {error}; own files are sought here first") from error
+    except AttributeError as error:
+        raise UserError(f"function={name!r}: {module} has no {attribute!r}") from error
+    if not callable(found):
+        raise UserError(f"function={name!r} is a {type(found).__name__}; expected something that can be called")
+    return found

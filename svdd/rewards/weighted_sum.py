@@ -1,0 +1,48 @@
+"""Several rewards at once.
+
+A sum of rewards in their own units is ruled by the one that varies most: `ZScored` brings each to the spread that it
+has on unguided images, and `Threshold` turns one into a constraint that costs nothing while it holds.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdd.rewards.base import Reward
+
+__all__ = ["WeightedSum"]
+
+
+class WeightedSum(Reward):
+    """Several rewards at once: the sum of each times its weight.
+
+    Args:
+        rewards: What is added up; they may be of any kind, `ZScored` and `Threshold` among them.
+        weights: One factor for each, 1 by default; a negative one where less is better.
+
+    Raises:
+        ValueError: If there is no reward, or not one finite weight for each.
+    """
+
+    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+        super().__init__()
+        if not rewards:
+            raise ValueError("WeightedSum needs at least one reward, got none")
+        self.weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+        if len(self.weights) != len(rewards) or not torch.tensor(self.weights).isfinite().all():
+            raise ValueError(f"weights must be one finite number per reward ({len(rewards)}), got {weights}")
+        self.rewards: Any = nn.ModuleList(rewards)
+        self.differentiable = all(reward.differentiable for reward in rewards)
+        ends = [
+            sorted(weight * end for end in reward.range) if weight else [0.0, 0.0]
+            for reward, weight in zip(rewards, self.weights, strict=True)
+        ]
+        self.range = (sum(low for low, _ in ends), sum(high for _, high in ends))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns the sum for each image, float32 [n]."""
+        scores = [reward.score(images, prompts) for reward in self.rewards]
+        total = sum((w * s for w, s in zip(self.weights, scores, strict=True)), torch.zeros_like(scores[0]))
+        return total if self.differentiable else total.detach()  # a part of a gradient would mislead

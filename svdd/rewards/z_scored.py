@@ -1,0 +1,80 @@
+"""A reward in units of its own spread."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from svdd.errors import UserError
+from svdd.rewards.base import Reward
+
+__all__ = ["ZScored"]
+
+
+class ZScored(Reward):
+    """A reward in units of its spread: (reward - mean) / std.
+
+    Mean and std are given, or read from the summary of an unguided run that measured the same reward:
+    `svdd predict --model.sampler Unguided --output runs/plain`, then `statistics: runs/plain/summary.json`.
+
+    Args:
+        reward: What is measured.
+        mean: Where 0 is.
+        std: How much is 1.
+        statistics: A run folder or its summary.json, instead of mean and std.
+
+    Raises:
+        ValueError: If neither `statistics` nor both numbers are given, or std is not above 0.
+        UserError: If the summary cannot be read or does not know the reward.
+    """
+
+    def __init__(
+        self, reward: Reward, mean: float | None = None, std: float | None = None, statistics: str | None = None
+    ) -> None:
+        super().__init__()
+        if (statistics is None) == (mean is None or std is None) or (statistics and (mean, std) != (None, None)):
+            raise ValueError(f"give statistics, or mean and std, got {statistics=}, {mean=}, {std=}")
+        if statistics is not None:
+            mean, std = _read_statistics(Path(statistics).expanduser(), reward.name)
+        assert mean is not None
+        assert std is not None
+        if not std > 0:
+            raise ValueError(f"std must be > 0, got {std}: the reward does not vary")
+        self.reward, self.mean, self.std = reward, float(mean), float(std)
+        self.differentiable, self.higher_is_better = reward.differentiable, reward.higher_is_better
+        low, high = ((end - self.mean) / self.std for end in reward.range)
+        self.range = (low, high)
+
+    @property
+    def name(self) -> str:
+        """`ZScored-` and the reward's."""
+        return f"ZScored-{self.reward.name}"
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns the standardised score of each image, float32 [n]."""
+        return (self.reward.score(images, prompts) - self.mean) / self.std
+
+
+def _read_statistics(path: Path, name: str) -> tuple[float, float]:
+    """Returns mean and standard deviation of a reward from a run's summary."""
+    path = path / "summary.json" if path.is_dir() else path
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = summary["rewards"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"statistics={str(path)!r} is no summary of a run ({type(error).__name__}); expected the folder of a "
+            "finished `svdd predict`"
+        ) from error
+    if name not in known:
+        raise UserError(
+            f"statistics={str(path)!r} knows {', '.join(known)}, not {name}; measure it: --model.eval_rewards+={name}"
+        )
+    if summary.get("sampler", "Unguided") != "Unguided":
+        warnings.warn(
+            f"{path} is of a run guided by {summary['sampler']}: its spread is not the model's own", stacklevel=3
+        )
+    return float(known[name]["mean"]), float(known[name]["std"])

@@ -1,0 +1,308 @@
+"""Rewards against numbers that were computed or published elsewhere, and what they refuse."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+from svdd.errors import RewardError, UserError
+from svdd.rewards.aesthetic import Aesthetic, AestheticHead
+from svdd.rewards.brightness import Brightness
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.clip_models import OpenClipModel
+from svdd.rewards.colorfulness import Colorfulness
+from svdd.rewards.function import FunctionReward
+from svdd.rewards.hps_v2 import HPSv2
+from svdd.rewards.jpeg import Compressibility
+from svdd.rewards.pick_score import PickScore
+from svdd.rewards.pretrained import find_file, read_weights
+from svdd.rewards.sharpness import Sharpness
+from svdd.rewards.threshold import Threshold
+from svdd.rewards.weighted_sum import WeightedSum
+from svdd.rewards.z_scored import ZScored
+from tests.test_rewards import PROMPTS, as_pil, pictures
+
+LAION_HEAD = Path(os.environ.get("SVDD_TEST_DATA", "../shared/data")) / "sac+logos+ava1-l14-linearMSE.pth"
+
+
+# ---- published models
+
+
+@pytest.mark.skipif(not LAION_HEAD.is_file(), reason="the real LAION head is not here")
+def test_the_aesthetic_head_gives_the_published_numbers():
+    """Against an independent computation in float64 at three vectors."""
+    head = AestheticHead().double()
+    head.load_state_dict({name: tensor.double() for name, tensor in read_weights(LAION_HEAD).items()})
+    head.eval()
+    k = torch.arange(768, dtype=torch.float64)
+    vectors = F.normalize(torch.stack([k.sin(), (k / 7).cos(), torch.ones_like(k)]), dim=1)
+    expected = torch.tensor([5.867869, 5.378923, 4.883285], dtype=torch.float64)
+    torch.testing.assert_close(head(vectors), expected, rtol=0, atol=5e-6)
+
+
+def test_the_aesthetic_score_is_the_head_on_the_normalised_embedding(tiny_clip, tiny_head):
+    images = ((pictures(4, 32, 32) * 0.4 + 0.3) * 255).round() / 255
+    reward = Aesthetic(tiny_clip, tiny_head)
+    clip = CLIPVisionModelWithProjection.from_pretrained(tiny_clip).eval()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (reward.network.mean, reward.network.std))
+    with torch.no_grad():
+        features = clip(pixel_values=(images - mean) / std).image_embeds.double().numpy()
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    for layer in (0, 2, 4, 6, 7):  # written out: no activation between the layers
+        weights = torch.load(tiny_head, weights_only=True)
+        features = features @ weights[f"layers.{layer}.weight"].double().numpy().T
+        features += weights[f"layers.{layer}.bias"].double().numpy()
+    np.testing.assert_allclose(reward.score(images, PROMPTS).numpy(), features[:, 0], atol=1e-5)
+
+
+def test_pick_score_is_the_models_own_logit(tiny_clip):
+    """32 px need no resizing, so pixels agree to 1e-6."""
+    images = pictures(4, 32, 32)
+    reward = PickScore(tiny_clip, processor=None)
+    clip = CLIPModel.from_pretrained(tiny_clip).eval()
+    tokens = reward.network.tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = clip(pixel_values=reward.network.preprocess(images), **tokens)
+    torch.testing.assert_close(reward.score(images, PROMPTS), output.logits_per_image.diagonal(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [32, 47])
+def test_open_clip_scores_are_open_clips(tiny_open_clip, side):
+    """Its transform rounds to 8 bits after resizing, by PIL: 1.5 / 255 of a pixel, 3e-3 of a score; none at 32 px."""
+    import open_clip
+
+    images = ((pictures(4, side, side) * 0.4 + 0.3) * 255).round() / 255
+    reward = CLIPScore(architecture=tiny_open_clip)
+    model, transform = open_clip.create_model_from_pretrained(tiny_open_clip)
+    model.eval()
+    pixels = torch.stack([transform(picture) for picture in as_pil(images)])
+    with torch.no_grad():
+        image, text, _ = model(pixels, open_clip.get_tokenizer(tiny_open_clip)(PROMPTS))
+    std = torch.tensor(reward.network.std)[:, None, None]
+    assert ((reward.network.preprocess(images) - pixels) * std).abs().max() < (1e-6 if side == 32 else 1.5 / 255)
+    expected = F.cosine_similarity(image, text)
+    torch.testing.assert_close(reward.score(images, PROMPTS), expected, rtol=0, atol=1e-5 if side == 32 else 3e-3)
+    assert reward.name == "CLIPScore-" + tiny_open_clip.rsplit("/", 1)[1]
+
+
+def test_hps_loads_its_weights_over_the_architecture(tiny_open_clip, tmp_path):
+    """The published file keeps the state dict under a key, and some copies prefix every name."""
+    weights = torch.load(tiny_open_clip.removeprefix("local-dir:") + "/open_clip_pytorch_model.bin", weights_only=True)
+    for name, wrapped in {
+        "hps.pt": {"epoch": 3, "state_dict": weights},
+        "parallel.pt": {"state_dict": {f"module.{key}": tensor for key, tensor in weights.items()}},
+    }.items():
+        torch.save(wrapped, tmp_path / name)
+        reward = HPSv2(str(tmp_path / name), "tiny-open-clip")
+        same = CLIPScore(architecture=tiny_open_clip)
+        assert torch.equal(reward.score(pictures(4), PROMPTS), same.score(pictures(4), PROMPTS))
+
+
+def test_open_clip_names_what_it_knows(tiny_open_clip):
+    with pytest.raises(UserError, match="open_clip knows no architecture 'ViT-Z-99'"):
+        OpenClipModel("ViT-Z-99", "openai")
+    with pytest.raises(UserError, match=r"has no weights 'mine' for ViT-B-32; known: openai"):
+        OpenClipModel("ViT-B-32", "mine")
+
+
+# ---- weights that are not there, or of something else
+
+
+def test_missing_weights_are_named_before_anything_is_scored(tiny_clip, tmp_path):
+    with pytest.raises(UserError, match=r"Aesthetic: there is no file '.*nowhere\.pth'"):
+        Aesthetic(tiny_clip, str(tmp_path / "nowhere.pth")).load()
+    with pytest.raises(UserError, match=r"HPSv2: .*cannot be fetched"):
+        HPSv2(local_files_only=True).load()
+    with pytest.raises(UserError, match=r"PickScore: pretrained='owner/absent' cannot be loaded"):
+        PickScore("owner/absent", local_files_only=True).load()
+
+
+def test_weights_of_another_architecture_are_refused(tiny_clip, tiny_head, tmp_path):
+    torch.save(AestheticHead(16).state_dict(), tmp_path / "wide.pth")
+    with pytest.raises(
+        UserError, match=r"another architecture: 1 names differ, first layers\.0\.weight \(there \[1024, 16\]"
+    ):
+        Aesthetic(tiny_clip, str(tmp_path / "wide.pth")).load()
+    with pytest.raises(UserError, match=r"another architecture"):
+        HPSv2(tiny_head, "tiny-open-clip").load()
+
+
+def test_nothing_in_a_weights_file_is_run(tiny_clip, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"layers.0.weight": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        Aesthetic(tiny_clip, str(tmp_path / "trap.pth")).load()
+    assert not (tmp_path / "sprung").exists()
+    (tmp_path / "list.pth").write_bytes(b"no zip, no pickle")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_weights(tmp_path / "list.pth")
+
+
+def test_weights_are_read_at_the_first_score_and_once(tiny_clip, tiny_head, monkeypatch):
+    reads = []
+    reward = Aesthetic(tiny_clip, tiny_head)
+    monkeypatch.setattr(Aesthetic, "read", lambda self, read=Aesthetic.read: reads.append(1) or read(self))
+    assert not list(reward.parameters())
+    reward.to(torch.float64)
+    reward.score(pictures(1), PROMPTS[:1])
+    reward.score(pictures(1), PROMPTS[:1])
+    assert len(reads) == 1
+    assert {parameter.dtype for parameter in reward.parameters()} == {torch.float64}
+
+
+def test_weights_read_in_inference_mode_serve_gradients_later(tiny_clip, tiny_head):
+    reward = Aesthetic(tiny_clip, tiny_head)
+    with torch.inference_mode():
+        reward.score(pictures(1), PROMPTS[:1])
+    images = pictures(1).requires_grad_()
+    reward(images, PROMPTS[:1]).sum().backward()
+    assert images.grad.abs().max() > 0
+
+
+def test_a_file_of_the_hub_is_named_by_three_parts(tmp_path):
+    (tmp_path / "head.pth").write_bytes(b"x")
+    assert find_file(str(tmp_path / "head.pth")) == tmp_path / "head.pth"
+    with pytest.raises(UserError, match="expected a path, or owner/name/file"):
+        find_file("owner/name")
+
+
+# ---- pixels
+
+
+def test_colorfulness_is_hasler_and_suesstrunks():
+    image = pictures(1, 24, 40)
+    red, green, blue = (255 * image[0].double().numpy()).reshape(3, -1)
+    rg, yb = red - green, 0.5 * (red + green) - blue
+    expected = math.hypot(rg.std(), yb.std()) + 0.3 * math.hypot(rg.mean(), yb.mean())
+    assert float(Colorfulness().score(image, [""])) == pytest.approx(expected, rel=1e-5)
+    assert float(Colorfulness().score(torch.full((1, 3, 8, 8), 0.5), [""])) == pytest.approx(0, abs=1e-4)
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+    image = pictures(1, 24, 40)
+    luma = 255 * np.tensordot([0.299, 0.587, 0.114], image[0].double().numpy(), 1)
+    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
+    assert float(Sharpness().score(image, [""])) == pytest.approx(laplacian.var(), rel=1e-5)
+    checkers = (torch.arange(16)[:, None] + torch.arange(16)) % 2
+    assert float(Sharpness().score(checkers.expand(1, 3, 16, 16).float(), [""])) == pytest.approx(1020**2, rel=1e-5)
+
+
+def test_brightness_of_the_primaries_is_their_luma():
+    primaries = torch.eye(3)[:, :, None, None].expand(3, 3, 4, 4)
+    assert Brightness().score(primaries, [""] * 3).tolist() == pytest.approx([0.299, 0.587, 0.114])
+
+
+# ---- functions
+
+
+def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "my_scores.py").write_text(
+        "NUMBER = 3\n"
+        "def redness(images, prompts):\n    return images[:, 0].mean((1, 2)).tolist()\n"
+        "def width(image, prompt):\n    return image.width + len(prompt)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = FunctionReward("my_scores.redness")
+    assert reward.name == "redness"
+    torch.testing.assert_close(reward.score(pictures(4), PROMPTS), pictures(4)[:, 0].mean((1, 2)))
+    alone = FunctionReward("my_scores.width", one_by_one=True)
+    assert alone.score(pictures(2, 30, 50), ["a", "abc"]).tolist() == [51, 53]
+    for name, message in {
+        "my_scores": "names no module",
+        "my_scores.missing": "my_scores has no 'missing'",
+        "absent_file.f": "cannot be imported: No module named 'absent_file'",
+        "my_scores.NUMBER": "is a int; expected something that can be called",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            FunctionReward(name)
+    sys.modules.pop("my_scores")
+
+
+def test_an_exception_of_a_reward_is_one_line_with_its_name():
+    def broken(images, prompts):
+        raise KeyError("colour\nof the sky")
+
+    with pytest.raises(RewardError, match=r"^reward broken failed with KeyError: 'colour\\nof the sky'$"):
+        FunctionReward(broken).score(pictures(1), [""])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory")])
+def test_running_out_of_memory_is_left_to_the_chunker(error):
+    def hungry(images, prompts):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        FunctionReward(hungry).score(pictures(1), [""])
+    assert not isinstance(caught.value, RewardError)
+
+
+# ---- rewards of rewards
+
+
+def test_a_weighted_sum_adds_up():
+    images, parts = pictures(4), (Compressibility(), Brightness())
+    total = WeightedSum(list(parts), [2, -3]).score(images, PROMPTS)
+    expected = 2 * parts[0].score(images, PROMPTS) - 3 * parts[1].score(images, PROMPTS)
+    torch.testing.assert_close(total, expected)
+    assert WeightedSum([Brightness(), Brightness()], [2, -3]).range == (-3.0, 2.0)
+    for weights in ([1.0], [1.0, math.nan], []):
+        with pytest.raises(ValueError, match="one finite number per reward"):
+            WeightedSum(list(parts), weights)
+    with pytest.raises(ValueError, match="at least one reward"):
+        WeightedSum([])
+
+
+def test_z_scores_have_mean_0_and_spread_1_on_what_they_were_estimated_on(tmp_path):
+    images, reward = pictures(4), Brightness()
+    raw = reward.score(images, PROMPTS).double()
+    summary = {"sampler": "Unguided", "rewards": {"Brightness": {"mean": float(raw.mean()), "std": float(raw.std())}}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    for source in (tmp_path, tmp_path / "summary.json"):
+        scores = ZScored(Brightness(), statistics=str(source)).score(images, PROMPTS)
+        assert float(scores.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(scores.std()) == pytest.approx(1, abs=1e-5)
+
+
+def test_z_scores_refuse_what_says_nothing(tmp_path):
+    for arguments in ({}, {"mean": 1.0}, {"mean": 1.0, "std": 1.0, "statistics": "x"}, {"std": 1.0, "statistics": "x"}):
+        with pytest.raises(ValueError, match="give statistics, or mean and std"):
+            ZScored(Brightness(), **arguments)
+    with pytest.raises(ValueError, match="std must be > 0, got 0"):
+        ZScored(Brightness(), mean=0, std=0)
+    with pytest.raises(UserError, match="is no summary of a run"):
+        ZScored(Brightness(), statistics=str(tmp_path))
+    (tmp_path / "summary.json").write_text(json.dumps({"sampler": "SVDD", "rewards": {"A": {"mean": 0, "std": 1}}}))
+    with pytest.raises(UserError, match=r"knows A, not Brightness; measure it: --model.eval_rewards\+=Brightness"):
+        ZScored(Brightness(), statistics=str(tmp_path))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"sampler": "SVDD", "rewards": {"Brightness": {"mean": 0, "std": 1}}})
+    )
+    with pytest.warns(UserWarning, match="guided by SVDD"):
+        ZScored(Brightness(), statistics=str(tmp_path))
+
+
+def test_a_threshold_costs_what_is_missing():
+    levels = torch.tensor([0.1, 0.4, 0.6, 0.9])[:, None, None, None].expand(4, 3, 4, 4)
+    scores = Threshold(Brightness(), at_least=0.3, at_most=0.7).score(levels, PROMPTS)
+    torch.testing.assert_close(scores, torch.tensor([-0.2, 0, 0, -0.2]), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="got neither"):
+        Threshold(Brightness())
+    with pytest.raises(ValueError, match="must not exceed"):
+        Threshold(Brightness(), at_least=1, at_most=0)
+
+
+def test_the_weights_of_parts_are_read_with_the_whole(tiny_clip):
+    whole = WeightedSum([ZScored(CLIPScore(tiny_clip), 0, 1), Brightness()])
+    assert not list(whole.parameters())
+    whole.load()
+    assert list(whole.parameters())
