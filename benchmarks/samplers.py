@@ -91,10 +91,10 @@ def draw(
         texts = [prompt for prompt in prompts[start : start + AT_ONCE // images] for _ in range(images)]
         seeds = [1000 * (start + k // images) + k % images for k in range(len(texts))]
         state = diffusion.start(texts, seeds, sampler.start_particles)
-        began = time.perf_counter()
+        began = time.process_time()
         final = sampler.sample(state, value)
         pictures = final.images
-        seconds += time.perf_counter() - began
+        seconds += time.process_time() - began
         rows += state.context.ledger.denoiser_rows
         for reward in rewards:
             result["scores"][reward.name] += reward.score(pictures, texts).view(-1, images).tolist()
@@ -146,7 +146,8 @@ def table(guide: Reward, others: list[Reward], budget: int, results: dict[str, A
 
 
 def measure_time(diffusion: StableDiffusion, guides: list[tuple[Reward, list[Reward]]], budget: int) -> dict[str, Any]:
-    """Measures seconds per image of every sampler on the first prompts, in one run."""
+    """Measures CPU seconds per image of every sampler on the first prompts, in one run on one thread."""
+    torch.set_num_threads(1)
     return {
         f"{guide.name}/{name}": draw(
             diffusion,
@@ -178,7 +179,7 @@ def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -
             lines += table(guide, others, budget, results)
     if times := results.get("seconds"):
         lines += ["", "## Wall time at 200 rows per image", ""]
-        lines += ["Seconds per image over those of BestOfN, measured in one run (`--time`).", ""]
+        lines += ["CPU seconds per image over those of BestOfN, on one thread, measured in one run (`--time`).", ""]
         lines += ["| guide | sampler | seconds / BestOfN's |", "|---|---|---:|"]
         for key, seconds in times.items():
             guide_name, name = key.split("/", 1)

@@ -11,7 +11,7 @@ from svdd.errors import UserError
 
 __all__ = ["main"]
 
-_COMMANDS = ("predict", "fit", "calibrate", "compare", "list")
+_COMMANDS = ("predict", "fit", "calibrate", "score", "compare", "list")
 _HELP = """\
 usage: svdd COMMAND [options]
 
@@ -24,6 +24,8 @@ commands:
              svdd fit --config configs/fit_value_compressibility.yaml --output runs/value
   calibrate  how well a value foretells the reward, step by step:
              svdd calibrate --config configs/quickstart.yaml --output runs/calibration
+  score      measure pictures that exist already with any reward:
+             svdd score --reward CLIPScore --images runs/first
   compare    put runs of the same prompts side by side in one picture:
              svdd compare runs/unguided runs/svdd --output compare.png
   list       show every sampler, value, reward and diffusion that can be selected by name
@@ -58,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _list(words[1:])
         elif command == "compare":
             _compare(words[1:])
+        elif command == "score":
+            from svdd.cli import run_score
+
+            run_score(words[1:])
         elif command in ("predict", "fit", "calibrate"):
             from svdd.cli import run
 

@@ -10,7 +10,7 @@ from svdd.commands.base import ModelCLI, Parser
 from svdd.module import GuidedDiffusion
 from svdd.registry import import_all
 
-__all__ = ["run"]
+__all__ = ["run", "run_score"]
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +38,23 @@ def run(arguments: Sequence[str] | None = None) -> None:
         parser_class=Parser,
         args=None if arguments is None else words,
     )
+
+
+def run_score(words: Sequence[str]) -> None:
+    """Runs `svdd score`.
+
+    Args:
+        words: The command line after the command's name.
+
+    Raises:
+        UserError: For everything that the user can repair.
+    """
+    import_all()
+    forget_arguments_on_class_change()
+    _hush()
+    from svdd.commands.score import score
+
+    score(words)
 
 
 def _command(name: str) -> tuple[type[ModelCLI], type, type]:

@@ -94,7 +94,10 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         if len(set(names)) < len(names):
             raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
         self.guide_name = reward.name
-        self.statistics: Any = ModuleList(RewardStatistics() for _ in names)  # in the order of `rewards`
+        self.statistics: Any = ModuleList(  # in the order of `rewards`
+            RewardStatistics(higher_is_better=each.higher_is_better) for each in self.rewards.values()
+        )
+        self.path_kl = RewardStatistics()
         self.spent: Any = ModuleDict(
             {name: SumMetric().set_dtype(torch.float64) for name in Ledger.__dataclass_fields__}
         )
@@ -165,6 +168,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         }
         trace, ledger = final.context.trace, final.context.ledger.per_image(count)
         weights = None if trace.weights is None else trace.weights.flatten().tolist()
+        path_kl = torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs)).tolist()
         rows = [
             {
                 "prompt_index": prompt.index,
@@ -180,6 +184,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
                     else {"particle": particle, "particle_weight": _short(weights[j * returned + particle])}
                 ),
                 "rewards": {name: values[j * returned + particle] for name, values in scores.items()},
+                **({"path_kl": _short(path_kl[j])} if self.sampler.tells_path_kl else {}),
                 "ledger": ledger,
             }
             for j, (prompt, k) in enumerate(jobs)
@@ -195,8 +200,11 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[dict[str, Any]]) -> None:
         """Adds result rows to the statistics; a resumed run feeds what it finds on disk through here."""
+        prompts = torch.tensor([row["prompt_index"] for row in rows], dtype=torch.int64)
         for name, metric in zip(self.rewards, self.statistics, strict=True):
-            metric.update(torch.tensor([row["rewards"][name] for row in rows], dtype=torch.float64))
+            metric.update(torch.tensor([row["rewards"][name] for row in rows], dtype=torch.float64), prompts)
+        if self.sampler.tells_path_kl:
+            self.path_kl.update(torch.tensor([row["path_kl"] for row in rows], dtype=torch.float64), prompts)
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
 
@@ -217,12 +225,14 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
             for name, metric in zip(self.rewards, self.statistics, strict=True)
         }
         totals = {name: metric.compute().item() for name, metric in self.spent.items()}
+        divergence = self.path_kl.compute() if self.sampler.tells_path_kl else None
         images = next(iter(statistics.values()))["count"]
         self.summary = {
             "guide": self.guide_name,
             "sampler": type(self.sampler).__name__,
             **({} if self.budget is None else {"budget": {"denoiser_rows": self.budget, "chosen": self.chosen}}),
             "rewards": statistics,
+            **({"path_kl": {k: divergence[k].item() for k in ("mean", "standard_error")}} if divergence else {}),
             "ledger": {
                 name: round(total, 3) if name.endswith("seconds") else round(total) for name, total in totals.items()
             },
@@ -235,7 +245,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
 
     @torch.inference_mode(False)
     def _reset(self) -> None:
-        for metric in (*self.statistics, *self.spent.values()):
+        for metric in (*self.statistics, self.path_kl, *self.spent.values()):
             metric.reset()
 
 

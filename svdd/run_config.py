@@ -13,10 +13,10 @@ __all__ = ["HEADER", "differences", "dump_config", "load_config", "plain"]
 
 HEADER = "# svdd run"
 
-# What does not change which images a run makes, beyond float rounding.
+# What does not change the images and rows of a run, beyond float rounding.
 _HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    r"|(output|overwrite|data\.(batch_size|num_workers)|model\.diffusion\.(chunk_size|compile))(\..*)?"
+    r"|(output|overwrite|evaluation|data\.(batch_size|num_workers)|model\.diffusion\.(chunk_size|compile))(\..*)?"
 )
 
 

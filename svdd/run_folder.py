@@ -126,6 +126,12 @@ class RunFolder:
         with explained(self.summary):
             write_atomically(self.summary, encode(summary, indent=2) + b"\n")
 
+    def amend_summary(self, found: dict[str, Any]) -> None:
+        """Adds entries to `summary.json`."""
+        with explained(self.summary):
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        self.write_summary(summary | found)
+
     def remove_summary(self) -> None:
         """Removes the summary, which is about to be outdated."""
         with explained(self.summary):

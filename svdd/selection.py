@@ -1,11 +1,12 @@
 """Which rows of a group survive: pure functions from log-weights to indices."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["choose", "draw", "effective_sample_size", "probabilities", "top"]
+__all__ = ["choice_kl", "choose", "draw", "effective_sample_size", "probabilities", "top"]
 
 
 def top(log_w: Tensor, k: int = 1) -> Tensor:
@@ -60,6 +61,22 @@ def probabilities(log_w: Tensor) -> Tensor:
 def effective_sample_size(log_w: Tensor) -> Tensor:
     """Returns (sum w)^2 / sum w^2 of every group, 1 .. rows, float64 [groups] (Kong, Liu and Wong, 1994)."""
     return 1 / probabilities(log_w).square().sum(1)
+
+
+def choice_kl(values: Tensor, alpha: float) -> Tensor:
+    """Returns how far choosing one of n independent rows moves its law at most, in nats, float64 [groups].
+
+    The best of n: log n - (n - 1) / n (Beirami et al., 2024, arXiv 2401.01879). Drawn with probabilities p:
+    log n - H(p), the divergence of the joint law of rows and choice.
+
+    Args:
+        values: float [groups, n].
+        alpha: Temperature of `choose`.
+    """
+    groups, n = values.shape
+    if alpha == 0:
+        return values.new_full((groups,), math.log(n) - (n - 1) / n, dtype=torch.float64)
+    return math.log(n) - torch.special.entr(probabilities(values.double() / alpha)).sum(1)
 
 
 def choose(values: Tensor, alpha: float, k: int, uniforms: Callable[[int], Tensor]) -> Tensor:

@@ -33,11 +33,14 @@ class Trace:
     Attributes:
         choices: One entry per choice.
         weights: Normalised weights of the rows that the sampler returned, [images, rows]; None where it returned one.
+        path_kl: How far the law of each image's path was moved from the pretrained chain's, in nats, [images]: an upper
+            bound where the sampler chooses between candidates, exact in the mean where it shifts the kernel.
     """
 
     def __init__(self) -> None:
         self.choices: list[Choice] = []
         self.weights: Tensor | None = None
+        self.path_kl: Tensor | float = 0.0
 
     def per_image(self, lineage: bool = False) -> list[dict[str, Any]]:
         """Returns the columns of each image's trace: plain lists with one entry per choice.

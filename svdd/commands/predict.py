@@ -5,9 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.cli import LightningArgumentParser
+
+from svdd.baseline import against, over_optimised, warning
 from svdd.commands.base import ModelCLI, refusals
 from svdd.data import PromptDataModule
 from svdd.errors import UserError
+from svdd.evaluation import Evaluation
+from svdd.log_samples import report
 from svdd.progress import StepProgress
 from svdd.writer import RunWriter
 
@@ -19,6 +24,12 @@ class PredictCLI(ModelCLI):
 
     writer: RunWriter
     finished: set[int]
+    evaluation: Evaluation
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is measured on the finished pictures."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Evaluation, "evaluation")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -30,6 +41,8 @@ class PredictCLI(ModelCLI):
         config = self.config["predict"]
         with refusals():
             prompts = PromptDataModule(**config.data.as_dict())
+            self.evaluation = Evaluation(**config.evaluation.as_dict())
+            self.evaluation.check()
         digest = prompts.digest
         prompts.teardown("predict")
         plain = self.resolved()
@@ -66,6 +79,30 @@ class PredictCLI(ModelCLI):
             for name, entry in summary["rewards"].items():
                 print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}")
             print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+            self._evaluate(summary)
+
+    def _evaluate(self, summary: dict[str, Any]) -> None:
+        """Measures the finished pictures, adds what was found to the summary, and warns of over-optimisation."""
+        folder, baseline = self.writer.folder, self.evaluation.baseline
+        found = self.evaluation.measure(folder.path, self.model.device)
+        if baseline is not None:
+            comparison = against(folder.path, baseline)
+            better = {name: reward.higher_is_better for name, reward in self.model.rewards.items()}
+            fallen = over_optimised(comparison, summary["guide"], better)
+            found |= {"baseline": {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}}
+            for name, entry in comparison.items():
+                interval = f"[{entry['ci95_low']:+.3g}, {entry['ci95_high']:+.3g}]"
+                print(f"{name} - {baseline}: {entry['difference']:+.3g} {interval}")
+            if fallen:
+                print(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", file=sys.stderr)
+        if found:
+            summary |= found
+            folder.amend_summary(found)
+            for name, value in found.get("diversity", {}).items():
+                print(f"diversity, {name}: {'-' if value is None else format(value, '.4g')}")
+            for name, value in found.get("distances", {}).items():
+                print(f"{name}: {value}")
+        report(self.trainer.loggers, found, folder.path)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}

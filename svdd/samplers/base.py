@@ -28,6 +28,7 @@ class Sampler(ABC):
         needs_gradient: Whether `sample` differentiates the value.
         budget_argument: The constructor argument, a count, that a budget of denoiser rows determines; None if no
             argument bears on the cost.
+        tells_path_kl: Whether `sample` enters into the trace how far it leaves the pretrained chain.
     """
 
     start_particles: int = 1
@@ -35,6 +36,7 @@ class Sampler(ABC):
     needs_value: bool = True
     needs_gradient: ClassVar[bool] = False
     budget_argument: ClassVar[str | None] = None
+    tells_path_kl: bool = False
 
     @abstractmethod
     def sample(self, state: State, value: Value) -> State:

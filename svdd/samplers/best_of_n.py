@@ -1,7 +1,7 @@
 """Best-of-N: sample N images, keep the one with the highest reward."""
 
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.selection import top
+from svdd.selection import choice_kl, top
 from svdd.state import State
 from svdd.values.base import Value
 
@@ -24,6 +24,7 @@ class BestOfN(Sampler):
     """
 
     budget_argument = "num_particles"
+    tells_path_kl = True
 
     def __init__(self, num_particles: int = 20) -> None:
         require_at_least_one(num_particles=num_particles)
@@ -36,6 +37,7 @@ class BestOfN(Sampler):
         if self.num_particles == 1:
             return state
         v = self.evaluate(value, state)
+        state.context.trace.path_kl = choice_kl(v, alpha=0)
         return self.keep(state, top(v), v)
 
     def rows(self, num_inference_steps: int) -> int:

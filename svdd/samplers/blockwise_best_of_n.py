@@ -6,7 +6,7 @@ Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 20
 
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one, require_noise
-from svdd.selection import choose
+from svdd.selection import choice_kl, choose
 from svdd.state import State
 from svdd.values.base import Value
 from svdd.window import Window
@@ -38,6 +38,7 @@ class BlockwiseBestOfN(Sampler):
     """
 
     budget_argument = "num_candidates"
+    tells_path_kl = True
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class BlockwiseBestOfN(Sampler):
                 continue
             known = parents if self.weigh_current and not alone and not state.done else state
             v = self.evaluate(value, known)
+            state.context.trace.path_kl += choice_kl(v, self.alpha)
             index = choose(v, self.alpha, 1, state.uniforms)
             state = self.keep(state, index, v, log_w=v.double() / self.alpha if self.alpha else None)
         return state

@@ -38,6 +38,7 @@ class DPS(Sampler):
     """
 
     needs_gradient = True
+    tells_path_kl = True
 
     def __init__(
         self,
@@ -66,6 +67,8 @@ class DPS(Sampler):
             if state.std > 0 and self.window.guides(state.i, steps):
                 v, slope = state.gradient(value, self.through_denoiser)
                 state.context.report(state.i, float(v.mean()))
+                strength = (self.scale * state.std) ** 2 / 2  # the divergence of two kernels of one std
+                state.context.trace.path_kl += strength * slope.flatten(1).double().square().sum(1)
                 state = state.propose(mean=state.prediction.mean + self.scale * state.std**2 * slope)
             else:
                 state = state.propose()

@@ -5,7 +5,7 @@ Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling De
 """
 
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.selection import top
+from svdd.selection import choice_kl, top
 from svdd.state import State
 from svdd.values.base import Value
 
@@ -29,6 +29,7 @@ class RandomSearch(Sampler):
     """
 
     budget_argument = "num_candidates"
+    tells_path_kl = True
 
     def __init__(self, num_candidates: int = 8) -> None:
         require_at_least_one(num_candidates=num_candidates)
@@ -42,6 +43,7 @@ class RandomSearch(Sampler):
         if self.num_candidates == 1:
             return state
         v = self.evaluate(value, state)
+        state.context.trace.path_kl = choice_kl(v, alpha=0)
         return self.keep(state, top(v), v)
 
     def rows(self, num_inference_steps: int) -> int:

@@ -7,7 +7,7 @@ Decoding, 2024, arXiv 2408.08252, Algorithm 1.
 
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one, require_noise
-from svdd.selection import choose
+from svdd.selection import choice_kl, choose
 from svdd.state import State
 from svdd.values.base import Value
 from svdd.window import Window
@@ -59,6 +59,7 @@ class SVDD(Sampler):
         self.num_candidates, self.alpha, self.num_particles = num_candidates, alpha, num_particles
         self.weigh_current, self.start_particles = weigh_current, num_particles
         self.guide_start, self.guide_stop, self.guide_every = guide_start, guide_stop, guide_every
+        self.tells_path_kl = num_particles == 1
         self.window = Window(guide_start, guide_stop, guide_every)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
@@ -80,6 +81,8 @@ class SVDD(Sampler):
                 v = self.evaluate(value, state).repeat_interleave(m, 1)
             else:
                 v = self.evaluate(value, candidates)
+            if self.tells_path_kl:
+                state.context.trace.path_kl += choice_kl(v, self.alpha)
             index = choose(v, self.alpha, kept, candidates.uniforms)
             state = self.keep(candidates, index, v, log_w=v.double() / self.alpha if self.alpha else None)
         return state

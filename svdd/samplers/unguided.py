@@ -17,6 +17,7 @@ class Unguided(Sampler):
     """
 
     needs_value = False
+    tells_path_kl = True
 
     def sample(self, state: State, value: Value) -> State:
         """Returns the end of the chain; the value is never asked."""

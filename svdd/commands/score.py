@@ -1,0 +1,140 @@
+"""`svdd score`: measures pictures that exist already."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+from svdd.chunking import Chunker
+from svdd.commands.base import refusals
+from svdd.data import PromptDataset
+from svdd.errors import UserError
+from svdd.evaluation import Evaluation
+from svdd.metrics import RewardStatistics
+from svdd.parser_errors import explain
+from svdd.picture_files import Picture, find_pictures, read_pictures
+from svdd.rewards.base import Reward
+from svdd.run_files import explained, write_atomically
+from svdd.run_shards import encode
+
+__all__ = ["score"]
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise UserError(explain(message))
+
+
+def score(words: Sequence[str]) -> None:
+    """Scores the pictures of a folder or of a run, prints the statistics, and writes them where asked to.
+
+    Args:
+        words: The command line after `svdd score`.
+
+    Raises:
+        UserError: If an argument, a picture or a prompt is wrong, or a reward fails.
+    """
+    parser = _Parser(prog="svdd score", description="Scores existing pictures with any reward.")
+    parser.add_argument("--config", action="config", help="YAML file with these settings.")
+    parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
+    parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
+    parser.add_argument("--images", type=str, required=True, help="Folder of pictures, or a run folder.")
+    parser.add_argument(
+        "--prompts",
+        type=str | None,
+        default=None,
+        help="File with the prompt of each picture, in the order of their names; a run folder brings its own.",
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and summary.json.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
+    parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
+    parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
+    with refusals():
+        settings = parser.instantiate_classes(parser.parse_args(list(words)))
+    rewards = [settings.reward, *settings.eval_rewards]
+    device = _device(settings.device)
+    pictures = _with_prompts(find_pictures(Path(settings.images)), Path(settings.images), settings.prompts)
+    rows, statistics = _measure(pictures, rewards, settings.batch_size, device)
+    summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(Path(settings.images), device)}
+    for name, entry in statistics.items():
+        print(
+            f"{name}: mean {entry['mean']:.4g} [{entry['ci95_low']:.4g}, {entry['ci95_high']:.4g}], "
+            f"std {entry['std']:.3g}, median {entry['median']:.4g}, top 10 % {entry['top10']:.4g}, "
+            f"{entry['count']:.0f} images"
+        )
+    for key in ("diversity", "distances"):
+        for name, value in summary.get(key, {}).items():
+            print(f"{key}, {name}: {value}")
+    if settings.output is not None:
+        _write(Path(settings.output), rows, summary)
+        print(f"wrote {settings.output}/scores.jsonl and summary.json")
+
+
+@torch.inference_mode()
+def _measure(
+    pictures: list[Picture], rewards: list[Reward], batch_size: int, device: torch.device
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
+    metrics = {reward.name: RewardStatistics(higher_is_better=reward.higher_is_better) for reward in rewards}
+    rows: list[dict[str, Any]] = []
+    chunker = Chunker()
+    for reward in rewards:
+        reward.to(device).eval().load()
+    for part, images in read_pictures(pictures, batch_size):
+        prompts, shown = [picture.prompt for picture in part], images.to(device)
+        scores = {reward.name: chunker.map(reward.score, len(part), shown, prompts).cpu() for reward in rewards}
+        for name, metric in metrics.items():
+            metric.update(scores[name].double(), torch.tensor([picture.prompt_index for picture in part]))
+        rows += [
+            {
+                "file": str(picture.path),
+                "prompt_index": picture.prompt_index,
+                "prompt": picture.prompt,
+                "rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()},
+            }
+            for k, picture in enumerate(part)
+        ]
+    return rows, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
+
+
+def _with_prompts(pictures: list[Picture], folder: Path, file: str | None) -> list[Picture]:
+    """Gives the pictures of a folder the prompts of a file, line by line."""
+    if file is None:
+        return pictures
+    if (folder / "results.jsonl").is_file():
+        raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
+    with refusals():
+        dataset = PromptDataset(file)
+    texts = [dataset[k].text for k in range(len(dataset))]
+    dataset.close()
+    if len(texts) != len(pictures):
+        raise UserError(
+            f"{file} has {len(texts)} prompts for {len(pictures)} pictures in {folder}; expected one for each, in the "
+            "order of the pictures' names"
+        )
+    index = {text: k for k, text in reversed(list(enumerate(texts)))}  # pictures of one prompt belong together
+    return [Picture(picture.path, index[text], text) for picture, text in zip(pictures, texts, strict=True)]
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.zeros(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _write(folder: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(folder / "scores.jsonl", lines.encode("utf-8", "backslashreplace"))
+        write_atomically(folder / "summary.json", encode(summary, indent=2) + b"\n")

@@ -1,0 +1,103 @@
+"""How different pictures are from each other.
+
+Sources: Friedman and Dieng, The Vendi Score: A Diversity Evaluation Metric for Machine Learning, 2022,
+arXiv 2210.02410; the mean pairwise distance is the usual one of image features.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+__all__ = ["Diversity", "pairwise_distance", "vendi_score"]
+
+
+class Diversity(Metric):
+    """Mean pairwise distance and Vendi score of image features, within each prompt and over all images.
+
+    ``pairwise`` is the mean of 1 - cosine over all pairs; ``vendi`` is the effective number of different pictures, 1
+    (all alike) to n. ``pairwise_within`` and ``vendi_within`` are their means over the prompts with several images,
+    NaN where no prompt has two.
+
+    Args:
+        kwargs: Passed on to :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> diversity = Diversity()
+        >>> diversity.update(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+        >>> {name: round(value.item(), 4) for name, value in diversity.compute().items()}
+        {'pairwise': 1.0, 'vendi': 4.0, 'pairwise_within': 1.0, 'vendi_within': 2.0}
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    features: list[Tensor]
+    prompts: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("features", default=[], dist_reduce_fx="cat")
+        self.add_state("prompts", default=[], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, prompts: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            features: float [n, d]; only their directions count.
+            prompts: The prompt's index of each, int64 [n].
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        if features.ndim != 2 or prompts.shape != features.shape[:1]:
+            raise ValueError(
+                f"expected features [n, d] and prompts [n], got {list(features.shape)} and {list(prompts.shape)}"
+            )
+        self.features.append(torch.nn.functional.normalize(features.detach().float(), dim=1))
+        self.prompts.append(prompts.detach().to(features.device, torch.int64))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns the four numbers, float64 []."""
+        if not len(self.features):
+            nothing = torch.tensor(math.nan, dtype=torch.float64)
+            return dict.fromkeys(("pairwise", "vendi", "pairwise_within", "vendi_within"), nothing)
+        features, prompts = dim_zero_cat(self.features).double(), dim_zero_cat(self.prompts)
+        order = prompts.argsort(stable=True)
+        features, sizes = features[order], prompts[order].unique_consecutive(return_counts=True)[1]
+        several = [group for group in features.split(sizes.tolist()) if len(group) > 1]
+        nothing = features.new_full((), math.nan)
+        return {
+            "pairwise": pairwise_distance(features),
+            "vendi": vendi_score(features),
+            "pairwise_within": torch.stack([pairwise_distance(group) for group in several]).mean()
+            if several
+            else nothing,
+            "vendi_within": torch.stack([vendi_score(group) for group in several]).mean() if several else nothing,
+        }
+
+
+def pairwise_distance(features: Tensor) -> Tensor:
+    """Returns the mean of 1 - cosine over all pairs of rows of length 1, []; NaN for a single row.
+
+    The sum of all cosines is the squared length of the sum of the rows, so no n x n matrix is needed.
+    """
+    n = len(features)
+    if n < 2:
+        return features.new_full((), math.nan)
+    return 1 - (features.sum(0).square().sum() - n) / (n * (n - 1))
+
+
+def vendi_score(features: Tensor) -> Tensor:
+    """Returns exp of the entropy of the eigenvalues of K / n, where K holds the cosines of rows of length 1, [].
+
+    K = F F^T has the eigenvalues of F^T F, which is the smaller of the two for many images.
+    """
+    n, d = features.shape
+    gram = features @ features.T if n <= d else features.T @ features
+    eigenvalues = torch.linalg.eigvalsh(gram / n).clamp(min=0)
+    return torch.special.entr(eigenvalues).sum().exp()

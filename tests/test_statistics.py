@@ -1,0 +1,344 @@
+"""Intervals, diversity, distances, path divergence, and the check for over-optimisation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from svdd.baseline import against, over_optimised, warning
+from svdd.errors import UserError
+from svdd.evaluation import Evaluation
+from svdd.metrics import CMMD, Diversity, RewardStatistics
+from svdd.metrics.bootstrap import bootstrap_interval, cluster_sums
+from svdd.picture_files import find_pictures, read_pictures
+from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.dps import DPS
+from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.smc import SMC
+from svdd.samplers.svdd import SVDD
+from svdd.samplers.unguided import Unguided
+from svdd.selection import choice_kl
+from svdd.values.posterior_mean import PosteriorMean
+from tests.analytic import GaussianDiffusion, Linear, bound
+
+# ---- intervals
+
+
+def clustered(seed: int, prompts: int = 40, images: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of mean 0 whose prompts differ as much as their images: 0.7 of the variance is between prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    between = torch.randn(prompts, 1, generator=generator, dtype=torch.float64)
+    within = torch.randn(prompts, images, generator=generator, dtype=torch.float64)
+    scores = 0.7**0.5 * between + 0.3**0.5 * within
+    return scores.flatten(), torch.arange(prompts).repeat_interleave(images)
+
+
+def interval(scores: torch.Tensor, prompts: torch.Tensor | None) -> tuple[float, float]:
+    statistics = RewardStatistics()
+    statistics.update(scores, prompts)
+    result = statistics.compute()
+    return result["ci95_low"].item(), result["ci95_high"].item()
+
+
+def test_the_interval_covers_the_truth_where_images_of_a_prompt_are_alike():
+    """200 data sets: 95 % with clusters, of which 12 misses are four standard errors; about 65 % without."""
+    covered = {True: 0, False: 0}
+    for seed in range(200):
+        scores, prompts = clustered(seed)
+        for by_prompt in covered:
+            low, high = interval(scores, prompts if by_prompt else None)
+            covered[by_prompt] += low <= 0 <= high
+    assert 0.88 * 200 <= covered[True] <= 200
+    assert covered[False] < 0.8 * 200
+
+
+def test_the_interval_is_the_normal_one_for_many_prompts():
+    scores = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = interval(scores, None)
+    error = float(scores.std()) / math.sqrt(4000)
+    assert (low, high) == pytest.approx(
+        (float(scores.mean()) - 1.96 * error, float(scores.mean()) + 1.96 * error), abs=0.15 * error
+    )
+
+
+def test_the_interval_does_not_depend_on_order_or_batches():
+    scores, prompts = clustered(3)
+    one, other = RewardStatistics(), RewardStatistics()
+    one.update(scores, prompts)
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(1))
+    for part in order.split(7):
+        other.update(scores[part], prompts[part])
+    assert one.compute() == other.compute()
+
+
+def test_uneven_prompts_weigh_by_their_images():
+    sums, counts = cluster_sums([1.0, 2.0, 3.0, 4.0, 10.0], [7, 7, 2, -1, -1])
+    assert (sums, counts) == ([3.0, 3.0, 4.0, 10.0], [1, 2, 1, 1])
+    assert all(math.isnan(end) for end in bootstrap_interval([1.0], [3]))
+    low, high = bootstrap_interval([0.0, 100.0], [1, 100])
+    assert low == 0
+    assert high == 1
+
+
+def test_for_an_error_the_best_is_the_lowest():
+    statistics = RewardStatistics(higher_is_better=False)
+    statistics.update(torch.arange(11.0))
+    assert statistics.compute()["top10"] == 1
+    assert statistics.compute()["top20"] == 2
+
+
+def test_every_score_needs_its_prompt():
+    with pytest.raises(ValueError, match="one prompt per score, got 2 for 3"):
+        RewardStatistics().update(torch.zeros(3), torch.zeros(2))
+
+
+# ---- diversity and distances
+
+
+def test_diversity_is_that_of_the_whole_matrix():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(30, 6, generator=generator), dim=1)
+    prompts = torch.arange(30) % 10
+    diversity = Diversity()
+    for part in torch.randperm(30, generator=generator).split(8):
+        diversity.update(3 * features[part], prompts[part])  # lengths do not count
+    found = {name: value.item() for name, value in diversity.compute().items()}
+
+    def by_hand(rows: torch.Tensor) -> tuple[float, float]:
+        kernel = (rows @ rows.T).double().numpy()
+        n = len(kernel)
+        distances = 1 - kernel[np.triu_indices(n, 1)]
+        weights = np.linalg.eigvalsh(kernel / n)
+        weights = weights[weights > 1e-12]
+        return distances.mean(), math.exp(-(weights * np.log(weights)).sum())
+
+    assert (found["pairwise"], found["vendi"]) == pytest.approx(by_hand(features), rel=1e-5)
+    within = np.mean([by_hand(features[prompts == p]) for p in range(10)], axis=0)
+    assert (found["pairwise_within"], found["vendi_within"]) == pytest.approx(tuple(within), rel=1e-5)
+
+
+def test_diversity_of_too_little_is_not_a_number():
+    diversity = Diversity()
+    diversity.update(torch.ones(1, 4), torch.tensor([0]))
+    found = diversity.compute()
+    assert found["vendi"] == pytest.approx(1)
+    assert all(math.isnan(found[name]) for name in ("pairwise", "pairwise_within", "vendi_within"))
+    with pytest.raises(ValueError, match=r"got \[2, 4\] and \[3\]"):
+        diversity.update(torch.ones(2, 4), torch.zeros(3))
+
+
+def test_cmmd_is_the_formula_and_knows_far_from_near():
+    generator = torch.Generator().manual_seed(0)
+    real, near = (torch.nn.functional.normalize(torch.randn(20, 5, generator=generator), dim=1) for _ in range(2))
+    far = torch.nn.functional.normalize(near + 3, dim=1)
+
+    def cmmd(one: torch.Tensor, other: torch.Tensor) -> float:
+        metric = CMMD()
+        metric.update(one, real=True)
+        for part in other.split(6):
+            metric.update(part, real=False)
+        return metric.compute().item()
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        return torch.exp(-torch.cdist(a.double(), b.double()).square() / (2 * 10**2)).mean().item()
+
+    assert cmmd(real, near) == pytest.approx(
+        1000 * (kernel(real, real) + kernel(near, near) - 2 * kernel(real, near)), rel=1e-6
+    )
+    assert cmmd(real, far) > 5 * cmmd(real, near) > 0
+
+
+# ---- how far a path was moved
+
+
+def test_the_divergence_of_a_choice_is_that_of_its_law():
+    """Best of n of a uniform law: KL by numerical integration of n u^(n-1)."""
+    u = np.linspace(0, 1, 200_001)[1:]
+    for n in (1, 2, 8, 20):
+        density = n * u ** (n - 1)
+        exact = np.trapezoid(density * np.log(density), u) if n > 1 else 0.0
+        assert float(choice_kl(torch.zeros(1, n), 0)) == pytest.approx(exact, abs=1e-3)
+    values = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]])
+    p = (values.double() / 0.5).softmax(1)
+    torch.testing.assert_close(choice_kl(values, 0.5), math.log(3) + (p * p.log()).sum(1))
+    assert float(choice_kl(values, 0.5)[1]) == pytest.approx(0, abs=1e-12)
+
+
+def drawn(sampler, num_steps: int = 6) -> torch.Tensor | float:
+    value, chain = bound(PosteriorMean(), Linear([1.0, 0.5])), GaussianDiffusion(num_steps)
+    return sampler.sample(chain.start(["0"] * 3, range(3), sampler.start_particles), value).context.trace.path_kl
+
+
+def test_every_sampler_tells_how_far_it_went():
+    best = [math.log(n) - (n - 1) / n for n in (4, 8)]
+    assert drawn(Unguided()) == 0
+    assert drawn(SVDD(1)) == 0
+    assert drawn(BestOfN(8)).tolist() == pytest.approx([best[1]] * 3)
+    assert drawn(RandomSearch(8)).tolist() == pytest.approx([best[1]] * 3)
+    guided = sum(GaussianDiffusion(6).std(i) > 0 for i in range(6))
+    assert drawn(SVDD(4)).tolist() == pytest.approx([guided * best[0]] * 3)
+    assert drawn(BlockwiseBestOfN(4, block_size=3)).tolist() == pytest.approx([2 * best[0]] * 3)
+    soft = drawn(SVDD(4, alpha=1.0))
+    assert ((soft > 0) & (soft < guided * math.log(4))).all()
+    assert not SVDD(4, num_particles=2).tells_path_kl
+    assert not SMC().tells_path_kl
+
+
+def test_the_divergence_of_dps_is_that_of_the_shifted_kernels():
+    """A linear reward of the posterior mean has the slope x0 / x; KL = shift^2 / (2 std^2), summed over the steps."""
+    value, chain = bound(PosteriorMean(), Linear([1.0, 0.5])), GaussianDiffusion(6)
+    state = chain.start(["0"] * 2, range(2))
+    expected = torch.zeros(2, dtype=torch.float64)
+    while not state.done:
+        if state.std > 0:
+            _, slope = state.gradient(value)
+            shift = 2.0 * state.std**2 * slope
+            expected += (shift.flatten(1).double() ** 2).sum(1) / (2 * state.std**2)
+            state = state.propose(mean=state.prediction.mean + shift)
+        else:
+            state = state.propose()
+    again = DPS(scale=2.0).sample(chain.start(["0"] * 2, range(2)), value)
+    torch.testing.assert_close(torch.as_tensor(again.context.trace.path_kl), expected)
+    assert expected.min() > 0
+
+
+# ---- against a baseline
+
+
+def write_run(folder, rewards: dict[str, list[float]], text: str = "prompt {}"):
+    """Two images of each prompt, with the given mean."""
+    folder.mkdir()
+    with open(folder / "results.jsonl", "w") as file:
+        for index in range(len(next(iter(rewards.values())))):
+            for k, offset in enumerate((-0.5, 0.5)):
+                row = {
+                    "prompt_index": index,
+                    "image_index": k,
+                    "prompt": text.format(index),
+                    "file": f"images/{index:06d}-{k:02d}.png",
+                    "rewards": {name: scores[index] + offset for name, scores in rewards.items()},
+                }
+                file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def test_gains_are_paired_by_prompt(tmp_path):
+    """Prompts differ by 100, the gain is 1: without pairing it would drown."""
+    base = [100.0 * k for k in range(12)]
+    gain = [1 + 0.1 * (k % 3) for k in range(12)]
+    plain = write_run(tmp_path / "plain", {"guide": base, "held": base})
+    run = write_run(tmp_path / "run", {"guide": [b + g for b, g in zip(base, gain, strict=True)], "held": base})
+    found = against(run, plain)
+    assert found["guide"]["difference"] == pytest.approx(1.1)
+    assert 1.0 < found["guide"]["ci95_low"] < 1.1 < found["guide"]["ci95_high"] < 1.2
+    assert found["held"]["difference"] == 0
+    assert found["guide"]["prompts"] == 12
+
+
+@pytest.mark.parametrize(
+    ("guide", "held", "lower_is_better", "fallen"),
+    [
+        (1.0, -0.5, False, ["held"]),
+        (1.0, 0.5, False, []),
+        (1.0, 0.5, True, ["held"]),
+        (1.0, 0.0, False, []),
+        (-1.0, -0.5, False, []),
+        (0.0, -0.5, False, []),
+    ],
+)
+def test_a_fall_counts_only_where_the_guide_rose(tmp_path, guide, held, lower_is_better, fallen):
+    noise = [math.sin(k) for k in range(20)]
+    plain = write_run(tmp_path / "plain", {"guide": [0.0] * 20, "held": [0.0] * 20})
+    run = write_run(
+        tmp_path / "run", {"guide": [guide + 0.3 * e for e in noise], "held": [held + 0.3 * e for e in noise]}
+    )
+    comparison = against(run, plain)
+    assert over_optimised(comparison, "guide", {"held": not lower_is_better}) == fallen
+    if fallen:
+        text = warning(comparison, "guide", fallen, plain)
+        assert "the guide improved, guide by +1" in text
+        assert f"held by {held:+.2g}"[:8] in text
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    one = write_run(tmp_path / "one", {"a": [1.0, 2.0]})
+    with pytest.raises(UserError, match="measured no reward in common"):
+        against(one, write_run(tmp_path / "other", {"b": [1.0, 2.0]}))
+    with pytest.raises(UserError, match=r"prompt 0 is 'prompt 0' in .* and 'another' in"):
+        against(one, write_run(tmp_path / "texts", {"a": [1.0, 2.0]}, text="another"))
+    with pytest.raises(UserError, match=r"holds no results\.jsonl"):
+        against(one, tmp_path)
+    (one / "results.jsonl").write_text("{torn")
+    with pytest.raises(UserError, match="line 1 is no JSON"):
+        against(one, one)
+
+
+# ---- pictures on disk
+
+
+def save_pictures(folder, count: int, level: float = 0.5, size: int = 32):
+    folder.mkdir()
+    generator = np.random.default_rng(count)
+    for k in range(count):
+        pixels = (255 * np.clip(level + 0.3 * generator.standard_normal((size, size, 3)), 0, 1)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k:03d}.png")
+    return folder
+
+
+def test_pictures_are_read_as_they_are(tmp_path):
+    folder = save_pictures(tmp_path / "a", 3)
+    Image.new("L", (20, 10), 255).save(folder / "9-grey.jpg")
+    (folder / "notes.txt").write_text("no picture")
+    pictures = find_pictures(folder)
+    assert [picture.path.name for picture in pictures] == ["000.png", "001.png", "002.png", "9-grey.jpg"]
+    batches = list(read_pictures(pictures, 2))
+    assert [list(images.shape) for _, images in batches] == [[2, 3, 32, 32], [1, 3, 32, 32], [1, 3, 10, 20]]
+    assert batches[2][1].min() > 0.99
+    (folder / "torn.png").write_bytes((folder / "000.png").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"torn\.png cannot be read as a picture"):
+        list(read_pictures(find_pictures(folder), 2))
+    with pytest.raises(UserError, match="holds no pictures"):
+        find_pictures(tmp_path.joinpath("empty").mkdir() or tmp_path / "empty")
+
+
+def test_an_evaluation_measures_what_it_is_asked(tmp_path, tiny_clip):
+    run, same, other = (save_pictures(tmp_path / n, c, v) for n, c, v in (("r", 9, 0.3), ("s", 8, 0.3), ("o", 7, 0.8)))
+    assert Evaluation().measure(run) == {}
+    distances = ["cmmd", "kid", "fid"]
+    found = {
+        folder.name: Evaluation(tiny_clip, None, str(folder), distances, "clip", batch_size=4).measure(run)
+        for folder in (same, other)
+    }
+    assert found["s"]["diversity"] == found["o"]["diversity"]
+    assert 0 < found["s"]["diversity"]["pairwise"] < 2
+    assert 1 < found["s"]["diversity"]["vendi"] < 9
+    assert found["s"]["diversity"]["vendi_within"] is None
+    for name in ("cmmd", "fid"):
+        assert found["s"]["distances"][name] < found["o"]["distances"][name]
+    assert found["s"]["distances"]["kid"]["mean"] < found["o"]["distances"]["kid"]["mean"]
+
+
+def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match="need a reference or a baseline"):
+        Evaluation("emoji", distances=["cmmd"])
+    with pytest.raises(ValueError, match="set features"):
+        Evaluation(None, reference="x", distances=["cmmd"])
+    with pytest.raises(ValueError, match="batch_size must be >= 1"):
+        Evaluation(batch_size=0)
+    with pytest.raises(UserError, match="is no finished run"):
+        Evaluation("emoji", baseline=str(tmp_path)).check()
+    with pytest.raises(UserError, match="is no folder"):
+        Evaluation("emoji", reference=str(tmp_path / "absent"), distances=["cmmd"]).check()
+
+
+def test_inception_needs_its_package(tmp_path, monkeypatch):
+    import torchmetrics.image.fid
+
+    monkeypatch.setattr(torchmetrics.image.fid, "_TORCH_FIDELITY_AVAILABLE", False)
+    folder = save_pictures(tmp_path / "a", 2)
+    with pytest.raises(UserError, match=r"pip install 'svdd\[fid\]'"):
+        Evaluation(None, reference=str(folder), distances=["fid"]).measure(folder)
