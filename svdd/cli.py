@@ -80,6 +80,10 @@ def _command(name: str) -> tuple[type[ModelCLI], type, type]:
 def _hush() -> None:
     """Keeps remarks of the libraries that no user can act on out of the terminal."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     for message in (
         "isinstance.treespec, LeafSpec",
         "have many workers",

@@ -1,0 +1,17 @@
+"""A reward is tested on pictures whose score is known."""
+
+import torch
+from svdd_warmth import Warmth
+
+
+def test_red_is_warm_and_blue_is_cold():
+    images = torch.zeros(3, 3, 8, 8)
+    images[0, 0], images[1, 2] = 1, 1
+    assert Warmth().score(images, ["", "", ""]).tolist() == [1, -1, 0]
+    assert Warmth(strength=2).score(images[:1], [""]).tolist() == [2]
+
+
+def test_svdd_knows_it_by_name():
+    from svdd.registry import catalogue
+
+    assert "Warmth" in [entry.name for entry in catalogue() if entry.kind == "reward"]
