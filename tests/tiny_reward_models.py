@@ -1,0 +1,133 @@
+"""Random reward models of the published architectures, small enough to save, and plain computations to compare with."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertTokenizer
+
+# ---- ImageReward, in the layout of BLIP's authors
+
+BLIP_TOKENS = 35
+BLIP_SIDE, BLIP_PATCH, BLIP_VISION, BLIP_TEXT, BLIP_DEPTH, HEAD = 32, 16, 192, 128, 2, 64
+
+
+def _linear(state: dict, name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+    state[f"{name}.weight"] = torch.randn(rows, columns) * gain / math.sqrt(columns)
+    state[f"{name}.bias"] = torch.randn(rows) * 0.1
+
+
+def _norm(state: dict, name: str, width: int) -> None:
+    state[f"{name}.weight"] = 1 + 0.1 * torch.randn(width)
+    state[f"{name}.bias"] = 0.1 * torch.randn(width)
+
+
+def image_reward_weights(words: int) -> dict[str, Tensor]:
+    """Returns random weights under the published names, with those that the score does not use."""
+    torch.manual_seed(3)
+    state: dict[str, Tensor] = {}
+    vision, text, wide = "blip.visual_encoder", "blip.text_encoder", BLIP_VISION
+    state[f"{vision}.cls_token"] = torch.randn(1, 1, wide)
+    state[f"{vision}.pos_embed"] = torch.randn(1, 1 + (BLIP_SIDE // BLIP_PATCH) ** 2, wide) * 0.2
+    _linear(state, f"{vision}.patch_embed.proj", wide, 3 * BLIP_PATCH**2, gain=2)
+    state[f"{vision}.patch_embed.proj.weight"] = state[f"{vision}.patch_embed.proj.weight"].view(wide, 3, 16, 16)
+    for k in range(BLIP_DEPTH):
+        block = f"{vision}.blocks.{k}"
+        for norm in ("norm1", "norm2"):
+            _norm(state, f"{block}.{norm}", wide)
+        _linear(state, f"{block}.attn.qkv", 3 * wide, wide)
+        _linear(state, f"{block}.attn.proj", wide, wide)
+        _linear(state, f"{block}.mlp.fc1", 2 * wide, wide)
+        _linear(state, f"{block}.mlp.fc2", wide, 2 * wide)
+    _norm(state, f"{vision}.norm", wide)
+    state[f"{text}.embeddings.position_ids"] = torch.arange(64)[None]
+    state[f"{text}.embeddings.word_embeddings.weight"] = torch.randn(words, BLIP_TEXT)
+    state[f"{text}.embeddings.position_embeddings.weight"] = torch.randn(64, BLIP_TEXT) * 0.3
+    _norm(state, f"{text}.embeddings.LayerNorm", BLIP_TEXT)
+    for k in range(BLIP_DEPTH):
+        layer = f"{text}.encoder.layer.{k}"
+        for attention, width in (("attention", BLIP_TEXT), ("crossattention", wide)):
+            _linear(state, f"{layer}.{attention}.self.query", BLIP_TEXT, BLIP_TEXT, gain=2)
+            _linear(state, f"{layer}.{attention}.self.key", BLIP_TEXT, width)
+            _linear(state, f"{layer}.{attention}.self.value", BLIP_TEXT, width)
+            _linear(state, f"{layer}.{attention}.output.dense", BLIP_TEXT, BLIP_TEXT)
+            _norm(state, f"{layer}.{attention}.output.LayerNorm", BLIP_TEXT)
+        _linear(state, f"{layer}.intermediate.dense", 2 * BLIP_TEXT, BLIP_TEXT)
+        _linear(state, f"{layer}.output.dense", BLIP_TEXT, 2 * BLIP_TEXT)
+        _norm(state, f"{layer}.output.LayerNorm", BLIP_TEXT)
+    _linear(state, "blip.vision_proj", 8, wide)  # of BLIP's pretraining
+    _linear(state, "blip.text_proj", 8, BLIP_TEXT)
+    widths = [BLIP_TEXT, 1024, 128, 64, 16, 1]
+    for place, width, narrower in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+        _linear(state, f"mlp.layers.{place}", narrower, width)
+    return state
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention with heads of 64, [n, places, width]; mask is 1 where a key may be seen, [n, keys]."""
+    query, key, value = (part.unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (query, key, value))
+    logits = query @ key.transpose(-1, -2) / HEAD**0.5
+    if mask is not None:
+        logits = logits + (1 - mask[:, None, None].to(logits)) * -10000.0
+    return (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def plain_image_reward(state: dict[str, Tensor], pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """ImageReward of normalised pixels and tokens, written from the paper's and BLIP's description."""
+
+    def linear(name: str, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name: str, inputs: Tensor, epsilon: float) -> Tensor:
+        return F.layer_norm(inputs, inputs.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], epsilon)
+
+    vision, text = "blip.visual_encoder", "blip.text_encoder"
+    patches = F.conv2d(
+        pixels, state[f"{vision}.patch_embed.proj.weight"], state[f"{vision}.patch_embed.proj.bias"], BLIP_PATCH
+    )
+    seen = torch.cat([state[f"{vision}.cls_token"].expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
+    seen = seen + state[f"{vision}.pos_embed"]
+    for k in range(BLIP_DEPTH):
+        block = f"{vision}.blocks.{k}"
+        query, key, value = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", seen, 1e-6)).chunk(3, -1)
+        seen = seen + linear(f"{block}.attn.proj", _attend(query, key, value))
+        hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", seen, 1e-6)))
+        seen = seen + linear(f"{block}.mlp.fc2", hidden)
+    seen = norm(f"{vision}.norm", seen, 1e-6)
+
+    embeddings = f"{text}.embeddings"
+    read = state[f"{embeddings}.word_embeddings.weight"][ids]
+    read = read + state[f"{embeddings}.position_embeddings.weight"][: ids.shape[1]]
+    read = norm(f"{embeddings}.LayerNorm", read, 1e-12)
+    for k in range(BLIP_DEPTH):
+        layer = f"{text}.encoder.layer.{k}"
+        for attention in ("attention", "crossattention"):
+            part, crossed = f"{layer}.{attention}", attention == "crossattention"
+            source = seen if crossed else read
+            query, key, value = (
+                linear(f"{part}.self.{name}", read if name == "query" else source) for name in ("query", "key", "value")
+            )
+            context = _attend(query, key, value, None if crossed else mask)
+            read = norm(f"{part}.output.LayerNorm", linear(f"{part}.output.dense", context) + read, 1e-12)
+        hidden = F.gelu(linear(f"{layer}.intermediate.dense", read))
+        read = norm(f"{layer}.output.LayerNorm", linear(f"{layer}.output.dense", hidden) + read, 1e-12)
+    features = read[:, 0]
+    for place in (0, 2, 4, 6, 7):
+        features = linear(f"mlp.layers.{place}", features)
+    return (features[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def bert_tokenizer() -> BertTokenizer:
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return BertTokenizer(vocab={word: k for k, word in enumerate(words)})
+
+
+def save_tiny_image_reward(folder: Path) -> str:
+    """Saves `ImageReward.pt` and a tokenizer."""
+    tokenizer = bert_tokenizer()
+    torch.save(image_reward_weights(len(tokenizer) + 2), folder / "ImageReward.pt")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
