@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BertTokenizer
+from transformers import (
+    BertTokenizer,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 # ---- ImageReward, in the layout of BLIP's authors
 
@@ -130,4 +138,42 @@ def save_tiny_image_reward(folder: Path) -> str:
     tokenizer = bert_tokenizer()
     torch.save(image_reward_weights(len(tokenizer) + 2), folder / "ImageReward.pt")
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# ---- classifiers
+
+LABELS = {0: "tabby, tabby cat", 1: "crane", 2: "Egyptian cat", 3: "crane", 4: "red apple"}
+
+
+def save_tiny_vit(folder: Path, **options) -> str:
+    """Saves a ViT of 32 px with its processor: both sides are resized, bilinear, and colours become -1 .. 1."""
+    torch.manual_seed(4)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        id2label=LABELS,
+        initializer_range=0.1,
+        **options,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_resnet(folder: Path) -> str:
+    """Saves a ResNet with the processor that published ones have: ConvNeXT's, bicubic, which resizes and cuts."""
+    torch.manual_seed(5)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=LABELS, num_channels=3
+    )
+    model = ResNetForImageClassification(config)
+    with torch.no_grad():
+        model.classifier[1].weight.normal_()
+    model.save_pretrained(folder)
+    ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8).save_pretrained(folder)
     return str(folder)
