@@ -1,12 +1,17 @@
 """Rewards made of published models keep the contract, and score as their models do."""
 
+import math
 import socket
+import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     BeitImageProcessor,
     BitImageProcessor,
     CLIPImageProcessor,
@@ -23,21 +28,29 @@ from transformers import (
     ViTModel,
 )
 
-from svdd.errors import UserError
+from svdd.errors import RewardError, UserError
 from svdd.rewards.base import Reward
 from svdd.rewards.blip import GroundedText
 from svdd.rewards.classifier import Classifier, find_label
 from svdd.rewards.image_processing import read_preprocessing
 from svdd.rewards.image_reward import ImageReward
 from svdd.rewards.pixels import CLIP_MEAN, CLIP_STD, normalise
+from svdd.rewards.vlm_judge import VLMJudge
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
 from tests.tiny_reward_models import (
     BLIP_TOKENS,
     LABELS,
+    byte_tokenizer,
+    chat_server,
+    judge,
+    logprobs,
     plain_image_reward,
     save_tiny_image_reward,
+    save_tiny_llava,
+    save_tiny_qwen,
     save_tiny_resnet,
     save_tiny_vit,
+    seen_and_asked,
 )
 
 
@@ -45,14 +58,22 @@ from tests.tiny_reward_models import (
 def models(tmp_path_factory):
     """Folders of tiny models, by name, saved when first asked for."""
     saved = {}
-    save = {"image_reward": save_tiny_image_reward, "vit": save_tiny_vit, "resnet": save_tiny_resnet}
+    save = {
+        "image_reward": save_tiny_image_reward,
+        "vit": save_tiny_vit,
+        "resnet": save_tiny_resnet,
+        "llava": save_tiny_llava,
+        "qwen": save_tiny_qwen,
+        "endpoint": lambda folder: servers.enter_context(chat_server(lambda body, handler: judge(body)))[0],
+    }
 
     def folder(name: str) -> str:
         if name not in saved:
             saved[name] = save[name](tmp_path_factory.mktemp(name))
         return saved[name]
 
-    return folder
+    with ExitStack() as servers:
+        yield folder
 
 
 def image_reward(models) -> ImageReward:
@@ -64,6 +85,9 @@ TESTED = {
     "ImageReward": image_reward,
     "Classifier": lambda models: Classifier(models("vit"), "Egyptian cat"),
     "Classifier-logit": lambda models: Classifier(models("resnet"), 4, logit=True),
+    "VLMJudge-llava": lambda models: VLMJudge(models("llava")),
+    "VLMJudge-qwen": lambda models: VLMJudge(models("qwen"), batch_size=3),
+    "VLMJudge-endpoint": lambda models: VLMJudge(endpoint=models("endpoint"), model="tiny"),
 }
 
 
@@ -406,3 +430,267 @@ def test_a_classifier_refuses_what_is_another_model(models, tmp_path, tiny_clip,
 
 def test_the_name_of_a_classifier_is_its_label(models):
     assert Classifier(models("vit"), "red apple").name == "Classifier-red apple"
+
+
+# ---- VLMJudge, with a model here
+
+QUESTION = 'Does this image show: "{prompt}"? Answer yes or no.'
+
+
+def log_odds(model: torch.nn.Module, tokenizer, inputs) -> float:
+    """Of the next token, from its probabilities."""
+    with torch.no_grad():
+        probabilities = model(**inputs).logits[0, -1].softmax(-1)
+    yes, no = (
+        sum(float(probabilities[tokenizer.convert_tokens_to_ids(form)]) for form in forms)
+        for forms in (("yes", "Yes", "\u0120yes", "\u0120Yes"), ("no", "No", "\u0120no", "\u0120No"))
+    )
+    return math.log(yes / no)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_the_judge_asks_the_model_for_the_next_token(models, name):
+    folder, images, prompts = models(name), pictures(4, 40, 56), ["a", "a longer prompt", "panda", "{prompt}"]
+    model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForImageTextToText, AutoProcessor))
+    expected = []
+    for image, prompt in zip(as_pil(images), prompts, strict=True):
+        question = QUESTION.replace("{prompt}", prompt)
+        if name == "llava":
+            inputs = processor(images=image, text=f"<image>\n{question}", return_tensors="pt")
+        else:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+        expected.append(log_odds(model.eval(), processor.tokenizer, inputs))
+    reward = VLMJudge(folder, batch_size=3)
+    torch.testing.assert_close(reward.score(images, prompts), torch.tensor(expected), rtol=0, atol=1e-5)
+    reward.network.keeps = False  # models that cannot leave out logits
+    torch.testing.assert_close(reward.score(images, prompts), torch.tensor(expected), rtol=0, atol=1e-5)
+    assert torch.tensor(expected).std() > 0.05
+
+
+def test_the_judge_asks_the_question_it_is_given(models):
+    folder, images = models("llava"), pictures(2)
+    asked = VLMJudge(folder, question="Is this {prompt}, {maybe}? {").score(images, ["red", "blue"])
+    assert not torch.equal(asked, VLMJudge(folder).score(images, ["red", "blue"]))
+    same = VLMJudge(folder, question="Is it pretty?").score(images[:1].repeat(2, 1, 1, 1), ["red", "blue"])
+    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-5)
+
+
+def test_the_judge_refuses_what_is_another_model(models, tmp_path):
+    assert_refused(VLMJudge(models("vit")), "cannot be loaded: Unrecognized configuration class")
+    assert_refused(VLMJudge(str(tmp_path / "nowhere")), "has no config.json")
+    assert_refused(VLMJudge("owner/name", local_files_only=True), "cannot be loaded")
+    speechless = tmp_path / "speechless"
+    speechless.mkdir()
+    assert_refused(VLMJudge(save_tiny_llava(speechless, words=("yes", "Yes"))), "no single token for yes, or none for")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").symlink_to(f"{models('llava')}/config.json")
+    assert_refused(VLMJudge(str(empty)), "cannot be loaded")
+    (empty / "model.safetensors").symlink_to(f"{models('llava')}/model.safetensors")
+    assert_refused(VLMJudge(str(empty)), "pretrained=")  # no processor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"model": "m"}, "belong to an endpoint"),
+        ({"api_key_env": "K"}, "belong to an endpoint"),
+        ({"endpoint": "http://localhost/v1"}, "an endpoint needs model"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "pretrained": "p"}, "takes no pretrained"),
+        ({"endpoint": "localhost:8000", "model": "m"}, "endpoint must be an address"),
+        ({"endpoint": "file:///etc/hostname", "model": "m"}, "endpoint must be an address"),
+        ({"endpoint": "http://u:secret@host:port/v1", "model": "m"}, "endpoint must be an address"),
+        ({"endpoint": "http://localhost/v1?key=secret", "model": "m"}, "nothing after the path"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "timeout": 0}, "timeout must be > 0, got 0"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "retries": -1}, "retries must be >= 0, got -1"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "concurrency": 0}, "concurrency must be >= 1, got 0"),
+    ],
+)
+def test_arguments_of_the_judge_are_checked(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        VLMJudge(**arguments)
+    assert "secret" not in str(caught.value)
+
+
+# ---- VLMJudge, with a model behind an endpoint
+
+
+def ask(address: str, **arguments) -> torch.Tensor:
+    reward = VLMJudge(endpoint=address, model="tiny", **{"backoff": 0.001, "timeout": 20, **arguments})
+    return reward.score(pictures(2), PROMPTS[:2])
+
+
+def failure(address: str, **arguments) -> str:
+    with pytest.raises(RewardError) as caught:
+        ask(address, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"endpoint http://{address.rpartition('@')[2].removeprefix('http://').rstrip('/')}")
+    return message
+
+
+def test_an_endpoint_gets_the_picture_and_the_question():
+    images = pictures(3, 20, 31)
+    with chat_server(lambda body, handler: judge(body)) as (address, asked):
+        reward = VLMJudge(endpoint=address + "/", model="tiny", question="{prompt}?")
+        scores = reward.score(images, PROMPTS[:3])
+    assert [request["path"] for request in asked] == ["/v1/chat/completions"] * 3
+    assert all("Authorization" not in request["headers"] for request in asked)
+    body = asked[0]["body"]
+    assert (body["model"], body["max_tokens"], body["logprobs"], body["top_logprobs"]) == ("tiny", 1, True, 20)
+    questions = [seen_and_asked(request["body"])[1] for request in asked]
+    assert sorted(questions) == sorted(prompt + "?" for prompt in PROMPTS[:3])
+    for request, question in zip(asked, questions, strict=True):
+        picture = (images[PROMPTS.index(question[:-1])] * 255).round().to(torch.uint8).permute(1, 2, 0)
+        assert (seen_and_asked(request["body"])[0] == picture.numpy()).all()
+    lengths = torch.tensor([float(len(prompt) + 1) for prompt in PROMPTS[:3]])
+    torch.testing.assert_close(scores, images.mean((1, 2, 3)) - 2 + lengths / 100, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        (logprobs(yes=-0.5, no=-1.5), 1.0),
+        (logprobs(**{"yes": -1.0, " Yes": -1.0, "No": -1.0, "NO": -1.0, "\u0120yes": -1.0, "x": -3.0}), math.log(1.5)),
+        (logprobs(**{"Yes": -0.25, "maybe": -2.0, "I": -7.5}), 7.25),
+        (logprobs(**{"perhaps": -0.25, "no": -2.0, "I": -7.0}), -5.0),
+        (logprobs(yes=0.0, no=-math.inf), 1e4),
+    ],
+)
+def test_log_odds_are_read_from_the_likeliest_tokens(said, score):
+    with chat_server(lambda body, handler: said) as (address, _):
+        torch.testing.assert_close(ask(address), torch.tensor([score] * 2))
+
+
+def test_a_request_is_sent_again_after_a_passing_failure():
+    failures = iter(["hang up", (429, {}, {"Retry-After": "0"}), (503, b"<html>busy</html>", {}), (500, {}, {})])
+
+    def answer(body, handler):
+        said = next(failures, None)
+        if said == "hang up":
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return None
+        return judge(body) if said is None else said
+
+    with chat_server(answer) as (address, asked):
+        assert ask(address, retries=4, concurrency=1).isfinite().all()
+        assert len(asked) == 4 + 2
+
+
+def test_patience_ends():
+    with chat_server(lambda body, handler: (503, {"error": {"message": "loading\nthe model"}}, {})) as (address, asked):
+        message = failure(address, retries=2, concurrency=1)
+        assert message == f"endpoint {address}, model 'tiny': 503 Service Unavailable: loading after 3 attempts"
+        assert len(asked) == 3
+
+
+def test_waits_between_attempts_double(monkeypatch):
+    waits = []
+    monkeypatch.setattr("svdd.rewards.vlm_endpoint.time.sleep", waits.append)
+    with chat_server(lambda body, handler: (503, {}, {})) as (address, _):
+        failure(address, retries=8, backoff=0.5, concurrency=1)
+    assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+
+
+def test_an_endpoint_that_hangs_is_left():
+    released = threading.Event()
+
+    def answer(body, handler):
+        released.wait(20)
+
+    with chat_server(answer) as (address, _):
+        message = failure(address, timeout=0.1, retries=1)
+        released.set()
+    assert message.endswith("no answer within 0.1 s after 2 attempts")
+
+
+def test_an_endpoint_that_is_not_there():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    message = failure(f"http://127.0.0.1:{port}/v1", retries=1)
+    assert "refused" in message
+    assert message.endswith("after 2 attempts")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (b"<html>hello</html>", "the answer is no JSON; is this the address of the API"),
+        (b"\xff\xfe", "the answer is no JSON"),
+        ([], "the answer has no logprobs"),
+        ({"choices": [{"message": {"content": "yes"}, "logprobs": None}]}, "the answer has no logprobs"),
+        (logprobs(perhaps=-0.5, maybe=-1.5), "neither yes nor no is among the 2 likeliest tokens; first 'perhaps'"),
+        ((404, {"error": {"message": "The model `tiny` does not exist."}}, {}), "404 Not Found: The model `tiny` does"),
+        ((404, {"detail": "Not Found"}, {}), "404 Not Found: Not Found"),
+        ((400, b"bad", {}), "400 Bad Request"),
+        ((307, b"", {"Location": "http://127.0.0.1:9/v1"}), "307 Temporary Redirect"),
+    ],
+)
+def test_an_answer_that_is_of_no_use_is_an_error_at_once(said, message):
+    with chat_server(lambda body, handler: said) as (address, asked):
+        assert message in failure(address, retries=3, concurrency=1)
+        assert len(asked) == 1
+
+
+def test_a_key_is_sent_and_never_shown(monkeypatch, capfd):
+    key = "sk-very-secret"
+    monkeypatch.setenv("JUDGE_KEY", f" {key}\n")
+
+    def answer(body, handler):
+        assert handler.headers["Authorization"] == f"Bearer {key}"
+        return answers.pop(0)
+
+    answers = [(401, {"error": {"message": f"wrong key sk-very-*** {key}"}}, {})]
+    with chat_server(answer) as (address, _):
+        message = failure(address, api_key_env="JUDGE_KEY", concurrency=1)
+        assert message.endswith("401 Unauthorized")
+        answers = [(400, {"error": {"message": f"what is {key}"}}, {})]
+        message = failure(address, api_key_env="JUDGE_KEY", concurrency=1)
+        assert message.endswith("400 Bad Request: what is ***")
+        answers = [logprobs(yes=-1.0, no=-1.0)] * 2
+        reward = VLMJudge(endpoint=address, model="tiny", api_key_env="JUDGE_KEY")
+        assert reward.score(pictures(2), PROMPTS[:2]).tolist() == [0, 0]
+    assert key not in f"{reward!r} {vars(reward)} {reward.endpoint!r} {capfd.readouterr()}"
+
+
+@pytest.mark.parametrize(("value", "message"), [(None, "JUDGE_KEY.* is not set"), ("a\nb", "JUDGE_KEY.* holds no key")])
+def test_a_key_that_is_not_there_is_missed_when_loaded(monkeypatch, value, message):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    assert_refused(VLMJudge(endpoint="http://127.0.0.1:9/v1", model="tiny", api_key_env="JUDGE_KEY"), message)
+
+
+def test_a_password_in_the_address_is_sent_and_never_shown():
+    with chat_server(lambda body, handler: (404, {"detail": "no word%21 here, word!\nx"}, {})) as (address, asked):
+        there = address.replace("http://", "http://user:word%21@")
+        assert failure(there, concurrency=1).endswith("404 Not Found: no *** here, ***")
+        assert asked[0]["headers"]["Authorization"] == "Basic dXNlcjp3b3JkIQ=="
+        assert "word" not in repr(VLMJudge(endpoint=there, model="tiny").endpoint)
+
+
+def test_requests_wait_for_answers_together():
+    together = threading.Barrier(3)
+
+    def answer(body, handler):
+        together.wait(20)  # passes only when three requests are there
+        return judge(body)
+
+    with chat_server(answer) as (address, _):
+        reward = VLMJudge(endpoint=address, model="tiny", concurrency=3)
+        assert reward.score(pictures(3), PROMPTS[:3]).isfinite().all()
+
+
+def test_the_byte_tokenizer_has_words_with_and_without_a_space():
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.tokenize(text) for text in ("yes", " no", "YES")] == [["yes"], ["\u0120no"], ["Y", "E", "S"]]

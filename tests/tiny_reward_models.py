@@ -1,14 +1,37 @@
 """Random reward models of the published architectures, small enough to save, and plain computations to compare with."""
 
+import base64
+import io
+import json
 import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     BertTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
     ConvNextImageProcessor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -177,3 +200,169 @@ def save_tiny_resnet(folder: Path) -> str:
     model.save_pretrained(folder)
     ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8).save_pretrained(folder)
     return str(folder)
+
+
+# ---- vision-language models
+
+QWEN_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "start": "<|vision_start|>",
+    "end": "<|vision_end|>",
+}
+CHAT = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' answer:' }}{% endif %}"
+)
+
+
+def byte_tokenizer(*special: str, words: tuple[str, ...] = ("yes", "Yes", "no", "No")) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of bytes, in which some words are one token, with and without the space before."""
+    vocabulary = {letter: k for k, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [(word[:k], word[k]) for word in words for k in range(1, len(word))]
+    merges += [("\u0120", word) for word in words]  # the space before a word
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>", "<pad>", *special)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def save_tiny_llava(folder: Path, **options) -> str:
+    """Saves a LLaVA of 32 px whose processor has no chat template, as that of LLaVA-1.5's first release."""
+    torch.manual_seed(6)
+    tokenizer = byte_tokenizer("<image>", **options)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        initializer_range=0.3,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_qwen(folder: Path) -> str:
+    """Saves a Qwen2-VL, which reads pictures in their own shape, with a chat template that writes `<s>` itself."""
+    torch.manual_seed(7)
+    tokenizer = byte_tokenizer(*QWEN_TOKENS.values())
+    index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 8,
+            "initializer_range": 0.3,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        image_token_id=index["image_token"],
+        video_token_id=index["video_token"],
+        vision_start_token_id=index["start"],
+        vision_end_token_id=index["end"],
+    )
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    sizes = {"patch_size": 8, "min_pixels": 16 * 16, "max_pixels": 64 * 64}
+    pixels, videos = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
+    Qwen2VLProcessor(pixels, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
+    return str(folder)
+
+
+# ---- an endpoint that speaks OpenAI's chat API
+
+
+def logprobs(**tokens: float) -> dict:
+    """Returns an answer with these log-probabilities, the first as what was said."""
+    top = [{"token": token, "logprob": value, "bytes": None} for token, value in tokens.items()]
+    content = [{**top[0], "top_logprobs": top}]
+    return {"choices": [{"message": {"content": top[0]["token"]}, "logprobs": {"content": content}}]}
+
+
+def seen_and_asked(body: dict) -> tuple[np.ndarray, str]:
+    """Returns the picture and the question of a request."""
+    image, text = body["messages"][0]["content"]
+    kind, _, data = image["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), text["text"]
+
+
+def judge(body: dict) -> dict:
+    """Answers a request: brighter pictures and longer questions are more of a yes."""
+    picture, question = seen_and_asked(body)
+    yes = picture.mean() / 255 - 3 + len(question) / 100
+    return logprobs(yes=yes, No=-1.0, maybe=-9.0)
+
+
+@contextmanager
+def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[dict]]]:
+    """Serves `answer(body, handler)` on this machine; yields the address up to /v1, and what was asked.
+
+    An answer is an object, sent as JSON; bytes, sent as they are; (status, object or bytes, headers); or None, where
+    the handler sent it itself.
+    """
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, "headers": dict(self.headers), "body": body})
+            said = answer(body, self)
+            if said is None:
+                return
+            status, said, headers = said if isinstance(said, tuple) else (200, said, {})
+            said = said if isinstance(said, bytes) else json.dumps(said).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(said))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
