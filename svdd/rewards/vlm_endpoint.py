@@ -1,34 +1,20 @@
 """Yes or no from a vision-language model behind OpenAI's chat API."""
 
 import base64
-import http.client
 import io
 import json
 import math
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import unquote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from PIL import Image
 
 from svdd.errors import RewardError, UserError
+from svdd.rewards.http_service import Service, first_line
 
 __all__ = ["Endpoint"]
-
-_LONGEST_WAIT = 30.0  # seconds between two attempts
-_TRANSIENT = (408, 429)
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """Lets a redirection be an error: the key belongs to one host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Returns nothing, which makes it an error."""
 
 
 @dataclass(frozen=True)
@@ -36,43 +22,21 @@ class Endpoint:
     """A model behind `/chat/completions`.
 
     Args:
-        address: Up to `/v1`; a user's name and password in it are sent as such, and shown nowhere.
-        model: The endpoint's name for the model.
-        timeout: Seconds to wait for an answer.
-        retries: How often a request is sent again.
-        backoff: Seconds before it is sent again; twice as many each time.
-        concurrency: How many requests wait at the same time.
+        service: The API, up to `/v1`.
+        model: Its name for the model.
+        concurrency: How many requests wait for answers at the same time.
 
     Raises:
-        UserError: If one of them is out of its range.
+        UserError: If there would be no request at a time.
     """
 
-    address: str = field(repr=False)
+    service: Service
     model: str
-    timeout: float
-    retries: int
-    backoff: float
     concurrency: int
 
     def __post_init__(self) -> None:
-        try:
-            parts = urlsplit(self.address)
-            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            good = False
-        if not good or parts.query or parts.fragment:  # the message does not repeat it: it may hold a password
-            raise UserError("endpoint must be an address such as http://localhost:8000/v1, with nothing after the path")
-        for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not self.timeout > 0:
-            raise UserError(f"timeout must be > 0, got {self.timeout}")
-
-    @property
-    def shown(self) -> str:
-        """The address without user, password and query."""
-        parts = urlsplit(self.address)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+        if self.concurrency < 1:
+            raise UserError(f"concurrency must be >= 1, got {self.concurrency}")
 
     def log_odds(self, pictures: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
         """Returns log p(yes) - log p(no) for each picture and question.
@@ -86,50 +50,15 @@ class Endpoint:
             if failed:  # no more requests after one of no use
                 raise failed[0]
             try:
-                return self._ask(picture, question, key)
-            except RewardError as error:
-                failed.append(error)
-                raise
+                body = request_body(self.model, picture, question)
+                return read_log_odds(self.service.post("/chat/completions", body, key))
+            except ValueError as error:
+                place = f"endpoint {self.service.shown}, model {self.model!r}"
+                failed.append(RewardError(f"{place}: {first_line(error)}"))
+                raise failed[0] from None
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(ask, pictures, questions))
-
-    def _ask(self, picture: Image.Image, question: str, key: str | None) -> float:
-        body = json.dumps(request_body(self.model, picture, question)).encode()
-        request = Request(f"{self.shown}/chat/completions", body, self._headers(key))
-        opener = build_opener(_NoRedirect)
-        for attempt in range(self.retries + 1):
-            wait = self.backoff * 2**attempt
-            try:
-                with opener.open(request, timeout=self.timeout) as answer:
-                    return read_log_odds(answer.read())
-            except HTTPError as error:
-                password = urlsplit(self.address).password or ""
-                problem = _problem(error, [key, password, unquote(password)])
-                asked = error.headers.get("Retry-After", "")
-                wait = float(asked) if asked.isdigit() else wait
-                transient = error.code in _TRANSIENT or error.code >= 500
-                error.close()
-            except (URLError, OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)
-                late = isinstance(reason, TimeoutError)
-                problem, transient = f"no answer within {self.timeout:g} s" if late else _line(str(reason)), True
-            except ValueError as error:
-                raise RewardError(f"endpoint {self.shown}: {_line(str(error))}") from None
-            if not transient or attempt == self.retries:
-                break
-            time.sleep(min(wait, _LONGEST_WAIT))
-        tries = f" after {attempt + 1} attempts" if attempt else ""
-        raise RewardError(f"endpoint {self.shown}, model {self.model!r}: {problem}{tries}")
-
-    def _headers(self, key: str | None) -> dict[str, str]:
-        headers, parts = {"Content-Type": "application/json", "User-Agent": "svdd"}, urlsplit(self.address)
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        elif parts.username is not None:
-            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
-        return headers
 
 
 def request_body(model: str, picture: Image.Image, question: str) -> dict[str, Any]:
@@ -173,23 +102,3 @@ def read_log_odds(answer: bytes) -> float:
 def _log_sum(given: list[tuple[str, float]], word: str, least: float) -> float:
     found = [logprob for token, logprob in given if token == word] or [least]
     return max(found) + math.log(sum(math.exp(logprob - max(found)) for logprob in found))
-
-
-def _problem(error: HTTPError, secrets: list[str | None]) -> str:
-    """Returns what the endpoint says is wrong, in one line; nothing that it says about a key."""
-    said = ""
-    if error.code not in (401, 403, 407):
-        try:
-            told = json.loads(error.read(65536))
-            told = told.get("error", told.get("detail", told.get("message", "")))
-            said = _line(str(told.get("message", "") if isinstance(told, dict) else told))
-        except (ValueError, AttributeError, OSError, http.client.HTTPException):
-            said = ""
-    for secret in filter(None, secrets):
-        said = said.replace(secret, "***")
-    return f"{error.code} {http.client.responses.get(error.code, '')}".strip() + (f": {said}" if said else "")
-
-
-def _line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[0][:300] if lines else "no message"

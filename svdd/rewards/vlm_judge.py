@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svdd.errors import UserError
+from svdd.rewards.http_service import Service
 from svdd.rewards.pretrained import PretrainedReward
 from svdd.rewards.vlm_endpoint import Endpoint
 from svdd.rewards.vlm_local import LocalVLM
@@ -70,9 +71,9 @@ class VLMJudge(PretrainedReward):
         self.question, self.batch_size, self.api_key_env = question, batch_size, api_key_env
         self.pretrained = pretrained or "Qwen/Qwen2-VL-2B-Instruct"
         self.options = {"revision": revision, "local_files_only": local_files_only}
-        self.endpoint = None
+        self.endpoint: Endpoint | None = None
         if endpoint is not None and model is not None:
-            self.endpoint = Endpoint(endpoint, model, timeout, retries, backoff, concurrency)
+            self.endpoint = Endpoint(Service(endpoint, timeout, retries, backoff), model, concurrency)
 
     def read(self) -> nn.Module:
         """Returns the model, or nothing where an endpoint has it."""
