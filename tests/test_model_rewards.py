@@ -408,7 +408,7 @@ def test_labels_are_found_by_name_or_index():
         find_label("crane", LABELS)
     with pytest.raises(UserError, match=r"label='egyptian rat' is none of the 5 labels.*did you mean 'Egyptian cat'"):
         find_label("egyptian rat", LABELS)
-    with pytest.raises(UserError, match="label=5 is none of the 5 labels, such as tabby, tabby cat, crane"):
+    with pytest.raises(UserError, match="label=5 is none of the 5 labels, such as 'tabby, tabby cat', 'crane'"):
         find_label(5, LABELS)
 
 
@@ -509,7 +509,9 @@ def test_the_judge_refuses_what_is_another_model(models, tmp_path):
         ({"endpoint": "localhost:8000", "model": "m"}, "endpoint must be an address"),
         ({"endpoint": "file:///etc/hostname", "model": "m"}, "endpoint must be an address"),
         ({"endpoint": "http://u:secret@host:port/v1", "model": "m"}, "endpoint must be an address"),
-        ({"endpoint": "http://localhost/v1?key=secret", "model": "m"}, "nothing after the path"),
+        ({"endpoint": "http://localhost/v1?key=secret", "model": "m"}, "without a query, user or password"),
+        ({"endpoint": "http://user:secret@localhost/v1", "model": "m"}, "without a query, user or password"),
+        ({"endpoint": "http://[secret", "model": "m"}, "endpoint must be an address"),
         ({"endpoint": "http://localhost/v1", "model": "m", "timeout": 0}, "timeout must be > 0, got 0"),
         ({"endpoint": "http://localhost/v1", "model": "m", "retries": -1}, "retries must be >= 0, got -1"),
         ({"endpoint": "http://localhost/v1", "model": "m", "concurrency": 0}, "concurrency must be >= 1, got 0"),
@@ -534,7 +536,7 @@ def failure(address: str, **arguments) -> str:
         ask(address, **arguments)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith(f"endpoint http://{address.rpartition('@')[2].removeprefix('http://').rstrip('/')}")
+    assert message.startswith(f"endpoint {address}, model 'tiny': ")
     return message
 
 
@@ -669,14 +671,6 @@ def test_a_key_that_is_not_there_is_missed_when_loaded(monkeypatch, value, messa
     if value is not None:
         monkeypatch.setenv("JUDGE_KEY", value)
     assert_refused(VLMJudge(endpoint="http://127.0.0.1:9/v1", model="tiny", api_key_env="JUDGE_KEY"), message)
-
-
-def test_a_password_in_the_address_is_sent_and_never_shown():
-    with chat_server(lambda body, handler: (404, {"detail": "no word%21 here, word!\nx"}, {})) as (address, asked):
-        there = address.replace("http://", "http://user:word%21@")
-        assert failure(there, concurrency=1).endswith("404 Not Found: no *** here, ***")
-        assert asked[0]["headers"]["Authorization"] == "Basic dXNlcjp3b3JkIQ=="
-        assert "word" not in repr(VLMJudge(endpoint=there, model="tiny").endpoint)
 
 
 def test_requests_wait_for_answers_together():

@@ -94,6 +94,6 @@ def find_label(label: int | str, names: dict[int, str]) -> int:
     if found:
         raise UserError(f"label={label!r} is the name of {len(found)} labels; give one of their indices: {found}")
     parts = [part.strip() for name in names.values() for part in name.split(",")]
-    near, some = nearest(wanted, parts), ", ".join(list(names.values())[:5])
+    near, some = nearest(wanted, parts), ", ".join(repr(name) for name in list(names.values())[:5])
     guess = f"; did you mean {near!r}?" if near else ""
     raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{guess}")

@@ -1,13 +1,12 @@
 """A service that takes JSON over HTTP, asked with patience, and a key that is never shown."""
 
-import base64
 import http.client
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from svdd.errors import UserError
@@ -34,7 +33,7 @@ class Service:
     """Where requests are posted to.
 
     Args:
-        address: What all paths begin with; a user's name and password in it are sent as such, and shown nowhere.
+        address: What all paths begin with.
         timeout: Seconds to wait for an answer.
         retries: How often a request is sent again.
         backoff: Seconds before it is sent again; twice as many each time.
@@ -43,7 +42,7 @@ class Service:
         UserError: If one of them is out of its range.
     """
 
-    address: str = field(repr=False)
+    address: str
     timeout: float
     retries: int
     backoff: float
@@ -52,10 +51,14 @@ class Service:
         try:
             parts = urlsplit(self.address)
             good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            good = good and not (parts.query or parts.fragment)
         except ValueError:
             good = False
-        if not good or parts.query or parts.fragment:  # the message does not repeat it: it may hold a password
-            raise UserError("endpoint must be an address such as http://localhost:8000/v1, with nothing after the path")
+        if not good or "@" in self.address:  # the message does not repeat what may be a password
+            raise UserError(
+                "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password (they "
+                "would be written into the run's files); api_key_env names a variable that holds a key"
+            )
         for name in ("retries", "backoff"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -64,9 +67,8 @@ class Service:
 
     @property
     def shown(self) -> str:
-        """The address without user and password."""
-        parts = urlsplit(self.address)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+        """The address without a slash at its end."""
+        return self.address.rstrip("/")
 
     def post(self, path: str, body: Any, key: str | None) -> bytes:
         """Returns the answer to a body sent as JSON.
@@ -74,7 +76,10 @@ class Service:
         Raises:
             ServiceError: If there is none after all attempts, or a refusal.
         """
-        request = Request(self.shown + path, json.dumps(body).encode(), self._headers(key))
+        headers = {"Content-Type": "application/json", "User-Agent": "svdd"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        request = Request(self.shown + path, json.dumps(body).encode(), headers)
         opener = build_opener(_NoRedirect)
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt
@@ -82,7 +87,7 @@ class Service:
                 with opener.open(request, timeout=self.timeout) as answer:
                     return answer.read()
             except HTTPError as error:
-                problem, transient = self._refusal(error, key), error.code in _TRANSIENT or error.code >= 500
+                problem, transient = refusal(error, key), error.code in _TRANSIENT or error.code >= 500
                 asked = error.headers.get("Retry-After", "")
                 wait = float(asked) if asked.isdigit() else wait
                 error.close()
@@ -95,30 +100,20 @@ class Service:
             time.sleep(min(wait, _LONGEST_WAIT))
         raise ServiceError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
 
-    def _headers(self, key: str | None) -> dict[str, str]:
-        headers, parts = {"Content-Type": "application/json", "User-Agent": "svdd"}, urlsplit(self.address)
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        elif parts.username is not None:
-            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            headers["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
-        return headers
 
-    def _refusal(self, error: HTTPError, key: str | None) -> str:
-        """Returns what the service says is wrong; nothing that it says about a key."""
-        said = ""
-        if error.code not in (401, 403, 407):
-            try:
-                told = json.loads(error.read(65536))
-                told = told.get("error", told.get("detail", told.get("message", "")))
-                said = str(told.get("message", "") if isinstance(told, dict) else told)
-            except (ValueError, AttributeError, OSError, http.client.HTTPException):
-                said = ""
-        password = urlsplit(self.address).password or ""
-        for secret in filter(None, (key, password, unquote(password))):
-            said = said.replace(secret, "***")
-        name = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
-        return f"{name}: {first_line(said)}" if said.strip() else name
+def refusal(error: HTTPError, key: str | None) -> str:
+    """Returns what the service says is wrong; nothing that it says about a key."""
+    said = ""
+    if error.code not in (401, 403, 407):
+        try:
+            told = json.loads(error.read(65536))
+            told = told.get("error", told.get("detail", told.get("message", "")))
+            said = str(told.get("message", "") if isinstance(told, dict) else told)
+        except (ValueError, AttributeError, OSError, http.client.HTTPException):
+            said = ""
+    said = said.replace(key, "***") if key else said
+    name = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
+    return f"{name}: {first_line(said)}" if said.strip() else name
 
 
 def first_line(text: object) -> str:

@@ -33,7 +33,8 @@ class VLMJudge(PretrainedReward):
         batch_size: How many images the model here looks at together.
         endpoint: Address of the API, such as `http://localhost:8000/v1`, instead of `pretrained`.
         model: The endpoint's name for the model.
-        api_key_env: The environment variable that holds the endpoint's key.
+        api_key_env: The name of the environment variable that holds the endpoint's key; the key is sent, and kept and
+            shown nowhere.
         timeout: Seconds to wait for the endpoint's answer.
         retries: How often a request is sent again after no answer, too many requests, or an error of the server.
         backoff: Seconds before it is sent again; twice as many each time.
