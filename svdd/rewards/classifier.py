@@ -1,0 +1,99 @@
+"""What an image classifier thinks of one of its labels, as in classifier guidance.
+
+Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv 2105.05233.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdd.errors import UserError
+from svdd.registry import nearest
+from svdd.rewards.auto_models import read_auto, read_model
+from svdd.rewards.image_processing import read_preprocessing
+from svdd.rewards.pretrained import PretrainedReward
+
+__all__ = ["Classifier"]
+
+
+class Classifier(PretrainedReward):
+    """Log-probability of a label under an image classifier of transformers; the prompt is not read.
+
+    Where the classifier's labels do not exclude each other (`multi_label_classification`), the log-probability is that
+    of the label alone.
+
+    Args:
+        pretrained: A folder, or a hub name such as `google/vit-base-patch16-224`.
+        label: The label's name, in small or capital letters, or one of the names between commas that it has; or its
+            index.
+        logit: Score with the logit, which has no bound, instead of the log-probability.
+        revision: Branch, tag or commit of a hub model.
+        local_files_only: Never ask the hub; use what the disk holds.
+
+    Raises:
+        UserError: If the model cannot be loaded, prepares images in a way that svdd does not follow, or does not know
+            the label.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        label: int | str,
+        logit: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.label, self.logit = pretrained, label, logit
+        self.options = {"revision": revision, "local_files_only": local_files_only}
+        self.range = (-math.inf, math.inf if logit else 0.0)
+
+    @property
+    def name(self) -> str:
+        """`Classifier` and the label."""
+        return f"Classifier-{self.label}"
+
+    def read(self) -> nn.Module:
+        """Returns the classifier."""
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        network = read_model(AutoModelForImageClassification, self.pretrained, torch.float32, **self.options)
+        self.index = find_label(self.label, network.config.id2label)
+        self.independent = network.config.problem_type == "multi_label_classification"
+        if network.config.num_labels == 1 and not (self.logit or self.independent):
+            raise UserError(f"pretrained={self.pretrained!r} has one label, which is always certain; set logit")
+        processor = read_auto(AutoImageProcessor, self.pretrained, **self.options)
+        self.preprocess = read_preprocessing(processor, self.pretrained)
+        return network
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns the label's log-probability or logit in each image, float32 [n]."""
+        network = self.network
+        logits = network(pixel_values=self.preprocess(images).to(next(network.parameters()))).logits.float()
+        if not self.logit:
+            logits = F.logsigmoid(logits) if self.independent else logits.log_softmax(-1)
+        return logits[:, self.index]
+
+
+def find_label(label: int | str, names: dict[int, str]) -> int:
+    """Returns the index of a label.
+
+    Raises:
+        UserError: If there is none, or more than one of that name.
+    """
+    wanted = str(label).strip().lower()
+    exact = [k for k, name in names.items() if (label == k if isinstance(label, int) else name.lower() == wanted)]
+    found = exact or [k for k, name in names.items() if wanted in (part.strip().lower() for part in name.split(","))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"label={label!r} is the name of {len(found)} labels; give one of their indices: {found}")
+    parts = [part.strip() for name in names.values() for part in name.split(",")]
+    near, some = nearest(wanted, parts), ", ".join(repr(name) for name in list(names.values())[:5])
+    guess = f"; did you mean {near!r}?" if near else ""
+    raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{guess}")

@@ -1,0 +1,109 @@
+"""A vision-language model asked whether the image shows the prompt: the log-odds of yes against no.
+
+Sources: Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, arXiv 2404.01291
+(the probability of "yes" as a score); Black et al., Training Diffusion Models with Reinforcement Learning, 2023,
+arXiv 2305.13301 (a vision-language model as the reward).
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from svdd.errors import UserError
+from svdd.rewards.http_service import Service
+from svdd.rewards.pretrained import PretrainedReward
+from svdd.rewards.vlm_endpoint import Endpoint
+from svdd.rewards.vlm_local import LocalVLM
+
+__all__ = ["VLMJudge"]
+
+
+class VLMJudge(PretrainedReward):
+    """Log-odds of "yes" against "no" when a vision-language model is asked about the image.
+
+    The model runs here, with transformers, or behind an endpoint that speaks OpenAI's chat API, such as one of vLLM.
+
+    Args:
+        pretrained: An image-text-to-text model of transformers: a folder or a hub name. By default, where there is no
+            endpoint, `Qwen/Qwen2-VL-2B-Instruct`.
+        question: What is asked; `{prompt}` stands for the prompt.
+        batch_size: How many images the model here looks at together.
+        endpoint: Address of the API, such as `http://localhost:8000/v1`, instead of `pretrained`.
+        model: The endpoint's name for the model.
+        api_key_env: The name of the environment variable that holds the endpoint's key; the key is sent, and kept and
+            shown nowhere.
+        timeout: Seconds to wait for the endpoint's answer.
+        retries: How often a request is sent again after no answer, too many requests, or an error of the server.
+        backoff: Seconds before it is sent again; twice as many each time.
+        concurrency: How many requests wait for answers at the same time.
+        revision: Branch, tag or commit of a hub model.
+        local_files_only: Never ask the hub; use what the disk holds.
+
+    Raises:
+        UserError: If the model cannot be loaded, or the arguments contradict each other.
+        RewardError: If the endpoint does not answer, or not with probabilities.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        question: str = 'Does this image show: "{prompt}"? Answer yes or no.',
+        batch_size: int = 8,
+        endpoint: str | None = None,
+        model: str | None = None,
+        api_key_env: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 4,
+        backoff: float = 0.5,
+        concurrency: int = 8,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size must be >= 1, got {batch_size}")
+        if endpoint is None and (model is not None or api_key_env is not None):
+            raise UserError("model and api_key_env belong to an endpoint; give endpoint, or pretrained alone")
+        if endpoint is not None and (pretrained is not None or model is None):
+            raise UserError("an endpoint needs model, its name for the model, and takes no pretrained")
+        self.question, self.batch_size, self.api_key_env = question, batch_size, api_key_env
+        self.pretrained = pretrained or "Qwen/Qwen2-VL-2B-Instruct"
+        self.options = {"revision": revision, "local_files_only": local_files_only}
+        self.endpoint: Endpoint | None = None
+        if endpoint is not None and model is not None:
+            self.endpoint = Endpoint(Service(endpoint, timeout, retries, backoff), model, concurrency)
+
+    def read(self) -> nn.Module:
+        """Returns the model, or nothing where an endpoint has it."""
+        if self.endpoint is None:
+            return LocalVLM(self.pretrained, self.anchor.dtype, self.options)
+        self.key()
+        return nn.Module()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns the log-odds for each image and its own prompt, float32 [n]."""
+        pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        pictures = [Image.fromarray(array) for array in pixels.cpu().numpy()]
+        questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
+        if self.endpoint is not None:
+            return torch.tensor(self.endpoint.log_odds(pictures, questions, self.key()), device=images.device)
+        chunks = (slice(k, k + self.batch_size) for k in range(0, len(images), self.batch_size))
+        return torch.cat([self.network(pictures[chunk], questions[chunk]) for chunk in chunks])
+
+    def key(self) -> str | None:
+        """Returns the endpoint's key, which is read anew each time and kept nowhere.
+
+        Raises:
+            UserError: If the variable is not set, or could not be sent.
+        """
+        if self.api_key_env is None:
+            return None
+        if not (key := os.environ.get(self.api_key_env, "").strip()):
+            raise UserError(f"the environment variable {self.api_key_env}, which api_key_env names, is not set")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the environment variable {self.api_key_env}, which api_key_env names, holds no key")
+        return key

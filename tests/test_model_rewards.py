@@ -1,0 +1,690 @@
+"""Rewards made of published models keep the contract, and score as their models do."""
+
+import math
+import socket
+import threading
+from contextlib import ExitStack
+
+import pytest
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BeitImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    LevitImageProcessor,
+    MobileNetV2ImageProcessor,
+    MobileViTImageProcessor,
+    PoolFormerImageProcessor,
+    SiglipImageProcessor,
+    TextNetImageProcessor,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from svdd.errors import RewardError, UserError
+from svdd.rewards.base import Reward
+from svdd.rewards.blip import GroundedText
+from svdd.rewards.classifier import Classifier, find_label
+from svdd.rewards.image_processing import read_preprocessing
+from svdd.rewards.image_reward import ImageReward
+from svdd.rewards.pixels import CLIP_MEAN, CLIP_STD, normalise
+from svdd.rewards.vlm_judge import VLMJudge
+from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
+from tests.tiny_reward_models import (
+    BLIP_TOKENS,
+    LABELS,
+    byte_tokenizer,
+    chat_server,
+    judge,
+    logprobs,
+    plain_image_reward,
+    save_tiny_image_reward,
+    save_tiny_llava,
+    save_tiny_qwen,
+    save_tiny_resnet,
+    save_tiny_vit,
+    seen_and_asked,
+)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of tiny models, by name, saved when first asked for."""
+    saved = {}
+    save = {
+        "image_reward": save_tiny_image_reward,
+        "vit": save_tiny_vit,
+        "resnet": save_tiny_resnet,
+        "llava": save_tiny_llava,
+        "qwen": save_tiny_qwen,
+        "endpoint": lambda folder: servers.enter_context(chat_server(lambda body, handler: judge(body)))[0],
+    }
+
+    def folder(name: str) -> str:
+        if name not in saved:
+            saved[name] = save[name](tmp_path_factory.mktemp(name))
+        return saved[name]
+
+    with ExitStack() as servers:
+        yield folder
+
+
+def image_reward(models) -> ImageReward:
+    folder = models("image_reward")
+    return ImageReward(f"{folder}/ImageReward.pt", tokenizer=folder)
+
+
+TESTED = {
+    "ImageReward": image_reward,
+    "Classifier": lambda models: Classifier(models("vit"), "Egyptian cat"),
+    "Classifier-logit": lambda models: Classifier(models("resnet"), 4, logit=True),
+    "VLMJudge-llava": lambda models: VLMJudge(models("llava")),
+    "VLMJudge-qwen": lambda models: VLMJudge(models("qwen"), batch_size=3),
+    "VLMJudge-endpoint": lambda models: VLMJudge(endpoint=models("endpoint"), model="tiny"),
+}
+
+
+# ---- the contract
+
+
+@pytest.fixture(scope="module", params=TESTED)
+def reward(request, models) -> Reward:
+    return TESTED[request.param](models)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Only this machine can be reached."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        assert not isinstance(address, tuple) or address[0] in ("127.0.0.1", "localhost", "::1"), address
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_one_finite_float32_per_image(reward, count):
+    scores = reward.score(pictures(count), PROMPTS[:count])
+    assert scores.shape == (count,)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+    assert reward.range[0] <= scores.min()
+    assert scores.max() <= reward.range[1]
+
+
+def test_a_score_belongs_to_its_row(reward):
+    images, order = pictures(4), [2, 0, 3, 1]
+    scores = reward.score(images, PROMPTS)
+    assert len({round(score, 4) for score in scores.tolist()}) == 4
+    permuted = reward.score(images[order], [PROMPTS[k] for k in order])
+    torch.testing.assert_close(permuted, scores[order], rtol=0, atol=1e-5)
+    for k in range(4):
+        alone = reward.score(images[k : k + 1], PROMPTS[k : k + 1])
+        torch.testing.assert_close(alone, scores[k : k + 1], rtol=0, atol=1e-5)
+
+
+def test_images_are_left_alone(reward):
+    images = pictures(2)
+    before = images.clone()
+    reward.score(images, PROMPTS[:2])
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_images_of_every_float_are_taken(reward, dtype):
+    images = pictures(2)
+    scores = reward.score(images.to(dtype), PROMPTS[:2])
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, reward.score(images, PROMPTS[:2]), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", TESTED)
+def test_the_module_may_be_bfloat16(name, when, models):
+    images, reward = pictures(2), TESTED[name](models)
+    if when == "after":
+        reward.load()
+    reward.to(torch.bfloat16)
+    scores = reward.score(images, PROMPTS[:2])
+    assert {parameter.dtype for parameter in reward.parameters()} <= {torch.bfloat16}
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, TESTED[name](models).score(images, PROMPTS[:2]), rtol=0.1, atol=0.1)
+
+
+def test_not_square_images_are_taken(reward):
+    assert reward.score(pictures(2, 24, 56), PROMPTS[:2]).shape == (2,)
+
+
+def test_images_that_are_slices_of_others_are_taken(reward):
+    part = pictures(4).permute(0, 1, 3, 2)[::2]
+    torch.testing.assert_close(
+        reward.score(part, PROMPTS[::2]), reward.score(part.contiguous(), PROMPTS[::2]), rtol=0, atol=1e-5
+    )
+
+
+def test_long_and_empty_prompts_are_scored(reward):
+    assert reward.score(pictures(2), ["long " * 40, ""]).isfinite().all()
+
+
+def test_the_gradient_is_the_slope(reward):
+    if not reward.differentiable:
+        assert not reward(pictures(1).requires_grad_(), PROMPTS[:1]).requires_grad
+        return
+    images = pictures(2, 36, 44).clamp(0.2, 0.8).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:2]).sum(), images)
+    assert gradient.isfinite().all()
+    assert gradient.flatten(1).norm(dim=1).min() > 0
+    direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    step = 0.005
+    with torch.no_grad():
+        ahead, behind = (reward(images + sign * step * direction, PROMPTS[:2]) for sign in (1, -1))
+    slope = (ahead - behind) / (2 * step)
+    torch.testing.assert_close(slope, (gradient * direction).flatten(1).sum(1), rtol=0.02, atol=1e-4)
+
+
+def test_the_gradient_of_a_row_comes_from_that_row(reward):
+    if not reward.differentiable:
+        pytest.skip("no gradient")
+    images = pictures(3).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:3])[1], images)
+    assert gradient[[0, 2]].abs().max() == 0
+    assert gradient[1].abs().max() > 0
+
+
+def test_scores_taken_in_inference_mode_do_not_stop_gradients(reward):
+    if not reward.differentiable:
+        pytest.skip("no gradient")
+    with torch.inference_mode():
+        reward.score(pictures(2), PROMPTS[:2])
+    images = pictures(2).requires_grad_()
+    reward(images, PROMPTS[:2]).sum().backward()
+    assert images.grad.abs().max() > 0
+
+
+def test_no_parameter_is_trainable(reward):
+    reward.load()
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    assert not any(module.training for module in reward.children())
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_weights_are_read_when_needed(name, models):
+    assert not list(TESTED[name](models).parameters())
+
+
+def assert_refused(reward: Reward, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        reward.load()
+    assert "\n" not in str(caught.value)
+
+
+# ---- ImageReward
+
+
+@pytest.mark.parametrize("side", [32, 40])
+def test_image_reward_is_the_published_arithmetic(models, side):
+    reward, images = image_reward(models), pictures(4, side, side)
+    state = torch.load(f"{models('image_reward')}/ImageReward.pt", weights_only=True)
+    reward.load()
+    pixels = images if side == 32 else torch.nn.functional.interpolate(images, 32, mode="bicubic", antialias=True)
+    tokens = reward.tokenizer(
+        PROMPTS, padding="max_length", truncation=True, max_length=BLIP_TOKENS, return_tensors="pt"
+    )
+    assert tokens.input_ids.shape == (4, BLIP_TOKENS)
+    assert tokens.input_ids[:, 0].tolist() == [reward.tokenizer.cls_token_id] * 4
+    expected = plain_image_reward(
+        state, normalise(pixels.clamp(0, 1), CLIP_MEAN, CLIP_STD), tokens.input_ids, tokens.attention_mask
+    )
+    torch.testing.assert_close(reward.score(images, PROMPTS), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.05
+
+
+def test_image_reward_uses_every_weight_of_the_file(models):
+    reward = image_reward(models)
+    reward.load()
+    state = torch.load(f"{models('image_reward')}/ImageReward.pt", weights_only=True)
+    used = [name for name in state if not name.startswith(("blip.vision_proj", "blip.text_proj"))]
+    assert len(list(reward.network.parameters())) == len([name for name in used if "position_ids" not in name])
+
+
+def test_image_reward_depends_on_image_and_prompt(models):
+    reward, images = image_reward(models), pictures(4)
+    assert reward.score(images, PROMPTS[:1] * 4).std() > 1e-3
+    assert reward.score(images[:1].repeat(4, 1, 1, 1), PROMPTS).std() > 1e-3
+
+
+def test_image_reward_has_the_published_sizes():
+    with torch.device("meta"):
+        network = GroundedText(
+            {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 224,
+                "patch_size": 16,
+            },
+            {"hidden_size": 768, "encoder_hidden_size": 1024, "num_attention_heads": 12},
+        )
+    vision, text, head = (
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (network.vision, network.text, network.head)
+    )
+    cross = 12 * (2 * (768 * 768 + 768) + 2 * (1024 * 768 + 768) + 2 * 768)
+    assert vision == 303_301_632  # ViT-L/16 at 224 px without a classifier
+    assert text == 108_891_648 + cross  # BERT-base without pooler; two words more, the two token types less
+    assert head == 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 + 1
+
+
+def test_image_reward_refuses_what_is_another_model(models, tmp_path, tiny_clip):
+    folder = models("image_reward")
+    state = torch.load(f"{folder}/ImageReward.pt", weights_only=True)
+    assert_refused(ImageReward(f"{folder}/nowhere.pt", tokenizer=folder), "there is no file")
+    assert_refused(ImageReward(f"{folder}/ImageReward.pt", tokenizer=f"{folder}/nowhere"), "tokenizer=")
+    assert_refused(ImageReward(f"{folder}/ImageReward.pt", tokenizer=tiny_clip), "tokenizer=")
+    assert_refused(ImageReward(f"{tiny_clip}/model.safetensors", tokenizer=folder), "another architecture")
+    torch.save({name: part for name, part in state.items() if "blocks.1.attn.qkv" not in name}, tmp_path / "a.pt")
+    assert_refused(
+        ImageReward(str(tmp_path / "a.pt"), tokenizer=folder), r"another architecture: 2 names differ.*qkv\.bias"
+    )
+    (tmp_path / "b.pt").write_bytes(b"no weights")
+    assert_refused(ImageReward(str(tmp_path / "b.pt"), tokenizer=folder), "cannot be read as weights")
+    assert_refused(ImageReward(tokenizer=folder, local_files_only=True), "cannot be fetched")
+
+
+# ---- Classifier
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56)])
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_a_classifier_scores_as_transformers(models, name, size):
+    """Where it resizes, the processor rounds to 8 bits after each of two passes."""
+    folder, images = models(name), within_gamut(4, *size)
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=as_pil(images), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        logits = AutoModelForImageClassification.from_pretrained(folder).eval()(pixels).logits
+    exact = name == "vit" and size == (32, 32)
+    close = {"rtol": 0, "atol": 1e-5 if exact else 0.02}
+    for label, index in (("TABBY", 0), ("egyptian cat", 2), (3, 3), ("red apple", 4)):
+        scores = Classifier(folder, label).score(images, PROMPTS)
+        torch.testing.assert_close(scores, logits.log_softmax(-1)[:, index], **close)
+        scores = Classifier(folder, label, logit=True).score(images, PROMPTS)
+        torch.testing.assert_close(scores, logits[:, index], **close)
+    assert logits.std() > 0.1
+
+
+def test_labels_that_do_not_exclude_each_other_are_scored_alone(tmp_path):
+    folder, images = save_tiny_vit(tmp_path, problem_type="multi_label_classification"), pictures(2)
+    logit, score = (Classifier(folder, 2, logit=logit).score(images, PROMPTS[:2]) for logit in (True, False))
+    torch.testing.assert_close(score, -(1 + (-logit).exp()).log())
+
+
+EDGE, SQUARE = {"shortest_edge": 36}, {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (100, 64), (41, 57), (24, 30)])
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ViTImageProcessor(size=SQUARE),
+        ViTImageProcessor(size={"height": 24, "width": 40}, resample=3, do_normalize=False),
+        ViTImageProcessor(size=SQUARE, do_rescale=False),
+        SiglipImageProcessor(size=SQUARE),
+        DeiTImageProcessor(size={"height": 36, "width": 36}, crop_size=SQUARE),
+        BeitImageProcessor(size={"height": 36, "width": 36}, crop_size=SQUARE, do_center_crop=True),
+        BitImageProcessor(size=EDGE, crop_size=SQUARE),
+        CLIPImageProcessor(size=EDGE, crop_size={"height": 31, "width": 33}),
+        MobileNetV2ImageProcessor(size=EDGE, crop_size=SQUARE),
+        ConvNextImageProcessor(size={"shortest_edge": 32}),
+        ConvNextImageProcessor(size={"shortest_edge": 384}),
+        ConvNextImageProcessor(do_resize=False),
+    ],
+    ids=lambda part: type(part).__name__ if hasattr(part, "resample") else str(part),
+)
+def test_preprocessing_is_the_processors(processor, shape):
+    """Within 1.5 / 255: the processor rounds to 8 bits after each of two passes."""
+    images, made = within_gamut(2, *shape), read_preprocessing(processor, "here")
+    pixels = processor(images=as_pil(images), return_tensors="pt").pixel_values
+    units = torch.tensor(list(made.std))[:, None, None] / made.scale * 255
+    assert made(images).shape == pixels.shape
+    assert ((made(images) - pixels) * units).abs().max() < 1.5
+
+
+def test_preprocessing_is_that_of_timm():
+    pytest.importorskip("timm")
+    from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+    published = {"input_size": (3, 56, 56), "interpolation": "bicubic", "crop_pct": 0.9}
+    processor = TimmWrapperImageProcessor(published | {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)})
+    made, images = read_preprocessing(processor, "here"), within_gamut(2, 100, 64)
+    pixels = processor(images=as_pil(images)).pixel_values
+    assert ((made(images) - pixels) * torch.tensor(made.std)[:, None, None] * 255).abs().max() < 1.5
+    stretched = TimmWrapperImageProcessor(published | {"crop_mode": "squash"})
+    with pytest.raises(UserError, match="TimmWrapperImageProcessor that"):
+        read_preprocessing(stretched, "here")
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (MobileViTImageProcessor(size=EDGE, crop_size=SQUARE), "MobileViTImageProcessor.* pixels differ by"),
+        (LevitImageProcessor(size=EDGE, crop_size=SQUARE), "LevitImageProcessor"),
+        (PoolFormerImageProcessor(size=EDGE, crop_size=SQUARE), "PoolFormerImageProcessor"),
+        (EfficientNetImageProcessor(size=SQUARE), "EfficientNetImageProcessor.* pixels differ by"),
+        (ViTImageProcessor(size=SQUARE, resample=0), "resamples in PIL's mode 0; expected 2"),
+        (ViTImageProcessor(size=SQUARE, resample=1), "resamples in PIL's mode 1"),
+        (ViTImageProcessor(size={"shortest_edge": 32, "longest_edge": 40}), "size is .*longest_edge.*; expected"),
+        (CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=SQUARE), "shape"),
+        (TextNetImageProcessor(), "shape"),
+        (object(), "object that svdd cannot follow"),
+    ],
+    ids=lambda part: type(part).__name__ if hasattr(part, "resample") else None,
+)
+def test_preprocessing_that_is_not_followed_is_refused(processor, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_preprocessing(processor, "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_are_found_by_name_or_index():
+    assert [find_label(label, LABELS) for label in ("Tabby Cat", "tabby", "tabby, tabby cat", 1, "red apple")] == [
+        0,
+        0,
+        0,
+        1,
+        4,
+    ]
+    with pytest.raises(UserError, match=r"label='crane' is the name of 2 labels; give one of their indices: \[1, 3\]"):
+        find_label("crane", LABELS)
+    with pytest.raises(UserError, match=r"label='egyptian rat' is none of the 5 labels.*did you mean 'Egyptian cat'"):
+        find_label("egyptian rat", LABELS)
+    with pytest.raises(UserError, match="label=5 is none of the 5 labels, such as 'tabby, tabby cat', 'crane'"):
+        find_label(5, LABELS)
+
+
+def test_a_classifier_refuses_what_is_another_model(models, tmp_path, tiny_clip, sd15):
+    assert_refused(Classifier(models("vit"), "dog"), "Classifier: label='dog' is none of the 5 labels")
+    assert_refused(Classifier(str(tmp_path / "nowhere"), 0), "has no config.json")
+    assert_refused(Classifier(f"{sd15}/text_encoder", 0), "cannot be loaded")
+    assert_refused(Classifier("owner/name", 0, local_files_only=True), "cannot be loaded")
+    backbone = tmp_path / "backbone"
+    ViTModel.from_pretrained(models("vit")).save_pretrained(backbone)
+    assert_refused(Classifier(str(backbone), 0), "lacks 2 weights of ViTForImageClassification, first classifier.bias")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").symlink_to(f"{models('vit')}/config.json")
+    assert_refused(Classifier(str(empty), 0), "cannot be loaded")
+    (empty / "model.safetensors").symlink_to(f"{models('vit')}/model.safetensors")
+    assert_refused(Classifier(str(empty), 0), "cannot be loaded")  # no processor
+
+
+def test_the_name_of_a_classifier_is_its_label(models):
+    assert Classifier(models("vit"), "red apple").name == "Classifier-red apple"
+
+
+# ---- VLMJudge, with a model here
+
+QUESTION = 'Does this image show: "{prompt}"? Answer yes or no.'
+
+
+def log_odds(model: torch.nn.Module, tokenizer, inputs) -> float:
+    """Of the next token, from its probabilities."""
+    with torch.no_grad():
+        probabilities = model(**inputs).logits[0, -1].softmax(-1)
+    yes, no = (
+        sum(float(probabilities[tokenizer.convert_tokens_to_ids(form)]) for form in forms)
+        for forms in (("yes", "Yes", "\u0120yes", "\u0120Yes"), ("no", "No", "\u0120no", "\u0120No"))
+    )
+    return math.log(yes / no)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen"])
+def test_the_judge_asks_the_model_for_the_next_token(models, name):
+    folder, images, prompts = models(name), pictures(4, 40, 56), ["a", "a longer prompt", "panda", "{prompt}"]
+    model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForImageTextToText, AutoProcessor))
+    expected = []
+    for image, prompt in zip(as_pil(images), prompts, strict=True):
+        question = QUESTION.replace("{prompt}", prompt)
+        if name == "llava":
+            inputs = processor(images=image, text=f"<image>\n{question}", return_tensors="pt")
+        else:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+        expected.append(log_odds(model.eval(), processor.tokenizer, inputs))
+    reward = VLMJudge(folder, batch_size=3)
+    torch.testing.assert_close(reward.score(images, prompts), torch.tensor(expected), rtol=0, atol=1e-5)
+    reward.network.keeps = False  # models that cannot leave out logits
+    torch.testing.assert_close(reward.score(images, prompts), torch.tensor(expected), rtol=0, atol=1e-5)
+    assert torch.tensor(expected).std() > 0.05
+
+
+def test_the_judge_asks_the_question_it_is_given(models):
+    folder, images = models("llava"), pictures(2)
+    asked = VLMJudge(folder, question="Is this {prompt}, {maybe}? {").score(images, ["red", "blue"])
+    assert not torch.equal(asked, VLMJudge(folder).score(images, ["red", "blue"]))
+    same = VLMJudge(folder, question="Is it pretty?").score(images[:1].repeat(2, 1, 1, 1), ["red", "blue"])
+    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-5)
+
+
+def test_the_judge_refuses_what_is_another_model(models, tmp_path):
+    assert_refused(VLMJudge(models("vit")), "cannot be loaded: Unrecognized configuration class")
+    assert_refused(VLMJudge(str(tmp_path / "nowhere")), "has no config.json")
+    assert_refused(VLMJudge("owner/name", local_files_only=True), "cannot be loaded")
+    speechless = tmp_path / "speechless"
+    speechless.mkdir()
+    assert_refused(VLMJudge(save_tiny_llava(speechless, words=("yes", "Yes"))), "no single token for yes, or none for")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").symlink_to(f"{models('llava')}/config.json")
+    assert_refused(VLMJudge(str(empty)), "cannot be loaded")
+    (empty / "model.safetensors").symlink_to(f"{models('llava')}/model.safetensors")
+    assert_refused(VLMJudge(str(empty)), "pretrained=")  # no processor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"model": "m"}, "belong to an endpoint"),
+        ({"api_key_env": "K"}, "belong to an endpoint"),
+        ({"endpoint": "http://localhost/v1"}, "an endpoint needs model"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "pretrained": "p"}, "takes no pretrained"),
+        ({"endpoint": "localhost:8000", "model": "m"}, "endpoint must be an address"),
+        ({"endpoint": "file:///etc/hostname", "model": "m"}, "endpoint must be an address"),
+        ({"endpoint": "http://u:secret@host:port/v1", "model": "m"}, "endpoint must be an address"),
+        ({"endpoint": "http://localhost/v1?key=secret", "model": "m"}, "without a query, user or password"),
+        ({"endpoint": "http://user:secret@localhost/v1", "model": "m"}, "without a query, user or password"),
+        ({"endpoint": "http://[secret", "model": "m"}, "endpoint must be an address"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "timeout": 0}, "timeout must be > 0, got 0"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "retries": -1}, "retries must be >= 0, got -1"),
+        ({"endpoint": "http://localhost/v1", "model": "m", "concurrency": 0}, "concurrency must be >= 1, got 0"),
+    ],
+)
+def test_arguments_of_the_judge_are_checked(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        VLMJudge(**arguments)
+    assert "secret" not in str(caught.value)
+
+
+# ---- VLMJudge, with a model behind an endpoint
+
+
+def ask(address: str, **arguments) -> torch.Tensor:
+    reward = VLMJudge(endpoint=address, model="tiny", **{"backoff": 0.001, "timeout": 20, **arguments})
+    return reward.score(pictures(2), PROMPTS[:2])
+
+
+def failure(address: str, **arguments) -> str:
+    with pytest.raises(RewardError) as caught:
+        ask(address, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"endpoint {address}, model 'tiny': ")
+    return message
+
+
+def test_an_endpoint_gets_the_picture_and_the_question():
+    images = pictures(3, 20, 31)
+    with chat_server(lambda body, handler: judge(body)) as (address, asked):
+        reward = VLMJudge(endpoint=address + "/", model="tiny", question="{prompt}?")
+        scores = reward.score(images, PROMPTS[:3])
+    assert [request["path"] for request in asked] == ["/v1/chat/completions"] * 3
+    assert all("Authorization" not in request["headers"] for request in asked)
+    body = asked[0]["body"]
+    assert (body["model"], body["max_tokens"], body["logprobs"], body["top_logprobs"]) == ("tiny", 1, True, 20)
+    questions = [seen_and_asked(request["body"])[1] for request in asked]
+    assert sorted(questions) == sorted(prompt + "?" for prompt in PROMPTS[:3])
+    for request, question in zip(asked, questions, strict=True):
+        picture = (images[PROMPTS.index(question[:-1])] * 255).round().to(torch.uint8).permute(1, 2, 0)
+        assert (seen_and_asked(request["body"])[0] == picture.numpy()).all()
+    lengths = torch.tensor([float(len(prompt) + 1) for prompt in PROMPTS[:3]])
+    torch.testing.assert_close(scores, images.mean((1, 2, 3)) - 2 + lengths / 100, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        (logprobs(yes=-0.5, no=-1.5), 1.0),
+        (logprobs(**{"yes": -1.0, " Yes": -1.0, "No": -1.0, "NO": -1.0, "\u0120yes": -1.0, "x": -3.0}), math.log(1.5)),
+        (logprobs(**{"Yes": -0.25, "maybe": -2.0, "I": -7.5}), 7.25),
+        (logprobs(**{"perhaps": -0.25, "no": -2.0, "I": -7.0}), -5.0),
+        (logprobs(yes=0.0, no=-math.inf), 1e4),
+    ],
+)
+def test_log_odds_are_read_from_the_likeliest_tokens(said, score):
+    with chat_server(lambda body, handler: said) as (address, _):
+        torch.testing.assert_close(ask(address), torch.tensor([score] * 2))
+
+
+def test_a_request_is_sent_again_after_a_passing_failure():
+    failures = iter(["hang up", (429, {}, {"Retry-After": "0"}), (503, b"<html>busy</html>", {}), (500, {}, {})])
+
+    def answer(body, handler):
+        said = next(failures, None)
+        if said == "hang up":
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return None
+        return judge(body) if said is None else said
+
+    with chat_server(answer) as (address, asked):
+        assert ask(address, retries=4, concurrency=1).isfinite().all()
+        assert len(asked) == 4 + 2
+
+
+def test_patience_ends():
+    with chat_server(lambda body, handler: (503, {"error": {"message": "loading\nthe model"}}, {})) as (address, asked):
+        message = failure(address, retries=2, concurrency=1)
+        assert message == f"endpoint {address}, model 'tiny': 503 Service Unavailable: loading after 3 attempts"
+        assert len(asked) == 3
+
+
+def test_waits_between_attempts_double(monkeypatch):
+    waits = []
+    monkeypatch.setattr("svdd.rewards.http_service.time.sleep", waits.append)
+    with chat_server(lambda body, handler: (503, {}, {})) as (address, _):
+        failure(address, retries=8, backoff=0.5, concurrency=1)
+    assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+
+
+def test_an_endpoint_that_hangs_is_left():
+    released = threading.Event()
+
+    def answer(body, handler):
+        released.wait(20)
+
+    with chat_server(answer) as (address, _):
+        message = failure(address, timeout=0.1, retries=1)
+        released.set()
+    assert message.endswith("no answer within 0.1 s after 2 attempts")
+
+
+def test_an_endpoint_that_is_not_there():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    message = failure(f"http://127.0.0.1:{port}/v1", retries=1)
+    assert "refused" in message
+    assert message.endswith("after 2 attempts")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (b"<html>hello</html>", "the answer is no JSON; is this the address of the API"),
+        (b"\xff\xfe", "the answer is no JSON"),
+        ([], "the answer has no logprobs"),
+        ({"choices": [{"message": {"content": "yes"}, "logprobs": None}]}, "the answer has no logprobs"),
+        (logprobs(perhaps=-0.5, maybe=-1.5), "neither yes nor no is among the 2 likeliest tokens; first 'perhaps'"),
+        ((404, {"error": {"message": "The model `tiny` does not exist."}}, {}), "404 Not Found: The model `tiny` does"),
+        ((404, {"detail": "Not Found"}, {}), "404 Not Found: Not Found"),
+        ((400, b"bad", {}), "400 Bad Request"),
+        ((307, b"", {"Location": "http://127.0.0.1:9/v1"}), "307 Temporary Redirect"),
+    ],
+)
+def test_an_answer_that_is_of_no_use_is_an_error_at_once(said, message):
+    with chat_server(lambda body, handler: said) as (address, asked):
+        assert message in failure(address, retries=3, concurrency=1)
+        assert len(asked) == 1
+
+
+def test_a_key_is_sent_and_never_shown(monkeypatch, capfd):
+    key = "sk-very-secret"
+    monkeypatch.setenv("JUDGE_KEY", f" {key}\n")
+
+    def answer(body, handler):
+        assert handler.headers["Authorization"] == f"Bearer {key}"
+        return answers.pop(0)
+
+    answers = [(401, {"error": {"message": f"wrong key sk-very-*** {key}"}}, {})]
+    with chat_server(answer) as (address, _):
+        message = failure(address, api_key_env="JUDGE_KEY", concurrency=1)
+        assert message.endswith("401 Unauthorized")
+        answers = [(400, {"error": {"message": f"what is {key}"}}, {})]
+        message = failure(address, api_key_env="JUDGE_KEY", concurrency=1)
+        assert message.endswith("400 Bad Request: what is ***")
+        answers = [logprobs(yes=-1.0, no=-1.0)] * 2
+        reward = VLMJudge(endpoint=address, model="tiny", api_key_env="JUDGE_KEY")
+        assert reward.score(pictures(2), PROMPTS[:2]).tolist() == [0, 0]
+    assert key not in f"{reward!r} {vars(reward)} {reward.endpoint!r} {capfd.readouterr()}"
+
+
+@pytest.mark.parametrize(("value", "message"), [(None, "JUDGE_KEY.* is not set"), ("a\nb", "JUDGE_KEY.* holds no key")])
+def test_a_key_that_is_not_there_is_missed_when_loaded(monkeypatch, value, message):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    assert_refused(VLMJudge(endpoint="http://127.0.0.1:9/v1", model="tiny", api_key_env="JUDGE_KEY"), message)
+
+
+def test_requests_wait_for_answers_together():
+    together = threading.Barrier(3)
+
+    def answer(body, handler):
+        together.wait(20)  # passes only when three requests are there
+        return judge(body)
+
+    with chat_server(answer) as (address, _):
+        reward = VLMJudge(endpoint=address, model="tiny", concurrency=3)
+        assert reward.score(pictures(3), PROMPTS[:3]).isfinite().all()
+
+
+def test_the_byte_tokenizer_has_words_with_and_without_a_space():
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.tokenize(text) for text in ("yes", " no", "YES")] == [["yes"], ["\u0120no"], ["Y", "E", "S"]]

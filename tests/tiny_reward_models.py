@@ -1,0 +1,368 @@
+"""Random reward models of the published architectures, small enough to save, and plain computations to compare with."""
+
+import base64
+import io
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    BertTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    ConvNextImageProcessor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+# ---- ImageReward, in the layout of BLIP's authors
+
+BLIP_TOKENS = 35
+BLIP_SIDE, BLIP_PATCH, BLIP_VISION, BLIP_TEXT, BLIP_DEPTH, HEAD = 32, 16, 192, 128, 2, 64
+
+
+def _linear(state: dict, name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+    state[f"{name}.weight"] = torch.randn(rows, columns) * gain / math.sqrt(columns)
+    state[f"{name}.bias"] = torch.randn(rows) * 0.1
+
+
+def _norm(state: dict, name: str, width: int) -> None:
+    state[f"{name}.weight"] = 1 + 0.1 * torch.randn(width)
+    state[f"{name}.bias"] = 0.1 * torch.randn(width)
+
+
+def image_reward_weights(words: int) -> dict[str, Tensor]:
+    """Returns random weights under the published names, with those that the score does not use."""
+    torch.manual_seed(3)
+    state: dict[str, Tensor] = {}
+    vision, text, wide = "blip.visual_encoder", "blip.text_encoder", BLIP_VISION
+    state[f"{vision}.cls_token"] = torch.randn(1, 1, wide)
+    state[f"{vision}.pos_embed"] = torch.randn(1, 1 + (BLIP_SIDE // BLIP_PATCH) ** 2, wide) * 0.2
+    _linear(state, f"{vision}.patch_embed.proj", wide, 3 * BLIP_PATCH**2, gain=2)
+    state[f"{vision}.patch_embed.proj.weight"] = state[f"{vision}.patch_embed.proj.weight"].view(wide, 3, 16, 16)
+    for k in range(BLIP_DEPTH):
+        block = f"{vision}.blocks.{k}"
+        for norm in ("norm1", "norm2"):
+            _norm(state, f"{block}.{norm}", wide)
+        _linear(state, f"{block}.attn.qkv", 3 * wide, wide)
+        _linear(state, f"{block}.attn.proj", wide, wide)
+        _linear(state, f"{block}.mlp.fc1", 2 * wide, wide)
+        _linear(state, f"{block}.mlp.fc2", wide, 2 * wide)
+    _norm(state, f"{vision}.norm", wide)
+    state[f"{text}.embeddings.position_ids"] = torch.arange(64)[None]
+    state[f"{text}.embeddings.word_embeddings.weight"] = torch.randn(words, BLIP_TEXT)
+    state[f"{text}.embeddings.position_embeddings.weight"] = torch.randn(64, BLIP_TEXT) * 0.3
+    _norm(state, f"{text}.embeddings.LayerNorm", BLIP_TEXT)
+    for k in range(BLIP_DEPTH):
+        layer = f"{text}.encoder.layer.{k}"
+        for attention, width in (("attention", BLIP_TEXT), ("crossattention", wide)):
+            _linear(state, f"{layer}.{attention}.self.query", BLIP_TEXT, BLIP_TEXT, gain=2)
+            _linear(state, f"{layer}.{attention}.self.key", BLIP_TEXT, width)
+            _linear(state, f"{layer}.{attention}.self.value", BLIP_TEXT, width)
+            _linear(state, f"{layer}.{attention}.output.dense", BLIP_TEXT, BLIP_TEXT)
+            _norm(state, f"{layer}.{attention}.output.LayerNorm", BLIP_TEXT)
+        _linear(state, f"{layer}.intermediate.dense", 2 * BLIP_TEXT, BLIP_TEXT)
+        _linear(state, f"{layer}.output.dense", BLIP_TEXT, 2 * BLIP_TEXT)
+        _norm(state, f"{layer}.output.LayerNorm", BLIP_TEXT)
+    _linear(state, "blip.vision_proj", 8, wide)  # of BLIP's pretraining
+    _linear(state, "blip.text_proj", 8, BLIP_TEXT)
+    widths = [BLIP_TEXT, 1024, 128, 64, 16, 1]
+    for place, width, narrower in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+        _linear(state, f"mlp.layers.{place}", narrower, width)
+    return state
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention with heads of 64, [n, places, width]; mask is 1 where a key may be seen, [n, keys]."""
+    query, key, value = (part.unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (query, key, value))
+    logits = query @ key.transpose(-1, -2) / HEAD**0.5
+    if mask is not None:
+        logits = logits + (1 - mask[:, None, None].to(logits)) * -10000.0
+    return (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def plain_image_reward(state: dict[str, Tensor], pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """ImageReward of normalised pixels and tokens, written from the paper's and BLIP's description."""
+
+    def linear(name: str, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name: str, inputs: Tensor, epsilon: float) -> Tensor:
+        return F.layer_norm(inputs, inputs.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], epsilon)
+
+    vision, text = "blip.visual_encoder", "blip.text_encoder"
+    patches = F.conv2d(
+        pixels, state[f"{vision}.patch_embed.proj.weight"], state[f"{vision}.patch_embed.proj.bias"], BLIP_PATCH
+    )
+    seen = torch.cat([state[f"{vision}.cls_token"].expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
+    seen = seen + state[f"{vision}.pos_embed"]
+    for k in range(BLIP_DEPTH):
+        block = f"{vision}.blocks.{k}"
+        query, key, value = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", seen, 1e-6)).chunk(3, -1)
+        seen = seen + linear(f"{block}.attn.proj", _attend(query, key, value))
+        hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", seen, 1e-6)))
+        seen = seen + linear(f"{block}.mlp.fc2", hidden)
+    seen = norm(f"{vision}.norm", seen, 1e-6)
+
+    embeddings = f"{text}.embeddings"
+    read = state[f"{embeddings}.word_embeddings.weight"][ids]
+    read = read + state[f"{embeddings}.position_embeddings.weight"][: ids.shape[1]]
+    read = norm(f"{embeddings}.LayerNorm", read, 1e-12)
+    for k in range(BLIP_DEPTH):
+        layer = f"{text}.encoder.layer.{k}"
+        for attention in ("attention", "crossattention"):
+            part, crossed = f"{layer}.{attention}", attention == "crossattention"
+            source = seen if crossed else read
+            query, key, value = (
+                linear(f"{part}.self.{name}", read if name == "query" else source) for name in ("query", "key", "value")
+            )
+            context = _attend(query, key, value, None if crossed else mask)
+            read = norm(f"{part}.output.LayerNorm", linear(f"{part}.output.dense", context) + read, 1e-12)
+        hidden = F.gelu(linear(f"{layer}.intermediate.dense", read))
+        read = norm(f"{layer}.output.LayerNorm", linear(f"{layer}.output.dense", hidden) + read, 1e-12)
+    features = read[:, 0]
+    for place in (0, 2, 4, 6, 7):
+        features = linear(f"mlp.layers.{place}", features)
+    return (features[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def bert_tokenizer() -> BertTokenizer:
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return BertTokenizer(vocab={word: k for k, word in enumerate(words)})
+
+
+def save_tiny_image_reward(folder: Path) -> str:
+    """Saves `ImageReward.pt` and a tokenizer."""
+    tokenizer = bert_tokenizer()
+    torch.save(image_reward_weights(len(tokenizer) + 2), folder / "ImageReward.pt")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# ---- classifiers
+
+LABELS = {0: "tabby, tabby cat", 1: "crane", 2: "Egyptian cat", 3: "crane", 4: "red apple"}
+
+
+def save_tiny_vit(folder: Path, **options) -> str:
+    """Saves a ViT of 32 px with its processor: both sides are resized, bilinear, and colours become -1 .. 1."""
+    torch.manual_seed(4)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        id2label=LABELS,
+        initializer_range=0.1,
+        **options,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_resnet(folder: Path) -> str:
+    """Saves a ResNet with the processor that published ones have: ConvNeXT's, bicubic, which resizes and cuts."""
+    torch.manual_seed(5)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=LABELS, num_channels=3
+    )
+    model = ResNetForImageClassification(config)
+    with torch.no_grad():
+        model.classifier[1].weight.normal_()
+    model.save_pretrained(folder)
+    ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8).save_pretrained(folder)
+    return str(folder)
+
+
+# ---- vision-language models
+
+QWEN_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "start": "<|vision_start|>",
+    "end": "<|vision_end|>",
+}
+CHAT = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' answer:' }}{% endif %}"
+)
+
+
+def byte_tokenizer(*special: str, words: tuple[str, ...] = ("yes", "Yes", "no", "No")) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of bytes, in which some words are one token, with and without the space before."""
+    vocabulary = {letter: k for k, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [(word[:k], word[k]) for word in words for k in range(1, len(word))]
+    merges += [("\u0120", word) for word in words]  # the space before a word
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>", "<pad>", *special)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def save_tiny_llava(folder: Path, **options) -> str:
+    """Saves a LLaVA of 32 px whose processor has no chat template, as that of LLaVA-1.5's first release."""
+    torch.manual_seed(6)
+    tokenizer = byte_tokenizer("<image>", **options)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        initializer_range=0.3,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_qwen(folder: Path) -> str:
+    """Saves a Qwen2-VL, which reads pictures in their own shape, with a chat template that writes `<s>` itself."""
+    torch.manual_seed(7)
+    tokenizer = byte_tokenizer(*QWEN_TOKENS.values())
+    index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 8,
+            "initializer_range": 0.3,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        image_token_id=index["image_token"],
+        video_token_id=index["video_token"],
+        vision_start_token_id=index["start"],
+        vision_end_token_id=index["end"],
+    )
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    sizes = {"patch_size": 8, "min_pixels": 16 * 16, "max_pixels": 64 * 64}
+    pixels, videos = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
+    Qwen2VLProcessor(pixels, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
+    return str(folder)
+
+
+# ---- an endpoint that speaks OpenAI's chat API
+
+
+def logprobs(**tokens: float) -> dict:
+    """Returns an answer with these log-probabilities, the first as what was said."""
+    top = [{"token": token, "logprob": value, "bytes": None} for token, value in tokens.items()]
+    content = [{**top[0], "top_logprobs": top}]
+    return {"choices": [{"message": {"content": top[0]["token"]}, "logprobs": {"content": content}}]}
+
+
+def seen_and_asked(body: dict) -> tuple[np.ndarray, str]:
+    """Returns the picture and the question of a request."""
+    image, text = body["messages"][0]["content"]
+    kind, _, data = image["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), text["text"]
+
+
+def judge(body: dict) -> dict:
+    """Answers a request: brighter pictures and longer questions are more of a yes."""
+    picture, question = seen_and_asked(body)
+    yes = picture.mean() / 255 - 3 + len(question) / 100
+    return logprobs(yes=yes, No=-1.0, maybe=-9.0)
+
+
+@contextmanager
+def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[dict]]]:
+    """Serves `answer(body, handler)` on this machine; yields the address up to /v1, and what was asked.
+
+    An answer is an object, sent as JSON; bytes, sent as they are; (status, object or bytes, headers); or None, where
+    the handler sent it itself.
+    """
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, "headers": dict(self.headers), "body": body})
+            said = answer(body, self)
+            if said is None:
+                return
+            status, said, headers = said if isinstance(said, tuple) else (200, said, {})
+            said = said if isinstance(said, bytes) else json.dumps(said).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(said))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
