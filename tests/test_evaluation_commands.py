@@ -1,0 +1,163 @@
+"""`svdd score`, and what `svdd predict` measures on finished pictures, as a user types it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svdd.__main__ import main
+from svdd.picture_files import read_rows
+
+PROMPTS = ["red apple", "blue car", "panda", "owl"]
+
+
+@pytest.fixture
+def predict(sd15, tmp_path):
+    """Draws four prompts with a random model; returns the run folder."""
+
+    def run(name: str, *arguments: str, code: int = 0):
+        words = ["predict", "--model.diffusion.pretrained", sd15, "--model.diffusion.num_inference_steps", "3"]
+        words += ["--data.prompts", json.dumps(PROMPTS), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+        words += ["--model.sampler.num_candidates", "2"] if "Unguided" not in arguments else []
+        assert main([*words, "--output", str(tmp_path / name), *arguments]) == code
+        return tmp_path / name
+
+    return run
+
+
+def summary_of(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four flat pictures: red, green, blue and white."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]):
+        Image.fromarray(np.full((40, 40, 3), colour, np.uint8)).save(folder / f"{k}.png")
+    (tmp_path / "texts.txt").write_text("\n".join(["warm", "cold", "cold", "warm"]))
+    return folder
+
+
+def test_scores_of_a_folder_are_those_of_the_reward(pictures, tmp_path, capsys, tiny_clip):
+    words = ["score", "--reward", "Brightness", "--images", str(pictures), "--prompts", str(tmp_path / "texts.txt")]
+    assert main([*words, "--eval_rewards+=Colorfulness", "--output", str(tmp_path / "scores")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
+    assert [row["rewards"]["Brightness"] for row in rows] == pytest.approx([0.299, 0.587, 0.114, 1], abs=1e-6)
+    assert [row["prompt"] for row in rows] == ["warm", "cold", "cold", "warm"]
+    assert [row["prompt_index"] for row in rows] == [0, 1, 1, 0]  # two images of each prompt
+    summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert summary["rewards"]["Brightness"]["mean"] == pytest.approx(0.5, abs=1e-6)
+    assert list(summary["rewards"]) == ["Brightness", "Colorfulness"]
+    out = capsys.readouterr().out
+    assert "Brightness: mean 0.5 [" in out
+    assert "4 images" in out
+
+
+def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, capsys):
+    """PNG files hold 8 bits: a CLIP score moves by less than 1e-3."""
+    clip = json.dumps({"class_path": "CLIPScore", "init_args": {"pretrained": tiny_clip}})
+    run = predict("run", "--model.reward", "Compressibility", "--model.eval_rewards", f"[{clip}]")
+    words = ["score", "--reward", "CLIPScore", "--reward.pretrained", tiny_clip, "--eval_rewards+=Compressibility"]
+    assert main([*words, "--images", str(run), "--output", str(tmp_path / "scores"), "--batch_size", "3"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
+    for scored, drawn in zip(rows, read_rows(run), strict=True):
+        assert scored["prompt"] == drawn["prompt"]
+        for name, score in drawn["rewards"].items():
+            assert scored["rewards"][name] == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward", "Brightnes"], "unknown reward 'Brightnes'"),
+        (["--reward", "Brightness", "--images", "absent"], "absent is no folder"),
+        (["--reward", "Brightness", "--prompts", "one.txt"], "one.txt has 1 prompts for 4 pictures"),
+        (["--reward", "Brightness", "--device", "cuda:99"], "device='cuda:99' cannot be used"),
+        (["--reward", "Brightness", "--eval_rewards+=Brightness"], "every reward needs a name of its own"),
+        (["--reward", "CLIPScore", "--reward.pretrained", "./absent"], "CLIPScore: pretrained='absent' has no config"),
+        (["--reward", "Brightness", "--bach_size", "3"], "bach_size"),
+    ],
+)
+def test_a_wrong_score_command_is_one_line_and_code_2(pictures, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("a\n")
+    images = [] if "--images" in arguments else ["--images", str(pictures)]
+    assert main(["score", *arguments, *images]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("svdd: error: ")
+    assert message in line
+
+
+def test_a_sum_reads_its_units_from_an_unguided_run(predict):
+    plain = predict("plain", "--model.reward", "Brightness", "--model.sampler", "Unguided")
+    units = json.dumps(
+        {"rewards": [{"class_path": "ZScored", "init_args": {"reward": "Brightness", "statistics": str(plain)}}]}
+    )
+    run = predict("run", "--model.reward", json.dumps({"class_path": "WeightedSum", "init_args": json.loads(units)}))
+    entry, scores = summary_of(plain)["rewards"]["Brightness"], [row["rewards"] for row in read_rows(run)]
+    bright = predict("bright", "--model.reward", "Brightness")
+    for row, same in zip(scores, read_rows(bright), strict=True):  # a standardised reward guides to the same images
+        assert row["WeightedSum"] == pytest.approx(
+            (same["rewards"]["Brightness"] - entry["mean"]) / entry["std"], rel=1e-3
+        )
+
+
+def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
+    """Guided to be dark, with brightness held out: the check must fire. Guided to be bright, it must not."""
+    (dark := ["--model.reward", "WeightedSum", "--model.reward.rewards", '["Brightness"]'])
+    held_out = "--model.eval_rewards+=Brightness"
+    plain = predict("plain", *dark, "--model.reward.weights", "[-1]", held_out, "--model.sampler", "Unguided")
+    evaluation = ["--evaluation.baseline", str(plain), "--evaluation.features", tiny_clip]
+    evaluation += ["--evaluation.distances", "[cmmd]", "--model.sampler.num_candidates", "8"]
+    capsys.readouterr()
+    run = predict("dark", *dark, "--model.reward.weights", "[-1]", held_out, *evaluation)
+    output = capsys.readouterr()
+    assert "svdd: warning: over-optimisation" in output.err
+    assert "Brightness by -" in output.err
+    found = summary_of(run)
+    assert found["baseline"]["over_optimised"] == ["Brightness"]
+    assert found["baseline"]["rewards"]["WeightedSum"]["ci95_low"] > 0
+    assert found["diversity"]["vendi"] > 1
+    assert found["distances"]["cmmd"] > 0
+    assert found["path_kl"]["mean"] > 0
+    assert summary_of(plain)["path_kl"]["mean"] == 0
+    positive = predict("other", *dark, "--model.reward.weights", "[1]", held_out, "--model.sampler", "Unguided")
+    capsys.readouterr()
+    both = predict("bright", *dark, "--model.reward.weights", "[1]", held_out, "--evaluation.baseline", str(positive))
+    assert "over-optimisation" not in capsys.readouterr().err
+    assert summary_of(both)["baseline"]["over_optimised"] == []
+
+
+def test_what_is_measured_may_change_when_a_run_continues(predict, tiny_clip, capsys):
+    run = predict("run", "--model.reward", "Brightness")
+    before = summary_of(run)
+    capsys.readouterr()
+    predict("run", "--model.reward", "Brightness", "--evaluation.features", tiny_clip)
+    after = summary_of(run)
+    assert after.pop("diversity")["vendi"] > 1
+    assert after == before
+
+
+def test_a_missing_baseline_is_said_before_anything_is_drawn(predict, tmp_path, capsys):
+    run = predict("run", "--model.reward", "Brightness", "--evaluation.baseline", str(tmp_path / "absent"), code=2)
+    assert "evaluation.baseline=" in capsys.readouterr().err
+    assert not (run / "results.jsonl").exists()
+
+
+def test_loggers_get_numbers_and_pictures(predict, tmp_path, tiny_clip):
+    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(tmp_path / "board")}}
+    csv = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
+    words = ["--trainer.logger", json.dumps([logger, csv]), "--evaluation.features", tiny_clip]
+    predict("run", "--model.reward", "Brightness", *words)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (tmp_path / "board").rglob("version_0")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert {"Brightness/mean", "diversity/vendi"} <= set(events.Tags()["scalars"])
+    assert len(events.Tags()["images"]) == len(PROMPTS)
+    (table,) = (tmp_path / "csv").rglob("metrics.csv")
+    assert "diversity/vendi" in table.read_text().splitlines()[0]
