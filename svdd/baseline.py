@@ -4,11 +4,12 @@ A sampler that climbs one reward far enough finds pictures that please the rewar
 reward that was only measured falls while the guide rises (Gao et al., 2022, arXiv 2210.10760).
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from svdd.errors import UserError
-from svdd.metrics.bootstrap import bootstrap_interval, cluster_sums
+from svdd.metrics.bootstrap import bootstrap_interval
 from svdd.picture_files import read_rows
 
 __all__ = ["against", "over_optimised", "warning"]
@@ -41,11 +42,10 @@ def against(run: Path, baseline: Path) -> dict[str, dict[str, float]]:
         raise UserError(f"{run} and {baseline} measured no reward in common; add it to the baseline's eval_rewards")
     result = {}
     for name in names:
-        order = sorted(shared)
-        differences = [ours[index][1][name] - plain[index][1][name] for index in order]
-        sums, counts = cluster_sums(differences, order)
-        low, high = bootstrap_interval(sums, counts)
-        result[name] = {"difference": sum(sums) / len(sums), "ci95_low": low, "ci95_high": high, "prompts": len(sums)}
+        differences = [ours[index][1][name] - plain[index][1][name] for index in sorted(shared)]
+        low, high = bootstrap_interval([[difference] for difference in differences])
+        mean = math.fsum(differences) / len(differences)
+        result[name] = {"difference": mean, "ci95_low": low, "ci95_high": high, "prompts": len(differences)}
     return result
 
 

@@ -316,6 +316,7 @@ def assert_summary(model, rows):
         }
         found = dict(model.summary["rewards"][name])
         low, high = found.pop("ci95_low"), found.pop("ci95_high")
+        assert np.isnan(found.pop("std_within")) == (len(rows) == len({row["prompt_index"] for row in rows}))
         alone = len({row["prompt_index"] for row in rows}) == 1
         assert np.isnan(low) if alone else low <= expected["mean"] <= high
         assert found == pytest.approx(expected, rel=1e-12)

@@ -12,7 +12,8 @@ from svdd.baseline import against, over_optimised, warning
 from svdd.errors import UserError
 from svdd.evaluation import Evaluation
 from svdd.metrics import CMMD, Diversity, RewardStatistics
-from svdd.metrics.bootstrap import bootstrap_interval, cluster_sums
+from svdd.metrics.bootstrap import bootstrap_interval, spread_within
+from svdd.metrics.bootstrap import clustered as in_clusters
 from svdd.picture_files import find_pictures, read_pictures
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -76,12 +77,22 @@ def test_the_interval_does_not_depend_on_order_or_batches():
 
 
 def test_uneven_prompts_weigh_by_their_images():
-    sums, counts = cluster_sums([1.0, 2.0, 3.0, 4.0, 10.0], [7, 7, 2, -1, -1])
-    assert (sums, counts) == ([3.0, 3.0, 4.0, 10.0], [1, 2, 1, 1])
-    assert all(math.isnan(end) for end in bootstrap_interval([1.0], [3]))
-    low, high = bootstrap_interval([0.0, 100.0], [1, 100])
+    assert in_clusters([1.0, 2.0, 3.0, 10.0, 4.0], [7, 7, 2, -1, -1]) == [[3.0], [1.0, 2.0], [4.0], [10.0]]
+    assert all(math.isnan(end) for end in bootstrap_interval([[1.0, 2.0]]))
+    low, high = bootstrap_interval([[0.0], [1.0] * 100])
     assert low == 0
     assert high == 1
+
+
+def test_the_spread_within_prompts_is_that_of_the_deviations():
+    scores, prompts = clustered(0)
+    groups = scores.view(40, 5)
+    expected = (groups - groups.mean(1, keepdim=True)).square().sum() / (40 * 4)
+    assert spread_within(groups.tolist()) == pytest.approx(float(expected.sqrt()))
+    statistics = RewardStatistics()
+    statistics.update(scores, prompts)
+    assert statistics.compute()["std_within"].item() == pytest.approx(0.3**0.5, rel=0.1)
+    assert math.isnan(spread_within([[1.0], [2.0]]))
 
 
 def test_for_an_error_the_best_is_the_lowest():

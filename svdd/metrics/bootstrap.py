@@ -9,29 +9,41 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["bootstrap_interval", "cluster_sums"]
+__all__ = ["bootstrap_interval", "clustered", "spread_within"]
 
 _DRAWS = 1000
 _AT_ONCE = 2**22  # numbers that are drawn together
 
 
-def cluster_sums(values: Sequence[float], clusters: Sequence[int]) -> tuple[list[float], list[int]]:
-    """Returns the sum and the number of the members of each cluster, in the order of the clusters' numbers.
+def clustered(values: Sequence[float], clusters: Sequence[int]) -> list[list[float]]:
+    """Returns the members of each cluster, in the order of the clusters' numbers.
 
     Args:
         values: n numbers.
         clusters: The cluster of each; who has a negative number is a cluster alone.
     """
     members: dict[int, list[float]] = defaultdict(list)
-    alone: list[float] = []
+    alone = []
     for value, cluster in zip(values, clusters, strict=True):
-        (members[cluster] if cluster >= 0 else alone).append(value)
-    groups = [members[cluster] for cluster in sorted(members)] + [[value] for value in sorted(alone)]
-    return [math.fsum(group) for group in groups], [len(group) for group in groups]
+        if cluster < 0:
+            alone.append([value])
+        else:
+            members[cluster].append(value)
+    return [members[cluster] for cluster in sorted(members)] + sorted(alone)
+
+
+def spread_within(groups: Sequence[Sequence[float]]) -> float:
+    """Returns the standard deviation around each cluster's own mean; NaN where no cluster has two members."""
+    freedom = sum(len(group) - 1 for group in groups)
+    if freedom < 1:
+        return math.nan
+    means = [math.fsum(group) / len(group) for group in groups]
+    squares = ((value - mean) ** 2 for group, mean in zip(groups, means, strict=True) for value in group)
+    return math.sqrt(math.fsum(squares) / freedom)
 
 
 def bootstrap_interval(
-    sums: Sequence[float], counts: Sequence[int], level: float = 0.95, draws: int = _DRAWS
+    groups: Sequence[Sequence[float]], level: float = 0.95, draws: int = _DRAWS
 ) -> tuple[float, float]:
     """Returns the percentile interval of the mean over all members, from resampled clusters.
 
@@ -39,19 +51,19 @@ def bootstrap_interval(
     clusters such an interval is too narrow.
 
     Args:
-        sums: The sum of each cluster.
-        counts: The members of each cluster.
+        groups: The members of each cluster.
         level: Coverage, 0 .. 1.
         draws: Resampled data sets.
 
     Returns:
         Lower and upper end; NaN for fewer than two clusters.
     """
-    size = len(sums)
+    size = len(groups)
     if size < 2:
         return math.nan, math.nan
     generator = torch.Generator().manual_seed(0)
-    total, count = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
+    total = torch.tensor([math.fsum(group) for group in groups], dtype=torch.float64)
+    count = torch.tensor([len(group) for group in groups], dtype=torch.float64)
     means = []
     for start in range(0, draws, per := max(1, _AT_ONCE // size)):
         chosen = torch.randint(size, (min(per, draws - start), size), generator=generator)

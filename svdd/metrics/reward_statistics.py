@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from svdd.metrics.bootstrap import bootstrap_interval, cluster_sums
+from svdd.metrics.bootstrap import bootstrap_interval, clustered, spread_within
 
 __all__ = ["RewardStatistics"]
 
@@ -26,7 +26,8 @@ class RewardStatistics(Metric):
     $$
 
     ``median`` is $Q(0.5)$; ``top10`` is $Q(0.9)$, the score that the best 10 % of the images reach, and ``top20`` is
-    $Q(0.8)$; the best is the highest, or the lowest where lower is better. ``ci95_low`` and ``ci95_high`` are the ends
+    $Q(0.8)$; ``std_within`` is the standard deviation around each prompt's own mean, which is what a sampler can
+    choose by. The best is the highest, or the lowest where lower is better. ``ci95_low`` and ``ci95_high`` are the ends
     of the 95 % bootstrap interval of the mean, over prompts. Sums are exactly rounded (``math.fsum``), so the result
     does not depend on the order, the batches or the ranks in which scores arrived: a resumed run reports the same
     bytes.
@@ -43,7 +44,8 @@ class RewardStatistics(Metric):
         >>> statistics.update(torch.tensor([3.0, 4.0, 5.0]))
         >>> {name: round(value.item(), 4) for name, value in statistics.compute().items()}
         ... # doctest: +NORMALIZE_WHITESPACE
-        {'count': 5, 'mean': 3.0, 'std': 1.5811, 'standard_error': 0.7071, 'min': 1.0, 'max': 5.0, 'median': 3.0,
+        {'count': 5, 'mean': 3.0, 'std': 1.5811, 'std_within': nan, 'standard_error': 0.7071, 'min': 1.0, 'max': 5.0,
+         'median': 3.0,
          'top10': 4.6, 'top20': 4.2, 'ci95_low': 1.8, 'ci95_high': 4.2}
     """
 
@@ -93,9 +95,9 @@ class RewardStatistics(Metric):
         """Computes the statistics over everything seen so far, on all ranks.
 
         Returns:
-            ``count`` as int64 [], and ``mean``, ``std``, ``standard_error``, ``min``, ``max``, ``median``, ``top10``,
-            ``top20``, ``ci95_low`` and ``ci95_high`` as float64 [], on the CPU. Without scores all but the count are
-            NaN; with a single one ``std``, ``standard_error`` and the interval are.
+            ``count`` as int64 [], and ``mean``, ``std``, ``std_within``, ``standard_error``, ``min``, ``max``,
+            ``median``, ``top10``, ``top20``, ``ci95_low`` and ``ci95_high`` as float64 [], on the CPU. Without scores
+            all but the count are NaN; with a single one the spreads and the interval are.
         """
         values = dim_zero_cat(self.scores) if len(self.scores) else torch.zeros(0)
         ordered: list[float] = values.cpu().double().sort().values.tolist()
@@ -103,10 +105,12 @@ class RewardStatistics(Metric):
         mean = math.fsum(ordered) / count if count else math.nan
         std = math.sqrt(math.fsum((r - mean) ** 2 for r in ordered) / (count - 1)) if count > 1 else math.nan
         prompts = dim_zero_cat(self.prompts).tolist() if count else []
-        low, high = bootstrap_interval(*cluster_sums(values.tolist(), prompts))
+        groups = clustered(values.tolist(), prompts)
+        low, high = bootstrap_interval(groups)
         statistics = {
             "mean": mean,
             "std": std,
+            "std_within": spread_within(groups),
             "standard_error": std / math.sqrt(count) if count else math.nan,
             "min": _quantile(ordered, 0.0),
             "max": _quantile(ordered, 1.0),

@@ -17,8 +17,9 @@ __all__ = ["ZScored"]
 class ZScored(Reward):
     """A reward in units of its spread: (reward - mean) / std.
 
-    Mean and std are given, or read from the summary of an unguided run that measured the same reward:
-    `svdd predict --model.sampler Unguided --output runs/plain`, then `statistics: runs/plain/summary.json`.
+    Mean and std are given, or read from the summary of an unguided run that measured the same reward: `svdd predict
+    --model.sampler Unguided --model.images_per_prompt 4 --output runs/plain`, then `statistics: runs/plain`. With
+    several images per prompt the spread is that within a prompt, which is what a sampler can choose by.
 
     Args:
         reward: What is measured.
@@ -77,4 +78,6 @@ def _read_statistics(path: Path, name: str) -> tuple[float, float]:
         warnings.warn(
             f"{path} is of a run guided by {summary['sampler']}: its spread is not the model's own", stacklevel=3
         )
-    return float(known[name]["mean"]), float(known[name]["std"])
+    entry = known[name]
+    within = entry.get("std_within")  # null where every prompt had one image
+    return float(entry["mean"]), float(entry["std"] if within is None else within)
