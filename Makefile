@@ -35,9 +35,13 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmarks: $(INSTALLED)  ## Measure guidance and overhead (about 15 minutes on 2 cores)
+benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (hours on 2 cores; the samplers continue where they stopped)
 	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.previews
+	$(BIN)/python -m benchmarks.values
+	$(BIN)/python -m benchmarks.samplers
+	$(BIN)/python -m benchmarks.samplers --time
 
 embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours; continues where it stopped)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
