@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     m, images = options.candidates, options.images
     diffusion, reward = StableDiffusion("emoji", STEPS, guidance_scale=3.0, eta=1.0), Compressibility()
-    learned, mean = LatentConvValue(pretrained=options.pretrained), PosteriorMean()
+    learned, mean = LatentConvValue(use_prompt=False, pretrained=options.pretrained), PosteriorMean()
     for value in (learned, mean):
         value.bind(reward)
         value.prepare(diffusion)

@@ -26,6 +26,8 @@ class LatentConvValue(LearnedValue):
         num_blocks: Residual blocks at each resolution; the latent is halved until its side is at most 8.
         use_prompt: Whether the network sees the prompt's text features.
         dropout: Share of the features that is dropped while training: states of one rollout are much alike.
+        mirror: Show the states of half of the rows mirrored while training, for rewards that do not tell left from
+            right: the network sees twice as many pictures.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
         learning_rate: Peak step size of AdamW, cosine to 0.
         pretrained: Trained weights: a safetensors file that `svdd fit` wrote, or the name of one that ships with svdd.
@@ -36,10 +38,11 @@ class LatentConvValue(LearnedValue):
 
     def __init__(
         self,
-        channels: int = 64,
-        num_blocks: int = 3,
+        channels: int = 32,
+        num_blocks: int = 2,
         use_prompt: bool = True,
         dropout: float = 0.1,
+        mirror: bool = False,
         loss: ValueLoss | None = None,
         learning_rate: float = 1e-3,
         pretrained: str | None = None,
@@ -52,6 +55,7 @@ class LatentConvValue(LearnedValue):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.channels, self.num_blocks, self.use_prompt, self.dropout = channels, num_blocks, use_prompt, dropout
+        self.mirror = mirror
 
     def build(self, diffusion: Diffusion) -> None:
         """Makes the network for the latents' shape and the prompt features' width."""
@@ -73,6 +77,9 @@ class LatentConvValue(LearnedValue):
 
     def estimate(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
         """Returns the estimates in units of the rewards' spread, [n]."""
+        if self.training and self.mirror:
+            turned = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            x = torch.where(turned, x.flip(-1), x)
         frequencies = math.pi * torch.arange(1, _FREQUENCIES + 1, device=x.device, dtype=x.dtype)
         angles = progress[:, None] * frequencies
         condition = self.time(torch.cat([angles.sin(), angles.cos()], 1))
