@@ -300,9 +300,10 @@ class PromptDataModule(LightningDataModule):
         """
         dataset = self._ready()
         finished: bytes | bytearray = self._finished
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        if world_size > 1 and distributed.is_available() and distributed.is_initialized():
-            digest, finished = self.trainer.strategy.broadcast((dataset.digest, finished))
+        trainer = self.trainer
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        if trainer is not None and world_size > 1 and distributed.is_available() and distributed.is_initialized():
+            digest, finished = trainer.strategy.broadcast((dataset.digest, finished))
             if digest != dataset.digest:
                 raise PromptError(
                     f"the prompts of process {rank} are not those of process 0; give every node the same file"

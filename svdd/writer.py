@@ -46,18 +46,28 @@ class RunWriter(L.Callback):
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = False
 
-    def open(self) -> set[int]:
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
+        node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+        return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
+
+    def open(self, scan: bool = True) -> set[int]:
         """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
 
         Only the process of rank 0 changes anything, and it holds the folder until the prediction ends.
 
+        Args:
+            scan: Whether the other processes look for themselves. Without it they return the empty set, and what rank
+                0 has found must be handed to them, as `PromptDataModule` does.
+
         Raises:
             RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
         """
-        if _is_main_process():
+        if self.leads:
             finished = self.folder.claim(self.config, self.overwrite)
         else:
-            finished = set() if self.overwrite else self.folder.finished()
+            finished = self.folder.finished() if scan and not self.overwrite else set()
         self._started, self._drawn = time.monotonic(), False
         return finished
 
@@ -149,14 +159,6 @@ class RunWriter(L.Callback):
     def _close(self) -> None:
         self.folder.close()
         self._started = None
-
-
-def _is_main_process() -> bool:
-    """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
-    return (
-        getattr(rank_zero_only, "rank", 0) == 0
-        and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))) == 0
-    )
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:

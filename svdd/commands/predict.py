@@ -1,14 +1,22 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import hashlib
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.commands.base import ModelCLI, refusals
 from svdd.data import PromptDataModule
 from svdd.errors import UserError
+from svdd.peers import Peers
 from svdd.progress import StepProgress
+from svdd.watch import Watch
 from svdd.writer import RunWriter
 
 __all__ = ["PredictCLI"]
@@ -18,17 +26,34 @@ class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
 
     writer: RunWriter
+    watch: Watch
     finished: set[int]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self._around:
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Prediction; what it returns is on disk, not in memory."""
         return {"predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds how long a silent process is waited for."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--patience",
+            type=float,
+            default=25.0,
+            help="Seconds without a sign of life after which a process of several counts as lost, and the run ends.",
+        )
+
     def before_instantiate_classes(self) -> None:
-        """Checks prompts and run folder, which cost nothing, before weights, which do."""
+        """Checks processes, prompts and run folder, which cost nothing, before weights, which do."""
         config = self.config["predict"]
         with refusals():
+            self.watch = self._around.enter_context(Watch(config.output, config.patience))
+            _check_processes(config.trainer)
             prompts = PromptDataModule(**config.data.as_dict())
         digest = prompts.digest
         prompts.teardown("predict")
@@ -38,7 +63,9 @@ class PredictCLI(ModelCLI):
             plain["ckpt_sha256"] = _digest(config.ckpt_path)
         with refusals():
             self.writer = RunWriter(config.output, plain, config.overwrite)
-        self.finished = self.writer.open()
+        self.finished = self.writer.open(scan=False)
+        if self.writer.leads:
+            Peers.forget(Path(config.output))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
@@ -46,7 +73,7 @@ class PredictCLI(ModelCLI):
         if self.model.sampler.needs_gradient:
             kwargs["inference_mode"] = False
         trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
-        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else [])]
+        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else []), self.watch]
         return trainer
 
     def before_predict(self) -> None:
@@ -69,6 +96,36 @@ class PredictCLI(ModelCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
+
+
+def _check_processes(config: Any) -> None:
+    """Refuses a Trainer that would take other processes for its own, or none, than a launcher has started.
+
+    Without this each of the processes of `torchrun` would draw all prompts where `devices` was forgotten.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher, started = "torchrun", int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        launcher, started = "SLURM", int(os.environ.get("SLURM_NTASKS", 1))
+    else:
+        return
+    strategy = config.strategy if isinstance(config.strategy, str) else "ddp"
+    probe = L.Trainer(
+        accelerator=config.accelerator,
+        strategy=strategy,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if probe.world_size != started:
+        raise UserError(
+            f"{launcher} started {started} processes, but trainer.devices={config.devices} and trainer.num_nodes="
+            f"{config.num_nodes} stand for {probe.world_size}: give --trainer.devices the number of processes on each "
+            "machine and --trainer.num_nodes the number of machines"
+        )
 
 
 def _digest(path: str) -> str:
