@@ -120,10 +120,11 @@ def _check_processes(config: Any) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if probe.world_size != started:
+    planned = probe.num_devices * probe.num_nodes
+    if planned != started:
         raise UserError(
             f"{launcher} started {started} processes, but trainer.devices={config.devices} and trainer.num_nodes="
-            f"{config.num_nodes} stand for {probe.world_size}: give --trainer.devices the number of processes on each "
+            f"{config.num_nodes} stand for {planned}: give --trainer.devices the number of processes on each "
             "machine and --trainer.num_nodes the number of machines"
         )
 

@@ -62,7 +62,7 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
     whole, case = Case(tmp_path / "whole", prompts), Case(tmp_path / "case", prompts)
     whole.resume()
     moments = random.Random(0)
-    lost, kills, seen = 0, 0, {}
+    lost, kills, seen, progress = 0, 0, {}, set()
     while kills < 20:
         process = case.fork()
         process.join(moments.uniform(0.05, 0.7))
@@ -72,6 +72,8 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
         finished = case.finished()
         lost += sum(finished.get(name) != entry for name, entry in seen.items())
         seen = finished
+        progress.add(len(finished))
     lost += case.resume()
+    assert len(progress) >= 5, "the moments do not lie within the run"
     assert case.content() == whole.content()
     table(f"SIGKILL at {kills} random moments", "the batch at work was drawn again each time", lost)
