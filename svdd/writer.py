@@ -37,14 +37,22 @@ class RunWriter(L.Callback):
         output: The run folder; one that was begun with the same settings is continued.
         config: The resolved configuration, kept as config.yaml and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
+        num_prompts: Prompts of the whole run, for its images to go to subfolders where there are too many for one.
     """
 
-    def __init__(self, output: str | Path, config: dict[str, Any] | None = None, overwrite: bool = False) -> None:
-        self.folder = RunFolder(output)
+    def __init__(
+        self,
+        output: str | Path,
+        config: dict[str, Any] | None = None,
+        overwrite: bool = False,
+        num_prompts: int | None = None,
+    ) -> None:
+        self.folder = RunFolder(output, num_prompts)
         self.config = config or {}
         self.overwrite = overwrite
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = False
+        self.failed_prompts = 0  # of this prediction, once it has ended
 
     @property
     def leads(self) -> bool:
@@ -117,7 +125,7 @@ class RunWriter(L.Callback):
         if len(pixels) != len(outputs.rows):
             raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
         images = ((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
-        self.folder.write(images, outputs.traces)
+        self.folder.write(images, outputs.traces, outputs.failures)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Folds the files of all processes together and writes the summary that the module has computed by now."""
@@ -154,7 +162,9 @@ class RunWriter(L.Callback):
         prompts, images = self.folder.merge()
         seconds = round(time.monotonic() - self._started, 3)
         summary = cast(Any, pl_module).summary
-        self.folder.write_summary({"prompts": prompts, "images": images, **summary, "wall_seconds": seconds})
+        self.failed_prompts = self.folder.merge_failures()
+        counts = {"prompts": prompts, "images": images, "failed_prompts": self.failed_prompts}
+        self.folder.write_summary({**counts, **summary, "wall_seconds": seconds})
 
     def _close(self) -> None:
         self.folder.close()

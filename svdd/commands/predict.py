@@ -55,14 +55,14 @@ class PredictCLI(ModelCLI):
             self.watch = self._around.enter_context(Watch(config.output, config.patience))
             _check_processes(config.trainer)
             prompts = PromptDataModule(**config.data.as_dict())
-        digest = prompts.digest
+        digest, num_prompts = prompts.digest, prompts.num_prompts
         prompts.teardown("predict")
         plain = self.resolved()
         plain["data"]["prompts_sha256"] = digest
         if config.ckpt_path is not None:
             plain["ckpt_sha256"] = _digest(config.ckpt_path)
         with refusals():
-            self.writer = RunWriter(config.output, plain, config.overwrite)
+            self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts)
         self.finished = self.writer.open(scan=False)
         if self.writer.leads:
             Peers.forget(Path(config.output))
@@ -88,6 +88,12 @@ class PredictCLI(ModelCLI):
         """Says where the images are and how they score."""
         summary = self.model.summary
         if self.trainer.is_global_zero and summary:
+            failed = self.writer.failed_prompts
+            if failed:
+                where = f"see {self.writer.folder.path}/failed.jsonl; the same command tries them again"
+                print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
+            if failed and not summary["rewards"][summary["guide"]]["count"]:
+                raise UserError("no prompt could be drawn, so no picture was made")
             guide = summary["rewards"][summary["guide"]]
             print(f"{guide['count']:.0f} images in {self.writer.folder.path}/images")
             for name, entry in summary["rewards"].items():

@@ -77,7 +77,9 @@ class Case:
         self.processes.append(process)
         return process
 
-    def fork_ranks(self, world_size: int, *options: str, devices: int | None = None) -> list[BaseProcess]:
+    def fork_ranks(
+        self, world_size: int, *options: str, devices: int | None = None, environment: dict[str, str] | None = None
+    ) -> list[BaseProcess]:
         """Starts the processes of one machine as torchrun would."""
         port = free_port()
         several = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices or world_size)]
@@ -86,6 +88,7 @@ class Case:
                 *several,
                 *options,
                 environment={
+                    **(environment or {}),
                     "TORCHELASTIC_RUN_ID": "test",
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -136,8 +139,12 @@ class Case:
     def finished(self) -> dict[str, tuple[str, int]]:
         """The images that have a whole row: their digest, and when they were written."""
         rows = {}
-        for path in self.folder.glob("results*.jsonl"):
-            for line in path.read_bytes().splitlines(keepends=True):
+        for path in sorted(self.folder.glob("results*.jsonl")):  # shards first: rows move from them to results.jsonl
+            try:
+                lines = path.read_bytes().splitlines(keepends=True)
+            except FileNotFoundError:
+                continue
+            for line in lines:
                 if line.endswith(b"\n"):
                     row = json.loads(line)
                     rows[row["file"]] = (row["sha256"], (self.folder / row["file"]).stat().st_mtime_ns)

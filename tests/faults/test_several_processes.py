@@ -59,7 +59,7 @@ def test_a_process_that_fails(tmp_path, failing: int):
     prompts = [f"prompt {k}" for k in range(6)]
     prompts[2 + failing] = "bad"
     case = Case(tmp_path / "case", prompts)
-    processes = case.fork_ranks(2, "--model.reward.bad", "bad", "--data.batch_size", "1")
+    processes = case.fork_ranks(2, "--data.batch_size", "1", environment={"STUB_BAD": "bad"})
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [1, 1]
