@@ -7,12 +7,14 @@ also measures two one-thread processes against one, on the embedded model.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -86,26 +88,33 @@ def own_process(*words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()[-1]
 
 
-def throughput(prompts: int) -> tuple[float, float]:
-    """Returns the seconds that one and two one-thread processes take to draw, without their start.
+class Speed(NamedTuple):
+    """Seconds for each prompt: on the clock, and of all processors together, which other jobs do not change."""
 
-    The start is what a run of two prompts takes; both are taken from each run's own `wall_seconds`.
+    wall: float
+    processor: float
+
+
+def speed(devices: int, prompts: int) -> Speed:
+    """Returns what one-thread processes need for a prompt, without their start.
+
+    The start is what a run of two prompts takes; wall times are the runs' own `wall_seconds`.
     """
-    seconds = []
-    for devices in (1, 2):
-        walls = []
-        for limit in (2, prompts):
-            with tempfile.TemporaryDirectory() as name:
-                command = [sys.executable, "-m", "svdd", "predict", "--config", "configs/quickstart.yaml"]
-                command += ["--data.prompts", "configs/emoji_prompts.txt", "--data.limit", str(limit)]
-                command += ["--data.batch_size", "1", "--output", name, "--trainer.accelerator", "cpu"]
-                command += ["--trainer.devices", str(devices)]
-                command += ["--trainer.strategy", "ddp"] if devices > 1 else []
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                subprocess.run(command, check=True, capture_output=True, env=environment)
-                walls.append(json.loads((Path(name) / "summary.json").read_text())["wall_seconds"])
-        seconds.append((walls[1] - walls[0]) / (prompts - 2))
-    return seconds[0], seconds[1]
+    runs = []
+    for limit in (2, prompts):
+        with tempfile.TemporaryDirectory() as name:
+            command = [sys.executable, "-m", "svdd", "predict", "--config", "configs/quickstart.yaml"]
+            command += ["--data.prompts", "configs/emoji_prompts.txt", "--data.limit", str(limit)]
+            command += ["--data.batch_size", "1", "--output", name, "--trainer.accelerator", "cpu"]
+            command += ["--trainer.devices", str(devices), "--trainer.strategy", "ddp" if devices > 1 else "auto"]
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            wall = json.loads((Path(name) / "summary.json").read_text())["wall_seconds"]
+            runs.append((wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+    short, long = runs
+    return Speed(*((long[k] - short[k]) / (prompts - 2) for k in range(2)))
 
 
 def table(results: list[dict]) -> list[str]:
@@ -144,11 +153,19 @@ def main() -> None:
         *table(results),
     ]
     if options.processes:
-        one, two = throughput(options.processes)
+        one, two = speed(1, options.processes), speed(2, options.processes)
         lines += [
             "",
-            f"Two one-thread processes against one on the embedded model, {options.processes} prompts, SVDD with "
-            f"M = 8 and T = 25: {one:.2f} s and {two:.2f} s a prompt, **{one / two:.2f} times** the throughput.",
+            f"Two one-thread processes against one on the embedded model (SVDD, M = 8, T = 25, {options.processes} "
+            f"prompts, without the start; {os.cpu_count()} cores, load average {os.getloadavg()[1]:.1f}):",
+            "",
+            "| processes | seconds per prompt | processor seconds per prompt |",
+            "|---:|---:|---:|",
+            f"| 1 | {one.wall:.2f} | {one.processor:.2f} |",
+            f"| 2 | {two.wall:.2f} | {two.processor:.2f} |",
+            "",
+            f"Throughput on the clock, which other jobs on the machine bear on: {one.wall / two.wall:.2f} times. By "
+            f"processor time, which is what free cores give: {2 * one.processor / two.processor:.2f} times.",
         ]
     text = "\n".join(lines) + "\n"
     print(text)

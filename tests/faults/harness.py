@@ -196,7 +196,7 @@ def _run(words: list[str], environment: dict[str, str], log: str, disk: int | No
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SVDD_LEADER"):
         os.environ.pop(name, None)
     os.environ.update(environment)
-    rank_zero_only.rank = int(environment.get("RANK", 0))
+    rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

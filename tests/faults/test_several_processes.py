@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import Case
+from tests.faults.harness import Case, free_port
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 2), (2, 3)])
@@ -77,3 +77,22 @@ def test_wrong_devices_under_torchrun(case: Case):
     assert [process.exitcode for process in processes] == [2, 2]
     assert "torchrun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 stand for 1" in case.said()
     assert not case.folder.exists()
+
+
+def test_the_processes_that_slurm_starts(case: Case, whole: Case):
+    case.gate.touch()
+    several = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "svdd", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+
+    def start(*options: str) -> list[int | None]:
+        ranks = ({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2))
+        processes = [case.fork(*options, environment=slurm | rank) for rank in ranks]
+        for process in processes:
+            process.join(60)
+        return [process.exitcode for process in processes]
+
+    assert start() == [2, 2]
+    assert "SLURM started 2 processes, but trainer.devices=1" in case.said()
+    assert start(*several) == [0, 0], case.said()[-3000:]
+    assert case.content()[0] == whole.content()[0]
