@@ -16,7 +16,7 @@ HEADER = "# svdd run"
 # What does not change which images a run makes, beyond float rounding.
 _HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    r"|(output|overwrite|patience|data\.(batch_size|num_workers)|model\.(on_error|diffusion\.(chunk_size|compile)))(\..*)?"
+    r"|(output|overwrite|patience|tar|data\.(batch_size|num_workers)|model\.(on_error|diffusion\.(chunk_size|compile)))(\..*)?"
 )
 
 

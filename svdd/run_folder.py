@@ -19,11 +19,12 @@ from typing import Any
 from svdd.run_config import HEADER, differences, dump_config, load_config
 from svdd.run_files import RunError, explained, lock, sync_folder, write_atomically
 from svdd.run_shards import Key, Places, ShardedFile, encode
+from svdd.run_tar import OWN_SHARD, TarWriter, is_in_shard, member_of, read_image, repair
 
 __all__ = ["RunFolder", "image_name"]
 
 _OWN_FILE = re.compile(r"(config\.yaml|(results|trace|failed)(-\d+)?\.jsonl|summary\.json)(\.tmp)?")
-_OWN_IMAGE = re.compile(r"\d{6,}-\d{2,}\.png(\.tmp)?")
+_OWN_IMAGE = re.compile(rf"(\d{{6,}}-\d{{2,}}\.png|{OWN_SHARD.pattern})(\.tmp)?")
 _OWN_FOLDER = re.compile(r"\d{4,}")
 _IMAGES_PER_FOLDER = 10_000  # beyond which folders become slow to list and to back up
 
@@ -35,9 +36,10 @@ class RunFolder:
         path: The folder; it need not exist.
         num_prompts: Prompts of the whole run; where they make more images than a folder should hold, the images go to
             subfolders, in the same way however often the run is interrupted.
+        tar: Write the images into tar shards instead of a file each.
     """
 
-    def __init__(self, path: str | Path, num_prompts: int | None = None) -> None:
+    def __init__(self, path: str | Path, num_prompts: int | None = None, tar: bool = False) -> None:
         self.path = Path(path)
         self.num_prompts = num_prompts or 0
         self.results = self.path / "results.jsonl"
@@ -48,6 +50,8 @@ class RunFolder:
         self._config = self.path / "config.yaml"
         self._images = self.path / "images"
         self._lock: int | None = None
+        self._tar = tar
+        self._archive: TarWriter | None = None  # None where images are files of their own, or nothing is written
         self._rank: int | None = None  # None while the shards are closed
 
     def claim(self, config: dict[str, Any], overwrite: bool = False) -> set[int]:
@@ -87,6 +91,8 @@ class RunFolder:
         """
         with explained(self.path):
             self._rows.open(rank)
+            if self._tar and self._archive is None:
+                self._archive = TarWriter(self._images, rank)
         self._rank = rank
 
     def write(
@@ -108,19 +114,8 @@ class RunFolder:
         """
         if self._rank is None:
             raise RuntimeError("write needs an open shard: call open_shard first")
-        rows = []
-        folders = {self._images}
         with explained(self.path):
-            for row, png in images:
-                name = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
-                path = self.path / name
-                if path.parent not in folders:
-                    path.parent.mkdir(exist_ok=True)
-                    folders.add(path.parent)
-                write_atomically(path, png, durable=False)
-                rows.append({**row, "file": name, "sha256": hashlib.sha256(png).hexdigest()})
-            for folder in folders:
-                sync_folder(folder)
+            rows = self._write_files(images) if self._archive is None else self._write_tar(self._archive, images)
             if traces:
                 self._traces.open(self._rank)
                 self._traces.append(traces)
@@ -131,6 +126,9 @@ class RunFolder:
 
     def close_shard(self) -> None:
         """Closes this process's shards, if they are open."""
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
         self._rows.close()
         self._traces.close()
         self._failures.close()
@@ -169,6 +167,41 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
+    def _write_files(self, images: Iterable[tuple[dict[str, Any], bytes]]) -> list[dict[str, Any]]:
+        """Writes each image to a file of its own and returns the completed rows."""
+        rows, folders = [], {self._images}
+        for row, png in images:
+            name = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
+            path = self.path / name
+            if path.parent not in folders:
+                path.parent.mkdir(exist_ok=True)
+                folders.add(path.parent)
+            write_atomically(path, png, durable=False)
+            rows.append({**row, "file": name, "sha256": hashlib.sha256(png).hexdigest()})
+        for folder in folders:
+            sync_folder(folder)
+        return rows
+
+    def _write_tar(self, archive: TarWriter, images: Iterable[tuple[dict[str, Any], bytes]]) -> list[dict[str, Any]]:
+        """Writes the images into the shard at work, each followed by its row, and returns the completed rows."""
+        rows, members = [], []
+        for row, png in images:
+            name = Path(image_name(row["prompt_index"], row["image_index"])).name
+            file = f"images/{archive.shard()}/{name}"
+            rows.append({**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()})
+            members += [(name, png), (f"{name.partition('.')[0]}.json", encode(rows[-1]))]
+        if rows:
+            archive.append(members, len(rows))
+        return rows
+
+    def _repair_tar(self) -> None:
+        """Drops what is torn or has no row from the shards; after the rows are folded."""
+        wanted: dict[str, set[str]] = {}
+        for row in (row for part in self.rows() for row in part):
+            if (inside := member_of(row["file"])) is not None:
+                wanted.setdefault(Path(inside[0]).name, set()).add(inside[1].partition(".")[0])
+        repair(self._images, wanted)
+
     def _claim(self, config: dict[str, Any], overwrite: bool) -> set[int]:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"the output must be a folder, got the file {self.path}; choose another --output")
@@ -198,6 +231,7 @@ class RunFolder:
         if self._rows.shards() or lines > len(kept):
             self._rows.fold(kept)
         self._fold_traces(kept)
+        self._repair_tar()
         return finished
 
     def _has_rows(self) -> bool:
@@ -241,7 +275,7 @@ class RunFolder:
 
     def _has_image(self, key: Key, row: dict[str, Any]) -> bool:
         try:
-            return hashlib.sha256((self.path / row["file"]).read_bytes()).hexdigest() == row["sha256"]
+            return hashlib.sha256(read_image(self.path, row["file"])).hexdigest() == row["sha256"]
         except OSError:
             return False
 
@@ -269,4 +303,5 @@ def _is_row(row: dict[str, Any]) -> bool:
     place = row["prompt_index"], row["image_index"], row["num_images"]
     numbered = type(row["num_images"]) is int and 0 <= row["image_index"] < row["num_images"]
     named = numbered and row["file"] in (image_name(*place), image_name(*place, num_prompts=_IMAGES_PER_FOLDER + 1))
+    named = named or (numbered and is_in_shard(row["file"], Path(image_name(*place[:2])).name))
     return named and isinstance(row["sha256"], str)

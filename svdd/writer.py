@@ -38,6 +38,7 @@ class RunWriter(L.Callback):
         config: The resolved configuration, kept as config.yaml and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
         num_prompts: Prompts of the whole run, for its images to go to subfolders where there are too many for one.
+        tar: Write the images into tar shards, which WebDataset reads, instead of a file each.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class RunWriter(L.Callback):
         config: dict[str, Any] | None = None,
         overwrite: bool = False,
         num_prompts: int | None = None,
+        tar: bool = False,
     ) -> None:
-        self.folder = RunFolder(output, num_prompts)
+        self.folder = RunFolder(output, num_prompts, tar)
         self.config = config or {}
         self.overwrite = overwrite
         self._started: float | None = None  # when the folder was opened; None while it is not

@@ -39,8 +39,11 @@ class PredictCLI(ModelCLI):
         return {"predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds how long a silent process is waited for."""
+        """Adds where images go and how long a silent process is waited for."""
         super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--tar", type=bool, default=False, help="Write images into tar shards (WebDataset) instead of PNG files."
+        )
         parser.add_argument(
             "--patience",
             type=float,
@@ -62,7 +65,7 @@ class PredictCLI(ModelCLI):
         if config.ckpt_path is not None:
             plain["ckpt_sha256"] = _digest(config.ckpt_path)
         with refusals():
-            self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts)
+            self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self.finished = self.writer.open(scan=False)
         if self.writer.leads:
             Peers.forget(Path(config.output))

@@ -68,6 +68,10 @@ class Case:
     def words(self, *options: str) -> list[str]:
         return ["predict", "--config", str(self.config), "--output", str(self.folder), *options]
 
+    def run(self, *options: str) -> int:
+        """Runs in this process and returns the exit code."""
+        return main(self.words(*options))
+
     def fork(self, *options: str, environment: dict[str, str] | None = None, disk: int | None = None) -> BaseProcess:
         """Starts a run in a copy of this process; `disk` limits the size of each of its files."""
         process = multiprocessing.get_context("fork").Process(
@@ -147,7 +151,8 @@ class Case:
             for line in lines:
                 if line.endswith(b"\n"):
                     row = json.loads(line)
-                    rows[row["file"]] = (row["sha256"], (self.folder / row["file"]).stat().st_mtime_ns)
+                    path = self.folder / row["file"]
+                    rows[row["file"]] = (row["sha256"], 0 if ".tar/" in row["file"] else path.stat().st_mtime_ns)
         return rows
 
     def resume(self, *options: str) -> int:

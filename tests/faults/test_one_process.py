@@ -5,9 +5,11 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from svdd.run_tar import read_image
 from tests.faults.harness import Case, until
 
 KEPT = "finished images are kept, and the same command continues"
@@ -82,6 +84,30 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
     assert len(progress) >= 5, "the moments do not lie within the run"
     assert case.content() == whole.content()
     table(f"SIGKILL at {kills} random moments", "the batch at work was drawn again each time", lost)
+
+
+def test_kills_while_shards_are_written(tmp_path, table: Callable):
+    prompts = [f"prompt {k}" for k in range(100)]
+    whole, case = Case(tmp_path / "whole", prompts), Case(tmp_path / "case", prompts)
+    whole.resume()
+    moments = random.Random(1)
+    lost, seen = 0, {}
+    for _ in range(4):
+        process = case.fork("--tar", "true")
+        until(lambda: len(case.finished()) > len(seen))  # noqa: B023
+        process.join(moments.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        finished = case.finished()
+        lost += sum(finished.get(name) != entry for name, entry in seen.items())
+        seen = finished
+    lost += case.resume("--tar", "true")
+    rows = [json.loads(line) for line in (case.folder / "results.jsonl").read_text().splitlines()]
+    images = whole.content()[0]
+    assert len(rows) == len(images) == 100
+    assert all(read_image(case.folder, row["file"]) == images[Path(row["file"]).name] for row in rows)
+    assert len(list(case.folder.glob("images/*.tar"))) > 1
+    table("SIGKILL while tar shards are written", "torn ends were dropped, new shards begun", lost)
 
 
 BAD = {"STUB_BAD": "there"}
