@@ -35,9 +35,10 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmarks: $(INSTALLED)  ## Measure guidance and overhead (about 15 minutes on 2 cores)
+benchmarks: $(INSTALLED)  ## Measure guidance, overhead and scale (about 20 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.scale --processes 26
 
 embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours; continues where it stopped)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
