@@ -60,6 +60,7 @@ def test_a_signal_before_the_first_batch(case: Case, whole: Case):
     assert case.content() == whole.content()
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
     prompts = [f"prompt {k}" for k in range(200)]
     whole, case = Case(tmp_path / "whole", prompts), Case(tmp_path / "case", prompts)
@@ -86,6 +87,7 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
     table(f"SIGKILL at {kills} random moments", "the batch at work was drawn again each time", lost)
 
 
+@pytest.mark.slow
 def test_kills_while_shards_are_written(tmp_path, table: Callable):
     prompts = [f"prompt {k}" for k in range(100)]
     whole, case = Case(tmp_path / "whole", prompts), Case(tmp_path / "case", prompts)

@@ -32,7 +32,7 @@ def test_all_processes_stop_when_one_is_told_to(case: Case, whole: Case, table: 
         process.join(60)
     assert [process.exitcode for process in processes] == [143, 143]
     lost = case.resume()
-    assert case.content()[0] == whole.content()[0]
+    assert case.content() == whole.content()
     table("SIGTERM to one process of two", "both finished their batch, exit code 143", lost)
 
 
@@ -50,15 +50,16 @@ def test_a_stopped_process(case: Case, whole: Case, table: Callable, stopped: in
     processes[stopped].join(60)
     assert processes[stopped].exitcode == 1
     lost = case.resume()
-    assert case.content()[0] == whole.content()[0]
+    assert case.content() == whole.content()
     table(f"SIGSTOP of process {stopped} of two", "the other ended after its patience, exit code 1", lost)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_that_fails(tmp_path, failing: int):
+def test_a_process_that_fails(tmp_path, table: Callable, failing: int):
     prompts = [f"prompt {k}" for k in range(6)]
     prompts[2 + failing] = "bad"
-    case = Case(tmp_path / "case", prompts)
+    case, whole = Case(tmp_path / "case", prompts), Case(tmp_path / "whole", prompts)
+    whole.resume("--data.batch_size", "1")
     processes = case.fork_ranks(2, "--data.batch_size", "1", environment={"STUB_BAD": "bad"})
     for process in processes:
         process.join(60)
@@ -68,6 +69,9 @@ def test_a_process_that_fails(tmp_path, failing: int):
     finished = case.finished()
     assert f"images/{failing:06d}-00.png" in finished
     assert f"images/{2 + failing:06d}-00.png" not in finished
+    lost = case.resume("--data.batch_size", "1")
+    assert case.content() == whole.content()
+    table(f"an error in process {failing} of two", "the other ended with it, exit code 1", lost)
 
 
 def test_wrong_devices_under_torchrun(case: Case):
@@ -95,4 +99,4 @@ def test_the_processes_that_slurm_starts(case: Case, whole: Case):
     assert start() == [2, 2]
     assert "SLURM started 2 processes, but trainer.devices=1" in case.said()
     assert start(*several) == [0, 0], case.said()[-3000:]
-    assert case.content()[0] == whole.content()[0]
+    assert case.content() == whole.content()
