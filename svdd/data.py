@@ -7,13 +7,15 @@ import os
 import tempfile
 import weakref
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from multiprocessing import context, reduction
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from svdd.prompt_files import PromptError, Row, open_source, shorten, to_record
 
@@ -143,6 +145,37 @@ class PromptDataset(Dataset[Prompt]):
         self._spool.close()
 
 
+class _Share(IterableDataset[list[Prompt]]):
+    """One process's share of the unfinished prompts, in batches: every n-th, so that shares differ by one at most.
+
+    It says no length on purpose. Lightning then neither keeps the indices of every batch, which would grow with the
+    run, nor leaves out the hooks of a process without a prompt, on which the others would wait.
+
+    Args:
+        dataset: All prompts.
+        finished: A flag per prompt.
+        batch_size: Prompts in a batch.
+        rank: This process.
+        world_size: The number of processes.
+    """
+
+    def __init__(
+        self, dataset: PromptDataset, finished: bytes | bytearray, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._dataset, self._finished, self._batch_size = dataset, finished, batch_size
+        self._rank, self._world_size = rank, world_size
+        self.num_prompts = len(range(rank, finished.count(0), world_size))
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        unfinished = (index for index, flag in enumerate(self._finished) if not flag)
+        mine = islice(unfinished, self._rank, None, self._world_size)
+        worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
+        for number in range(-(-self.num_prompts // self._batch_size)):
+            batch = list(islice(mine, self._batch_size))
+            if number % workers == worker:  # workers take turns, and the loader asks them in turn
+                yield [self._dataset[index] for index in batch]
+
+
 class PromptDataModule(LightningDataModule):
     """Prompts from a list or a file, in batches, in order, each exactly once.
 
@@ -240,7 +273,8 @@ class PromptDataModule(LightningDataModule):
         """Leave finished prompts out of the loader; the others keep their index. Calls add up until `teardown`.
 
         Args:
-            indices: Values of `Prompt.index`, the same in every process; those past the end are ignored.
+            indices: Values of `Prompt.index`; those past the end are ignored. Where several processes share the
+                prompts, those that rank 0 skips are the ones that count.
 
         Raises:
             ValueError: If an index is negative.
@@ -257,20 +291,24 @@ class PromptDataModule(LightningDataModule):
         return self.predict_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
-        """Return a loader of `list[Prompt]`, in order, without the skipped prompts.
+        """Return a loader of `list[Prompt]`: this process's share of the prompts that are not skipped, in order.
+
+        The shares of all processes differ by one prompt at most, and some may be empty.
 
         Raises:
-            PromptError: If the source cannot be used, or some but not all processes would get no prompt.
+            PromptError: If the source cannot be used, or differs between the processes.
         """
-        dataset: Dataset[Prompt] = self._ready()
-        remaining = self._finished.count(0)
-        world_size = 1 if self.trainer is None else self.trainer.world_size
-        if 0 < remaining < world_size:
-            raise PromptError(
-                f"each of the {world_size} processes needs a prompt, but {remaining} of {self.num_prompts} remain"
-                f" to be done; use at most {remaining} device{'s' if remaining > 1 else ''}"
-            )
-        if remaining < self.num_prompts:
-            dataset = Subset(dataset, array("Q", (i for i, done in enumerate(self._finished) if not done)))
-        # By keyword, all of it: Lightning builds the loader anew with its own sampler and trips over positions.
-        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=list)
+        dataset = self._ready()
+        finished: bytes | bytearray = self._finished
+        trainer = self.trainer
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        if trainer is not None and world_size > 1 and distributed.is_available() and distributed.is_initialized():
+            digest, finished = trainer.strategy.broadcast((dataset.digest, finished))
+            if digest != dataset.digest:
+                raise PromptError(
+                    f"the prompts of process {rank} are not those of process 0; give every node the same file"
+                )
+        if not finished.count(0):  # every process sees it: Lightning leaves the loop out
+            return DataLoader(dataset=cast(Any, ()), batch_size=None)
+        share = _Share(dataset, finished, self.batch_size, rank, world_size)
+        return DataLoader(dataset=cast(Any, share), batch_size=None, num_workers=self.num_workers)

@@ -1,7 +1,7 @@
 """The LightningModule that wraps a diffusion model, a sampler, a value and a reward."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from svdd.fitting import ValueFitting
 from svdd.ledger import Ledger
 from svdd.metrics import RewardStatistics
 from svdd.prediction import Prediction
+from svdd.quarantine import draw_the_rest
 from svdd.rewards.base import Reward
 from svdd.samplers.base import Sampler
 from svdd.samplers.svdd import SVDD
@@ -41,6 +42,8 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
             iterations) becomes the largest that stays within it; `chosen` tells which. By default the count is yours.
         seed: Image k of prompt p starts from the seed `seed + p * images_per_prompt + k`; a prompt that brings its
             own seed s uses s + k.
+        on_error: What happens when a prompt cannot be drawn or scored. `raise` ends the run; `skip` leaves the prompt
+            out, writes it to failed.jsonl and goes on; starting the same command again tries it once more.
 
     Raises:
         ValueError: If `images_per_prompt` or `budget` is below 1, or `seed` negative.
@@ -65,6 +68,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         images_per_prompt: int = 1,
         budget: int | None = None,
         seed: int = 0,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
@@ -82,6 +86,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         self.value.prepare(self.diffusion)
         self.eval_rewards = ModuleList(eval_rewards or [])
         self.images_per_prompt, self.budget, self.seed = images_per_prompt, budget, seed
+        self.on_error = on_error
         if budget is not None:
             self.sampler = self.sampler.within(budget // self.value.most_rows, self.diffusion.num_inference_steps)
         self.sampler.check(self.diffusion, self.value)
@@ -153,6 +158,13 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         return final
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Prediction:
+        """Draws and scores the batch, or what can be of it where `on_error` is `skip`, and takes its statistics."""
+        prediction = draw_the_rest(self._predict, batch) if self.on_error == "skip" else self._predict(batch)
+        if prediction.rows:
+            self.record(prediction.rows)
+        return prediction
+
+    def _predict(self, batch: list[Prompt]) -> Prediction:
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         images_per_prompt, returned = self.images_per_prompt, self.sampler.returned
         jobs = [(prompt, k) for prompt in batch for k in range(images_per_prompt)]
@@ -194,7 +206,6 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
             {"prompt_index": prompt.index, "image_index": k * returned, **columns}
             for (prompt, k), columns in zip(jobs, trace.per_image(lineage=returned > 1), strict=False)
         ]
-        self.record(rows)
         return Prediction(final.images.cpu(), rows, traces)
 
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it

@@ -1,5 +1,6 @@
 """Pictures on disk: those of a run folder, or all of any folder, with what is known about each."""
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from svdd.errors import UserError
+from svdd.run_tar import read_image
 
 __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures", "read_rows"]
 
@@ -23,14 +25,21 @@ class Picture:
     """A picture on disk.
 
     Args:
-        path: The file.
+        folder: The folder that was asked for.
+        file: The file in it, or a member of one of its tar shards.
         prompt_index: The index of its prompt; where prompts are unknown, its own position.
         prompt: The prompt's text; empty where it is unknown.
     """
 
-    path: Path
+    folder: Path
+    file: str
     prompt_index: int
     prompt: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.folder / self.file
 
 
 def find_pictures(folder: Path) -> list[Picture]:
@@ -40,10 +49,10 @@ def find_pictures(folder: Path) -> list[Picture]:
         UserError: If there are none.
     """
     if (folder / "results.jsonl").is_file():
-        found = [Picture(folder / row["file"], row["prompt_index"], row["prompt"]) for row in read_rows(folder)]
+        found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in read_rows(folder)]
     elif folder.is_dir():
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-        found = [Picture(path, k) for k, path in enumerate(paths)]
+        found = [Picture(folder, str(path.relative_to(folder)), k) for k, path in enumerate(paths)]
     else:
         raise UserError(f"{folder} is no folder; expected a run folder or one of pictures")
     if not found:
@@ -77,7 +86,7 @@ def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[lis
     batch: list[Picture] = []
     pixels: list[Tensor] = []
     for picture in pictures:
-        tensor = torch.from_numpy(pixels_of(picture.path)).permute(2, 0, 1).float() / 255
+        tensor = torch.from_numpy(pixels_of(picture.folder, picture.file)).permute(2, 0, 1).float() / 255
         if batch and (len(batch) == count or tensor.shape != pixels[0].shape):
             yield batch, torch.stack(pixels)
             batch, pixels = [], []
@@ -87,14 +96,18 @@ def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[lis
         yield batch, torch.stack(pixels)
 
 
-def pixels_of(path: Path) -> np.ndarray:
-    """Returns a file's pixels, uint8 [h, w, 3].
+def pixels_of(folder: Path, file: str) -> np.ndarray:
+    """Returns a picture's pixels, uint8 [h, w, 3].
+
+    Args:
+        folder: A run folder, or any other.
+        file: The file in it, or a member of a tar shard, as a row's `file` says.
 
     Raises:
         UserError: If it is no picture.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_image(folder, file))) as image:
             return np.array(image.convert("RGB"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+        raise UserError(f"{folder / file} cannot be read as a picture: {error}") from error

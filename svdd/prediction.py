@@ -17,8 +17,10 @@ class Prediction:
         rows: One per image, in the same order: prompt_index, image_index, num_images (how many images the
             prompt has in all), prompt, seed, rewards, ledger, and the prompt file's further columns.
         traces: One per image whose sampler made choices: prompt_index, image_index and columns, see `Trace`.
+        failures: One per prompt that could not be drawn: prompt_index, image_index (0), prompt, error.
     """
 
     images: Tensor
     rows: list[dict[str, Any]]
     traces: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)

@@ -20,7 +20,7 @@ class StepProgress(L.Callback):
         """Opens the bars and listens to the module's steps."""
         if not trainer.is_global_zero:
             return
-        prompts = -(-len(trainer.predict_dataloaders.dataset) // trainer.world_size)
+        prompts = getattr(trainer.predict_dataloaders.dataset, "num_prompts", None)  # of this device; None: unknown
         self._prompts = tqdm(total=prompts, desc="prompts", position=0)
         self._steps = tqdm(total=pl_module.diffusion.num_inference_steps, desc="steps", position=1, leave=False)
         pl_module.on_step = self._show_step

@@ -1,5 +1,6 @@
 """`svdd compare`: the same prompts of several runs side by side, with their rewards, as one picture."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from svdd.errors import UserError
+from svdd.run_tar import read_image
 
 __all__ = ["compare"]
 
@@ -31,7 +33,7 @@ def compare(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
     if not shared:
         raise UserError(f"the runs {', '.join(map(str, runs))} share no prompt; compare runs of the same prompts")
     keys = shared[:limit]
-    first = Image.open(runs[0] / rows[runs[0]][keys[0]]["file"])
+    first = _open(runs[0], rows[runs[0]][keys[0]])
     zoom = max(1, -(-_LEAST_TILE // first.width))
     width, height = first.width * zoom, first.height * zoom
     rewards = list(rows[runs[0]][keys[0]]["rewards"])
@@ -44,7 +46,7 @@ def compare(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
         for line, run in enumerate(runs):
             x, y = _MARGIN + column * cell[0], 2 * _LINE + line * cell[1]
             row = rows[run][key]
-            tile = Image.open(run / row["file"]).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            tile = _open(run, row).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             canvas.paste(tile, (x, y))
             pen.text((x, y + height + 2), run.name, _INK, font)
             for k, reward in enumerate(rewards):
@@ -53,6 +55,10 @@ def compare(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
     output.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(output)
     return _table(runs, rows, shared, rewards)
+
+
+def _open(run: Path, row: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(read_image(run, row["file"])))
 
 
 def _read(run: Path) -> dict[tuple[int, int], dict[str, Any]]:

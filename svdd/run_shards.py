@@ -11,22 +11,13 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 from svdd.run_config import plain
 from svdd.run_files import lock, sync_folder
+from svdd.run_places import Key, Places, is_key
 
-__all__ = ["Key", "Place", "ShardedFile", "encode"]
-
-Key = tuple[int, int]  # prompt_index, image_index
-
-
-class Place(NamedTuple):
-    """Where an entry's line begins, and how many images its prompt has (0 where the entry does not say)."""
-
-    path: Path
-    offset: int
-    num_images: int
+__all__ = ["Key", "Places", "ShardedFile", "encode"]
 
 
 class ShardedFile:
@@ -85,38 +76,38 @@ class ShardedFile:
             os.close(self._shard)
             self._shard = None
 
-    def scan(self, accept: Callable[[Key, dict[str, Any]], bool]) -> tuple[dict[Key, Place], int]:
+    def scan(self, accept: Callable[[Key, dict[str, Any]], bool]) -> tuple[Places, int]:
         """Returns where the newest accepted entry of each image begins, and the number of lines read.
 
         Shards are read first: entries only ever move from them to the folded file, so that none is missed meanwhile.
         """
-        places: dict[Key, Place] = {}
+        shards = self.shards()
+        places = Places([self.path, *shards])
         lines = 0
-        for path in (*self.shards(), self.path):
-            newer = set(places) if path == self.path else set()
+        for number, path in (*enumerate(shards, 1), (0, self.path)):
             with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb") as file:
                 offset = 0
                 for line in file:
                     entry = self._parse(line)
                     if entry is not None:
                         key = (entry["prompt_index"], entry["image_index"])
-                        if key not in newer and accept(key, entry):
-                            places[key] = Place(path, offset, entry.get("num_images", 0))
+                        if accept(key, entry):
+                            places.add(key, number, offset, entry.get("num_images", 0))
                     offset += len(line)
                     lines += 1
+        places.settle()
         return places, lines
 
-    def fold(self, places: dict[Key, Place]) -> None:
+    def fold(self, places: Places) -> None:
         """Replaces the folded file by the given entries in order, and then removes the shards."""
         temporary = self.path.with_suffix(".jsonl.tmp")
         with ExitStack() as stack, open(temporary, "wb") as output:
-            sources = {
-                path: stack.enter_context(open(path, "rb")) for path in {place.path for place in places.values()}
-            }
-            for key in sorted(places):
-                source = sources[places[key].path]
-                source.seek(places[key].offset)
-                output.write(source.readline())
+            sources: dict[Path, IO[bytes]] = {}
+            for path, offset in places:
+                if path not in sources:
+                    sources[path] = stack.enter_context(open(path, "rb"))
+                sources[path].seek(offset)
+                output.write(sources[path].readline())
             output.flush()
             os.fsync(output.fileno())
         os.replace(temporary, self.path)
@@ -133,8 +124,8 @@ class ShardedFile:
         """Returns the entry in a whole line, else None."""
         with suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            integers = type(entry["prompt_index"]) is int and type(entry["image_index"]) is int
-            if integers and line.endswith(b"\n") and self._is_entry(entry):
+            named = is_key(entry["prompt_index"], entry["image_index"])
+            if named and line.endswith(b"\n") and self._is_entry(entry):
                 return entry
         return None
 

@@ -37,27 +37,47 @@ class RunWriter(L.Callback):
         output: The run folder; one that was begun with the same settings is continued.
         config: The resolved configuration, kept as config.yaml and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
+        num_prompts: Prompts of the whole run, for its images to go to subfolders where there are too many for one.
+        tar: Write the images into tar shards, which WebDataset reads, instead of a file each.
     """
 
-    def __init__(self, output: str | Path, config: dict[str, Any] | None = None, overwrite: bool = False) -> None:
-        self.folder = RunFolder(output)
+    def __init__(
+        self,
+        output: str | Path,
+        config: dict[str, Any] | None = None,
+        overwrite: bool = False,
+        num_prompts: int | None = None,
+        tar: bool = False,
+    ) -> None:
+        self.folder = RunFolder(output, num_prompts, tar)
         self.config = config or {}
         self.overwrite = overwrite
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = False
+        self.failed_prompts = 0  # of this prediction, once it has ended
 
-    def open(self) -> set[int]:
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
+        node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+        return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
+
+    def open(self, scan: bool = True) -> set[int]:
         """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
 
         Only the process of rank 0 changes anything, and it holds the folder until the prediction ends.
 
+        Args:
+            scan: Whether the other processes look for themselves. Without it they return the empty set, and what rank
+                0 has found must be handed to them, as `PromptDataModule` does.
+
         Raises:
             RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
         """
-        if _is_main_process():
+        if self.leads:
             finished = self.folder.claim(self.config, self.overwrite)
         else:
-            finished = set() if self.overwrite else self.folder.finished()
+            finished = self.folder.finished() if scan and not self.overwrite else set()
         self._started, self._drawn = time.monotonic(), False
         return finished
 
@@ -107,7 +127,7 @@ class RunWriter(L.Callback):
         if len(pixels) != len(outputs.rows):
             raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
         images = ((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
-        self.folder.write(images, outputs.traces)
+        self.folder.write(images, outputs.traces, outputs.failures)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Folds the files of all processes together and writes the summary that the module has computed by now."""
@@ -144,19 +164,13 @@ class RunWriter(L.Callback):
         prompts, images = self.folder.merge()
         seconds = round(time.monotonic() - self._started, 3)
         summary = cast(Any, pl_module).summary
-        self.folder.write_summary({"prompts": prompts, "images": images, **summary, "wall_seconds": seconds})
+        self.failed_prompts = self.folder.merge_failures()
+        counts = {"prompts": prompts, "images": images, "failed_prompts": self.failed_prompts}
+        self.folder.write_summary({**counts, **summary, "wall_seconds": seconds})
 
     def _close(self) -> None:
         self.folder.close()
         self._started = None
-
-
-def _is_main_process() -> bool:
-    """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
-    return (
-        getattr(rank_zero_only, "rank", 0) == 0
-        and int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))) == 0
-    )
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:

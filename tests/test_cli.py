@@ -424,13 +424,16 @@ def test_later_configs_lie_over_earlier_ones(config, tmp_path, read_rows):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_every_config_runs(path, sd15, tiny_clip, config, tmp_path, read_rows):
-    """As it is, but for hub models, which become tiny ones, and for length."""
+    """As it is, but for hub models, which become tiny ones, for length, and for the machines that it wants."""
     settings = yaml.safe_load(path.read_text())
     text = path.read_text().replace("stable-diffusion-v1-5/stable-diffusion-v1-5", sd15)
     text = text.replace("openai/clip-vit-large-patch14", tiny_clip)
     (tmp_path / "adapted.yaml").write_text(text)
     base = ["--config", str(config)] if "data" not in settings else []  # an overlay needs something below it
     short = ["--model.diffusion.num_inference_steps", "2", "--data.limit", "2"]
+    if "devices" in settings.get("trainer", {}):
+        short += ["--trainer.accelerator", "cpu", "--trainer.num_nodes", "1", "--trainer.devices", "1"]
+        short += ["--trainer.strategy", "auto"]
     run = str(tmp_path / "run")
     if path.name.startswith("fit_"):
         shorter = ["--data.num_rollouts", "6", "--data.cache", str(tmp_path / "cache"), "--trainer.max_epochs", "1"]

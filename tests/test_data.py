@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -654,18 +655,17 @@ def test_trainer_predict(write):
     assert not trainer().predict(Echo(), module)
 
 
-def test_more_processes_than_prompts():
-    module = PromptDataModule(["a", "b", "c", "d"])
-    module.trainer = trainer(devices=3, strategy="ddp")
-    assert len(module.predict_dataloader()) == 1
-    module.skip([0, 1])
-    with pytest.raises(PromptError) as caught:
-        module.predict_dataloader()
-    assert str(caught.value) == (
-        "each of the 3 processes needs a prompt, but 2 of 4 remain to be done; use at most 2 devices"
-    )
-    module.skip([2, 3])
-    assert len(module.predict_dataloader()) == 0
+def test_shares_differ_by_one_prompt_at_most_and_may_be_empty():
+    module = PromptDataModule(["a", "b", "c", "d", "e"], batch_size=2)
+    module.skip([1])
+
+    def share(rank, world_size):
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        return [[prompt.text for prompt in batch] for batch in module.predict_dataloader()]
+
+    assert share(0, 1) == [["a", "c"], ["d", "e"]]
+    assert [share(rank, 3) for rank in range(3)] == [[["a", "e"]], [["c"]], [["d"]]]
+    assert [share(rank, 6) for rank in range(6)] == [[["a"]], [["c"]], [["d"]], [["e"]], [], []]
 
 
 @pytest.mark.slow

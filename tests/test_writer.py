@@ -20,7 +20,7 @@ from svdd.errors import UserError
 from svdd.metrics import RewardStatistics
 from svdd.prediction import Prediction
 from svdd.run_config import differences
-from svdd.run_folder import RunFolder
+from svdd.run_folder import RunFolder, image_name
 from svdd.run_shards import encode
 from svdd.writer import RunError, RunWriter
 
@@ -835,6 +835,39 @@ def test_a_crash_at_every_step(tmp_path, monkeypatch, overwrite):
             assert set(drawn) == set(range(3)) - recorded, "a finished image was lost or taken for granted"
         assert sorted((path.name, path.read_bytes()) for path in folder.rglob("[!.]*.*")) == expected
     assert steps > 50
+
+
+def test_names_of_images():
+    assert image_name(12, 3) == image_name(12, 3, 4, 2500) == "images/000012-03.png"
+    assert image_name(12, 3, 4, 2501) == "images/0000/000012-03.png"
+    assert image_name(10_234, 0, 1, 100_000) == "images/0001/010234-00.png"
+    assert image_name(3332, 2, 3, 4000) == "images/0000/003332-02.png"
+    assert image_name(3333, 0, 3, 4000) == "images/0001/003333-00.png"
+    assert image_name(5, 12_000, 20_000, 2) == "images/0005/000005-12000.png"
+
+
+def test_many_images_go_to_subfolders(tmp_path):
+    folder = tmp_path / "run"
+    prompts = [0, 4999, 5000, 5001]  # two images each: 10,000 to a folder
+
+    def launch(some, overwrite=False):
+        writer, module = RunWriter(folder, CONFIG, overwrite, num_prompts=5002), Tiny()
+        finished = writer.open()
+        predict(writer, module, [p for p in some if p not in finished])
+        return module.drawn
+
+    assert launch(prompts[:3]) == prompts[:3]
+    torn = folder / "images/0001/005000-01.png"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    torn.with_name("005001-00.png.tmp").write_bytes(b"half")
+    assert launch(prompts) == [5000, 5001]
+    names = {f"images/{p // 5000:04d}/{p:06d}-{k:02d}.png" for p in prompts for k in range(2)}
+    assert {path.relative_to(folder).as_posix() for path in folder.glob("images/**/*.*")} == names
+    assert {row["file"] for row in read_rows(folder)} == names
+    (folder / "images/0001/mine.txt").write_text("mine")
+    assert launch([0], overwrite=True) == [0]
+    left = {path.relative_to(folder).as_posix() for path in folder.glob("images/**/*.*")}
+    assert left == {"images/0000/000000-00.png", "images/0000/000000-01.png", "images/0001/mine.txt"}
 
 
 def test_large_runs_are_read_in_parts(tmp_path):

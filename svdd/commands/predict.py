@@ -1,10 +1,14 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import hashlib
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.baseline import against, over_optimised, warning
@@ -13,7 +17,9 @@ from svdd.data import PromptDataModule
 from svdd.errors import UserError
 from svdd.evaluation import Evaluation
 from svdd.log_samples import report
+from svdd.peers import Peers
 from svdd.progress import StepProgress
+from svdd.watch import Watch
 from svdd.writer import RunWriter
 
 __all__ = ["PredictCLI"]
@@ -23,35 +29,53 @@ class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
 
     writer: RunWriter
+    watch: Watch
     finished: set[int]
     evaluation: Evaluation
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what is measured on the finished pictures."""
-        super().add_arguments_to_parser(parser)
-        parser.add_class_arguments(Evaluation, "evaluation")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self._around:
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Prediction; what it returns is on disk, not in memory."""
         return {"predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds where images go, how long a silent process is waited for, and what is measured on finished pictures."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Evaluation, "evaluation")
+        parser.add_argument(
+            "--tar", type=bool, default=False, help="Write images into tar shards (WebDataset) instead of PNG files."
+        )
+        parser.add_argument(
+            "--patience",
+            type=float,
+            default=25.0,
+            help="Seconds without a sign of life after which a process of several counts as lost, and the run ends.",
+        )
+
     def before_instantiate_classes(self) -> None:
-        """Checks prompts and run folder, which cost nothing, before weights, which do."""
+        """Checks processes, prompts and run folder, which cost nothing, before weights, which do."""
         config = self.config["predict"]
         with refusals():
+            self.watch = self._around.enter_context(Watch(config.output, config.patience))
+            _check_processes(config.trainer)
             prompts = PromptDataModule(**config.data.as_dict())
             self.evaluation = Evaluation(**config.evaluation.as_dict())
             self.evaluation.check()
-        digest = prompts.digest
+        digest, num_prompts = prompts.digest, prompts.num_prompts
         prompts.teardown("predict")
         plain = self.resolved()
         plain["data"]["prompts_sha256"] = digest
         if config.ckpt_path is not None:
             plain["ckpt_sha256"] = _digest(config.ckpt_path)
         with refusals():
-            self.writer = RunWriter(config.output, plain, config.overwrite)
-        self.finished = self.writer.open()
+            self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
+        self.finished = self.writer.open(scan=False)
+        if self.writer.leads:
+            Peers.forget(Path(config.output))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
@@ -59,7 +83,7 @@ class PredictCLI(ModelCLI):
         if self.model.sampler.needs_gradient:
             kwargs["inference_mode"] = False
         trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
-        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else [])]
+        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else []), self.watch]
         return trainer
 
     def before_predict(self) -> None:
@@ -74,6 +98,12 @@ class PredictCLI(ModelCLI):
         """Says where the images are and how they score."""
         summary = self.model.summary
         if self.trainer.is_global_zero and summary:
+            failed = self.writer.failed_prompts
+            if failed:
+                where = f"see {self.writer.folder.path}/failed.jsonl; the same command tries them again"
+                print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
+            if failed and not summary["rewards"][summary["guide"]]["count"]:
+                raise UserError("no prompt could be drawn, so no picture was made")
             guide = summary["rewards"][summary["guide"]]
             print(f"{guide['count']:.0f} images in {self.writer.folder.path}/images")
             for name, entry in summary["rewards"].items():
@@ -106,6 +136,37 @@ class PredictCLI(ModelCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
+
+
+def _check_processes(config: Any) -> None:
+    """Refuses a Trainer that would take other processes for its own, or none, than a launcher has started.
+
+    Without this each of the processes of `torchrun` would draw all prompts where `devices` was forgotten.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher, started = "torchrun", int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        launcher, started = "SLURM", int(os.environ.get("SLURM_NTASKS", 1))
+    else:
+        return
+    strategy = config.strategy if isinstance(config.strategy, str) else "ddp"
+    probe = L.Trainer(
+        accelerator=config.accelerator,
+        strategy=strategy,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    planned = probe.num_devices * probe.num_nodes
+    if planned != started:
+        raise UserError(
+            f"{launcher} started {started} processes, but trainer.devices={config.devices} and trainer.num_nodes="
+            f"{config.num_nodes} stand for {planned}: give --trainer.devices the number of processes on each "
+            "machine and --trainer.num_nodes the number of machines"
+        )
 
 
 def _digest(path: str) -> str:

@@ -118,7 +118,9 @@ def _with_prompts(pictures: list[Picture], folder: Path, file: str | None) -> li
             "order of the pictures' names"
         )
     index = {text: k for k, text in reversed(list(enumerate(texts)))}  # pictures of one prompt belong together
-    return [Picture(picture.path, index[text], text) for picture, text in zip(pictures, texts, strict=True)]
+    return [
+        Picture(picture.folder, picture.file, index[text], text) for picture, text in zip(pictures, texts, strict=True)
+    ]
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,56 @@
+"""Runs to compare with, and the table of faults in docs/scale.md, which must say what the tests have seen."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import REPOSITORY, Case
+
+PAGE = REPOSITORY / "docs" / "scale.md"
+PROMPTS = [f"prompt {k}" for k in range(4)] + ["wait here", "wait there"] + [f"prompt {k}" for k in range(6, 11)]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Case:
+    """A run that nobody disturbed."""
+    case = Case(tmp_path_factory.mktemp("whole"), PROMPTS)
+    case.resume()
+    return case
+
+
+@pytest.fixture
+def case(tmp_path) -> Iterator[Case]:
+    """The same run, to be disturbed."""
+    case = Case(tmp_path / "case", PROMPTS)
+    yield case
+    case.end()
+
+
+@pytest.fixture(scope="session")
+def table() -> Iterator[Callable[[str, str, int], None]]:
+    """Takes a row: the fault, what was done, how many finished images were lost.
+
+    The row must stand in docs/scale.md; with SVDD_WRITE_FAULTS=1 all rows are written there instead.
+    """
+    rows: list[str] = []
+    write = os.environ.get("SVDD_WRITE_FAULTS") == "1"
+
+    def record(fault: str, done: str, lost: int) -> None:
+        row = f"| {fault} | {done} | {lost} |"
+        rows.append(row)
+        assert write or row in PAGE.read_text().splitlines(), (
+            f"write docs/scale.md anew, with SVDD_WRITE_FAULTS=1: {row}"
+        )
+
+    yield record
+    if write:
+        write_table(PAGE, rows)
+
+
+def write_table(page: Path, rows: list[str]) -> None:
+    head, _, rest = page.read_text().partition("<!-- faults -->\n")
+    _, _, tail = rest.partition("<!-- end of faults -->")
+    lines = ["| fault | what was done | finished images lost |", "|---|---|---|", *rows]
+    page.write_text(f"{head}<!-- faults -->\n" + "\n".join(lines) + f"\n<!-- end of faults -->{tail}")

@@ -1,0 +1,215 @@
+"""Starts runs as real processes, and looks at what they leave.
+
+Importing everything takes seconds, so most runs are forks of the test process, which has done it: `fork` gives the
+environment of a launcher where several belong together. What concerns Lightning's own launcher, or torchrun, is
+started as a command.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from svdd.__main__ import main
+
+REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 2.0
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Waits for something that must come, and fails where it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+class Case:
+    """One run folder of the stub model, and the processes that work on it."""
+
+    def __init__(self, folder: Path, prompts: list[str]) -> None:
+        self.folder, self.gate, self.count = folder / "run", folder / "gate", len(prompts)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "prompts.txt").write_text("\n".join(prompts))
+        self.config = folder / "stub.yaml"
+        self.config.write_text(
+            yaml.safe_dump(
+                {
+                    "model": {
+                        "reward": {
+                            "class_path": "tests.faults.stub.Brightness",
+                            "init_args": {"gate": str(self.gate)},
+                        },
+                        "diffusion": {"class_path": "tests.faults.stub.StubDiffusion"},
+                        "sampler": {"class_path": "SVDD", "init_args": {"num_candidates": 2}},
+                    },
+                    "data": {"prompts": str(folder / "prompts.txt"), "batch_size": 2},
+                    "trainer": {"accelerator": "cpu", "devices": 1},
+                    "patience": PATIENCE,
+                }
+            )
+        )
+        self.log = folder / "log.txt"
+        self.processes: list[BaseProcess] = []
+        self.commands: list[subprocess.Popen] = []
+
+    def words(self, *options: str) -> list[str]:
+        return ["predict", "--config", str(self.config), "--output", str(self.folder), *options]
+
+    def run(self, *options: str) -> int:
+        """Runs in this process and returns the exit code."""
+        return main(self.words(*options))
+
+    def fork(self, *options: str, environment: dict[str, str] | None = None, disk: int | None = None) -> BaseProcess:
+        """Starts a run in a copy of this process; `disk` limits the size of each of its files."""
+        process = multiprocessing.get_context("fork").Process(
+            target=_run, args=(self.words(*options), environment or {}, str(self.log), disk)
+        )
+        process.start()
+        self.processes.append(process)
+        return process
+
+    def fork_ranks(
+        self, world_size: int, *options: str, devices: int | None = None, environment: dict[str, str] | None = None
+    ) -> list[BaseProcess]:
+        """Starts the processes of one machine as torchrun would."""
+        port = free_port()
+        several = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices or world_size)]
+        return [
+            self.fork(
+                *several,
+                *options,
+                environment={
+                    **(environment or {}),
+                    "TORCHELASTIC_RUN_ID": "test",
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                    "GROUP_RANK": "0",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+            for rank in range(world_size)
+        ]
+
+    def start(self, *options: str, launcher: tuple[str, ...] = ("-m", "svdd")) -> subprocess.Popen:
+        """Starts a run as a command."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(self.log, "ab") as log:
+            command = subprocess.Popen(
+                [sys.executable, *launcher, *self.words(*options)],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.commands.append(command)
+        return command
+
+    def waiting(self, count: int) -> list[int]:
+        """Waits until so many processes have come to a prompt that waits, and returns their ids."""
+        until(lambda: len(list(self.gate.parent.glob("gate.*"))) == count)
+        return [int(path.suffix[1:]) for path in self.gate.parent.glob("gate.*")]
+
+    def pids(self) -> list[int]:
+        """The processes started as commands, and theirs, that work on this folder."""
+        own = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(self.folder).encode() in (path / "cmdline").read_bytes().split(b"\0"):
+                    own.append(int(path.name))
+            except OSError:
+                continue
+        return own
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def finished(self) -> dict[str, tuple[str, int]]:
+        """The images that have a whole row: their digest, and when they were written."""
+        rows = {}
+        for path in sorted(self.folder.glob("results*.jsonl")):  # shards first: rows move from them to results.jsonl
+            try:
+                lines = path.read_bytes().splitlines(keepends=True)
+            except FileNotFoundError:
+                continue
+            for line in lines:
+                if line.endswith(b"\n"):
+                    row = json.loads(line)
+                    path = self.folder / row["file"]
+                    rows[row["file"]] = (row["sha256"], 0 if ".tar/" in row["file"] else path.stat().st_mtime_ns)
+        return rows
+
+    def resume(self, *options: str) -> int:
+        """Runs the same command to its end, without gate; returns how many finished images it lost."""
+        self.gate.touch()
+        before = self.finished()
+        process = self.fork(*options)
+        process.join(60)
+        assert process.exitcode == 0, self.said()[-3000:]
+        after = self.finished()
+        return sum(after.get(name) != entry for name, entry in before.items())
+
+    def content(self) -> tuple[dict[str, bytes], dict]:
+        """All images, and the rest of the run but for times."""
+        images = {path.name: path.read_bytes() for path in self.folder.glob("images/**/*.png")}
+        summary = json.loads((self.folder / "summary.json").read_text())
+        rows = [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
+        traces = (self.folder / "trace.jsonl").read_text().splitlines()
+        del summary["wall_seconds"]
+        for entry in (summary, *rows):
+            entry["ledger"] = {name: n for name, n in entry["ledger"].items() if not name.endswith("seconds")}
+        others = {p.name for p in self.folder.iterdir()} - {"config.yaml", ".lock"}
+        return images, {"summary": summary, "rows": rows, "traces": traces, "others": sorted(others)}
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for command in self.commands:
+            for pid in {command.pid, *self.pids()}:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except OSError:
+                    continue
+            command.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(words: list[str], environment: dict[str, str], log: str, disk: int | None) -> None:
+    """The body of a fork: what a fresh interpreter would do after its imports."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SVDD_LEADER"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False, buffering=1)
+    sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
+    if disk is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
+    os.chdir(REPOSITORY)
+    sys.exit(main(words))

@@ -1,0 +1,75 @@
+"""A chain and rewards that cost next to nothing, for runs of which only the machinery matters."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svdd.diffusion.base import Denoised, Diffusion
+from svdd.rewards.base import Reward
+
+
+class StubDiffusion(Diffusion):
+    """Two steps towards the middle of the range, 4 x 4 pixels.
+
+    Args:
+        num_inference_steps: Steps.
+        chunk_size: Rows at once.
+        most_rows: More rows than these do not fit into memory.
+    """
+
+    latent_shape = property(lambda self: (3, 4, 4))
+    dtype = property(lambda self: torch.float32)
+    device = property(lambda self: torch.device("cpu"))
+
+    def __init__(
+        self, num_inference_steps: int = 2, chunk_size: int | str = "auto", most_rows: int | None = None
+    ) -> None:
+        super().__init__(num_inference_steps, chunk_size)
+        self.most_rows = most_rows
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Tensor:
+        return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def denoise(self, x: Tensor, i: int, conditioning: Tensor, row: Tensor) -> Denoised:
+        if self.most_rows is not None and len(x) > self.most_rows:
+            raise torch.OutOfMemoryError
+        x0 = x / 2 + 0.001 * conditioning[row].view(-1, 1, 1, 1)
+        return Denoised(x0, x0)
+
+    def std(self, i: int) -> float:
+        return 0.3 if i < self.num_inference_steps - 1 else 0.0
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0.sigmoid()
+
+
+class Brightness(Reward):
+    """Mean of all pixels.
+
+    Args:
+        gate: Scoring a prompt that says "wait" waits until the file `gate` exists, and says so in `gate`.PID.
+
+    A prompt that contains the word in the environment's STUB_BAD cannot be scored.
+    """
+
+    def __init__(self, gate: str | None = None) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.gate and any("wait" in prompt for prompt in prompts):
+            Path(f"{self.gate}.{os.getpid()}").touch()
+            end = time.monotonic() + 120
+            while not os.path.exists(self.gate) and time.monotonic() < end:
+                time.sleep(0.01)
+        bad = os.environ.get("STUB_BAD")
+        if bad and any(bad in prompt for prompt in prompts):
+            raise RuntimeError(f"no score for {bad}")
+        return images.mean((1, 2, 3))

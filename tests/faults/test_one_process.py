@@ -1,0 +1,183 @@
+"""What may happen to a run of one process: signals, kills, a full disk, too little memory, a reward that fails."""
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svdd.run_tar import read_image
+from tests.faults.harness import Case, until
+
+KEPT = "finished images are kept, and the same command continues"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_waits_for_the_batch(case: Case, whole: Case, table: Callable, number: int, code: int):
+    process = case.fork()
+    assert case.waiting(1) == [process.pid]
+    os.kill(process.pid, number)
+    case.gate.touch()
+    process.join(60)
+    assert process.exitcode == code
+    assert len(case.finished()) == 6  # two batches, and the one at work
+    name = signal.Signals(number).name
+    assert f"svdd: {name}: the batch at work is finished first" in case.said()
+    assert f"svdd: ended: {name}; {KEPT}" in case.said()
+    lost = case.resume()
+    assert case.content() == whole.content()
+    table(f"{name} once", f"the batch at work was finished, exit code {process.exitcode}", lost)
+
+
+def test_a_second_interrupt_does_not_wait(case: Case, whole: Case, table: Callable):
+    process = case.fork()
+    case.waiting(1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert len(case.finished()) == 4
+    lost = case.resume()
+    assert case.content() == whole.content()
+    table("SIGINT twice", f"ended at once, exit code {process.exitcode}; the batch at work was drawn again", lost)
+
+
+def test_a_signal_before_the_first_batch(case: Case, whole: Case):
+    process = case.fork("--data.batch_size", "99")
+    case.waiting(1)
+    os.kill(process.pid, signal.SIGTERM)
+    case.gate.touch()
+    process.join(60)
+    assert process.exitcode == 143
+    assert len(case.finished()) == 11  # the run was through, but for the last step
+    assert not (case.folder / "summary.json").exists()
+    assert case.resume() == 0
+    assert case.content() == whole.content()
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
+    prompts = [f"prompt {k}" for k in range(200)]
+    whole, case = Case(tmp_path / "whole", prompts), Case(tmp_path / "case", prompts)
+    whole.resume()
+    moments = random.Random(0)
+    lost, kills, seen, progress = 0, 0, {}, set()
+    while kills < 20:
+        process = case.fork()
+        if kills % 4:  # most while it draws, the others while it begins
+            until(lambda: len(case.finished()) > len(seen))  # noqa: B023
+            process.join(moments.uniform(0, 0.1))
+        else:
+            process.join(moments.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        finished = case.finished()
+        lost += sum(finished.get(name) != entry for name, entry in seen.items())
+        seen = finished
+        progress.add(len(finished))
+    lost += case.resume()
+    assert len(progress) >= 5, "the moments do not lie within the run"
+    assert case.content() == whole.content()
+    table(f"SIGKILL at {kills} random moments", "the batch at work was drawn again each time", lost)
+
+
+@pytest.mark.slow
+def test_kills_while_shards_are_written(tmp_path, table: Callable):
+    prompts = [f"prompt {k}" for k in range(100)]
+    whole, case = Case(tmp_path / "whole", prompts), Case(tmp_path / "case", prompts)
+    whole.resume()
+    moments = random.Random(1)
+    lost, seen = 0, {}
+    for _ in range(4):
+        process = case.fork("--tar", "true")
+        until(lambda: len(case.finished()) > len(seen))  # noqa: B023
+        process.join(moments.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        finished = case.finished()
+        lost += sum(finished.get(name) != entry for name, entry in seen.items())
+        seen = finished
+    lost += case.resume("--tar", "true")
+    rows = [json.loads(line) for line in (case.folder / "results.jsonl").read_text().splitlines()]
+    images = whole.content()[0]
+    assert len(rows) == len(images) == 100
+    assert all(read_image(case.folder, row["file"]) == images[Path(row["file"]).name] for row in rows)
+    assert len(list(case.folder.glob("images/*.tar"))) > 1
+    table("SIGKILL while tar shards are written", "torn ends were dropped, new shards begun", lost)
+
+
+BAD = {"STUB_BAD": "there"}
+
+
+def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Callable):
+    case.gate.touch()
+    process = case.fork(environment=BAD)
+    process.join(60)
+    assert process.exitcode == 1
+    assert "RuntimeError: no score for there" in case.said()
+    process = case.fork("--model.on_error", "skip", environment=BAD)
+    process.join(60)
+    assert process.exitcode == 0
+    assert f"svdd: 1 prompts could not be drawn: see {case.folder}/failed.jsonl" in case.said()
+    failed = [json.loads(line) for line in (case.folder / "failed.jsonl").read_text().splitlines()]
+    expected = {
+        "prompt_index": 5,
+        "image_index": 0,
+        "prompt": "wait there",
+        "error": "RuntimeError: no score for there",
+    }
+    assert failed == [expected]
+    images, rest = case.content()
+    assert images == {name: png for name, png in whole.content()[0].items() if not name.startswith("000005")}
+    scores = [row["rewards"]["Brightness"] for row in whole.content()[1]["rows"] if row["prompt_index"] != 5]
+    assert rest["summary"]["failed_prompts"] == 1
+    assert (rest["summary"]["prompts"], rest["summary"]["rewards"]["Brightness"]["count"]) == (10, 10)
+    assert rest["summary"]["rewards"]["Brightness"]["mean"] == pytest.approx(sum(scores) / 10)
+    process = case.fork("--model.on_error", "skip", environment=BAD)  # it fails again
+    process.join(60)
+    assert case.content()[0] == images
+    lost = case.resume("--model.on_error", "skip")  # repaired
+    assert not (case.folder / "failed.jsonl").exists()
+    assert case.content() == whole.content()
+    table(
+        "a reward that fails on one prompt, on_error: skip", "the prompt went to failed.jsonl, the rest was drawn", lost
+    )
+
+
+def test_nothing_but_failures_is_an_error(tmp_path):
+    case = Case(tmp_path / "case", ["there", "and there"])
+    process = case.fork("--model.on_error", "skip", environment=BAD)
+    process.join(60)
+    assert process.exitcode == 2
+    assert "svdd: error: no prompt could be drawn" in case.said()
+    assert len((case.folder / "failed.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk(case: Case, whole: Case, table: Callable):
+    case.gate.touch()
+    process = case.fork(disk=3_000)  # no file may grow beyond
+    process.join(60)
+    assert process.exitcode == 2
+    assert "No space left on device" in case.said() or "File too large" in case.said()
+    assert "what is finished is kept: repair the cause and start the same command again" in case.said()
+    assert 0 < len(case.finished()) < case.count
+    lost = case.resume()
+    assert case.content() == whole.content()
+    table("a full disk", f"ended with the path and the way out, exit code {process.exitcode}", lost)
+
+
+def test_out_of_memory_in_the_network(case: Case, whole: Case, table: Callable):
+    case.gate.touch()
+    memory = ("--model.diffusion.most_rows", "3")
+    process = case.fork(*memory, "--model.diffusion.chunk_size", "4")
+    process.join(60)
+    assert process.exitcode == 1
+    lost = case.resume(*memory)
+    assert case.content() == whole.content()
+    table("out of memory in the network", "the rows at once were halved, and the run went on", lost)
