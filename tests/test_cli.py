@@ -295,7 +295,7 @@ def test_a_budget_is_met_and_said(predict, capsys, tmp_path, read_rows):
 
 def test_particles_leave_their_weights_and_their_lineage(predict, tmp_path, read_rows):
     sampler = ["--model.sampler", "SMC", "--model.sampler.num_particles", "3", "--model.sampler.returns", "all"]
-    assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "2") == 0
+    assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "1") == 0
     run = tmp_path / "run"
     rows = read_rows(run)
     assert [(row["prompt_index"], row["image_index"]) for row in rows] == [(p, j) for p in range(3) for j in range(3)]
@@ -307,7 +307,7 @@ def test_particles_leave_their_weights_and_their_lineage(predict, tmp_path, read
         assert [len(kept) for kept in trace["lineage"]] == [3, 3, 3]
     before = (run / "trace.jsonl").read_bytes()
     (run / "images" / "000001-02.png").unlink()  # one of three ends: the prompt is redone, with its trace
-    assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "2") == 0
+    assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "1") == 0
     assert [row["sha256"] for row in read_rows(run)] == [row["sha256"] for row in rows]
     assert len((run / "trace.jsonl").read_bytes().splitlines()) == len(before.splitlines())
 
