@@ -88,7 +88,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         self.images_per_prompt, self.budget, self.seed = images_per_prompt, budget, seed
         self.on_error = on_error
         if budget is not None:
-            self.sampler = self.sampler.within(budget // self.value.most_rows, self.diffusion.num_inference_steps)
+            self.sampler = self.sampler.within(budget, self.diffusion.num_inference_steps, self.value.most_rows)
         self.sampler.check(self.diffusion, self.value)
         if not reward.higher_is_better:
             raise UserError(
@@ -119,7 +119,8 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         """The count that the budget determined, by its name, and the denoiser rows per image that it costs."""
         name = self.sampler.budget_argument
         count = {} if name is None else {name: int(getattr(self.sampler, name))}
-        return count | {"denoiser_rows": self.sampler.rows(self.diffusion.num_inference_steps)}
+        rows = self.sampler.most_rows(self.diffusion.num_inference_steps, self.value.most_rows)
+        return count | {"denoiser_rows": rows}
 
     @torch.no_grad()
     def sample(

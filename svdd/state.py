@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svdd.context import Context
 from svdd.diffusion.base import Denoised, Diffusion
+from svdd.errors import UserError
 
 __all__ = ["Scorer", "State", "start"]
 
@@ -51,7 +52,7 @@ class State:
     row: Tensor
     origin: Tensor
     context: Context = field(repr=False)
-    _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_images(self) -> int:
@@ -247,10 +248,11 @@ class State:
         Returns:
             Values, float [n], and their gradient, [n, c, h, w].
         """
-        if "slope" not in self._cache:
-            self._cache["slope"] = slope = self._differentiate(value, through_denoiser)
+        key = (value, through_denoiser)
+        if key not in self._cache:
+            self._cache[key] = slope = self._differentiate(value, through_denoiser)
             self._cache["prediction"] = Denoised(slope.x0, slope.mean)
-        slope = self._cache["slope"]
+        slope = self._cache[key]
         return slope.values, slope.gradient
 
     def uniforms(self, k: int) -> Tensor:
@@ -288,6 +290,10 @@ class State:
                 before = ledger.denoiser_rows
                 values = value(part)
                 rows = ledger.denoiser_rows - before  # of the network, between the latents and the values
+                if not values.requires_grad:
+                    raise UserError(
+                        f"the value has no gradient at {'x' if through_denoiser else 'x0'}: it does not depend on it"
+                    )
                 (slope,) = torch.autograd.grad(values.sum(), part.x if through_denoiser else part.x0)
             ledger.gradient_rows += rows
             return _Slope(values.detach(), slope, *(tensor.detach() for tensor in part.prediction))

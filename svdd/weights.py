@@ -129,6 +129,11 @@ class Weighing:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
         if self.tempering == "adaptive" and self.potential != "difference":
             raise ValueError(f"adaptive tempering goes with potential 'difference' only, got {self.potential!r}")
+        if self.tempering == "adaptive" and not 0 < self.ess_threshold < 1:
+            raise ValueError(
+                f"adaptive tempering holds the effective sample size at ess_threshold, which must lie between 0 and 1, "
+                f"got {self.ess_threshold}"
+            )
 
     def weigh(self, weights: Weights, values: Tensor, progress: float) -> Weights:
         """Multiplies by the potentials of a state; at the end of the chain by what is missing to exp(r / alpha).

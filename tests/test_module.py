@@ -276,6 +276,31 @@ def test_a_budget_chooses_the_largest_count(sampler, budget, count):
     assert more.rows(10) > budget
 
 
+@pytest.mark.parametrize(
+    ("sampler", "value_rows", "budget", "count"),
+    [
+        (SVDD(), 2, 200, 11),  # 2 (1 + 11 * 9): each candidate once ahead, and once for what is kept
+        (BestOfN(), 2, 100, 10),  # the value is asked at the end, where it costs nothing
+        (SVDD(7), 0, 10, 7),  # a value that costs nothing: the count is the user's
+        (BlockwiseBestOfN(block_size=5), 0, 100, 12),  # 2 + 12 * 8
+        (SVDD(3, num_particles=8, weigh_current=True), 1, 200, 3),
+        (SVDD(guide_start=0.9), 1, 200, 20),  # the last step's candidates cost nothing
+        (BestOfN(), 0, 100, 10),
+    ],
+    ids=lambda case: label(case) if hasattr(case, "rows") else str(case),
+)
+def test_a_budget_knows_what_the_value_costs(sampler, value_rows, budget, count):
+    chosen = sampler.within(budget, 10, value_rows)
+    assert getattr(chosen, chosen.budget_argument) == count
+    assert chosen.most_rows(10, value_rows) <= budget
+
+
+def test_a_budget_that_is_too_small_is_the_one_that_was_given():
+    with pytest.raises(UserError, match=r"budget=15 is too small: SVDD with num_candidates=1 spends 20 denoiser rows"):
+        SVDD().within(15, 10, value_rows=2)
+    assert Unguided().within(15, 10, value_rows=2).rows(10) == 10
+
+
 @pytest.mark.parametrize("budget", [60, 61, 77, 100, 1000])
 def test_a_pruning_schedule_stays_within_its_budget(budget):
     sampler = ProgressivePruning().within(budget, 10)

@@ -402,6 +402,16 @@ def sampler_ends_unseen(sampler) -> bool:
     return getattr(sampler, "guide_stop", 1.0) < 1.0
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+@pytest.mark.parametrize("steps", [1, 5, 8])
+def test_the_cost_with_a_free_value_is_the_promised_one(sampler, steps):
+    if getattr(sampler, "weigh_current", False) or not getattr(sampler, "through_denoiser", True):
+        pytest.skip("asks for x0 itself")
+    value = bound(ExactSoftValue(0.7), Linear(B))
+    spent = run(GaussianDiffusion(steps), sampler, value, 2).context.ledger.denoiser_rows
+    assert spent == 2 * sampler.rows_of_free_value(steps) == 2 * sampler.most_rows(steps, value_rows=0)
+
+
 @pytest.mark.parametrize(("candidates", "particles"), [(5, 1), (3, 2)])
 def test_a_value_that_does_not_ask_costs_the_winners_only(candidates, particles):
     value = bound(ExactSoftValue(1.0), Linear(B))
@@ -431,13 +441,28 @@ def test_candidates_need_noise():
     for sampler in (SVDD(1), BestOfN(5), Unguided()):
         sampler.check(diffusion, value_of())
     SVDD().check(GaussianDiffusion(3, eta=0.01), value_of())
-    for sampler in (BeamSearch(), BlockwiseBestOfN(), SMC(), TwistedSMC()):
+    for sampler in (BeamSearch(), BlockwiseBestOfN(), SMC()):
         with pytest.raises(UserError, match="needs a chain with noise"):
+            sampler.check(diffusion, value_of())
+    for sampler in (TwistedSMC(), TwistedSMC(1), TwistedSMC(ess_threshold=0)):
+        with pytest.raises(UserError, match="no step would be guided"):
             sampler.check(diffusion, value_of())
     for sampler in (ProgressivePruning(), RandomSearch(), ZeroOrderSearch(), SMC(ess_threshold=0)):
         sampler.check(diffusion, value_of())
     with pytest.raises(UserError, match="with eta=0 there is none; set eta above 0"):
         DPS().check(diffusion, value_of())
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [SVDD(4, guide_every=9), BeamSearch(guide_every=9), BlockwiseBestOfN(guide_start=0.85), DPS(guide_every=9)],
+    ids=label,
+)
+def test_a_window_without_a_choice_is_refused(sampler):
+    """The last step of some chains draws no noise; guided there alone, a sampler would be plain sampling."""
+    with pytest.raises(UserError, match="no step would be guided"):
+        sampler.check(GaussianDiffusion(9, last=1.0), value_of())
+    sampler.check(GaussianDiffusion(9, last=0.97), value_of())
 
 
 @pytest.mark.parametrize("sampler", [DPS(), TwistedSMC()], ids=label)
@@ -462,6 +487,8 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: SVDD(guide_start=0.5, guide_stop=0.5), "guide_start and guide_stop must satisfy"),
         (lambda: SVDD(guide_every=0), "guide_every must be >= 1, got 0"),
         (lambda: SVDD(weigh_current=True), "weigh_current needs num_particles > 1"),
+        (lambda: SVDD(4, num_particles=4, weigh_current=True), "weigh_current needs num_candidates < num_particles"),
+        (lambda: BeamSearch(weigh_current=True), "weigh_current needs num_candidates < num_particles"),
         (lambda: BeamSearch(num_beams=0), "num_beams must be >= 1, got 0"),
         (lambda: BeamSearch(num_candidates=0), "num_candidates must be >= 1, got 0"),
         (lambda: BlockwiseBestOfN(block_size=0), "block_size must be >= 1, got 0"),
@@ -474,6 +501,8 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: SMC(resampler="best"), "resampler must be one of multinomial, .*, got 'best'"),
         (lambda: SMC(tempering="fast"), "tempering must be one of none, .*, got 'fast'"),
         (lambda: SMC(tempering="adaptive", potential="max"), "goes with potential 'difference' only, got 'max'"),
+        (lambda: SMC(tempering="adaptive", ess_threshold=0), "which must lie between 0 and 1, got 0"),
+        (lambda: SMC(tempering="adaptive", ess_threshold=1), "which must lie between 0 and 1, got 1"),
         (lambda: SMC(returns="two"), "returns must be one of best, drawn, all, got 'two'"),
         (lambda: TwistedSMC(returns="two"), "returns must be one of best, drawn, all, got 'two'"),
         (lambda: ProgressivePruning(0), "num_particles must be >= 1, got 0"),

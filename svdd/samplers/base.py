@@ -12,8 +12,9 @@ from svdd.selection import effective_sample_size
 from svdd.state import State
 from svdd.trace import Choice, count_distinct
 from svdd.values.base import Value
+from svdd.window import Window
 
-__all__ = ["Sampler", "require_at_least_one", "require_gradient", "require_noise"]
+__all__ = ["Sampler", "require_at_least_one", "require_gradient", "require_guided_step", "require_noise"]
 
 
 class Sampler(ABC):
@@ -28,6 +29,7 @@ class Sampler(ABC):
         needs_gradient: Whether `sample` differentiates the value.
         budget_argument: The constructor argument, a count, that a budget of denoiser rows determines; None if no
             argument bears on the cost.
+        asks_on_the_way: Whether `sample` asks the value before the end of the chain.
         tells_path_kl: Whether `sample` enters into the trace how far it leaves the pretrained chain.
     """
 
@@ -36,6 +38,7 @@ class Sampler(ABC):
     needs_value: bool = True
     needs_gradient: ClassVar[bool] = False
     budget_argument: ClassVar[str | None] = None
+    asks_on_the_way: ClassVar[bool] = True
     tells_path_kl: bool = False
 
     @abstractmethod
@@ -51,15 +54,33 @@ class Sampler(ABC):
     def rows(self, num_inference_steps: int) -> int:
         """Returns the denoiser rows that `sample` spends per image of the batch with a posterior-mean value."""
 
+    def rows_of_free_value(self, num_inference_steps: int) -> int:
+        """Returns the denoiser rows per image with a value that needs none; by default as many as `rows`."""
+        return self.rows(num_inference_steps)
+
+    def most_rows(self, num_inference_steps: int, value_rows: int = 1) -> int:
+        """Returns the most denoiser rows that `sample` may spend per image.
+
+        Args:
+            num_inference_steps: T.
+            value_rows: `Value.most_rows`. At 0 and 1 the number is exact.
+        """
+        if value_rows == 0:
+            return self.rows_of_free_value(num_inference_steps)
+        return self.rows(num_inference_steps) * (value_rows if self.asks_on_the_way else 1)
+
     def check(self, diffusion: Diffusion, value: Value) -> None:  # noqa: B027 (most samplers work with everything)
         """Raises UserError if the sampler cannot work on this chain or with this value."""
 
-    def within(self, budget: int, num_inference_steps: int) -> "Sampler":
+    def within(self, budget: int, num_inference_steps: int, value_rows: int = 1) -> "Sampler":
         """Returns this sampler with the largest count whose cost does not exceed a budget.
+
+        Where the count does not bear on the cost, it stays as it is.
 
         Args:
             budget: Denoiser rows per returned image.
             num_inference_steps: T.
+            value_rows: `Value.most_rows` of the value that the sampler will ask.
 
         Raises:
             UserError: If even the smallest count exceeds the budget, or the budget determines no count.
@@ -78,7 +99,7 @@ class Sampler(ABC):
             return type(self)(**arguments | {name: count})
 
         def cost(count: int) -> int:
-            return with_count(count).rows(num_inference_steps)
+            return with_count(count).most_rows(num_inference_steps, value_rows)
 
         if cost(1) > budget:
             least = f"{kind} with {name}=1" if name else kind
@@ -86,8 +107,10 @@ class Sampler(ABC):
                 f"budget={budget} is too small: {least} spends {cost(1)} denoiser rows per image at "
                 f"num_inference_steps={num_inference_steps}; raise the budget or lower num_inference_steps"
             )
+        if name is None or cost(max(2, getattr(self, name))) == cost(1):
+            return self
         low, high = 1, 2
-        while name and high <= budget and cost(high) <= budget:
+        while high <= budget and cost(high) <= budget:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
@@ -131,6 +154,17 @@ def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
         raise UserError(
             f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic and all {count} "
             "candidates of a particle are the same image; set eta above 0 (1.0 as in the paper), or use BestOfN"
+        )
+
+
+def require_guided_step(diffusion: Diffusion, window: Window) -> None:
+    """Raises UserError where no step of a window draws noise, so that there would never be a choice."""
+    steps = diffusion.num_inference_steps
+    if not any(window.guides(i, steps) and diffusion.std(i) > 0 for i in range(steps)):
+        raise UserError(
+            f"no step would be guided: guide_start={window.start}, guide_stop={window.stop} and guide_every="
+            f"{window.every} leave no step with noise at num_inference_steps={steps} (the last step of ddpm and "
+            "euler_ancestral has none); widen the window"
         )
 
 

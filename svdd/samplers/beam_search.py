@@ -26,7 +26,8 @@ class BeamSearch(Sampler):
     Args:
         num_beams: b, beams kept per image.
         num_candidates: M, candidates of each beam at every guided step.
-        weigh_current: Score candidates by the x0 of their beam instead of their own: b T rows whatever M is.
+        weigh_current: Score candidates by the x0 of their beam instead of their own: b T rows whatever M is. Needs
+            num_candidates < num_beams.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide at every so many steps.
@@ -63,3 +64,7 @@ class BeamSearch(Sampler):
     def rows(self, num_inference_steps: int) -> int:
         """B (1 + M (T - 1)) where every step is guided."""
         return self._search.rows(num_inference_steps)
+
+    def rows_of_free_value(self, num_inference_steps: int) -> int:
+        """B T."""
+        return self._search.rows_of_free_value(num_inference_steps)

@@ -24,6 +24,7 @@ class BestOfN(Sampler):
     """
 
     budget_argument = "num_particles"
+    asks_on_the_way = False
     tells_path_kl = True
 
     def __init__(self, num_particles: int = 20) -> None:

@@ -5,7 +5,7 @@ Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 20
 """
 
 from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_noise
+from svdd.samplers.base import Sampler, require_at_least_one, require_guided_step, require_noise
 from svdd.selection import choice_kl, choose
 from svdd.state import State
 from svdd.values.base import Value
@@ -62,6 +62,8 @@ class BlockwiseBestOfN(Sampler):
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if candidates would all be the same."""
         require_noise(diffusion, "num_candidates", self.num_candidates)
+        if self.num_candidates > 1:
+            require_guided_step(diffusion, self._inside)
 
     def sample(self, state: State, value: Value) -> State:
         """Returns the chosen end of the chain for each image."""
@@ -84,6 +86,14 @@ class BlockwiseBestOfN(Sampler):
         """1 + M (T - 1) where every step is guided; a step that is not counts 1 instead of M."""
         guided = sum(self._counts_all(i, num_inference_steps) for i in range(num_inference_steps - 1))
         return num_inference_steps + (self.num_candidates - 1) * guided
+
+    def rows_of_free_value(self, num_inference_steps: int) -> int:
+        """B + M (T - B) for B blocks: where a block ends, only what is kept is evaluated."""
+        inside = (
+            self._inside.guides(i, num_inference_steps) and not self._ends.guides(i, num_inference_steps)
+            for i in range(num_inference_steps - 1)
+        )
+        return num_inference_steps + (self.num_candidates - 1) * sum(inside)
 
     def _counts_all(self, i: int, steps: int) -> bool:
         """Whether all candidates of the step that leaves i are evaluated where they arrive."""

@@ -7,9 +7,11 @@ step size of a guided reverse kernel, std_i^2, in place of a constant one (Dhari
 
 import math
 
+import torch
+
 from svdd.diffusion.base import Diffusion
 from svdd.errors import UserError
-from svdd.samplers.base import Sampler, require_gradient
+from svdd.samplers.base import Sampler, require_gradient, require_guided_step
 from svdd.state import State
 from svdd.values.base import Value
 from svdd.window import Window
@@ -59,6 +61,12 @@ class DPS(Sampler):
         require_gradient(self, value)
         if not diffusion.stochastic:
             raise UserError("DPS shifts each step by its variance, and with eta=0 there is none; set eta above 0")
+        require_guided_step(diffusion, self.window)
+        if not self.through_denoiser and value.most_rows == 0:
+            raise UserError(
+                f"DPS with through_denoiser=False needs a value of x0, and {value.describe()} reads x; set "
+                "through_denoiser to true: no network lies between x and this value"
+            )
 
     def sample(self, state: State, value: Value) -> State:
         """Returns the end of the guided chain for each image."""
@@ -69,6 +77,8 @@ class DPS(Sampler):
                 state.context.report(state.i, float(v.mean()))
                 strength = (self.scale * state.std) ** 2 / 2  # the divergence of two kernels of one std
                 state.context.trace.path_kl += strength * slope.flatten(1).double().square().sum(1)
+                nobody = torch.zeros(state.num_images, 1, dtype=torch.int64, device=v.device)  # there is one row each
+                state = self.keep(state, nobody, v[:, None])
                 state = state.propose(mean=state.prediction.mean + self.scale * state.std**2 * slope)
             else:
                 state = state.propose()

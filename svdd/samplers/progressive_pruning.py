@@ -75,10 +75,15 @@ class ProgressivePruning(Sampler):
         ]
         return sum(alive)
 
+    def rows_of_free_value(self, num_inference_steps: int) -> int:
+        """The chains that go on from every step."""
+        return sum(self._survivors(i, num_inference_steps) for i in range(num_inference_steps))
+
     def _survivors(self, i: int, steps: int) -> int:
         """Chains that go on from step i; the first one may be pruned from step 1 on."""
+        last = steps - 1  # a late fraction of a short chain means its last step
         return self._count(
-            min(s for fraction, s in self.schedule if i >= round(fraction * steps) and (i or not fraction))
+            min(s for fraction, s in self.schedule if i >= min(round(fraction * steps), last) and (i or not fraction))
         )
 
     def _count(self, multiple: float) -> int:

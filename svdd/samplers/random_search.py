@@ -29,6 +29,7 @@ class RandomSearch(Sampler):
     """
 
     budget_argument = "num_candidates"
+    asks_on_the_way = False
     tells_path_kl = True
 
     def __init__(self, num_candidates: int = 8) -> None:

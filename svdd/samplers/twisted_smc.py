@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_gradient, require_noise
+from svdd.samplers.base import Sampler, require_at_least_one, require_gradient, require_guided_step
 from svdd.samplers.returning import finish, number_returned
 from svdd.state import State
 from svdd.values.base import Value
@@ -72,9 +72,9 @@ class TwistedSMC(Sampler):
         self.returned = number_returned(returns, num_particles)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if the value has no gradient, or copies of a particle would stay the same for ever."""
+        """Raises UserError if the value has no gradient, or no step has room for a gradient."""
         require_gradient(self, value)
-        require_noise(diffusion, "num_particles", self.num_particles if self.ess_threshold else 1)
+        require_guided_step(diffusion, self.window)
 
     def sample(self, state: State, value: Value) -> State:
         """Returns the chosen ends of the chain for each image."""

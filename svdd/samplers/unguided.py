@@ -17,6 +17,7 @@ class Unguided(Sampler):
     """
 
     needs_value = False
+    asks_on_the_way = False
     tells_path_kl = True
 
     def sample(self, state: State, value: Value) -> State:

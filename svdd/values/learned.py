@@ -64,6 +64,11 @@ class LearnedValue(Value):
         """
 
     @property
+    def most_rows(self) -> int:  # type: ignore[override]
+        """None where it reads x."""
+        return 0 if self.input == "x" else 1
+
+    @property
     def differentiable(self) -> bool:
         """A network is."""
         return True
