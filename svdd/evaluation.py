@@ -20,6 +20,8 @@ _KID_SUBSET = 1000
 class Evaluation:
     """Diversity, and the distance to other pictures; read back from disk, so the same however a run was interrupted.
 
+    One process measures all pictures: nothing is gathered from others, which do not take part.
+
     Args:
         features: The CLIP whose features diversity and CMMD compare: `emoji`, `emoji-judge`, a folder or a hub name.
             By default neither is measured.
@@ -77,7 +79,7 @@ class Evaluation:
         clip = None if self.features is None else CLIPScore(self.features).to(device)
         own = find_pictures(folder)
         if clip is not None:
-            diversity = Diversity().to(device)
+            diversity = Diversity(sync_on_compute=False).to(device)
             for part, features in self._embed(clip, own, device):
                 diversity.update(features, torch.tensor([picture.prompt_index for picture in part]))
             result["diversity"] = {name: _finite(value) for name, value in diversity.compute().items()}
@@ -101,15 +103,17 @@ class Evaluation:
 
     def _distance(self, name: Distance, clip: CLIPScore | None) -> Any:
         if name == "cmmd":
-            return CMMD()
+            return CMMD(sync_on_compute=False)
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
 
         source: Any = _Features(clip) if self.distance_features == "clip" and clip is not None else 2048
         try:
             if name == "fid":
-                return FrechetInceptionDistance(feature=source, normalize=True)
-            return KernelInceptionDistance(feature=source, normalize=True, subset_size=_KID_SUBSET)
+                return FrechetInceptionDistance(feature=source, normalize=True, sync_on_compute=False)
+            return KernelInceptionDistance(
+                feature=source, normalize=True, subset_size=_KID_SUBSET, sync_on_compute=False
+            )
         except ModuleNotFoundError as error:
             raise UserError(f"{name} on Inception features needs torch-fidelity: pip install 'svdd[fid]'") from error
 

@@ -1,6 +1,9 @@
 """`svdd score`, and what `svdd predict` measures on finished pictures, as a user types it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,15 +15,19 @@ from svdd.picture_files import read_rows
 PROMPTS = ["red apple", "blue car", "panda", "owl"]
 
 
+def command(sd15: str, output, *arguments: str) -> list[str]:
+    words = ["predict", "--model.diffusion.pretrained", sd15, "--model.diffusion.num_inference_steps", "3"]
+    words += ["--data.prompts", json.dumps(PROMPTS), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    words += ["--model.sampler.num_candidates", "2"] if "Unguided" not in arguments else []
+    return [*words, "--output", str(output), *arguments]
+
+
 @pytest.fixture
 def predict(sd15, tmp_path):
     """Draws four prompts with a random model; returns the run folder."""
 
     def run(name: str, *arguments: str, code: int = 0):
-        words = ["predict", "--model.diffusion.pretrained", sd15, "--model.diffusion.num_inference_steps", "3"]
-        words += ["--data.prompts", json.dumps(PROMPTS), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-        words += ["--model.sampler.num_candidates", "2"] if "Unguided" not in arguments else []
-        assert main([*words, "--output", str(tmp_path / name), *arguments]) == code
+        assert main(command(sd15, tmp_path / name, *arguments)) == code
         return tmp_path / name
 
     return run
@@ -129,6 +136,25 @@ def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
     both = predict("bright", *dark, "--model.reward.weights", "[1]", held_out, "--evaluation.baseline", str(positive))
     assert "over-optimisation" not in capsys.readouterr().err
     assert summary_of(both)["baseline"]["over_optimised"] == []
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_measures_for_both(predict, sd15, tmp_path, tiny_clip):
+    """The other one is at its end by then: whoever waits for it in a collective waits in vain."""
+    plain = predict("plain", "--model.reward", "Brightness", "--model.sampler", "Unguided")
+    words = ["--model.reward", "Brightness", "--evaluation.features", tiny_clip, "--evaluation.baseline", str(plain)]
+    words += ["--evaluation.distances", "[cmmd,kid,fid]", "--evaluation.distance_features", "clip"]
+    one = predict("one", *words)
+    words = command(sd15, tmp_path / "two", *words, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "svdd", *words]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, expected = summary_of(tmp_path / "two"), summary_of(one)
+    for name in ("diversity", "distances", "baseline"):
+        assert found[name].keys() == expected[name].keys()
+    assert found["diversity"]["vendi"] == pytest.approx(expected["diversity"]["vendi"], rel=1e-3)
+    assert found["distances"]["cmmd"] == pytest.approx(expected["distances"]["cmmd"], rel=1e-2)
 
 
 def test_what_is_measured_may_change_when_a_run_continues(predict, tiny_clip, capsys):
