@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd.errors import UserError
+from svdd.rewards.auto_models import read_model
 from svdd.rewards.clip_models import locate, processor_statistics
 from svdd.rewards.pixels import fit_square, normalise
-from svdd.rewards.pretrained import LOAD_ERRORS, PretrainedReward, find_file, fit_weights, read_weights
+from svdd.rewards.pretrained import PretrainedReward, find_file, fit_weights, read_weights
 
 __all__ = ["Aesthetic", "AestheticHead"]
 
@@ -88,11 +88,7 @@ class _Judge(nn.Module):
         from transformers import CLIPVisionModelWithProjection
 
         source, options = locate(pretrained, options)
-        self.clip: Any
-        try:
-            self.clip = CLIPVisionModelWithProjection.from_pretrained(source, dtype=torch.float32, **options)
-        except LOAD_ERRORS as error:
-            raise UserError(f"pretrained={source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.clip: Any = read_model(CLIPVisionModelWithProjection, source, torch.float32, **options)
         self.head = AestheticHead(self.clip.config.projection_dim)
         fit_weights(self.head, head, head_name)
         self.mean, self.std = processor_statistics(source, options)

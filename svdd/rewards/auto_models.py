@@ -38,7 +38,7 @@ def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -
     """Returns a model all of whose weights were in the files.
 
     Args:
-        auto: One of the AutoModel classes.
+        auto: One of the AutoModel classes, or a class of models.
         pretrained: A folder or a hub name.
         dtype: Of the weights.
         options: Passed on.

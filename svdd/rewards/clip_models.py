@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdd.errors import UserError
+from svdd.rewards.auto_models import read_model
 from svdd.rewards.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
 from svdd.rewards.pretrained import LOAD_ERRORS, fit_weights, is_local, read_weights
 
@@ -87,7 +88,7 @@ class TransformersClip(ClipModel):
         processor: Where tokenizer and image processor come from, if not from there.
 
     Raises:
-        UserError: If it cannot be loaded or is no CLIP.
+        UserError: If it cannot be loaded, is no CLIP, or lacks weights.
     """
 
     def __init__(self, pretrained: str, options: dict[str, Any], processor: str | None = None) -> None:
@@ -97,12 +98,11 @@ class TransformersClip(ClipModel):
         source, options = locate(pretrained, options)
         words = source if processor is None else processor
         others = options if processor is None else {**options, "revision": None}
-        self.clip: Any
+        self.clip: Any = read_model(CLIPModel, source, torch.float32, **options)
         try:
-            self.clip = CLIPModel.from_pretrained(source, dtype=torch.float32, **options)
             self.tokenizer = CLIPTokenizer.from_pretrained(words, **others)
         except LOAD_ERRORS as error:
-            raise UserError(f"pretrained={source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the tokenizer of {words!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.side = int(self.clip.config.vision_config.image_size)
         self.mean, self.std = processor_statistics(words, others)
 
