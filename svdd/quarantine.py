@@ -7,6 +7,7 @@ import torch
 from svdd.data import Prompt
 from svdd.errors import RewardError, UserError
 from svdd.prediction import Prediction
+from svdd.rewards.base import is_device_failure
 
 __all__ = ["draw_the_rest"]
 
@@ -42,7 +43,7 @@ def _concerns_all(error: Exception) -> bool:
     """Whether other prompts would fail in the same way."""
     if isinstance(error, UserError):
         return not isinstance(error, RewardError)
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error)
+    return is_device_failure(error)
 
 
 def _join(parts: list[Prediction]) -> Prediction:

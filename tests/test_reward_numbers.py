@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
+from svdd.data import Prompt
 from svdd.errors import RewardError, UserError
+from svdd.quarantine import draw_the_rest
 from svdd.rewards.aesthetic import Aesthetic, AestheticHead
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
@@ -134,6 +137,28 @@ def test_weights_of_another_architecture_are_refused(tiny_clip, tiny_head, tmp_p
         HPSv2(tiny_head, "tiny-open-clip").load()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vision_model.post_layernorm.weight", "lacks 1 weights of CLIP.*, first vision_model.post_layernorm.weight"),
+        ("visual_projection.weight", "lacks 1 weights of CLIP.*, first visual_projection.weight"),
+    ],
+)
+def test_a_clip_that_lacks_weights_is_refused(tiny_clip, tiny_head, tmp_path, name, message):
+    """Transformers would fill them in at random, and print a report."""
+    for path in Path(tiny_clip).iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state[name]
+    (tmp_path / "model.safetensors").unlink()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    folder = str(tmp_path)
+    for reward in (CLIPScore(folder), PickScore(folder, processor=None), Aesthetic(folder, tiny_head)):
+        with pytest.raises(UserError, match=message) as caught:
+            reward.load()
+        assert "\n" not in str(caught.value)
+
+
 def test_nothing_in_a_weights_file_is_run(tiny_clip, tmp_path):
     class Trap:
         def __reduce__(self):
@@ -236,14 +261,29 @@ def test_an_exception_of_a_reward_is_one_line_with_its_name():
         FunctionReward(broken).score(pictures(1), [""])
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory")])
-def test_running_out_of_memory_is_left_to_the_chunker(error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=str,
+)
+def test_a_failing_device_is_not_the_rewards_fault(error):
+    """Memory is left to the chunker; a broken device fails for all prompts, so that none may be skipped for it."""
+
     def hungry(images, prompts):
         raise error
 
     with pytest.raises(type(error)) as caught:
         FunctionReward(hungry).score(pictures(1), [""])
     assert not isinstance(caught.value, RewardError)
+    prompts = [Prompt(k, text, None, None, {}) for k, text in enumerate("ab")]
+    with pytest.raises(type(error)):
+        draw_the_rest(lambda batch: FunctionReward(hungry).score(pictures(len(batch)), [""]), prompts)
 
 
 # ---- rewards of rewards

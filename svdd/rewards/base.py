@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svdd.errors import RewardError, UserError
 
-__all__ = ["Reward"]
+__all__ = ["Reward", "is_device_failure"]
 
 
 class Reward(nn.Module, ABC):
@@ -55,14 +55,15 @@ class Reward(nn.Module, ABC):
         """Returns `forward`'s scores as float32 [n], after checking them.
 
         Raises:
-            RewardError: If they are not one finite number per image, or `forward` raised an error.
+            RewardError: If they are not one finite number per image, or `forward` raised an error that is not the
+                device's.
         """
         try:
             scores = self(images, prompts)
-        except (UserError, torch.OutOfMemoryError):
+        except UserError:
             raise
         except Exception as error:
-            if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            if is_device_failure(error):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             raise RewardError(f"reward {self.name} failed with {type(error).__name__}: {reason}") from error
@@ -80,3 +81,11 @@ class Reward(nn.Module, ABC):
                 f"{first!r}; {expected}"
             )
         return scores
+
+
+def is_device_failure(error: Exception) -> bool:
+    """Whether a device has no memory left or is broken, which is nobody's fault who computes on it."""
+    if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("CUDA error" in said or "out of memory" in said.lower())
