@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from svdd.baseline import against, over_optimised, warning
+from svdd.baseline import against, over_optimised, paired, warning
 from svdd.errors import UserError
 from svdd.evaluation import Evaluation
 from svdd.metrics import CMMD, Diversity, RewardStatistics
 from svdd.metrics.bootstrap import bootstrap_interval, spread_within
 from svdd.metrics.bootstrap import clustered as in_clusters
+from svdd.metrics.student_t import t_quantile
 from svdd.picture_files import find_pictures, read_pictures
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -82,6 +83,44 @@ def test_uneven_prompts_weigh_by_their_images():
     low, high = bootstrap_interval([[0.0], [1.0] * 100])
     assert low == 0
     assert high == 1
+
+
+@pytest.mark.parametrize(
+    ("level", "freedom", "quantile"),
+    [  # of printed tables
+        (0.95, 1, 12.7062),
+        (0.95, 2, 4.30265),
+        (0.95, 3, 3.18245),
+        (0.95, 7, 2.36462),
+        (0.95, 23, 2.06866),
+        (0.95, 120, 1.97993),
+        (0.99, 2, 9.92484),
+        (0.99, 5, 4.03214),
+        (0.975, 4, 3.49541),
+    ],
+)
+def test_students_quantiles_are_those_of_the_tables(level, freedom, quantile):
+    assert t_quantile(level, freedom) == pytest.approx(quantile, rel=2e-6)
+
+
+def test_students_quantile_becomes_the_normal_one():
+    assert t_quantile(0.95, 0) == math.inf
+    assert t_quantile(0.95, 10**7) == pytest.approx(1.959964, rel=2e-4)
+
+
+def test_students_interval_by_hand():
+    """Mean 2, standard deviation 1, so the half is 4.302653 / sqrt(3)."""
+    found = paired([1.0, 2.0, 3.0])
+    assert found == pytest.approx(
+        {
+            "difference": 2,
+            "standard_error": 3**-0.5,
+            "ci95_low": 2 - 4.302653 / 3**0.5,
+            "ci95_high": 2 + 4.302653 / 3**0.5,
+            "prompts": 3,
+        },
+        rel=1e-6,
+    )
 
 
 def test_the_spread_within_prompts_is_that_of_the_deviations():
@@ -273,6 +312,29 @@ def test_a_fall_counts_only_where_the_guide_rose(tmp_path, guide, held, lower_is
         text = warning(comparison, "guide", fallen, plain)
         assert "the guide improved, guide by +1" in text
         assert f"held by {held:+.2g}"[:8] in text
+
+
+@pytest.mark.parametrize("prompts", [2, 4, 8])
+@pytest.mark.parametrize("held_out", [1, 3])
+def test_noise_is_no_over_optimisation(prompts, held_out):
+    """In 2.5 % of the runs at most: 2000 runs have a standard error of 0.35 %."""
+    noise = torch.randn(2000, held_out, prompts, generator=torch.Generator().manual_seed(prompts), dtype=torch.float64)
+    risen = {"guide": paired([1.0 + 0.01 * k for k in range(prompts)])}
+    alarms = [
+        over_optimised(risen | {str(k): paired(row) for k, row in enumerate(run)}, "guide", {}) != []
+        for run in noise.tolist()
+    ]
+    assert 0.01 < sum(alarms) / len(alarms) < 0.025 + 4 * 0.0035
+
+
+def test_a_single_prompt_shows_nothing(tmp_path):
+    plain = write_run(tmp_path / "plain", {"guide": [0.0], "held": [0.0]})
+    run = write_run(tmp_path / "run", {"guide": [5.0], "held": [-5.0]})
+    comparison = against(run, plain)
+    assert comparison["held"]["difference"] == -5
+    assert math.isnan(comparison["guide"]["ci95_low"])
+    assert over_optimised(comparison, "guide", {}) == []
+    assert over_optimised(comparison | {"guide": paired([1.0, 1.1])}, "guide", {}) == []
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):

@@ -48,7 +48,7 @@ def bootstrap_interval(
     """Returns the percentile interval of the mean over all members, from resampled clusters.
 
     The random numbers are the same every time, so that equal data give equal intervals. With fewer than about 10
-    clusters such an interval is too narrow.
+    clusters such an interval is too narrow; where few are compared, take `svdd.metrics.student_t`.
 
     Args:
         groups: The members of each cluster.
