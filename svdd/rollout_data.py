@@ -55,8 +55,8 @@ class StateDataset(Dataset[Batch]):
         """Returns states as one batch.
 
         Returns:
-            `x` and, one kept step later or at the end of the chain, `next_x`, [b, c, h, w]; `step` and `next_step`,
-            int64 [b], where `next_step` -1 is the end; `reward` [b]; `prompt` int64 [b].
+            `x` and, one kept step later, `next_x`, each as it was read; `step` and `next_step`, int64 [b], where
+            `next_step` -1 is the end of the chain, of which nothing is read; `reward` [b]; `prompt` int64 [b].
         """
         columns: dict[str, list[Any]] = {name: [] for name in ("x", "next_x", "step", "next_step", "rollout")}
         for index in indices:
@@ -64,7 +64,7 @@ class StateDataset(Dataset[Batch]):
             shard, row = self.shards[rollout // self._shard_size], rollout % self._shard_size
             last = k + 1 == len(self.steps)
             columns["x"].append(shard["x"][row, k])
-            columns["next_x"].append(shard["end"][row] if last else shard["x"][row, k + 1])
+            columns["next_x"].append(shard["x"][row, k if last else k + 1])
             columns["step"].append(self.steps[k])
             columns["next_step"].append(-1 if last else self.steps[k + 1])
             columns["rollout"].append(rollout)
@@ -167,7 +167,7 @@ class RolloutDataModule(L.LightningDataModule):
             },
             self.num_rollouts,
         )
-        self._fill(cache, module, steps, value.input)
+        self._fill(cache, module, steps)
         shards = cache.load()
         prompts = torch.arange(self.num_rollouts) % len(self.texts)
         rewards = self._rewards(shards, module)
@@ -201,7 +201,7 @@ class RolloutDataModule(L.LightningDataModule):
             )
         return steps
 
-    def _fill(self, cache: RolloutCache, module: Any, steps: Sequence[int], what: str) -> None:
+    def _fill(self, cache: RolloutCache, module: Any, steps: Sequence[int]) -> None:
         trainer: Any = self.trainer
         missing = cache.missing()
         trainer.strategy.barrier("svdd.rollouts.missing")  # every process has looked before one writes
@@ -218,7 +218,7 @@ class RolloutDataModule(L.LightningDataModule):
                         [self.texts[k % len(self.texts)] for k in part],
                         [self.seed + k for k in part],
                         steps,
-                        what,
+                        module.learned_value.read,
                     )
                     for part in (rollouts[start : start + size] for start in range(0, len(rollouts), size))
                 ]

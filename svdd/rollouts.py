@@ -1,13 +1,13 @@
 """Rollouts of the pretrained chain, on disk: what a learned value is fitted to.
 
 A cache folder holds `manifest.json` and shards of a fixed number of rollouts, each a safetensors file with the kept
-inputs `x` [n, steps, c, h, w] and the final latents `end` [n, c, h, w]. It does not depend on the reward. A shard is
+inputs `x` [n, steps, c, h, w] (what the value reads of a state) and the final latents `end` [n, c, h, w]. It does not depend on the reward. A shard is
 written by one process under a temporary name and renamed; one that is missing, torn or not as recorded is drawn again.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
 from svdd.run_files import explained, write_atomically
+from svdd.state import State
 
 __all__ = ["RolloutCache", "draw_rollouts"]
 
@@ -25,7 +26,11 @@ ROLLOUTS_PER_SHARD = 64
 
 
 def draw_rollouts(
-    diffusion: Diffusion, prompts: Sequence[str], seeds: Sequence[int], steps: Sequence[int], what: str
+    diffusion: Diffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    read: Callable[[State], Tensor],
 ) -> dict[str, Tensor]:
     """Draws unguided chains, exactly as `Unguided` does, and keeps what a value reads of them.
 
@@ -34,15 +39,15 @@ def draw_rollouts(
         prompts: One per rollout.
         seeds: One per rollout.
         steps: The steps to keep, rising, within 1 .. T - 1.
-        what: `x` for the latents, `x0` for their posterior means.
+        read: What a value is shown of a state, `LearnedValue.read`.
 
     Returns:
-        `x`, [n, steps, c, h, w], and `end`, the final latents [n, c, h, w]; on the CPU.
+        `x`, what was read, [n, steps, ...], and `end`, the final latents [n, c, h, w]; on the CPU.
     """
     state, kept = diffusion.start(prompts, seeds), []
     while not state.done:
         if state.i in steps:
-            kept.append((state.x if what == "x" else state.x0).cpu())
+            kept.append(read(state).cpu())
         state = state.propose()
     return {"x": torch.stack(kept, 1), "end": state.x.cpu()}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from operator import attrgetter
 
 import lightning as L
 import pytest
@@ -142,6 +143,19 @@ def test_a_value_is_the_reward_at_the_end(trained):
     assert torch.equal(trained.value(final), final.scores(Linear(B)))
 
 
+def test_the_network_is_shown_the_x0_that_a_candidate_came_from():
+    """It costs no row: the parent was denoised to propose."""
+    diffusion, value = GaussianDiffusion(4), network()
+    start = diffusion.start([""] * 2, [0, 1])
+    assert torch.equal(value.read(start), torch.cat([start.x, torch.zeros_like(start.x)], 1))
+    children = start.propose(3)
+    kept = children.select(torch.tensor([[2, 0], [1, 1]]))
+    assert torch.equal(value.read(kept), torch.cat([kept.x, start.x0.repeat_interleave(2, 0)], 1))
+    assert torch.equal(kept.flow().parent_x0, kept.x0)
+    assert diffusion.denoised_rows == [2, 4]
+    assert torch.equal(network(use_parent=False).read(kept), kept.x)
+
+
 def test_estimates_do_not_depend_on_other_rows(trained):
     state = GaussianDiffusion(4).start([""] * 6, range(6)).propose().propose()
     with torch.no_grad():
@@ -196,14 +210,14 @@ def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip,
 
 def test_rollouts_are_plain_chains():
     diffusion = GaussianDiffusion(4)
-    rollouts = draw_rollouts(diffusion, ["", "1"], [5, 6], [1, 3], "x")
+    rollouts = draw_rollouts(diffusion, ["", "1"], [5, 6], [1, 3], attrgetter("x"))
     state, kept = diffusion.start(["", "1"], [5, 6]), []
     while not state.done:
         kept.append(state)
         state = state.propose()
     assert torch.equal(rollouts["x"], torch.stack([kept[1].x, kept[3].x], 1))
     assert torch.equal(rollouts["end"], state.x)
-    x0 = draw_rollouts(diffusion, ["", "1"], [5, 6], [2], "x0")["x"]
+    x0 = draw_rollouts(diffusion, ["", "1"], [5, 6], [2], attrgetter("x0"))["x"]
     assert torch.equal(x0[:, 0], kept[2].x0)
 
 
@@ -212,7 +226,7 @@ def filled(tmp_path):
     diffusion = GaussianDiffusion(3)
     cache = RolloutCache(tmp_path, {"steps": [1, 2]}, 150)
     for k, part in enumerate(cache.shards):
-        cache.write(k, draw_rollouts(diffusion, [""] * len(part), list(part), [1, 2], "x"))
+        cache.write(k, draw_rollouts(diffusion, [""] * len(part), list(part), [1, 2], attrgetter("x")))
     cache.seal()
     return cache
 
@@ -286,7 +300,7 @@ def test_batches_pair_each_state_with_the_next(tmp_path):
     assert batch["prompt"].tolist() == [r % 3 for r in range(90, 100) for _ in range(3)]
     inner = batch["next_step"] > 0
     assert torch.equal(batch["next_x"][inner], batch["x"][batch["step"] > 1])
-    ends = batch["next_x"][~inner]
+    ends = torch.cat([shard["end"] for shard in data.held_out.shards])[90:]
     torch.testing.assert_close(batch["reward"][~inner].double(), ends.flatten(1) @ torch.tensor(B, dtype=torch.float64))
     single = data.held_out[4]
     assert torch.equal(single["x"], batch["x"][4])
@@ -313,7 +327,7 @@ def test_rollout_settings_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 12}, "channels must be a positive multiple of 8, got 12"),
+        ({"channels": 0}, "channels must be >= 1, got 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"num_blocks": 0}, "num_blocks must be >= 1, got 0"),
         ({"learning_rate": 0}, "learning_rate must be > 0, got 0"),

@@ -19,11 +19,15 @@ _FREQUENCIES = 16
 class LatentConvValue(LearnedValue):
     """Time-conditioned residual convolutions on the noisy latents: no denoiser row, no decoding.
 
-    With it SVDD costs T denoiser rows per image however many candidates it draws.
+    With it SVDD costs T denoiser rows per image however many candidates it draws. What the network says of each
+    position is averaged, and no norm runs over positions: how strong a pattern is, and how much of it there is, is
+    what many rewards depend on.
 
     Args:
-        channels: Width of the network, a multiple of 8.
+        channels: Width of the network.
         num_blocks: Residual blocks at each resolution; the latent is halved until its side is at most 8.
+        use_parent: Whether the network also sees the x0 that each latent was proposed from. It costs nothing, and
+            shows what the picture is going to be where the latent is still noise.
         use_prompt: Whether the network sees the prompt's text features.
         dropout: Share of the features that is dropped while training: states of one rollout are much alike.
         mirror: Show the states of half of the rows mirrored while training, for rewards that do not tell left from
@@ -40,6 +44,7 @@ class LatentConvValue(LearnedValue):
         self,
         channels: int = 32,
         num_blocks: int = 2,
+        use_parent: bool = True,
         use_prompt: bool = True,
         dropout: float = 0.1,
         mirror: bool = False,
@@ -48,14 +53,15 @@ class LatentConvValue(LearnedValue):
         pretrained: str | None = None,
     ) -> None:
         super().__init__(loss, learning_rate, pretrained)
-        if channels < 8 or channels % 8:
-            raise ValueError(f"channels must be a positive multiple of 8, got {channels}")
+        if channels < 1:
+            raise ValueError(f"channels must be >= 1, got {channels}")
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.channels, self.num_blocks, self.use_prompt, self.dropout = channels, num_blocks, use_prompt, dropout
-        self.mirror = mirror
+        self.mirror, self.use_parent = mirror, use_parent
+        self.input = "x, parent_x0" if use_parent else "x"
 
     def build(self, diffusion: Diffusion) -> None:
         """Makes the network for the latents' shape and the prompt features' width."""
@@ -64,7 +70,7 @@ class LatentConvValue(LearnedValue):
         with torch.random.fork_rng(devices=[]):  # the same start in every process, whatever was drawn before
             torch.manual_seed(0)
             hidden = 2 * self.channels
-            self.entry = nn.Conv2d(depth, self.channels, 3, padding=1)
+            self.entry = nn.Conv2d((1 + self.use_parent) * depth, self.channels, 3, padding=1)
             self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             features = diffusion.prompt_features_size if self.use_prompt else 0
             self.text = nn.Linear(features, hidden) if features else None
@@ -88,17 +94,17 @@ class LatentConvValue(LearnedValue):
         hidden = self.entry(x)
         for block in self.blocks:
             hidden = block(hidden, condition)
-        return self.exit(hidden.mean((2, 3)))[:, 0]
+        return self.exit(hidden.flatten(2).transpose(1, 2)).mean((1, 2))
 
 
 class _Block(nn.Module):
-    """Two convolutions with group norm, scaled and shifted by the condition, around a skip."""
+    """Two convolutions with a norm over channels, scaled and shifted by the condition, around a skip."""
 
     def __init__(self, channels: int, condition: int, dropout: float, halve: bool) -> None:
         super().__init__()
         self.halve = halve
         self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
+        self.norms = nn.ModuleList(_ChannelNorm(channels) for _ in range(2))
         self.modulation = nn.Linear(condition, 2 * channels)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.second.weight)
@@ -110,3 +116,14 @@ class _Block(nn.Module):
         hidden = self.first(F.silu(self.norms[0](x)))
         hidden = self.norms[1](hidden) * (1 + scale) + shift
         return x + self.second(self.dropout(F.silu(hidden)))
+
+
+class _ChannelNorm(nn.Module):
+    """Root mean square norm over the channels of each position."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5) * self.scale

@@ -29,7 +29,8 @@ class LearnedValue(Value):
     """A network's estimate of the value, from the noisy latent (or its x0), the step and the prompt.
 
     Attributes:
-        input: What of a state the network reads: `x` costs no denoiser row, `x0` one.
+        input: What of a state the network reads: `x`; `x, parent_x0`, that is x and, as further channels, the x0 that
+            it was proposed from; or `x0`, which alone costs a denoiser row.
     """
 
     input: str = "x"
@@ -58,15 +59,15 @@ class LearnedValue(Value):
         """Returns the estimates in units of the rewards' spread, [n].
 
         Args:
-            x: What `input` names, of about unit variance, [n, c, h, w].
+            x: What `read` returned, of about unit variance.
             progress: i / T of each row, [n].
             text: Features of each row's prompt, [n, d], where the diffusion has any.
         """
 
     @property
     def most_rows(self) -> int:  # type: ignore[override]
-        """None where it reads x."""
-        return 0 if self.input == "x" else 1
+        """None unless it reads x0."""
+        return 1 if self.input == "x0" else 0
 
     @property
     def differentiable(self) -> bool:
@@ -100,16 +101,22 @@ class LearnedValue(Value):
         context = state.context
         features = context.diffusion.prompt_features(context.conditioning)
         text = None if features is None else features[state.row]
-        x = state.x if self.input == "x" else state.x0
+        x = self.read(state)
         step = torch.full_like(state.row, state.i)
         rows = (x, step) if text is None else (x, step, text)
         return context.diffusion.chunker.map(self.predict, len(x), *rows)
+
+    def read(self, state: State) -> Tensor:
+        """Returns what the network is shown of a state, [n, c, h, w] or [n, 2 c, h, w]."""
+        if self.input == "x0":
+            return state.x0
+        return state.x if self.input == "x" else torch.cat([state.x, state.parent_x0], 1)
 
     def predict(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns estimates in units of the reward, float32 [n].
 
         Args:
-            x: What `input` names, [n, c, h, w].
+            x: What `read` returned.
             step: Step index of each row, int64 [n], 1 .. T - 1.
             text: Features of each row's prompt, [n, d].
         """
