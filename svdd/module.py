@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import ModuleDict, ModuleList
-from torchmetrics import SumMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from svdd.calibration import ValueCalibration
 from svdd.data import Prompt
@@ -103,6 +103,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
             RewardStatistics(higher_is_better=each.higher_is_better) for each in self.rewards.values()
         )
         self.path_kl = RewardStatistics()
+        self.weighted: Any = ModuleList(MeanMetric().set_dtype(torch.float64) for _ in self.rewards)
         self.spent: Any = ModuleDict(
             {name: SumMetric().set_dtype(torch.float64) for name in Ledger.__dataclass_fields__}
         )
@@ -213,8 +214,11 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
     def record(self, rows: list[dict[str, Any]]) -> None:
         """Adds result rows to the statistics; a resumed run feeds what it finds on disk through here."""
         prompts = torch.tensor([row["prompt_index"] for row in rows], dtype=torch.int64)
-        for name, metric in zip(self.rewards, self.statistics, strict=True):
-            metric.update(torch.tensor([row["rewards"][name] for row in rows], dtype=torch.float64), prompts)
+        for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
+            scores = torch.tensor([row["rewards"][name] for row in rows], dtype=torch.float64)
+            metric.update(scores, prompts)
+            if self.sampler.returned > 1:
+                weighted.update(scores, torch.tensor([row["particle_weight"] for row in rows], dtype=torch.float64))
         if self.sampler.tells_path_kl:
             self.path_kl.update(torch.tensor([row["path_kl"] for row in rows], dtype=torch.float64), prompts)
         for name, metric in self.spent.items():
@@ -236,6 +240,9 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
             name: {key: value.item() for key, value in metric.compute().items()}
             for name, metric in zip(self.rewards, self.statistics, strict=True)
         }
+        if self.sampler.returned > 1:
+            for entries, metric in zip(statistics.values(), self.weighted, strict=True):
+                entries["weighted_mean"] = _short(metric.compute().item())  # whatever the order of the sum
         totals = {name: metric.compute().item() for name, metric in self.spent.items()}
         divergence = self.path_kl.compute() if self.sampler.tells_path_kl else None
         images = next(iter(statistics.values()))["count"]
@@ -257,7 +264,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
 
     @torch.inference_mode(False)
     def _reset(self) -> None:
-        for metric in (*self.statistics, self.path_kl, *self.spent.values()):
+        for metric in (*self.statistics, *self.weighted, self.path_kl, *self.spent.values()):
             metric.reset()
 
 

@@ -363,6 +363,38 @@ def test_the_summary_is_that_of_the_rows(sd15, tiny_clip, prompts, tmp_path):
     json.dumps(model.summary)
 
 
+def test_all_particles_count_by_their_weights(prompts, tmp_path):
+    """Unweighted, particles that never resampled would show the plain mean as the guided one."""
+    sampler = SMC(400, 0.3, returns="all", ess_threshold=0.0)
+    model = GuidedDiffusion(Linear([0.6, -0.8]), GaussianDiffusion(4), sampler, images_per_prompt=2)
+    rows = predict(model, [""] * 10, tmp_path).rows
+    found = model.summary["rewards"]["Linear"]
+    weighted = sum(row["particle_weight"] * row["rewards"]["Linear"] for row in rows) / 20
+    assert found["weighted_mean"] == pytest.approx(weighted, rel=1e-6)
+    assert found["weighted_mean"] > found["mean"] + 0.5
+    model.on_predict_start()
+    for start in range(0, len(rows), 999):  # a resumed run feeds rows in other portions
+        model.record(rows[start : start + 999])
+    model.on_predict_epoch_end()
+    assert model.summary["rewards"]["Linear"] == found
+
+
+@pytest.mark.parametrize("sampler", [SVDD(2), SMC(2), DPS(1.0), TwistedSMC(2)], ids=label)
+def test_inference_mode_is_off_only_where_gradients_are_needed(sampler):
+    """Of what the Trainer turned on around `predict_step`."""
+    seen = set()
+
+    class Watching(Linear):
+        def forward(self, images, prompts):
+            seen.add(torch.is_inference_mode_enabled())
+            return super().forward(images, prompts)
+
+    model = GuidedDiffusion(Watching([1.0, 0.0]), GaussianDiffusion(3), sampler)
+    with torch.inference_mode():
+        model.draw([""], [0])
+    assert seen == {not sampler.needs_gradient}
+
+
 def test_a_second_prediction_starts_anew(sd15, prompts, tmp_path):
     model = model_of(sd15, sampler=Unguided())
     predict(model, prompts, tmp_path)
