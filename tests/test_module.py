@@ -367,7 +367,7 @@ def test_all_particles_count_by_their_weights(prompts, tmp_path):
     """Unweighted, particles that never resampled would show the plain mean as the guided one."""
     sampler = SMC(400, 0.3, returns="all", ess_threshold=0.0)
     model = GuidedDiffusion(Linear([0.6, -0.8]), GaussianDiffusion(4), sampler, images_per_prompt=2)
-    rows = predict(model, [""] * 10, tmp_path).rows
+    rows = predict(model, ["0"] * 10, tmp_path).rows
     found = model.summary["rewards"]["Linear"]
     weighted = sum(row["particle_weight"] * row["rewards"]["Linear"] for row in rows) / 20
     assert found["weighted_mean"] == pytest.approx(weighted, rel=1e-6)
