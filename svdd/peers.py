@@ -7,39 +7,40 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from svdd.launch import Launch
+from svdd.run_config import HEADER
+
 __all__ = ["DONE", "FAILED", "GONE", "RUNNING", "STOPPING", "Peers"]
 
 RUNNING, DONE, STOPPING, FAILED, GONE = "running", "done", "stopping", "failed", "gone"
 
-_NAME = re.compile(r"\.rank-\d{5,}")
+_NAME = re.compile(r"\.rank-\d{5,}(-[0-9a-f]+)?")
 
 
 class Peers:
     """What this process says to the others, and what they have said.
 
-    Each process rewrites a file of a few bytes, `.rank-00003`, with a count and what it is doing. A process whose file
+    Each process rewrites a file of a few bytes, `.rank-00003-1a2b3c4d`, with a count and what it is doing; the letters
+    at the end are those of the launch, for two launches in one folder not to disturb each other. A process whose file
     has not changed for a while is lost: stopped, or its machine is down. Clocks are never compared between machines,
     and a file is opened anew for every look, so that it works on network file systems too.
 
     Args:
-        folder: The run folder, which all processes see.
-        rank: This process.
-        world_size: The number of processes.
+        folder: The run folder, which all processes see. Nothing is said before it is one.
+        launch: This process, and how many there are. Where the launch's name may be that of an earlier one, the words
+            that stand there at first count once they change.
         patience: Seconds without a change after which a process counts as lost.
         clock: Seconds that never run backwards.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        rank: int,
-        world_size: int,
-        patience: float,
-        clock: Callable[[], float] = time.monotonic,
+        self, folder: Path, launch: Launch, patience: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._own, self._patience, self._clock = _path(folder, rank), patience, clock
-        self._paths = {other: _path(folder, other) for other in range(world_size) if other != rank}
+        self.patience = patience
+        self._config, self._own, self._clock = folder / "config.yaml", _path(folder, launch, launch.rank), clock
+        self._paths = {rank: _path(folder, launch, rank) for rank in range(launch.world_size) if rank != launch.rank}
         self._words: dict[int, bytes] = dict.fromkeys(self._paths, b"")
+        self._old: dict[int, bytes] = dict.fromkeys(self._paths, b"") if launch.unique else {}
         self._changed: dict[int, float] = dict.fromkeys(self._paths, clock())
         self._looked = clock()
         self._count = 0
@@ -48,6 +49,9 @@ class Peers:
         """Tells the others that this process lives and what it is doing; that a disk is full is no reason to end."""
         self._count += 1
         with suppress(OSError):
+            with open(self._config, "rb") as file:
+                if file.read(len(HEADER)) != HEADER.encode():  # the folder is somebody else's
+                    return
             descriptor = os.open(self._own, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.pwrite(descriptor, f"{self._count:012d} {state:<10}\n".encode(), 0)  # in place: no new block needed
@@ -57,7 +61,7 @@ class Peers:
     def look(self) -> None:
         """Reads what the others say. A process that was itself held up judges nobody by the time it missed."""
         now = self._clock()
-        if now - self._looked > self._patience / 2:
+        if now - self._looked > self.patience / 2:
             self._changed = dict.fromkeys(self._paths, now)
         self._looked = now
         for rank, path in self._paths.items():
@@ -67,6 +71,8 @@ class Peers:
             except FileNotFoundError:
                 words = GONE.encode() if words else words  # it said goodbye, or nothing yet
             except OSError:
+                continue
+            if words == self._old.setdefault(rank, words):
                 continue
             if words != self._words[rank]:
                 self._words[rank], self._changed[rank] = words, now
@@ -83,7 +89,7 @@ class Peers:
         """Returns the processes that have said nothing for too long and were not through."""
         now = self._clock()
         alive = self.ranks(RUNNING, DONE)
-        return [rank for rank in alive if now - self._changed[rank] > self._patience]
+        return [rank for rank in alive if now - self._changed[rank] > self.patience]
 
     def leave(self) -> None:
         """Says goodbye."""
@@ -91,13 +97,19 @@ class Peers:
             self._own.unlink()
 
     @staticmethod
-    def forget(folder: Path) -> None:
-        """Removes what the processes of an earlier run have left; for rank 0, before the others begin."""
+    def forget(folder: Path, launch: Launch | None = None) -> None:
+        """Removes what the processes of earlier runs have left; for rank 0, once the folder is its own.
+
+        Args:
+            folder: The run folder.
+            launch: The present launch, whose words stay.
+        """
+        kept = f"-{launch.name}" if launch is not None and launch.unique else " "
         with suppress(OSError):
             for path in folder.iterdir():
-                if _NAME.fullmatch(path.name):
+                if _NAME.fullmatch(path.name) and not path.name.endswith(kept):
                     path.unlink()
 
 
-def _path(folder: Path, rank: int) -> Path:
-    return folder / f".rank-{rank:05d}"
+def _path(folder: Path, launch: Launch, rank: int) -> Path:
+    return folder / f".rank-{rank:05d}-{launch.name}"

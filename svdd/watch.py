@@ -1,6 +1,7 @@
 """Ends a run in order: on a signal, and when one of its processes fails, is killed or does not answer."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,19 +15,24 @@ from typing import Any, NamedTuple
 import lightning as L
 
 from svdd.errors import Stopped
+from svdd.launch import LEADER, Launch, led
 from svdd.peers import DONE, FAILED, RUNNING, STOPPING, Peers
 
 __all__ = ["Watch"]
 
-_LEADER = "SVDD_LEADER"  # the process that starts the others of its machine, for them to know
-_START, _LOOP, _END = range(3)
+_START, _LOOP, _END, _AFTER = range(4)  # before the first batch, until the last, until the summary, then
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SLOW_START = 10  # times the patience: imports and weights come from disks that others read too
+_DEAF = 3.0  # seconds in which a signal must get through where nothing is to be finished
+_KEPT = "finished images are kept, and the same command continues"
 
 
 class _Stop(NamedTuple):
-    """Why the run ends: the exit code, and when this process ends at the latest even inside a batch."""
+    """Why the run ends, since when, and when this process ends at the latest even inside a batch."""
 
     reason: str
     code: int
+    since: float
     deadline: float | None
 
 
@@ -34,7 +40,8 @@ class Watch(L.Callback):
     """Watches over the processes of a run, from before the model is built until the last one has ended.
 
     - SIGTERM: every process finishes the batch that it is drawing, and the run exits with 143. So does SIGINT, with
-      130; a second SIGINT ends it at once. Before the first batch and on a second SIGINT there is nothing to finish.
+      130; a second SIGINT ends it at once. Before the first batch, after the summary and on a second SIGINT there is
+      nothing to finish.
     - A process that fails, is killed or shows no sign of life ends the run: the others finish their batch if that
       takes no longer than `patience`, say why, and exit with 1.
     - A process whose parent has gone ends itself, so that none is left behind.
@@ -43,7 +50,8 @@ class Watch(L.Callback):
 
     Args:
         folder: The run folder.
-        patience: Seconds without a sign of life after which a process counts as lost.
+        patience: Seconds without a sign of life after which a process counts as lost, and as many again for the
+            others to finish their batch. Until all processes have met, ten times as many.
     """
 
     def __init__(self, folder: str | Path, patience: float = 25.0) -> None:
@@ -52,57 +60,95 @@ class Watch(L.Callback):
         self.folder, self.patience = Path(folder), patience
         self._phase, self._state = _START, RUNNING
         self._stop: _Stop | None = None
+        self._launch: Launch | None = None
         self._peers: Peers | None = None
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._speech = threading.RLock()  # the state, and what the others hear of it, change together
+        self._trainer: L.Trainer | None = None
+        self._taken: list[subprocess.Popen[bytes]] = []
         self._parent: int | None = None  # None where nobody minds who started this process
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._handlers: dict[int, Any] = {}
+        self._bell: tuple[int, int] | None = None  # a pipe into which every signal falls, whatever Python is doing
+        self._former_bell = -1
+        self._rung: tuple[int, float] | None = None  # the first signal, and when it came
         self._rank = 0
 
     # ---- the frame around the run
 
     def __enter__(self) -> "Watch":
         """Listens to signals, and to the parent where this process is one of several that it started."""
+        if threading.current_thread() is threading.main_thread():
+            self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._former_bell = signal.set_wakeup_fd(self._bell[1], warn_on_full_buffer=False)
         self._listen()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             self._parent = os.getppid()
-        elif "LOCAL_RANK" in os.environ and _LEADER in os.environ:
-            self._parent = int(os.environ[_LEADER])
+        elif "LOCAL_RANK" in os.environ and LEADER in os.environ:
+            self._parent = int(os.environ[LEADER])
         else:
-            os.environ[_LEADER] = str(os.getpid())
-        if self._parent is not None:
-            self._start()
+            os.environ[LEADER] = str(os.getpid())
+        self._thread = threading.Thread(target=self._run, name="svdd-watch", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for the processes that this one started, and leaves signals as they were."""
-        if error is not None and self._stop is None:
-            self._over.set()  # this error is the reason, and is yet to be printed
-        self._reap()
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._peers is not None and error is None:
-            self._peers.leave()
-        if self._parent is None:
-            os.environ.pop(_LEADER, None)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        """Waits for the processes that this one started, and leaves signals as they were.
+
+        Raises:
+            Stopped: In place of an error that only says that the others have ended on a signal.
+        """
+        try:
+            excused = self._excuse(error)
+            if error is None or self._phase == _AFTER:
+                self._phase = _AFTER
+                self._join()  # what the others do from here on is no reason to end
+            elif self._stop is None:
+                self._over.set()  # this error is the reason, and is yet to be printed
+            self._reap()
+        finally:
+            self._kill_children()
+            self._join()
+            self._say_last()
+            self._hang_up()
+        if excused is not None:
+            raise excused from error
+
+    def meet(self, launch: Launch | None) -> None:
+        """Begins to exchange signs of life with the processes that were started together with this one.
+
+        Args:
+            launch: Those processes; None where there are none, or nobody knows them yet.
+        """
+        if launch is not None and launch.world_size > 1:
+            with self._speech:
+                self._launch, self._rank = launch, launch.rank
+                self._peers = Peers(self.folder, launch, self.patience * _SLOW_START)
+
+    def forget(self) -> None:
+        """Removes what the processes of earlier runs have left in the folder; for rank 0, once it is its own."""
+        Peers.forget(self.folder, self._launch)
+
+    def attend(self, trainer: L.Trainer) -> None:
+        """Watches over the processes that the Trainer starts, from the first moment."""
+        self._trainer = trainer
+        if self._launch is None and trainer.num_nodes == 1 and self._parent is None:
+            self.meet(led(trainer.global_rank, trainer.world_size, os.getpid()))
 
     # ---- the Trainer's hooks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes the started processes over from Lightning, which would kill this one in the middle of a batch."""
-        self._rank = trainer.global_rank
+        self._rank, self._trainer = trainer.global_rank, trainer
         processes: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
-        self._children += processes
+        self._taken += processes
         processes.clear()
-        if trainer.world_size > 1:
-            self._peers = Peers(self.folder, trainer.global_rank, trainer.world_size, self.patience)
-            self._start()
+        if trainer.world_size > 1:  # all are there: from here on patience is what it says
+            launch = self._launch or led(trainer.global_rank, trainer.world_size)
+            with self._speech:
+                self._peers = Peers(self.folder, launch._replace(unique=True), self.patience)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on a signal waits for the batch."""
@@ -132,33 +178,57 @@ class Watch(L.Callback):
             Stopped: If a signal or a failure elsewhere ends the run.
         """
         if self._peers is not None:
-            self._state = DONE
-            self._peers.say(DONE)
+            self._say(DONE)
             while self._peers.ranks(RUNNING, STOPPING, FAILED):
                 self._obey()
                 time.sleep(0.05)
         self._phase = _END
 
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on a signal ends the run at once: the summary is on disk.
+
+        Raises:
+            Stopped: If there has been one since the last batch.
+        """
+        self._phase = _AFTER
+        self._obey()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Does the same where no prompt was left to draw."""
+        self._phase = _AFTER
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Tells the other processes."""
-        self._state = STOPPING if self._stop is not None and self._stop.deadline is None else FAILED
-        if self._peers is not None:
-            self._peers.say(self._state)
+        self._excuse(exception)
+        if self._phase != _AFTER:
+            self._say(self._last_word())
 
     # ---- signals
 
     def _listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _SIGNALS:
                 previous = signal.signal(number, self._on_signal)
                 if number not in self._handlers:
                     self._handlers[number] = previous
+
+    def _hang_up(self) -> None:
+        """Leaves signals, and the environment, as they were."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._bell is not None:
+            signal.set_wakeup_fd(self._former_bell)
+            for descriptor in self._bell:
+                os.close(descriptor)
+            self._bell = None
+        if self._parent is None:
+            os.environ.pop(LEADER, None)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         first = self._stop is None
         self._ask(name, 128 + number, None)
-        if self._phase == _START:
+        if self._phase in (_START, _AFTER):
             raise Stopped(128 + number)
         if number == signal.SIGINT and not first and self._children_are_mine():
             self._die(f"{name} again: ended at once", 128 + number)
@@ -172,8 +242,10 @@ class Watch(L.Callback):
 
     def _ask(self, reason: str, code: int, deadline: float | None) -> None:
         """Asks this process to end after its batch; a failure is more urgent than a signal."""
-        if self._stop is None or (self._stop.deadline is None and deadline is not None):
-            self._stop = _Stop(reason, self._stop.code if self._stop else code, deadline)
+        if self._stop is None:
+            self._stop = _Stop(reason, code, time.monotonic(), deadline)
+        elif self._stop.deadline is None and deadline is not None:
+            self._stop = self._stop._replace(reason=reason, deadline=deadline)
 
     def _obey(self) -> None:
         if self._stop is None:
@@ -184,70 +256,139 @@ class Watch(L.Callback):
 
     # ---- the thread
 
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="svdd-watch", daemon=True)
-            self._thread.start()
-
     def _run(self) -> None:
-        while True:
+        while not self._over.is_set():
             if self._parent is not None and os.getppid() != self._parent:
                 self._die("the process that started this one is gone", 1)
-            self._check_children()
-            self._check_peers()
+            if self._phase != _AFTER:
+                self._check_children()
+                self._check_peers()
             stop = self._stop
-            if stop and stop.deadline and (self._phase != _LOOP or time.monotonic() > stop.deadline):
+            if stop is not None and self._is_late(stop):
                 self._die(stop.reason, stop.code)
-            if self._over.wait(min(1.0, self.patience / 10)):
-                return
+            elif stop is None and (number := self._unheard()) is not None:
+                self._die(signal.Signals(number).name, 128 + number)
+            self._wait(min(1.0, self.patience / 10))
+
+    def _wait(self, seconds: float) -> None:
+        """Waits, but not on when a signal comes or the thread's work is over."""
+        if self._bell is None:
+            self._over.wait(seconds)
+            return
+        bell = select.poll()
+        bell.register(self._bell[0], select.POLLIN)
+        numbers = os.read(self._bell[0], 512) if bell.poll(seconds * 1000) else b""
+        for number in numbers:
+            if number in _SIGNALS and self._rung is None:
+                self._rung = (number, time.monotonic())
+
+    def _is_late(self, stop: _Stop) -> bool:
+        """Whether this process has had the time that it was given to end by itself."""
+        now = time.monotonic()
+        if self._phase == _LOOP or (stop.deadline is not None and self._phase == _AFTER):
+            return stop.deadline is not None and now > stop.deadline
+        if stop.deadline is not None:
+            return True  # nobody is coming to the collective at which this process may wait
+        return now > stop.since + self.patience and (self._phase != _END or self._others_stop())
+
+    def _unheard(self) -> int | None:
+        """Returns a signal that has not got through to the main thread, which may wait outside of Python."""
+        if self._rung is None or self._phase not in (_START, _AFTER):
+            return None
+        number, since = self._rung
+        return number if time.monotonic() > since + _DEAF else None
+
+    def _others_stop(self) -> bool:
+        """Whether another process ends on a signal, and will not come to a collective."""
+        told = self._peers is not None and bool(self._peers.ranks(STOPPING))
+        return told or any(child.poll() in _TOLD for child in self._children())
+
+    def _children(self) -> list[subprocess.Popen[bytes]]:
+        """The processes that this one has started, also those that `setup` has not taken over yet."""
+        started = [] if self._trainer is None else getattr(self._trainer.strategy.launcher, "procs", [])
+        return [*self._taken, *(child for child in started if isinstance(child, subprocess.Popen))]
 
     def _check_children(self) -> None:
-        for number, child in enumerate(self._children, 1):
+        for number, child in enumerate(self._children(), 1):
             code = child.poll()
-            if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            if code in _TOLD:
                 self._ask(f"process {number} was told to end", 128 + signal.SIGTERM, None)
             elif code:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
                 self._ask(f"process {number} of this machine {how}", 1, time.monotonic() + self.patience)
 
     def _check_peers(self) -> None:
-        if self._peers is None:
-            return
-        self._peers.say(self._state)
-        self._peers.look()
-        limit = time.monotonic() + self.patience
-        for rank in self._peers.ranks(STOPPING):
-            self._ask(f"process {rank} was told to end", 128 + signal.SIGTERM, None)
-        for rank in self._peers.ranks(FAILED):
-            self._ask(f"process {rank} failed, see its message", 1, limit)
-        for rank in self._peers.lost():
-            silence = f"no sign of life for {self.patience:.0f} s (stopped, or its machine is down)"
-            self._ask(f"process {rank} has given {silence}", 1, limit)
+        with self._speech:
+            if self._peers is None:
+                return
+            self._peers.say(self._state)
+            self._peers.look()
+            limit = time.monotonic() + self.patience
+            for rank in self._peers.ranks(STOPPING):
+                self._ask(f"process {rank} was told to end", 128 + signal.SIGTERM, None)
+            for rank in self._peers.ranks(FAILED):
+                self._ask(f"process {rank} failed, see its message", 1, limit)
+            for rank in self._peers.lost():
+                silence = f"no sign of life for {self._peers.patience:.0f} s (stopped, or its machine is down)"
+                self._ask(f"process {rank} has given {silence}", 1, limit)
 
     # ---- the end
+
+    def _say(self, state: str) -> None:
+        with self._speech:
+            self._state = state
+            if self._peers is not None:
+                self._peers.say(state)
+
+    def _last_word(self) -> str:
+        """What the others shall hear of a run that ends before its time."""
+        return STOPPING if self._stop is not None and self._stop.deadline is None else FAILED
+
+    def _say_last(self) -> None:
+        """Says goodbye, or once more why not: nobody repeats it from here on."""
+        if self._phase != _AFTER:
+            self._say(self._last_word())
+        elif self._peers is not None:
+            self._peers.leave()
+
+    def _excuse(self, error: BaseException | None) -> Stopped | None:
+        """Returns what to end with where an error only says that others have ended on a signal; else None."""
+        if error is None or isinstance(error, Stopped) or self._phase != _END:
+            return None
+        self._check_children()
+        self._check_peers()
+        told = self._stop is not None and self._stop.deadline is None and self._others_stop()
+        return Stopped(self._stop.code) if told and self._stop is not None else None
+
+    def _join(self) -> None:
+        """Ends the thread."""
+        self._over.set()
+        if self._bell is not None:
+            with suppress(BlockingIOError):
+                os.write(self._bell[1], b"\0")
+        if self._thread is not None:
+            self._thread.join()
 
     def _reap(self) -> None:
         """Waits for the started processes: without limit while they finish a batch on a signal, else not for long."""
         limit = time.monotonic() + self.patience
         waits = self._phase == _LOOP and self._stop is not None and self._stop.deadline is None
-        while any(child.poll() is None for child in self._children):
+        while any(child.poll() is None for child in self._children()):
             if self._phase == _START or (time.monotonic() > limit and not waits):
                 self._kill_children()
             time.sleep(0.05)
 
     def _kill_children(self) -> None:
-        for child in self._children:
+        for child in self._children():
             with suppress(OSError):
                 child.kill()
 
     def _die(self, reason: str, code: int) -> None:
         """Ends this process where it stands, even inside a collective that nobody will answer."""
-        self._state = FAILED
-        if self._peers is not None:
-            self._peers.say(FAILED)
+        self._say(STOPPING if code in _TOLD else FAILED)
         print(f"svdd: ended: {reason}; {_KEPT}", file=sys.stderr, flush=True)
         self._kill_children()
         os._exit(code)
 
 
-_KEPT = "finished images are kept, and the same command continues"
+_TOLD = tuple(128 + number for number in _SIGNALS)

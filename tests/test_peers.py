@@ -1,4 +1,8 @@
+import pytest
+
+from svdd.launch import LEADER, Launch, launched, led
 from svdd.peers import DONE, FAILED, GONE, RUNNING, STOPPING, Peers
+from svdd.run_config import dump_config
 
 
 class Clock:
@@ -10,9 +14,10 @@ class Clock:
         return self.now
 
 
-def pair(folder, patience=10.0):
+def pair(folder, patience=10.0, unique=True):
     clock = Clock()
-    return clock, *(Peers(folder, rank, 2, patience, clock) for rank in range(2))
+    (folder / "config.yaml").write_bytes(dump_config({}))
+    return clock, *(Peers(folder, Launch(rank, 2, "ab12", unique), patience, clock) for rank in range(2))
 
 
 def test_states_are_heard(tmp_path):
@@ -77,15 +82,85 @@ def test_who_slept_accuses_nobody(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_end(tmp_path):
-    peers = Peers(tmp_path / "absent", 0, 2, 10.0)
+    peers = Peers(tmp_path / "absent", Launch(0, 2, "ab12"), 10.0)
     peers.say(RUNNING)
     peers.look()
     peers.leave()
     Peers.forget(tmp_path / "absent")
 
 
-def test_forget_takes_its_own_files_only(tmp_path):
-    for name in (".rank-00000", ".rank-00012", ".ranking", "rank-00001"):
+@pytest.mark.parametrize("config", [None, "model: mine"])
+def test_nothing_is_said_in_a_folder_of_somebody_else(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    Peers(tmp_path, Launch(0, 2, "ab12"), 10.0).say(RUNNING)
+    assert not list(tmp_path.glob(".rank*"))
+
+
+def test_words_that_may_be_old_count_once_they_change(tmp_path):
+    """A repeated command may have the same address, and the last word of the run before is still there."""
+    _, _, old = pair(tmp_path)
+    old.say(FAILED)
+    _, one, two = pair(tmp_path, unique=False)
+    one.look()
+    assert one.state(1) == RUNNING
+    two.say(RUNNING)
+    two.say(FAILED)
+    one.look()
+    assert one.state(1) == FAILED
+
+
+def test_launches_in_one_folder_do_not_hear_each_other(tmp_path):
+    _, one, _ = pair(tmp_path)
+    Peers(tmp_path, Launch(1, 2, "cd34"), 10.0).say(FAILED)
+    one.look()
+    assert one.state(1) == RUNNING
+
+
+@pytest.mark.parametrize(
+    ("launch", "left"),
+    [
+        (None, []),
+        (Launch(0, 2, "ab12"), [".rank-00001-ab12"]),
+        (Launch(0, 2, "ab12", unique=False), []),
+    ],
+)
+def test_forget_takes_its_own_files_only(tmp_path, launch, left):
+    names = [".rank-00000", ".rank-00012-cd34", ".rank-00001-ab12", ".ranking", ".rank-00000-x", "rank-00001"]
+    for name in names:
         (tmp_path / name).write_text("x")
-    Peers.forget(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".ranking", "rank-00001"]
+    Peers.forget(tmp_path, launch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*left, ".ranking", ".rank-00000-x", "rank-00001"]
+    )
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "svdd", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_nodes", "expected"),
+    [
+        ({}, 1, None),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, 1, (3, 4, True)),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, 2, (3, 4, False)),
+        (SLURM, 2, (3, 4, True)),
+        ({LEADER: "12", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}, 1, (3, 4, True)),
+        ({LEADER: "12", "LOCAL_RANK": "3", "WORLD_SIZE": "8"}, 2, None),
+    ],
+)
+def test_what_launchers_say(monkeypatch, environment, num_nodes, expected):
+    for name in (*TORCHRUN, *SLURM, LEADER, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launch = launched(num_nodes)
+    assert (launch and (launch.rank, launch.world_size, launch.unique)) == expected
+
+
+def test_a_leader_and_its_children_have_one_name(monkeypatch):
+    for name, value in {LEADER: "12", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched(1) == led(1, 2, 12)
+    assert led(0, 2, 12).name == led(1, 2, 12).name != led(0, 2, 13).name

@@ -16,8 +16,9 @@ from svdd.commands.base import ModelCLI, refusals
 from svdd.data import PromptDataModule
 from svdd.errors import UserError
 from svdd.evaluation import Evaluation
+from svdd.launch import launched
 from svdd.log_samples import report
-from svdd.peers import Peers
+from svdd.picture_files import find_pictures
 from svdd.progress import StepProgress
 from svdd.watch import Watch
 from svdd.writer import RunWriter
@@ -62,6 +63,7 @@ class PredictCLI(ModelCLI):
         with refusals():
             self.watch = self._around.enter_context(Watch(config.output, config.patience))
             _check_processes(config.trainer)
+            self.watch.meet(launched(config.trainer.num_nodes))
             prompts = PromptDataModule(**config.data.as_dict())
             self.evaluation = Evaluation(**config.evaluation.as_dict())
             self.evaluation.check()
@@ -75,7 +77,7 @@ class PredictCLI(ModelCLI):
             self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self.finished = self.writer.open(scan=False)
         if self.writer.leads:
-            Peers.forget(Path(config.output))
+            self.watch.forget()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
@@ -84,6 +86,7 @@ class PredictCLI(ModelCLI):
             kwargs["inference_mode"] = False
         trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
         trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else []), self.watch]
+        self.watch.attend(trainer)
         return trainer
 
     def before_predict(self) -> None:
@@ -107,14 +110,15 @@ class PredictCLI(ModelCLI):
             guide = summary["rewards"][summary["guide"]]
             print(f"{guide['count']:.0f} images in {self.writer.folder.path}/images")
             for name, entry in summary["rewards"].items():
-                print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}")
+                by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
+                print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
             print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
             self._evaluate(summary)
 
     def _evaluate(self, summary: dict[str, Any]) -> None:
         """Measures the finished pictures, adds what was found to the summary, and warns of over-optimisation."""
         folder, baseline = self.writer.folder, self.evaluation.baseline
-        found = self.evaluation.measure(folder.path, self.model.device)
+        found = self.evaluation.measure(find_pictures(folder.path), self.trainer.strategy.root_device)
         if baseline is not None:
             comparison = against(folder.path, baseline)
             better = {name: reward.higher_is_better for name, reward in self.model.rewards.items()}
