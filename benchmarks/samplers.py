@@ -1,7 +1,7 @@
 """All samplers at equal compute on the embedded model: same prompts, same seeds, two budgets, two guide rewards.
 
 Draws in the order of the table, keeps every finished entry in a JSON file and continues there; writes
-benchmarks/samplers.md from whatever the file holds. `--time` measures seconds instead, in one go.
+benchmarks/samplers.md from whatever the files hold.
 """
 
 import argparse
@@ -35,7 +35,6 @@ from svdd.values.posterior_mean import PosteriorMean
 STEPS, AT_ONCE = 25, 4
 ALPHA = {"Compressibility": 0.1, "CLIPScore": 0.01}  # about half the reward's spread within a prompt, a third of it
 IMAGES = {0: 2, 200: 2, 800: 1}  # per prompt, by budget
-AT_LARGE_BUDGETS = ("BestOfN", "SVDD", "BeamSearch", "BlockwiseBestOfN", "SMC", "ProgressivePruning", "ZeroOrderSearch")
 PLAIN, BASELINE = "Unguided", "BestOfN"
 
 
@@ -53,13 +52,11 @@ def entries(guide: Reward, budget: int) -> dict[str, Callable[[], Sampler]]:
         f"SMC, alpha {alpha}, max, exponential": lambda: SMC(alpha=alpha, potential="max", tempering="exponential"),
         "ProgressivePruning": ProgressivePruning,
         "RandomSearch": RandomSearch,
-        "ZeroOrderSearch, 4 neighbours": lambda: ZeroOrderSearch(num_candidates=4),
+        **({"ZeroOrderSearch, 7 neighbours": lambda: ZeroOrderSearch(num_candidates=7)} if budget == 200 else {}),
+        **({"ZeroOrderSearch, 5 neighbours": lambda: ZeroOrderSearch(num_candidates=5)} if budget > 200 else {}),
     }
     if guide.differentiable:
         table[f"TwistedSMC, alpha {alpha}"] = lambda: TwistedSMC(alpha=alpha)
-    if budget > 200:  # one of each kind: hours are dear
-        del table[f"SMC, alpha {alpha}, max, exponential"]
-        table = {name: sampler for name, sampler in table.items() if name.split(",")[0] in AT_LARGE_BUDGETS}
     return table
 
 
@@ -81,12 +78,12 @@ def draw(
     images: int,
     prompts: Any = PROMPTS,
 ) -> dict[str, Any]:
-    """Draws `images` pictures of every prompt; returns scores [prompts][images], cost and diversity per prompt."""
+    """Draws `images` pictures of every prompt; returns scores [prompts][images], cost and diversity."""
     value, clip = PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
     value.bind(guide)
     rewards = (guide, *others)
     result: dict[str, Any] = {"scores": {reward.name: [] for reward in rewards}, "diversity": []}
-    rows = seconds = 0.0
+    rows, seconds, everything = 0.0, 0.0, []
     for start in range(0, len(prompts), AT_ONCE // images):
         texts = [prompt for prompt in prompts[start : start + AT_ONCE // images] for _ in range(images)]
         seeds = [1000 * (start + k // images) + k % images for k in range(len(texts))]
@@ -98,13 +95,20 @@ def draw(
         rows += state.context.ledger.denoiser_rows
         for reward in rewards:
             result["scores"][reward.name] += reward.score(pictures, texts).view(-1, images).tolist()
-        features = clip.image_features(pictures).view(-1, images, clip.image_features(pictures).shape[-1])
-        pairs = images * (images - 1)
-        if pairs:
-            total = features.sum(1).square().sum(1) - images  # sum of the cosines of all pairs, each twice
-            result["diversity"] += (1 - total / pairs).tolist()
+        features = clip.image_features(pictures)
+        everything.append(features)
+        if images > 1:
+            result["diversity"] += distances(features.view(-1, images, features.shape[-1])).tolist()
     count = len(prompts) * images
-    return result | {"rows": rows / count, "seconds": seconds / count}
+    overall = float(distances(torch.cat(everything)[None]))
+    return result | {"overall": overall, "rows": rows / count, "seconds": seconds / count}
+
+
+def distances(features: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of 1 - cosine over all pairs in each group; features of unit length, [groups, n, d]."""
+    n = features.shape[1]
+    total = features.sum(1).square().sum(1) - n  # sum of the cosines of all pairs, each twice
+    return 1 - total / (n * (n - 1))
 
 
 def table(guide: Reward, others: list[Reward], budget: int, results: dict[str, Any]) -> list[str]:
@@ -125,10 +129,13 @@ def table(guide: Reward, others: list[Reward], budget: int, results: dict[str, A
         "",
         "| "
         + " | ".join(
-            ["sampler", guide.name, "- BestOfN", *(f"{key} - unguided" for key in held_out), "diversity", "rows"]
+            [
+                *("sampler", guide.name, "- BestOfN", *(f"{key} - unguided" for key in held_out)),
+                *("diversity", "overall", "rows", "seconds"),
+            ]
         )
         + " |",
-        "|---|" + "---:|" * (4 + len(held_out)),
+        "|---|" + "---:|" * (6 + len(held_out)),
     ]
 
     def scores(result: dict[str, Any], name: str) -> torch.Tensor:
@@ -141,26 +148,11 @@ def table(guide: Reward, others: list[Reward], budget: int, results: dict[str, A
         cells += ["" if name == PLAIN else interval(scores(result, key), scores(plain, key)) for key in held_out]
         diverse = result["diversity"] if images > 1 else []
         cells.append(f"{sum(diverse) / len(diverse):.3f}" if diverse else "")
-        lines.append(f"| {name} | {' | '.join(cells)} | {result['rows']:.0f} |")
+        slower = result["seconds"] / found[BASELINE]["seconds"]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {result['overall']:.3f} | {result['rows']:.0f} | {slower:.2f} |"
+        )
     return lines
-
-
-def measure_time(diffusion: StableDiffusion, guides: list[tuple[Reward, list[Reward]]], budget: int) -> dict[str, Any]:
-    """Measures CPU seconds per image of every sampler on the first prompts, in one run on one thread."""
-    torch.set_num_threads(1)
-    return {
-        f"{guide.name}/{name}": draw(
-            diffusion,
-            sampler() if free else sampler().within(budget, STEPS),
-            guide,
-            others,
-            images=1,
-            prompts=PROMPTS[: 2 * AT_ONCE],
-        )["seconds"]
-        for guide, others in guides
-        for free in (True, False)
-        for name, sampler in entries(guide, 0 if free else budget).items()
-    }
 
 
 def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -> str:
@@ -170,20 +162,14 @@ def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -
         "",
         f"The embedded model, T = {STEPS}, guidance scale 3, eta 1, same prompts and seeds; every count is the largest "
         "within the budget. Differences are paired by prompt, with 95 % intervals (Student's t). `CLIPScore-judge` is "
-        "held out: a second CLIP, trained apart. Diversity is 1 - cosine of the CLIP embeddings of two images of a "
-        "prompt. Samplers with 25 rows do not scale with a budget and stand in each table. Made by "
+        "held out: a second CLIP, trained apart. Diversity is the mean of 1 - cosine of the CLIP embeddings of two "
+        "images of a prompt, `overall` that of any two images. Seconds are CPU seconds on one thread over those of BestOfN. "
+        "Samplers with 25 rows do not scale with a budget and stand in each table. Made by "
         "`python -m benchmarks.samplers`.",
     ]
     for guide, others in guides:
         for budget in (200, 800):
             lines += table(guide, others, budget, results)
-    if times := results.get("seconds"):
-        lines += ["", "## Wall time at 200 rows per image", ""]
-        lines += ["CPU seconds per image over those of BestOfN, on one thread, measured in one run (`--time`).", ""]
-        lines += ["| guide | sampler | seconds / BestOfN's |", "|---|---|---:|"]
-        for key, seconds in times.items():
-            guide_name, name = key.split("/", 1)
-            lines.append(f"| {guide_name} | {name} | {seconds / times[f'{guide_name}/{BASELINE}']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -192,7 +178,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guides", nargs="+", default=["Compressibility", "CLIPScore"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[200, 800])
-    parser.add_argument("--time", action="store_true", help="measure seconds only")
     parser.add_argument("--only-report", action="store_true", help="write the page from what is there")
     parser.add_argument("--kept", type=Path, default=Path("build/samplers"), help="folder of finished entries")
     options = parser.parse_args()
@@ -200,9 +185,8 @@ def main() -> None:
     guides: list[tuple[Reward, list[Reward]]] = [(jpeg, [clip, judge]), (clip, [judge, jpeg])]
     diffusion = StableDiffusion("emoji", num_inference_steps=STEPS, guidance_scale=3.0, eta=1.0)
     options.kept.mkdir(parents=True, exist_ok=True)
-    if options.time:
-        (options.kept / "seconds.json").write_text(json.dumps(measure_time(diffusion, guides, 200)))
-    elif not options.only_report:
+    torch.set_num_threads(1)  # so that CPU seconds are comparable
+    if not options.only_report:
         for budget in (0, *options.budgets):
             for guide, others in guides:
                 if guide.name not in options.guides:
@@ -222,8 +206,6 @@ def main() -> None:
                 path = options.kept / (f"{guide.name}/{budget}/{name}".replace("/", "--") + ".json")
                 if path.exists():
                     results |= json.loads(path.read_text())
-    if (options.kept / "seconds.json").exists():
-        results["seconds"] = json.loads((options.kept / "seconds.json").read_text())
     text = report(results, guides)
     print(text)
     Path(__file__).with_suffix(".md").write_text(text)
