@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 import svdd.metrics.distances
 import svdd.metrics.diversity
 import svdd.metrics.reward_statistics
-from svdd.metrics import RewardStatistics
+from svdd.metrics import CMMD, Diversity, RewardStatistics
 
 
 def reference(scores):
@@ -143,27 +143,48 @@ def test_update_after_compute_and_in_inference_mode():
 COUNTS = [(7, 4), (5, 0), (0, 5), (0, 0)]
 
 
+def prompts_of(n, rank=0):
+    """Prompts of two images, which ranks share."""
+    return torch.arange(n) // 2 + 2 * rank
+
+
+def features_of(n, seed):
+    return torch.from_numpy(np.random.default_rng(seed).normal(0.3, 1.0, (n, 6))).float()
+
+
+def measured(parts):
+    """What each metric says of images that arrive in parts: (count, seed) of each."""
+    statistics, diversity, cmmd = RewardStatistics(), Diversity(), CMMD()
+    for count, rank in parts:
+        for rows in torch.arange(count).split(3) if count else ():
+            prompts, features = prompts_of(count, rank)[rows], features_of(count, rank)[rows]
+            statistics.update(torch.from_numpy(draw(count, seed=rank))[rows], prompts)
+            diversity.update(features, prompts)
+            cmmd.update(features, real=False)
+            cmmd.update(features_of(count, rank + 7)[rows], real=True)
+    found = {name: value.item() for name, value in (statistics.compute() | diversity.compute()).items()}
+    return found | {"cmmd": cmmd.compute().item()}
+
+
 def work(rank, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    computed = []
-    for counts in COUNTS:
-        statistics = RewardStatistics().to("cpu")
-        for batch in torch.from_numpy(draw(counts[rank], seed=rank)).split(3) if counts[rank] else ():
-            statistics.update(batch)
-        computed.append(numbers(statistics))
-    torch.save(computed, results / f"{rank}.pt")
+    torch.save([measured([(counts[rank], rank)]) for counts in COUNTS], results / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_ranks(tmp_path):
     mp.start_processes(work, (tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for counts, one, other in zip(COUNTS, first, second, strict=True):
-        scores = np.concatenate([draw(count, seed=rank) for rank, count in enumerate(counts)])
-        expected = reference(scores) if len(scores) else {name: math.nan for name in one} | {"count": 0}
-        assert one == pytest.approx(expected, rel=1e-12, nan_ok=True)
+        assert one == pytest.approx(measured(list(zip(counts, (0, 1), strict=True))), rel=1e-9, nan_ok=True)
         assert other == pytest.approx(one, rel=0, abs=0, nan_ok=True)
+        if any(counts):
+            assert one["ci95_low"] < one["mean"] < one["ci95_high"]
+            assert one["std_within"] > 0
+            assert 1 < one["vendi_within"] < one["vendi"] <= 6
+            assert one["cmmd"] > 0
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,13 @@ class CMMD(Metric):
     full_state_update = False
     real: list[Tensor]
     drawn: list[Tensor]
+    width: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("real", default=[], dist_reduce_fx="cat")
         self.add_state("drawn", default=[], dist_reduce_fx="cat")
+        self.add_state("width", default=torch.tensor(0), dist_reduce_fx="max")
 
     def update(self, features: Tensor, real: bool) -> None:
         """Adds a batch to one of the two sets.
@@ -51,15 +53,27 @@ class CMMD(Metric):
             features: float [n, d]; only their directions count.
             real: Whether they belong to the reference.
         """
-        unit = torch.nn.functional.normalize(features.detach().double(), dim=1)
-        (self.real if real else self.drawn).append(unit)
+        (self.real if real else self.drawn).append(features.detach().float().flatten())
+        self.width = self.width.new_tensor(features.shape[1])
 
     def compute(self) -> Tensor:
-        """Returns the discrepancy, float64 []; NaN where a set is empty."""
-        if not len(self.real) or not len(self.drawn):
+        """Returns the discrepancy, float64 [], on the CPU: some devices have no float64; NaN where a set is empty."""
+        real, drawn = self._unit(self.real), self._unit(self.drawn)
+        if not len(real) or not len(drawn):
             return torch.tensor(math.nan, dtype=torch.float64)
-        real, drawn = dim_zero_cat(self.real), dim_zero_cat(self.drawn)
         return _SCALE * (_mean_kernel(real, real) + _mean_kernel(drawn, drawn) - 2 * _mean_kernel(real, drawn))
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gathers the features of all ranks; a rank without images joins with none."""
+        for parts in (self.real, self.drawn):
+            if not len(parts):
+                parts.append(torch.zeros(0, device=self.device))
+        super().sync(*args, **kwargs)
+
+    def _unit(self, parts: list[Tensor]) -> Tensor:
+        """Returns the features of a set with length 1, float64 [n, d] on the CPU."""
+        rows = dim_zero_cat(parts).cpu().double() if len(parts) else torch.zeros(0)
+        return torch.nn.functional.normalize(rows.view(-1, max(1, int(self.width))), dim=1)
 
 
 def _mean_kernel(one: Tensor, other: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ class Diversity(Metric):
     full_state_update = False
     features: list[Tensor]
     prompts: list[Tensor]
+    width: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("features", default=[], dist_reduce_fx="cat")
         self.add_state("prompts", default=[], dist_reduce_fx="cat")
+        self.add_state("width", default=torch.tensor(0), dist_reduce_fx="max")
 
     def update(self, features: Tensor, prompts: Tensor) -> None:
         """Adds a batch.
@@ -58,19 +60,20 @@ class Diversity(Metric):
             raise ValueError(
                 f"expected features [n, d] and prompts [n], got {list(features.shape)} and {list(prompts.shape)}"
             )
-        self.features.append(torch.nn.functional.normalize(features.detach().float(), dim=1))
+        self.features.append(torch.nn.functional.normalize(features.detach().float(), dim=1).flatten())
         self.prompts.append(prompts.detach().to(features.device, torch.int64))
+        self.width = self.width.new_tensor(features.shape[1])
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the four numbers, float64 []."""
-        if not len(self.features):
-            nothing = torch.tensor(math.nan, dtype=torch.float64)
+        """Returns the four numbers, float64 [], on the CPU: some devices have no float64."""
+        nothing = torch.tensor(math.nan, dtype=torch.float64)
+        if not self.width:
             return dict.fromkeys(("pairwise", "vendi", "pairwise_within", "vendi_within"), nothing)
-        features, prompts = dim_zero_cat(self.features).double(), dim_zero_cat(self.prompts)
+        features = dim_zero_cat(self.features).cpu().double().view(-1, int(self.width))
+        prompts = dim_zero_cat(self.prompts).cpu()
         order = prompts.argsort(stable=True)
         features, sizes = features[order], prompts[order].unique_consecutive(return_counts=True)[1]
         several = [group for group in features.split(sizes.tolist()) if len(group) > 1]
-        nothing = features.new_full((), math.nan)
         return {
             "pairwise": pairwise_distance(features),
             "vendi": vendi_score(features),
@@ -79,6 +82,13 @@ class Diversity(Metric):
             else nothing,
             "vendi_within": torch.stack([vendi_score(group) for group in several]).mean() if several else nothing,
         }
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gathers the features of all ranks; a rank without images joins with none."""
+        if not len(self.features):
+            self.features.append(torch.zeros(0, device=self.device))
+            self.prompts.append(torch.zeros(0, dtype=torch.int64, device=self.device))
+        super().sync(*args, **kwargs)
 
 
 def pairwise_distance(features: Tensor) -> Tensor:
