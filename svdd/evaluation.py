@@ -1,11 +1,14 @@
 """What is measured on the finished pictures of a run, beside their rewards."""
 
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from svdd.baseline import sampler_of
 from svdd.errors import UserError
 from svdd.metrics import CMMD, Diversity
 from svdd.picture_files import Picture, find_pictures, read_pictures
@@ -58,36 +61,48 @@ class Evaluation:
         self.distances = list(distances or [])
 
     def check(self) -> None:
-        """Raises UserError where a folder that will be needed is not there; costs nothing."""
+        """Tries what would fail after the last picture otherwise; warns where the baseline is a guided run.
+
+        Raises:
+            UserError: If a folder that will be needed is not there, or a package or weights are missing.
+        """
         for folder in {self.baseline, self.reference if self.distances else None} - {None}:
             assert folder is not None
             if folder == self.baseline and not (folder / "results.jsonl").is_file():
                 raise UserError(f"evaluation.baseline={str(folder)!r} is no finished run: it holds no results.jsonl")
             find_pictures(folder)
+        if self.baseline is not None and (sampler := sampler_of(self.baseline)) != "Unguided":
+            warnings.warn(
+                f"{self.baseline} is a run guided by {sampler}: what is gained against it is not what guidance gains; "
+                "draw the baseline with --model.sampler Unguided",
+                stacklevel=2,
+            )
+        clip = self._read_clip("cpu")
+        for name in self.distances:
+            self._distance(name, clip)
 
-    def measure(self, folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    def measure(self, pictures: Sequence[Picture], device: torch.device | str = "cpu") -> dict[str, Any]:
         """Returns what the settings ask for: `diversity` and `distances`.
 
         Args:
-            folder: A run folder, or one of pictures.
+            pictures: What is measured; those of one prompt have its index.
             device: Where the networks run.
 
         Raises:
             UserError: If a folder holds no pictures, or a package or weights are missing.
         """
         result: dict[str, Any] = {}
-        clip = None if self.features is None else CLIPScore(self.features).to(device)
-        own = find_pictures(folder)
+        clip = self._read_clip(device)
         if clip is not None:
             diversity = Diversity(sync_on_compute=False).to(device)
-            for part, features in self._embed(clip, own, device):
+            for part, features in self._embed(clip, pictures, device):
                 diversity.update(features, torch.tensor([picture.prompt_index for picture in part]))
             result["diversity"] = {name: _finite(value) for name, value in diversity.compute().items()}
         if self.distances:
             assert self.reference is not None
             metrics = {name: self._distance(name, clip).to(device) for name in self.distances}
-            for pictures, real in ((find_pictures(self.reference), True), (own, False)):
-                for _, images in read_pictures(pictures, self.batch_size):
+            for compared, real in ((find_pictures(self.reference), True), (pictures, False)):
+                for _, images in read_pictures(compared, self.batch_size):
                     for name, metric in metrics.items():
                         shown = images.to(device)
                         metric.update(clip.image_features(shown) if clip and name == "cmmd" else shown, real=real)
@@ -96,8 +111,17 @@ class Evaluation:
             }
         return result
 
+    def _read_clip(self, device: torch.device | str) -> CLIPScore | None:
+        if self.features is None:
+            return None
+        clip = CLIPScore(self.features).to(device)
+        clip.load()
+        return clip
+
     @torch.inference_mode()
-    def _embed(self, clip: CLIPScore, pictures: list[Picture], device: torch.device | str) -> Any:
+    def _embed(
+        self, clip: CLIPScore, pictures: Sequence[Picture], device: torch.device | str
+    ) -> Iterator[tuple[list[Picture], Tensor]]:
         for part, images in read_pictures(pictures, self.batch_size):
             yield part, clip.image_features(images.to(device))
 
@@ -131,11 +155,13 @@ class _Features(nn.Module):
 
 
 def _value(metric: Any) -> Any:
-    """Returns a distance as numbers; KID's subsets are at most as large as the smaller set."""
+    """Returns a distance as numbers; KID's subsets are at most as large as the smaller set, and the same every time."""
     if hasattr(metric, "subset_size"):
         smaller = min(sum(len(part) for part in parts) for parts in (metric.real_features, metric.fake_features))
         metric.subset_size = min(metric.subset_size, smaller)
-        mean, std = metric.compute()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # torchmetrics draws the subsets from the global generator
+            mean, std = metric.compute()
         return {"mean": _finite(mean), "std": _finite(std)}
     return _finite(metric.compute())
 

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from svdd.__main__ import main
+from svdd.commands.predict import PredictCLI
 from svdd.picture_files import read_rows
 
 PROMPTS = ["red apple", "blue car", "panda", "owl"]
@@ -63,6 +66,16 @@ def test_scores_of_a_folder_are_those_of_the_reward(pictures, tmp_path, capsys, 
     assert "4 images" in out
 
 
+def test_pictures_of_one_prompt_are_compared_with_each_other(pictures, tmp_path, tiny_clip, capsys):
+    words = ["score", "--reward", "Brightness", "--images", str(pictures), "--output", str(tmp_path / "scores")]
+    words += ["--evaluation.features", tiny_clip]
+    for prompts, within in (([], False), (["--prompts", str(tmp_path / "texts.txt")], True)):
+        assert main([*words, *prompts]) == 0
+        diversity = summary_of(tmp_path / "scores")["diversity"]
+        assert diversity["vendi"] > 1
+        assert (diversity["pairwise_within"] is not None) == within
+
+
 def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, capsys):
     """PNG files hold 8 bits: a CLIP score moves by less than 1e-3."""
     clip = json.dumps({"class_path": "CLIPScore", "init_args": {"pretrained": tiny_clip}})
@@ -114,7 +127,8 @@ def test_a_sum_reads_its_units_from_an_unguided_run(predict):
 
 def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
     """Guided to be dark, with brightness held out: the check must fire. Guided to be bright, it must not."""
-    (dark := ["--model.reward", "WeightedSum", "--model.reward.rewards", '["Brightness"]'])
+    dark = ["--model.reward", "WeightedSum", "--model.reward.rewards", '["Brightness"]']
+    dark += ["--model.images_per_prompt", "4", "--data.batch_size", "4"]
     held_out = "--model.eval_rewards+=Brightness"
     plain = predict("plain", *dark, "--model.reward.weights", "[-1]", held_out, "--model.sampler", "Unguided")
     evaluation = ["--evaluation.baseline", str(plain), "--evaluation.features", tiny_clip]
@@ -165,6 +179,44 @@ def test_what_is_measured_may_change_when_a_run_continues(predict, tiny_clip, ca
     after = summary_of(run)
     assert after.pop("diversity")["vendi"] > 1
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluation.features", "./emojis"], "CLIPScore: pretrained='emojis' has no config.json"),
+        (["--evaluation.reference", "pictures", "--evaluation.distances", "[fid]"], "pip install 'svdd[fid]'"),
+    ],
+)
+def test_what_could_not_be_measured_is_said_before_anything_is_drawn(
+    predict, pictures, tmp_path, monkeypatch, capsys, arguments, message
+):
+    import torchmetrics.image.fid
+
+    monkeypatch.setattr(torchmetrics.image.fid, "_TORCH_FIDELITY_AVAILABLE", False)
+    monkeypatch.chdir(tmp_path)
+    run = predict("run", "--model.reward", "Brightness", *arguments, code=2)
+    assert message in capsys.readouterr().err
+    assert not run.exists()
+    assert main(["score", "--reward", "Brightness", "--images", str(pictures), *arguments]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "Brightness" not in output.out
+
+
+def test_pictures_are_measured_on_the_device_of_the_run(tmp_path, monkeypatch):
+    """At the end of a run Lightning has moved the model to the CPU."""
+    measured = []
+    monkeypatch.setattr("svdd.commands.predict.find_pictures", lambda folder: ["picture"])
+    monkeypatch.setattr("svdd.commands.predict.report", lambda loggers, found, folder: None)
+    run = SimpleNamespace(
+        writer=SimpleNamespace(folder=SimpleNamespace(path=tmp_path)),
+        evaluation=SimpleNamespace(baseline=None, measure=lambda *given: measured.append(given) or {}),
+        model=torch.nn.Linear(1, 1),
+        trainer=SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")), loggers=[]),
+    )
+    PredictCLI._evaluate(run, {})
+    assert measured == [(["picture"], torch.device("meta"))]
 
 
 def test_a_missing_baseline_is_said_before_anything_is_drawn(predict, tmp_path, capsys):

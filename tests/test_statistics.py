@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -380,10 +381,12 @@ def test_pictures_are_read_as_they_are(tmp_path):
 
 def test_an_evaluation_measures_what_it_is_asked(tmp_path, tiny_clip):
     run, same, other = (save_pictures(tmp_path / n, c, v) for n, c, v in (("r", 9, 0.3), ("s", 8, 0.3), ("o", 7, 0.8)))
-    assert Evaluation().measure(run) == {}
+    assert Evaluation().measure(find_pictures(run)) == {}
     distances = ["cmmd", "kid", "fid"]
     found = {
-        folder.name: Evaluation(tiny_clip, None, str(folder), distances, "clip", batch_size=4).measure(run)
+        folder.name: Evaluation(tiny_clip, None, str(folder), distances, "clip", batch_size=4).measure(
+            find_pictures(run)
+        )
         for folder in (same, other)
     }
     assert found["s"]["diversity"] == found["o"]["diversity"]
@@ -406,6 +409,34 @@ def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
         Evaluation("emoji", baseline=str(tmp_path)).check()
     with pytest.raises(UserError, match="is no folder"):
         Evaluation("emoji", reference=str(tmp_path / "absent"), distances=["cmmd"]).check()
+    with pytest.raises(UserError, match=r"pretrained='emojis' has no config\.json"):
+        Evaluation("./emojis").check()
+
+
+def test_a_baseline_that_was_guided_is_pointed_out(tmp_path):
+    folder = write_run(tmp_path / "plain", {"a": [1.0]})
+    with pytest.raises(UserError, match=r"has no summary\.json that names its sampler"):
+        Evaluation(baseline=str(folder)).check()
+    (folder / "summary.json").write_text(json.dumps({"sampler": "SVDD"}))
+    with pytest.warns(UserWarning, match="is a run guided by SVDD: .* draw the baseline with --model.sampler Unguided"):
+        Evaluation(baseline=str(folder)).check()
+    (folder / "summary.json").write_text(json.dumps({"sampler": "Unguided"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Evaluation(baseline=str(folder)).check()
+
+
+def test_kid_is_the_same_every_time_and_leaves_the_global_generator_alone(tmp_path, tiny_clip):
+    run, other = (find_pictures(save_pictures(tmp_path / name, count)) for name, count in (("run", 9), ("other", 6)))
+    evaluation = Evaluation(tiny_clip, None, str(other[0].folder), ["kid"], "clip")
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(evaluation.measure(run))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
+    assert found[0]["distances"]["kid"]["std"] > 0
 
 
 def test_inception_needs_its_package(tmp_path, monkeypatch):
@@ -413,5 +444,25 @@ def test_inception_needs_its_package(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchmetrics.image.fid, "_TORCH_FIDELITY_AVAILABLE", False)
     folder = save_pictures(tmp_path / "a", 2)
-    with pytest.raises(UserError, match=r"pip install 'svdd\[fid\]'"):
-        Evaluation(None, reference=str(folder), distances=["fid"]).measure(folder)
+    evaluation = Evaluation(None, reference=str(folder), distances=["fid"])
+    for find_out in (evaluation.check, lambda: evaluation.measure(find_pictures(folder))):
+        with pytest.raises(UserError, match=r"pip install 'svdd\[fid\]'"):
+            find_out()
+
+
+def test_features_on_a_device_without_float64_are_compared(monkeypatch):
+    """Apple's MPS refuses float64, so the arithmetic is the CPU's: nothing becomes float64 before it is there."""
+    moved: list[str] = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
+    monkeypatch.setattr(torch.Tensor, "double", lambda self: moved.append("double") or self.to(torch.float64))
+    diversity, cmmd = Diversity(), CMMD()
+    features = torch.eye(3)
+    diversity.update(features, torch.tensor([0, 0, 1]))
+    cmmd.update(features, real=True)
+    cmmd.update(features, real=False)
+    assert moved == []
+    diversity.compute()
+    assert moved[:2] == ["cpu", "double"]
+    moved.clear()
+    cmmd.compute()
+    assert moved == ["cpu", "double"] * 2

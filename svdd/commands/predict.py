@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from svdd.baseline import against, over_optimised, warning
 from svdd.commands.base import ModelCLI, refusals
 from svdd.data import PromptDataModule
-from svdd.errors import UserError
+from svdd.errors import Incomplete, UserError
 from svdd.evaluation import Evaluation
 from svdd.launch import launched
 from svdd.log_samples import report
@@ -75,7 +75,8 @@ class PredictCLI(ModelCLI):
             plain["ckpt_sha256"] = _digest(config.ckpt_path)
         with refusals():
             self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
-        self.finished = self.writer.open(scan=False)
+        self._around.callback(self.writer.close)
+        self.finished = self.writer.open(scan=False, hold=True)
         if self.writer.leads:
             self.watch.forget()
 
@@ -98,7 +99,12 @@ class PredictCLI(ModelCLI):
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
-        """Says where the images are and how they score."""
+        """Says where the images are and how they score.
+
+        Raises:
+            UserError: If there is no image.
+            Incomplete: If prompts have failed; everything else is done by then.
+        """
         summary = self.model.summary
         if self.trainer.is_global_zero and summary:
             failed = self.writer.failed_prompts
@@ -114,6 +120,8 @@ class PredictCLI(ModelCLI):
                 print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
             print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
             self._evaluate(summary)
+            if failed:
+                raise Incomplete(3)
 
     def _evaluate(self, summary: dict[str, Any]) -> None:
         """Measures the finished pictures, adds what was found to the summary, and warns of over-optimisation."""

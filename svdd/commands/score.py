@@ -56,9 +56,10 @@ def score(words: Sequence[str]) -> None:
         settings = parser.instantiate_classes(parser.parse_args(list(words)))
     rewards = [settings.reward, *settings.eval_rewards]
     device = _device(settings.device)
+    settings.evaluation.check()
     pictures = _with_prompts(find_pictures(Path(settings.images)), Path(settings.images), settings.prompts)
     rows, statistics = _measure(pictures, rewards, settings.batch_size, device)
-    summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(Path(settings.images), device)}
+    summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
     for name, entry in statistics.items():
         print(
             f"{name}: mean {entry['mean']:.4g} [{entry['ci95_low']:.4g}, {entry['ci95_high']:.4g}], "
