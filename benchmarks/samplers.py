@@ -163,8 +163,8 @@ def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -
         f"The embedded model, T = {STEPS}, guidance scale 3, eta 1, same prompts and seeds; every count is the largest "
         "within the budget. Differences are paired by prompt, with 95 % intervals (Student's t). `CLIPScore-judge` is "
         "held out: a second CLIP, trained apart. Diversity is the mean of 1 - cosine of the CLIP embeddings of two "
-        "images of a prompt, `overall` that of any two images. Seconds are CPU seconds on one thread over those of BestOfN. "
-        "Samplers with 25 rows do not scale with a budget and stand in each table. Made by "
+        "images of a prompt, `overall` that of any two images. Seconds are CPU seconds on one thread over those of "
+        "BestOfN. Samplers with 25 rows do not scale with a budget and stand in each table. Made by "
         "`python -m benchmarks.samplers`.",
     ]
     for guide, others in guides:
