@@ -4,6 +4,7 @@ import hashlib
 import json
 import mmap
 import os
+import signal
 import tempfile
 import weakref
 from array import array
@@ -311,4 +312,12 @@ class PromptDataModule(LightningDataModule):
         if not finished.count(0):  # every process sees it: Lightning leaves the loop out
             return DataLoader(dataset=cast(Any, ()), batch_size=None)
         share = _Share(dataset, finished, self.batch_size, rank, world_size)
-        return DataLoader(dataset=cast(Any, share), batch_size=None, num_workers=self.num_workers)
+        start = _ignore_signals if self.num_workers else None
+        return DataLoader(dataset=cast(Any, share), batch_size=None, num_workers=self.num_workers, worker_init_fn=start)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves a signal that a terminal or a job sends to all processes to the one that draws, which ends its workers."""
+    signal.set_wakeup_fd(-1)  # a forked process has inherited what the parent listens to
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""The errors that are the user's to repair: the command line prints them in one line and exits with code 2."""
+"""The errors that are the user's to repair, which the command line prints in one line with exit code 2, and other ends."""
 
-__all__ = ["RewardError", "Stopped", "UserError"]
+__all__ = ["Incomplete", "RewardError", "Stopped", "UserError"]
 
 
 class UserError(ValueError):
@@ -8,8 +8,12 @@ class UserError(ValueError):
 
 
 class RewardError(UserError):
-    """A reward returned something that is not one finite number per image."""
+    """A reward failed, or returned something that is not one finite number per image."""
 
 
 class Stopped(SystemExit):
     """The run ends before its time, by a signal or a failure elsewhere; the same command continues it."""
+
+
+class Incomplete(SystemExit):
+    """The run is through but for prompts that failed; the same command tries them again."""

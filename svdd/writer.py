@@ -4,6 +4,8 @@ import io
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,14 +18,18 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torchmetrics import Metric
 
 from svdd import __version__
+from svdd.errors import UserError
 from svdd.prediction import Prediction
 from svdd.run_config import plain
 from svdd.run_files import RunError
 from svdd.run_folder import RunFolder
 
 __all__ = ["RunError", "RunWriter"]
+
+_MOST_FAILURES = 20  # in a row; so many are no prompt's fault
 
 
 class RunWriter(L.Callback):
@@ -54,6 +60,8 @@ class RunWriter(L.Callback):
         self.overwrite = overwrite
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = False
+        self._held = False
+        self._failures = 0  # in a row, up to now
         self.failed_prompts = 0  # of this prediction, once it has ended
 
     @property
@@ -62,7 +70,7 @@ class RunWriter(L.Callback):
         node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
         return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
 
-    def open(self, scan: bool = True) -> set[int]:
+    def open(self, scan: bool = True, hold: bool = False) -> set[int]:
         """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
 
         Only the process of rank 0 changes anything, and it holds the folder until the prediction ends.
@@ -70,6 +78,7 @@ class RunWriter(L.Callback):
         Args:
             scan: Whether the other processes look for themselves. Without it they return the empty set, and what rank
                 0 has found must be handed to them, as `PromptDataModule` does.
+            hold: Hold the folder beyond the prediction, until `close`.
 
         Raises:
             RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
@@ -78,8 +87,13 @@ class RunWriter(L.Callback):
             finished = self.folder.claim(self.config, self.overwrite)
         else:
             finished = self.folder.finished() if scan and not self.overwrite else set()
-        self._started, self._drawn = time.monotonic(), False
+        self._started, self._drawn, self._held, self._failures = time.monotonic(), False, hold, 0
         return finished
+
+    def close(self) -> None:
+        """Gives the folder free."""
+        self.folder.close()
+        self._started = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Opens the folder if nobody has; then it must be new, for its prompts would be drawn again.
@@ -88,7 +102,7 @@ class RunWriter(L.Callback):
             RunError: If the folder cannot be used, or already holds finished prompts.
         """
         if stage == "predict" and self._started is None and (finished := self.open()):
-            self._close()
+            self.close()
             raise RunError(
                 f"{self.folder.path} already holds {len(finished)} finished prompts: call RunWriter.open() before "
                 "Trainer.predict and leave out the prompts that it returns, or set overwrite=True"
@@ -120,6 +134,7 @@ class RunWriter(L.Callback):
             ValueError: If `outputs` is not a `Prediction` with as many rows as images in [0, 1], or a row or a trace
                 could not be read back.
             RunError: If the disk is full or cannot be written.
+            UserError: If so many prompts in a row have failed that it is no prompt's fault.
         """
         if not isinstance(outputs, Prediction):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
@@ -128,6 +143,12 @@ class RunWriter(L.Callback):
             raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
         images = ((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
         self.folder.write(images, outputs.traces, outputs.failures)
+        self._failures = len(outputs.failures) + (0 if outputs.rows else self._failures)
+        if self._failures >= _MOST_FAILURES:
+            raise UserError(
+                f"{self._failures} prompts in a row could not be drawn, the last with {outputs.failures[-1]['error']}; "
+                "finished images are kept: repair the cause and start the same command again"
+            )
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Folds the files of all processes together and writes the summary that the module has computed by now."""
@@ -137,22 +158,24 @@ class RunWriter(L.Callback):
             self._conclude(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives the folder free; where no prompt was left to draw, writes a missing summary first.
+        """Gives the folder free; where no prompt was left to draw, computes the summary, and writes a missing one.
 
-        Without a batch Lightning calls none of the hooks above.
+        Without a batch Lightning calls none of the hooks above. All rows are on disk, so that rank 0 needs nobody else,
+        and by now the module is where collectives cannot reach it.
         """
         if stage != "predict" or self._started is None:
             return
-        if not self._drawn:
+        if not self._drawn and trainer.is_global_zero:
             self._recall(trainer, pl_module)
-            pl_module.on_predict_epoch_end()
-            if trainer.is_global_zero and not self.folder.summary.exists():
+            with _alone(pl_module):
+                pl_module.on_predict_epoch_end()
+            if not self.folder.summary.exists():
                 self._conclude(pl_module)
-        self._close()
+        self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Gives the folder free; what is written stays for the next run."""
-        self._close()
+        self._release()
 
     def _recall(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -168,9 +191,25 @@ class RunWriter(L.Callback):
         counts = {"prompts": prompts, "images": images, "failed_prompts": self.failed_prompts}
         self.folder.write_summary({**counts, **summary, "wall_seconds": seconds})
 
-    def _close(self) -> None:
-        self.folder.close()
-        self._started = None
+    def _release(self) -> None:
+        if self._held:
+            self.folder.close_shard()
+        else:
+            self.close()
+
+
+@contextmanager
+def _alone(module: L.LightningModule) -> Iterator[None]:
+    """Keeps the metrics of a module from asking other processes."""
+    metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+    asked = [metric.distributed_available_fn for metric in metrics]
+    for metric in metrics:
+        metric.distributed_available_fn = lambda: False
+    try:
+        yield
+    finally:
+        for metric, function in zip(metrics, asked, strict=True):
+            metric.distributed_available_fn = function
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:

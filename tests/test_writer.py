@@ -415,6 +415,54 @@ def test_a_summary_is_there_only_when_the_run_is_complete(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["prompts"] == 6
 
 
+def test_where_nothing_is_left_to_draw_rank_0_asks_nobody(tmp_path):
+    """By then the module is on the CPU, where NCCL gathers nothing."""
+
+    def ask(*args, **kwargs):
+        pytest.fail("a collective where nothing is left to draw")
+
+    run(tmp_path)
+    writer, module = RunWriter(tmp_path, CONFIG), Tiny()
+    assert writer.open() == set(range(6))
+    available = module.statistics.distributed_available_fn = lambda: True
+    module.statistics.dist_sync_fn = ask
+    predict(writer, module, [])
+    assert module.summary["r"]["count"] == 12
+    assert module.statistics.distributed_available_fn is available
+
+
+def test_a_folder_is_held_until_it_is_closed(tmp_path):
+    """What comes after the prediction belongs to the run: no other may begin meanwhile."""
+    other = "import sys; from svdd.writer import RunWriter; RunWriter(sys.argv[1], overwrite=True).open()"
+
+    def begin():
+        command = [sys.executable, "-c", other, str(tmp_path / "run")]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    writer = RunWriter(tmp_path / "run", CONFIG)
+    writer.open(hold=True)
+    predict(writer, Tiny(), [0])
+    writer.folder.amend_summary({"more": 1})
+    assert "is in use by another run" in begin().stderr
+    writer.close()
+    assert begin().returncode == 0
+
+
+def test_failures_in_a_row_end_the_run(tmp_path):
+    class Bad(Tiny):
+        def predict_step(self, batch, batch_idx):
+            if batch == [5]:
+                return super().predict_step(batch, batch_idx)
+            failure = {"prompt_index": batch[0], "image_index": 0, "prompt": "x", "error": "RewardError: no score"}
+            return Prediction(torch.zeros(0, 3, 1, 1), [], failures=[failure])
+
+    writer = RunWriter(tmp_path, CONFIG)
+    with pytest.raises(UserError, match="20 prompts in a row could not be drawn, the last with RewardError: no score"):
+        predict(writer, Bad(), range(100), batch_size=1)
+    assert len((tmp_path / "failed-00000.jsonl").read_text().splitlines()) == 25
+    assert RunWriter(tmp_path, CONFIG).open() == {5}
+
+
 def test_other_ranks_read_and_change_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     run(folder)
