@@ -25,6 +25,7 @@ from svdd.rewards.function import FunctionReward
 from svdd.rewards.hps_v2 import HPSv2
 from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.pick_score import PickScore
+from svdd.rewards.pixels import fit_square
 from svdd.rewards.pretrained import find_file, read_weights
 from svdd.rewards.sharpness import Sharpness
 from svdd.rewards.threshold import Threshold
@@ -93,6 +94,82 @@ def test_open_clip_scores_are_open_clips(tiny_open_clip, side):
     expected = F.cosine_similarity(image, text)
     torch.testing.assert_close(reward.score(images, PROMPTS), expected, rtol=0, atol=1e-5 if side == 32 else 3e-3)
     assert reward.name == "CLIPScore-" + tiny_open_clip.rsplit("/", 1)[1]
+
+
+@pytest.fixture
+def prepared(tiny_open_clip, tmp_path):
+    """Returns the tiny model of open_clip with another configuration of its preprocessing."""
+
+    def save(**wants) -> str:
+        source, target = Path(tiny_open_clip.removeprefix("local-dir:")), tmp_path / "prepared"
+        target.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            if not (target / path.name).exists():
+                (target / path.name).symlink_to(path)
+        config = json.loads((source / "open_clip_config.json").read_text()) | {"preprocess_cfg": wants}
+        config["model_cfg"]["vision_cfg"]["image_size"] = wants.get("size", 32)
+        (target / "open_clip_config.json").unlink()
+        (target / "open_clip_config.json").write_text(json.dumps(config))
+        return f"local-dir:{target}"
+
+    return save
+
+
+@pytest.mark.parametrize("size", [(32, 47), (35, 32), (32, 33), (48, 95), (70, 41)])
+@pytest.mark.parametrize("wants", [{}, {"interpolation": "bilinear"}, {"resize_mode": "squash"}], ids=str)
+def test_open_clips_preprocessing_is_followed(prepared, wants, size):
+    """1.5 / 255 where PIL resizes and rounds, 1e-6 where it only cuts; bicubic and bilinear differ by 6 / 255 here."""
+    import open_clip
+
+    images = ((pictures(4, *size) * 0.4 + 0.3) * 255).round() / 255
+    transform = open_clip.create_model_from_pretrained(prepared(**wants))[1]
+    pixels = torch.stack([transform(picture) for picture in as_pil(images)])
+    network = CLIPScore(architecture=prepared(**wants)).network
+    difference = (network.preprocess(images) - pixels) * torch.tensor(network.std)[:, None, None]
+    cut = min(size) == 32 and "resize_mode" not in wants
+    assert difference.abs().max() < (1e-6 if cut else 1.5 / 255)
+
+
+@pytest.mark.parametrize("wants", [{"resize_mode": "longest"}, {"size": [32, 48]}], ids=str)
+def test_preprocessing_of_open_clip_that_is_not_followed_is_refused(prepared, wants):
+    with pytest.raises(
+        UserError, match=r"prepares pictures of size .* with resize_mode .*; expected a square"
+    ) as caught:
+        CLIPScore(architecture=prepared(**wants)).load()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_centre_is_torchvisions_where_the_authors_use_it(tiny_clip, tiny_head):
+    """Of 32 x 47, torchvision keeps the columns from 8 on, transformers those from 7 on."""
+    images = pictures(4, 32, 47)
+    assert torch.equal(fit_square(images, 32), images[..., 7:39])
+    assert torch.equal(fit_square(images, 32, rounded=True), images[..., 8:40])
+    aesthetic, clip = Aesthetic(tiny_clip, tiny_head), CLIPScore(tiny_clip)
+    assert torch.equal(aesthetic.score(images, PROMPTS), aesthetic.score(images[..., 8:40], PROMPTS))
+    assert torch.equal(clip.score(images, PROMPTS), clip.score(images[..., 7:39], PROMPTS))
+
+
+def test_a_revision_of_an_open_clip_is_refused():
+    with pytest.raises(UserError, match=r"revision='main' is for models of transformers; open_clip takes the newest"):
+        CLIPScore("openai", "ViT-B-32", revision="main")
+
+
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "hf-hub:owner/absent"])
+def test_local_files_only_keeps_open_clip_from_the_network(monkeypatch, architecture):
+    import huggingface_hub.constants
+    import open_clip
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address) or [])
+    with pytest.raises(UserError, match=f"open_clip cannot load '{architecture}'") as caught:
+        CLIPScore("laion2b_s34b_b79k", architecture, local_files_only=True).load()
+    assert "\n" not in str(caught.value)
+    assert asked == []
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"url": "https://elsewhere"})
+    with pytest.raises(UserError, match="local_files_only cannot be kept; give a file of weights"):
+        CLIPScore("laion2b_s34b_b79k", "ViT-B-32", local_files_only=True).load()
 
 
 def test_hps_loads_its_weights_over_the_architecture(tiny_open_clip, tmp_path):

@@ -94,6 +94,6 @@ class _Judge(nn.Module):
         self.mean, self.std = processor_statistics(source, options)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = normalise(fit_square(images, self.clip.config.image_size), self.mean, self.std)
+        pixels = normalise(fit_square(images, self.clip.config.image_size, rounded=True), self.mean, self.std)
         features = self.clip(pixel_values=pixels.to(self.clip.dtype)).image_embeds
         return self.head(F.normalize(features, dim=-1))

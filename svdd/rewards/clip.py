@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from svdd.errors import UserError
 from svdd.rewards.clip_models import EMBEDDED, ClipModel, OpenClipModel, TransformersClip
 from svdd.rewards.pretrained import PretrainedReward
 
@@ -25,11 +26,11 @@ class CLIPScore(PretrainedReward):
             architecture: one of open_clip's tags for it, such as `laion2b_s32b_b79k`, or a file of weights.
         architecture: A model of open_clip, such as `ViT-H-14`, `hf-hub:owner/name` or `local-dir:/folder`; by default
             the model is one of transformers.
-        revision: Branch, tag or commit of a hub model.
+        revision: Branch, tag or commit of a hub model of transformers.
         local_files_only: Never ask the hub; use what the disk holds.
 
     Raises:
-        UserError: If the model cannot be loaded or is no CLIP.
+        UserError: If the model cannot be loaded, is no CLIP, or a revision is asked for where there is none.
     """
 
     differentiable = True
@@ -43,6 +44,10 @@ class CLIPScore(PretrainedReward):
         local_files_only: bool = False,
     ) -> None:
         super().__init__()
+        if architecture is not None and revision is not None:
+            raise UserError(
+                f"revision={revision!r} is for models of transformers; open_clip takes the newest of {architecture!r}"
+            )
         self.pretrained, self.architecture = pretrained, architecture
         self.options = {"revision": revision, "local_files_only": local_files_only}
 
@@ -57,7 +62,7 @@ class CLIPScore(PretrainedReward):
     def read(self) -> ClipModel:
         """Returns the model."""
         if self.architecture is not None:
-            return OpenClipModel(self.architecture, self.pretrained)
+            return OpenClipModel(self.architecture, self.pretrained, bool(self.options["local_files_only"]))
         return TransformersClip(self.pretrained, self.options)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

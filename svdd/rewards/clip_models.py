@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from svdd.errors import UserError
 from svdd.rewards.auto_models import read_model
 from svdd.rewards.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
-from svdd.rewards.pretrained import LOAD_ERRORS, fit_weights, is_local, read_weights
+from svdd.rewards.pretrained import LOAD_ERRORS, fit_weights, is_local, offline, read_weights
 
 __all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip"]
 
@@ -28,6 +29,8 @@ class ClipModel(nn.Module, ABC):
     mean: Sequence[float]
     std: Sequence[float]
     whole = False
+    mode = "bicubic"
+    rounded = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class ClipModel(nn.Module, ABC):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resizes, cuts and normalises as the model's own processor."""
-        return normalise(fit_square(images, self.side, self.whole), self.mean, self.std)
+        return normalise(fit_square(images, self.side, self.whole, self.mode, self.rounded), self.mean, self.std)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Returns the embedding of each image, of length 1, float32 [n, d].
@@ -134,12 +137,16 @@ class OpenClipModel(ClipModel):
     Args:
         architecture: A name that open_clip knows, such as `ViT-H-14`, `hf-hub:owner/name` or `local-dir:/folder`.
         pretrained: One of open_clip's tags for it, a file of weights, or nothing where the architecture brings them.
+        local_files_only: Never ask the hub; use what the disk holds.
 
     Raises:
-        UserError: If open_clip is not installed, does not know the names, or the weights do not fit.
+        UserError: If open_clip is not installed, does not know the names, the weights do not fit, or the model prepares
+            pictures in a way that svdd does not follow.
     """
 
-    def __init__(self, architecture: str, pretrained: str | None) -> None:
+    rounded = True
+
+    def __init__(self, architecture: str, pretrained: str | None, local_files_only: bool = False) -> None:
         super().__init__()
         try:
             import open_clip
@@ -158,18 +165,29 @@ class OpenClipModel(ClipModel):
                     "or give a file of weights"
                 )
         tag = None if brings_weights or own_file is not None else pretrained
+        if local_files_only and tag and not open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub"):
+            raise UserError(
+                f"open_clip fetches {tag!r} for {architecture} from no hub, so local_files_only cannot be kept; give a "
+                "file of weights"
+            )
         try:
-            self.clip = open_clip.create_model(architecture, tag, load_weights=own_file is None, precision="fp32")
-            self.tokenizer = open_clip.get_tokenizer(architecture)
+            with offline() if local_files_only else nullcontext():
+                self.clip = open_clip.create_model(architecture, tag, load_weights=own_file is None, precision="fp32")
+                self.tokenizer = open_clip.get_tokenizer(architecture)
         except LOAD_ERRORS as error:
             raise UserError(f"open_clip cannot load {architecture!r}: {str(error).splitlines()[0]}") from error
         if own_file is not None:
             fit_weights(self.clip, read_weights(own_file), str(own_file), ignore=("position_ids",))
-        wants = open_clip.get_model_preprocess_cfg(self.clip)
-        size = wants.get("size", 224)
-        self.side = int(size if isinstance(size, int) else size[0])
-        self.mean, self.std = wants.get("mean", CLIP_MEAN), wants.get("std", CLIP_STD)
-        self.whole = wants.get("resize_mode") == "squash"
+        wants = {"size": 224, "mean": CLIP_MEAN, "std": CLIP_STD} | open_clip.get_model_preprocess_cfg(self.clip)
+        sides = {wants["size"]} if isinstance(wants["size"], int) else set(wants["size"])
+        if wants.get("resize_mode", "shortest") not in ("shortest", "squash") or len(sides) > 1:
+            raise UserError(
+                f"{architecture!r} of open_clip prepares pictures of size {wants['size']} with resize_mode "
+                f"{wants.get('resize_mode')!r}, which svdd does not follow; expected a square, and shortest or squash"
+            )
+        self.side, self.whole = int(sides.pop()), wants.get("resize_mode") == "squash"
+        self.mean, self.std = wants["mean"], wants["std"]
+        self.mode = "bilinear" if wants.get("interpolation") == "bilinear" else "bicubic"
 
     @property
     def width(self) -> int:

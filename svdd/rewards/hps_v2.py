@@ -44,7 +44,7 @@ class HPSv2(PretrainedReward):
     def read(self) -> ClipModel:
         """Returns the CLIP."""
         weights = find_file(self.pretrained, local_files_only=self.local_files_only)
-        return OpenClipModel(self.architecture, str(weights))
+        return OpenClipModel(self.architecture, str(weights), self.local_files_only)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the cosine of each image with its own prompt, float [n]."""

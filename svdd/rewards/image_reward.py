@@ -67,7 +67,7 @@ class ImageReward(PretrainedReward):
         """Returns the reward of each image under its own prompt, float32 [n]."""
         network = self.network
         weights = next(network.parameters())
-        pixels = normalise(fit_square(images, network.vision.config.image_size), CLIP_MEAN, CLIP_STD)
+        pixels = normalise(fit_square(images, network.vision.config.image_size, rounded=True), CLIP_MEAN, CLIP_STD)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt"
         ).to(weights.device)

@@ -10,7 +10,7 @@ __all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise"]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def fit_square(images: Tensor, side: int, whole: bool = False, mode: str = "bicubic") -> Tensor:
+def fit_square(images: Tensor, side: int, whole: bool = False, mode: str = "bicubic", rounded: bool = False) -> Tensor:
     """Resizes the shorter side, antialiased, and cuts the centre square, as the processors of CLIP models do.
 
     Args:
@@ -18,6 +18,8 @@ def fit_square(images: Tensor, side: int, whole: bool = False, mode: str = "bicu
         side: Width and height of the result.
         whole: Squeeze the whole picture into the square instead of cutting.
         mode: `bicubic` or `bilinear`.
+        rounded: Where half a pixel is left at each side, round it as torchvision does, to the even number, instead of
+            dropping it as transformers does.
 
     Returns:
         float [n, 3, side, side] in [0, 1].
@@ -27,7 +29,8 @@ def fit_square(images: Tensor, side: int, whole: bool = False, mode: str = "bicu
     size = (side, side) if whole else (side * height // short, side * width // short)
     if size != (height, width):
         images = F.interpolate(images.float(), size=size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
-    top, left = ((extent - side) // 2 for extent in images.shape[-2:])
+    margins = (extent - side for extent in images.shape[-2:])
+    top, left = (round(margin / 2) if rounded else margin // 2 for margin in margins)
     return images[..., top : top + side, left : left + side]
 
 

@@ -1,6 +1,8 @@
 """Rewards with weights of their own: read when they are first needed, and only as data."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from svdd.errors import UserError
 from svdd.rewards.base import Reward
 
-__all__ = ["LOAD_ERRORS", "PretrainedReward", "find_file", "fit_weights", "is_local", "read_weights"]
+__all__ = ["LOAD_ERRORS", "PretrainedReward", "find_file", "fit_weights", "is_local", "offline", "read_weights"]
 
 LOAD_ERRORS = (OSError, KeyError, ValueError, RuntimeError, ImportError, SafetensorError)  # of a model's folder
 
@@ -58,6 +60,18 @@ class PretrainedReward(Reward):
 def is_local(source: str) -> bool:
     """Whether a name means a folder of this machine rather than `owner/name` on a hub."""
     return Path(source).expanduser().exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Lets the hub's client find what the disk holds, and reach nothing else."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
