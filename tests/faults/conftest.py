@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import REPOSITORY, Case
+from tests.faults.harness import REPOSITORY, Case, end_all
 
 PAGE = REPOSITORY / "docs" / "scale.md"
 PROMPTS = [f"prompt {k}" for k in range(4)] + ["wait here", "wait there"] + [f"prompt {k}" for k in range(6, 11)]
@@ -21,11 +21,16 @@ def whole(tmp_path_factory) -> Case:
 
 
 @pytest.fixture
-def case(tmp_path) -> Iterator[Case]:
+def case(tmp_path) -> Case:
     """The same run, to be disturbed."""
-    case = Case(tmp_path / "case", PROMPTS)
-    yield case
-    case.end()
+    return Case(tmp_path / "case", PROMPTS)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left() -> Iterator[None]:
+    """Ends what a failed test has left, which pytest would wait for."""
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

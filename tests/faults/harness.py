@@ -23,9 +23,9 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from svdd.__main__ import main
+from svdd.run_tar import read_image
 
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE = 2.0
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -34,6 +34,15 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+_cases: list["Case"] = []
+
+
+def end_all() -> None:
+    """Ends what the cases of a test have started and left."""
+    while _cases:
+        _cases.pop().end()
 
 
 class Case:
@@ -57,13 +66,13 @@ class Case:
                     },
                     "data": {"prompts": str(folder / "prompts.txt"), "batch_size": 2},
                     "trainer": {"accelerator": "cpu", "devices": 1},
-                    "patience": PATIENCE,
                 }
             )
         )
         self.log = folder / "log.txt"
         self.processes: list[BaseProcess] = []
         self.commands: list[subprocess.Popen] = []
+        _cases.append(self)
 
     def words(self, *options: str) -> list[str]:
         return ["predict", "--config", str(self.config), "--output", str(self.folder), *options]
@@ -84,8 +93,8 @@ class Case:
     def fork_ranks(
         self, world_size: int, *options: str, devices: int | None = None, environment: dict[str, str] | None = None
     ) -> list[BaseProcess]:
-        """Starts the processes of one machine as torchrun would."""
-        port = free_port()
+        """Starts the processes of one machine as torchrun would; they meet at `port`."""
+        self.port = free_port()
         several = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices or world_size)]
         return [
             self.fork(
@@ -100,11 +109,19 @@ class Case:
                     "LOCAL_WORLD_SIZE": str(world_size),
                     "GROUP_RANK": "0",
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
+                    "MASTER_PORT": str(self.port),
                 },
             )
             for rank in range(world_size)
         ]
+
+    def fork_tasks(self, *options: str) -> list[BaseProcess]:
+        """Starts two processes as SLURM would, whose tasks do not look after each other."""
+        slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "svdd", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+        slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_STEP_ID": str(len(self.processes))}
+        slurm |= {"MASTER_PORT": str(free_port())}
+        ranks = ({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2))
+        return [self.fork(*options, environment=slurm | rank) for rank in ranks]
 
     def start(self, *options: str, launcher: tuple[str, ...] = ("-m", "svdd")) -> subprocess.Popen:
         """Starts a run as a command."""
@@ -155,26 +172,36 @@ class Case:
                     rows[row["file"]] = (row["sha256"], 0 if ".tar/" in row["file"] else path.stat().st_mtime_ns)
         return rows
 
-    def resume(self, *options: str) -> int:
-        """Runs the same command to its end, without gate; returns how many finished images it lost."""
+    def resume(self, *options: str, before: dict[str, tuple[str, int]] | None = None) -> int:
+        """Runs the same command to its end, without gate.
+
+        Args:
+            options: Of the command.
+            before: The images that were finished before the fault; by default now.
+
+        Returns:
+            How many of them are lost: drawn again, changed or not there.
+        """
         self.gate.touch()
-        before = self.finished()
+        before = self.finished() if before is None else before
         process = self.fork(*options)
-        process.join(60)
+        process.join(180)
         assert process.exitcode == 0, self.said()[-3000:]
         after = self.finished()
         return sum(after.get(name) != entry for name, entry in before.items())
 
     def content(self) -> tuple[dict[str, bytes], dict]:
-        """All images, and the rest of the run but for times."""
-        images = {path.name: path.read_bytes() for path in self.folder.glob("images/**/*.png")}
+        """All images, loose or in shards, and the rest of the run but for times."""
         summary = json.loads((self.folder / "summary.json").read_text())
         rows = [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
         traces = (self.folder / "trace.jsonl").read_text().splitlines()
+        images = {Path(row["file"]).name: read_image(self.folder, row["file"]) for row in rows}
         del summary["wall_seconds"]
         for entry in (summary, *rows):
             entry["ledger"] = {name: n for name, n in entry["ledger"].items() if not name.endswith("seconds")}
+        rows = [row | {"file": Path(row["file"]).name} for row in rows]
         others = {p.name for p in self.folder.iterdir()} - {"config.yaml", ".lock"}
+        others |= {p.name for p in self.folder.glob("images/**/*.png")} - set(images)
         return images, {"summary": summary, "rows": rows, "traces": traces, "others": sorted(others)}
 
     def end(self) -> None:
@@ -188,6 +215,12 @@ class Case:
                 except OSError:
                     continue
             command.wait()
+
+
+def listens(port: int) -> bool:
+    """Whether a process waits for others at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:

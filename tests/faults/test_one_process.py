@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from svdd.run_tar import read_image
 from tests.faults.harness import Case, until
 
 KEPT = "finished images are kept, and the same command continues"
@@ -19,6 +18,7 @@ KEPT = "finished images are kept, and the same command continues"
 def test_a_signal_waits_for_the_batch(case: Case, whole: Case, table: Callable, number: int, code: int):
     process = case.fork()
     assert case.waiting(1) == [process.pid]
+    before = case.finished()
     os.kill(process.pid, number)
     case.gate.touch()
     process.join(60)
@@ -27,7 +27,7 @@ def test_a_signal_waits_for_the_batch(case: Case, whole: Case, table: Callable, 
     name = signal.Signals(number).name
     assert f"svdd: {name}: the batch at work is finished first" in case.said()
     assert f"svdd: ended: {name}; {KEPT}" in case.said()
-    lost = case.resume()
+    lost = case.resume(before=before)
     assert case.content() == whole.content()
     table(f"{name} once", f"the batch at work was finished, exit code {process.exitcode}", lost)
 
@@ -35,19 +35,40 @@ def test_a_signal_waits_for_the_batch(case: Case, whole: Case, table: Callable, 
 def test_a_second_interrupt_does_not_wait(case: Case, whole: Case, table: Callable):
     process = case.fork()
     case.waiting(1)
+    before = case.finished()
     os.kill(process.pid, signal.SIGINT)
-    process.join(0.3)
-    assert process.is_alive()
+    until(lambda: "once more ends it at once" in case.said())
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 130
     assert len(case.finished()) == 4
-    lost = case.resume()
+    lost = case.resume(before=before)
     assert case.content() == whole.content()
     table("SIGINT twice", f"ended at once, exit code {process.exitcode}; the batch at work was drawn again", lost)
 
 
-def test_a_signal_before_the_first_batch(case: Case, whole: Case):
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_workers_too(case: Case, whole: Case, table: Callable, number: int, code: int):
+    """As a terminal and SLURM send it."""
+    process = case.fork("--data.num_workers", "1")
+    case.waiting(1)
+    before = case.finished()
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert workers
+    for pid in (*map(int, workers), process.pid):
+        os.kill(pid, number)
+    case.gate.touch()
+    process.join(60)
+    assert process.exitcode == code, case.said()[-3000:]
+    assert len(case.finished()) == 6
+    lost = case.resume(before=before)
+    assert case.content() == whole.content()
+    name = signal.Signals(number).name
+    table(f"{name} to the workers that read prompts too", f"the batch at work was finished, exit code {code}", lost)
+
+
+def test_a_signal_in_the_only_batch(case: Case, whole: Case):
     process = case.fork("--data.batch_size", "99")
     case.waiting(1)
     os.kill(process.pid, signal.SIGTERM)
@@ -71,9 +92,8 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
         process = case.fork()
         if kills % 4:  # most while it draws, the others while it begins
             until(lambda: len(case.finished()) > len(seen))  # noqa: B023
-            process.join(moments.uniform(0, 0.05))
-        else:
-            process.join(moments.uniform(0, 0.5))
+        seen = case.finished()
+        process.join(moments.uniform(0, 0.05 if kills % 4 else 0.5))
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
@@ -97,6 +117,7 @@ def test_kills_while_shards_are_written(tmp_path, table: Callable):
     for _ in range(4):
         process = case.fork("--tar", "true")
         until(lambda: len(case.finished()) > len(seen))  # noqa: B023
+        seen = case.finished()
         process.join(moments.uniform(0, 0.05))
         process.kill()
         process.join()
@@ -104,10 +125,8 @@ def test_kills_while_shards_are_written(tmp_path, table: Callable):
         lost += sum(finished.get(name) != entry for name, entry in seen.items())
         seen = finished
     lost += case.resume("--tar", "true")
-    rows = [json.loads(line) for line in (case.folder / "results.jsonl").read_text().splitlines()]
-    images = whole.content()[0]
-    assert len(rows) == len(images) == 400
-    assert all(read_image(case.folder, row["file"]) == images[Path(row["file"]).name] for row in rows)
+    assert case.content() == whole.content()
+    assert len(whole.content()[0]) == 400
     assert len(list(case.folder.glob("images/*.tar"))) > 1
     table("SIGKILL while tar shards are written", "torn ends were dropped, new shards begun", lost)
 
@@ -121,9 +140,10 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
     process.join(60)
     assert process.exitcode == 2
     assert "svdd: error: reward Brightness failed with RuntimeError: no score for there" in case.said()
+    before = case.finished()
     process = case.fork("--model.on_error", "skip", environment=BAD)
     process.join(60)
-    assert process.exitcode == 0
+    assert process.exitcode == 3
     assert f"svdd: 1 prompts could not be drawn: see {case.folder}/failed.jsonl" in case.said()
     failed = [json.loads(line) for line in (case.folder / "failed.jsonl").read_text().splitlines()]
     expected = {
@@ -142,11 +162,13 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
     process = case.fork("--model.on_error", "skip", environment=BAD)  # it fails again
     process.join(60)
     assert case.content()[0] == images
-    lost = case.resume("--model.on_error", "skip")  # repaired
+    lost = case.resume("--model.on_error", "skip", before=before)  # repaired
     assert not (case.folder / "failed.jsonl").exists()
     assert case.content() == whole.content()
     table(
-        "a reward that fails on one prompt, on_error: skip", "the prompt went to failed.jsonl, the rest was drawn", lost
+        "a reward that fails on one prompt, on_error: skip",
+        "the prompt went to failed.jsonl, the rest was drawn, exit code 3",
+        lost,
     )
 
 
@@ -159,25 +181,58 @@ def test_nothing_but_failures_is_an_error(tmp_path):
     assert len((case.folder / "failed.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_full_disk(case: Case, whole: Case, table: Callable):
+def test_failures_in_a_row_end_the_run(tmp_path):
+    case = Case(tmp_path / "case", ["good", *(f"prompt {k}" for k in range(50))])
+    process = case.fork("--model.on_error", "skip", environment={"STUB_BAD": "prompt"})
+    process.join(60)
+    assert process.exitcode == 2
+    assert "prompts in a row could not be drawn, the last with RewardError: reward Brightness failed" in case.said()
+    assert case.resume("--model.on_error", "skip") == 0
+
+
+def test_two_runs_at_once(case: Case, whole: Case, table: Callable):
+    first = case.fork()
+    case.waiting(1)
+    before = case.finished()
+    second = case.fork("--overwrite", "true")
+    second.join(60)
+    assert second.exitcode == 2
+    assert f"{case.folder} is in use by another run (process {first.pid} on " in case.said()
     case.gate.touch()
+    first.join(60)
+    assert first.exitcode == 0
+    lost = case.resume(before=before)
+    assert case.content() == whole.content()
+    table("two runs at once in one folder", "the second was refused, exit code 2; the first went on", lost)
+
+
+def test_a_full_disk(case: Case, whole: Case, table: Callable):
     process = case.fork(disk=3_000)  # no file may grow beyond
+    case.waiting(1)
+    before = case.finished()
+    case.gate.touch()
     process.join(60)
     assert process.exitcode == 2
     assert "No space left on device" in case.said() or "File too large" in case.said()
     assert "what is finished is kept: repair the cause and start the same command again" in case.said()
-    assert 0 < len(case.finished()) < case.count
-    lost = case.resume()
+    assert 0 < len(before) <= len(case.finished()) < case.count
+    lost = case.resume(before=before)
     assert case.content() == whole.content()
     table("a full disk", f"ended with the path and the way out, exit code {process.exitcode}", lost)
 
 
 def test_out_of_memory_in_the_network(case: Case, whole: Case, table: Callable):
-    case.gate.touch()
     memory = ("--model.diffusion.most_rows", "3")
+    process = case.fork(*memory)
+    case.waiting(1)
+    process.kill()
+    process.join()
+    before = case.finished()
+    assert len(before) == 4
+    case.gate.touch()
     process = case.fork(*memory, "--model.diffusion.chunk_size", "4")
     process.join(60)
     assert process.exitcode == 1
-    lost = case.resume(*memory)
+    lost = case.resume(*memory, before=before)
     assert case.content() == whole.content()
     table("out of memory in the network", "the rows at once were halved, and the run went on", lost)
