@@ -573,6 +573,15 @@ def test_log_odds_are_read_from_the_likeliest_tokens(said, score):
         torch.testing.assert_close(ask(address), torch.tensor([score] * 2))
 
 
+def test_log_odds_keep_their_digits_where_half_precision_is_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with chat_server(lambda body, handler: logprobs(yes=-0.123456, no=-20.5)) as (address, _):
+            assert ask(address).tolist() == pytest.approx([20.376544] * 2, rel=1e-7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_request_is_sent_again_after_a_passing_failure():
     failures = iter(["hang up", (429, {}, {"Retry-After": "0"}), (503, b"<html>busy</html>", {}), (500, {}, {})])
 

@@ -304,6 +304,66 @@ def test_brightness_of_the_primaries_is_their_luma():
     assert Brightness().score(primaries, [""] * 3).tolist() == pytest.approx([0.299, 0.587, 0.114])
 
 
+# ---- low precision
+
+
+@pytest.fixture
+def half_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_numbers_of_a_function_keep_their_digits(half_by_default):
+    numbers = [0.123456789, 20.123456]
+    for answer in (numbers, np.array(numbers), torch.tensor(numbers, dtype=torch.float64)):
+        scores = FunctionReward(lambda images, prompts, answer=answer: answer).score(pictures(2), PROMPTS[:2])
+        assert scores.tolist() == pytest.approx(numbers, rel=1e-7)
+    alone = iter(numbers)
+    scores = FunctionReward(lambda image, prompt: next(alone), one_by_one=True).score(pictures(2), PROMPTS[:2])
+    assert scores.tolist() == pytest.approx(numbers, rel=1e-7)
+
+
+def test_sharpness_is_as_exact_under_autocast():
+    images = pictures(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = Sharpness().score(images, PROMPTS)
+    torch.testing.assert_close(scores, Sharpness().score(images, PROMPTS), rtol=1e-6, atol=0)
+
+
+def test_the_scale_of_pick_score_keeps_its_digits(tiny_clip):
+    """In bfloat16 the logit scale of 4.605 would move all scores by 1 %."""
+    expected = float(CLIPModel.from_pretrained(tiny_clip).logit_scale.detach().double().exp())
+    for load_first in (True, False):
+        reward = PickScore(tiny_clip, processor=None)
+        if load_first:
+            reward.load()
+        reward.to(torch.bfloat16)
+        images = pictures(4)
+        cosines = (reward.network.image_features(images) * reward.network.text_features(PROMPTS)).sum(-1)
+        torch.testing.assert_close(reward.score(images, PROMPTS), expected * cosines, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("load_first", [False, True])
+def test_the_aesthetic_head_tells_near_embeddings_apart_in_half_precision(tiny_clip, tiny_head, load_first, autocast):
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(1, 8, generator=generator) + 0.05 * torch.randn(20, 8, generator=generator)
+    embeddings = embeddings.bfloat16()
+    expected = AestheticHead(8)
+    expected.load_state_dict(torch.load(tiny_head, weights_only=True))
+    reward = Aesthetic(tiny_clip, tiny_head)
+    if load_first:
+        reward.load()
+    reward.to(torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = reward.network.head(embeddings)
+    assert reward.network.clip.dtype == torch.bfloat16
+    assert len(set(scores.tolist())) == 20
+    with torch.no_grad():
+        torch.testing.assert_close(scores, expected.eval()(embeddings.float()), rtol=1e-6, atol=1e-6)
+
+
 # ---- functions
 
 

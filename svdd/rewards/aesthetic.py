@@ -4,7 +4,7 @@ Source: Schuhmann et al., LAION-5B, 2022, arXiv 2210.08402, and their improved-a
 layers on the normalised embedding of CLIP ViT-L/14, trained on SAC, Logos and AVA), Apache-2.0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,9 @@ class Aesthetic(PretrainedReward):
 class AestheticHead(nn.Module):
     """Linear layers d-1024-128-64-16-1 without activations; their dropouts work in training only.
 
+    Half precision would round away what tells good pictures from better ones, so they stay in float32 where the module
+    around them is halved.
+
     Args:
         width: d, the length of the embedding.
     """
@@ -76,8 +79,17 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns the score of each embedding; [n, d] of length 1 to [n]."""
-        return self.layers(features)[:, 0]
+        """Returns the score of each embedding; [n, d] of any length to [n]."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = F.normalize(features.to(self.layers[0].weight.dtype), dim=-1)
+            return self.layers(features)[:, 0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AestheticHead":
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+
+        return super()._apply(kept, recurse)
 
 
 class _Judge(nn.Module):
@@ -95,5 +107,4 @@ class _Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = normalise(fit_square(images, self.clip.config.image_size, rounded=True), self.mean, self.std)
-        features = self.clip(pixel_values=pixels.to(self.clip.dtype)).image_embeds
-        return self.head(F.normalize(features, dim=-1))
+        return self.head(self.clip(pixel_values=pixels.to(self.clip.dtype)).image_embeds)

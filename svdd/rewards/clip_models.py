@@ -49,11 +49,6 @@ class ClipModel(nn.Module, ABC):
     def width(self) -> int:
         """The length of an embedding."""
 
-    @property
-    @abstractmethod
-    def scale(self) -> Tensor:
-        """What cosines are multiplied with in the model's own logits, []."""
-
     def preprocess(self, images: Tensor) -> Tensor:
         """Resizes, cuts and normalises as the model's own processor."""
         return normalise(fit_square(images, self.side, self.whole, self.mode, self.rounded), self.mean, self.std)
@@ -107,17 +102,13 @@ class TransformersClip(ClipModel):
         except LOAD_ERRORS as error:
             raise UserError(f"the tokenizer of {words!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.side = int(self.clip.config.vision_config.image_size)
+        self.scale: float = self.clip.logit_scale.exp().item()  # whatever becomes of the weights' precision
         self.mean, self.std = processor_statistics(words, others)
 
     @property
     def width(self) -> int:
         """The projection's."""
         return int(self.clip.config.projection_dim)
-
-    @property
-    def scale(self) -> Tensor:
-        """The learned one."""
-        return self.clip.logit_scale.exp()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Returns the projected embedding of preprocessed pixels, [n, d]."""
@@ -194,11 +185,6 @@ class OpenClipModel(ClipModel):
         """The length of the text projection."""
         with torch.no_grad():
             return int(self.encode_texts([""]).shape[-1])
-
-    @property
-    def scale(self) -> Tensor:
-        """The learned one."""
-        return self.clip.logit_scale.exp()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Returns the projected embedding of preprocessed pixels, [n, d]."""

@@ -47,7 +47,7 @@ class FunctionReward(Reward):
         return self.label
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns what the function says of each image, [n]."""
+        """Returns what the function says of each image, float32 [n]."""
         if self.one_by_one:
             from PIL import Image
 
@@ -56,7 +56,7 @@ class FunctionReward(Reward):
             scores: Any = [float(self.function(Image.fromarray(array), prompt)) for array, prompt in pairs]
         else:
             scores = self.function(images, list(prompts))
-        return torch.as_tensor(scores, device=images.device)
+        return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from svdd.rewards.clip_models import ClipModel, TransformersClip
+from svdd.rewards.clip_models import TransformersClip
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["PickScore"]
@@ -42,7 +42,7 @@ class PickScore(PretrainedReward):
         self.pretrained, self.processor = pretrained, processor
         self.options = {"revision": revision, "local_files_only": local_files_only}
 
-    def read(self) -> ClipModel:
+    def read(self) -> TransformersClip:
         """Returns the CLIP."""
         return TransformersClip(self.pretrained, self.options, self.processor)
 
@@ -50,4 +50,4 @@ class PickScore(PretrainedReward):
         """Returns the score of each image for its own prompt, float [n]."""
         features = self.network.image_features(images)
         cosines = (features * self.network.text_features(prompts).to(features)).sum(-1)
-        return self.network.scale.float() * cosines
+        return self.network.scale * cosines

@@ -5,7 +5,6 @@ Source: Pech-Pacheco et al., Diatom autofocusing in brightfield microscopy, 2000
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from svdd.rewards.base import Reward
@@ -22,6 +21,7 @@ class Sharpness(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the sharpness of each image, float32 [n]."""
-        kernel = images.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).float()
-        edges = F.conv2d(255 * luma(images)[:, None], kernel[None, None])
+        bright = 255 * luma(images)
+        beside = bright[:, :-2, 1:-1] + bright[:, 2:, 1:-1] + bright[:, 1:-1, :-2] + bright[:, 1:-1, 2:]
+        edges = beside - 4 * bright[:, 1:-1, 1:-1]  # no convolution: autocast would do it in half precision
         return edges.flatten(1).var(dim=1, correction=0)

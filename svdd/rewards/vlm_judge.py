@@ -90,7 +90,8 @@ class VLMJudge(PretrainedReward):
         pictures = [Image.fromarray(array) for array in pixels.cpu().numpy()]
         questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
         if self.endpoint is not None:
-            return torch.tensor(self.endpoint.log_odds(pictures, questions, self.key()), device=images.device)
+            odds = self.endpoint.log_odds(pictures, questions, self.key())
+            return torch.tensor(odds, dtype=torch.float32, device=images.device)
         chunks = (slice(k, k + self.batch_size) for k in range(0, len(images), self.batch_size))
         return torch.cat([self.network(pictures[chunk], questions[chunk]) for chunk in chunks])
 
