@@ -18,14 +18,14 @@ from typing import Any
 
 from svdd.run_config import HEADER, differences, dump_config, load_config
 from svdd.run_files import RunError, explained, lock, sync_folder, write_atomically
-from svdd.run_shards import Key, Places, ShardedFile, encode
-from svdd.run_tar import OWN_SHARD, TarWriter, is_in_shard, member_of, read_image, repair
+from svdd.run_images import OWN_FOLDER, WholeImages
+from svdd.run_shards import Places, ShardedFile, encode
+from svdd.run_tar import OWN_SHARD, TarWriter, is_in_shard, member_of, repair
 
 __all__ = ["RunFolder", "image_name"]
 
 _OWN_FILE = re.compile(r"(config\.yaml|(results|trace|failed)(-\d+)?\.jsonl|summary\.json)(\.tmp)?")
 _OWN_IMAGE = re.compile(rf"(\d{{6,}}-\d{{2,}}\.png|{OWN_SHARD.pattern})(\.tmp)?")
-_OWN_FOLDER = re.compile(r"\d{4,}")
 _IMAGES_PER_FOLDER = 10_000  # beyond which folders become slow to list and to back up
 
 
@@ -74,7 +74,7 @@ class RunFolder:
     def finished(self) -> set[int]:
         """Returns the indices of the prompts whose images are all whole; reads only, also while rank 0 repairs."""
         with explained(self.path):
-            return self._rows.scan(self._has_image)[0].finished()
+            return self._scan_rows()[0].finished()
 
     def rows(self, count: int = 1024) -> Iterator[list[dict[str, Any]]]:
         """Yields the rows of `results.jsonl` in lists of at most `count`."""
@@ -231,7 +231,7 @@ class RunFolder:
             write_atomically(self._config, dump_config(config))
         self._failures.remove()  # they are tried again
         self._images.mkdir(exist_ok=True)  # after the file that marks the folder as ours
-        rows, lines = self._rows.scan(self._has_image)
+        rows, lines = self._scan_rows()
         finished = rows.finished()
         kept = rows.only(finished)
         if self._rows.shards() or lines > len(kept):
@@ -262,7 +262,7 @@ class RunFolder:
     def _remove_own_files(self, everything: bool) -> None:
         """Removes what a crash left half written, or everything but config.yaml, which marks the folder as ours."""
         inside = self._images.iterdir() if self._images.is_dir() else ()
-        folders = sorted(path for path in inside if _OWN_FOLDER.fullmatch(path.name) and path.is_dir())
+        folders = sorted(path for path in inside if OWN_FOLDER.fullmatch(path.name) and path.is_dir())
         for folder, own in ((self.path, _OWN_FILE), *((images, _OWN_IMAGE) for images in (self._images, *folders))):
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():  # rows before their traces
                 if own.fullmatch(path.name) and (path.suffix == ".tmp" or (everything and path != self._config)):
@@ -279,11 +279,10 @@ class RunFolder:
         elif self._traces.shards() or lines > len(traces):
             self._traces.fold(traces)
 
-    def _has_image(self, key: Key, row: dict[str, Any]) -> bool:
-        try:
-            return hashlib.sha256(read_image(self.path, row["file"])).hexdigest() == row["sha256"]
-        except OSError:
-            return False
+    def _scan_rows(self) -> tuple[Places, int]:
+        """Returns the rows whose images are whole, and the number of lines read."""
+        images = WholeImages(self.path)
+        return self._rows.scan(lambda key, row: images.has(row["file"], row["sha256"]))
 
 
 def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_prompts: int = 0) -> str:

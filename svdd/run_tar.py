@@ -1,22 +1,24 @@
 """Images in tar shards as WebDataset reads them, instead of a file each; a crash at any point harms one batch.
 
 A shard holds `000012-00.png` and `000012-00.json`, the image's row, for each image. Every process writes shards of its
-own, `images/00003-000000.tar`, and begins a new one whenever a run continues, so that nothing is ever appended to what
-a crash may have torn. When the run continues, a shard that is torn or holds images without a row is written anew.
+own, `images/00003-000000.tar`, and begins a new one whenever a run continues, so that no image is ever appended to what
+a crash may have torn. When the run continues, a torn end is cut off, and a shard that holds images without a row is
+written anew.
 """
 
 import errno
+import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from svdd.run_files import sync_folder, write_atomically
+from svdd.run_files import sync_folder
 
-__all__ = ["OWN_SHARD", "TarWriter", "is_in_shard", "member_of", "read_image", "repair"]
+__all__ = ["OWN_SHARD", "TarWriter", "digests", "is_in_shard", "member_of", "read_image", "repair"]
 
 OWN_SHARD = re.compile(r"\d{5,}-\d{6,}\.tar")
 
@@ -114,6 +116,16 @@ def read_image(run: Path, file: str) -> bytes:
         return content.read(place[1])
 
 
+def digests(shard: Path) -> Iterator[tuple[str, str]]:
+    """Yields the name and the SHA-256 of each whole image of a shard, in the order in which they stand there."""
+    members = _scan(shard, shard.stat().st_size)
+    with open(shard, "rb") as content:
+        for name, (at, size) in members.items():
+            if name.endswith(".png") and f"{name.partition('.')[0]}.json" in members:
+                content.seek(at)
+                yield name, hashlib.sha256(content.read(size)).hexdigest()
+
+
 def repair(folder: Path, wanted: dict[str, set[str]]) -> None:
     """Leaves the wanted images in the shards, and no others; a shard without any is removed.
 
@@ -126,13 +138,38 @@ def repair(folder: Path, wanted: dict[str, set[str]]) -> None:
         if not names:
             shard.unlink()
             continue
-        status = shard.stat()
-        members = _members(shard, status.st_size, status.st_mtime_ns)
-        end = max(-(-(at + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for at, size in members.values())
-        if end + len(_END) != status.st_size or {name.partition(".")[0] for name in members} != names:
-            content = shard.read_bytes()
-            kept = ((n, content[at : at + size]) for n, (at, size) in members.items() if n.partition(".")[0] in names)
-            write_atomically(shard, b"".join(_encode(name, data) for name, data in kept) + _END)
+        size = shard.stat().st_size
+        members = _scan(shard, size)
+        if {name.partition(".")[0] for name in members} != names:
+            _rewrite(shard, {name: place for name, place in members.items() if name.partition(".")[0] in names})
+            continue
+        end = max(-(-(at + length) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for at, length in members.values())
+        if end + len(_END) != size:
+            _cut(shard, end)
+
+
+def _rewrite(shard: Path, members: dict[str, tuple[int, int]]) -> None:
+    """Replaces a shard by one with some of its members, which are copied one by one."""
+    temporary = shard.with_name(shard.name + ".tmp")
+    with open(shard, "rb") as content, open(temporary, "wb") as output:
+        for name, (at, size) in members.items():
+            content.seek(at)
+            output.write(_encode(name, content.read(size)))
+        output.write(_END)
+        output.flush()
+        os.fsync(output.fileno())
+    os.replace(temporary, shard)
+    sync_folder(shard.parent)
+
+
+def _cut(shard: Path, end: int) -> None:
+    """Ends a shard behind its last member, which stays where it is."""
+    with open(shard, "r+b") as content:
+        content.truncate(end)
+        content.seek(end)
+        content.write(_END)
+        content.flush()
+        os.fsync(content.fileno())
 
 
 def _is_own(path: Path) -> bool:
@@ -145,9 +182,14 @@ def _encode(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _members(shard: Path, size: int, stamp: int) -> dict[str, tuple[int, int]]:
-    """Returns where the data of each whole member begins and how long it is; the two numbers tell an edited shard."""
+    """Remembers what `_scan` has found; the two numbers tell an edited shard."""
+    return _scan(shard, size)
+
+
+def _scan(shard: Path, size: int) -> dict[str, tuple[int, int]]:
+    """Returns where the data of each whole member begins and how long it is."""
     members = {}
     with suppress(tarfile.TarError), tarfile.open(shard, "r:", ignore_zeros=False) as archive:
         for member in archive:

@@ -4,12 +4,15 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
 
 import pytest
 from PIL import Image
 
+from svdd import run_tar
 from svdd.errors import UserError
-from svdd.run_tar import TarWriter, read_image
+from svdd.run_folder import RunFolder
+from svdd.run_tar import TarWriter, digests, read_image, repair
 from svdd.writer import RunWriter
 from tests.test_writer import CONFIG, Tiny, full_disk, predict, read_rows
 
@@ -136,6 +139,52 @@ def test_a_full_shard_is_closed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"00003-{k:06d}.tar" for k in range(3)]
     assert TarWriter(tmp_path, 3).shard() == "00003-000003.tar"
     assert TarWriter(tmp_path, 4).shard() == "00004-000000.tar"
+
+
+def large_shard(folder):
+    """A shard of 20 images of a megabyte, without its end."""
+    writer = TarWriter(folder, 0)
+    path = folder / writer.shard()
+    for k in range(20):
+        writer.append([(f"{k:06d}-00.png", bytes([k]) * 1_000_000), (f"{k:06d}-00.json", b"{}")], 1)
+    return path
+
+
+def test_a_missing_end_is_added_and_nothing_copied(tmp_path):
+    path = large_shard(tmp_path)
+    before, inode = path.read_bytes(), path.stat().st_ino
+    repair(tmp_path, {path.name: {f"{k:06d}-00" for k in range(20)}})
+    assert path.read_bytes() == before + bytes(1024)
+    assert path.stat().st_ino == inode
+
+
+def test_a_shard_is_copied_image_by_image(tmp_path):
+    path = large_shard(tmp_path)
+    tracemalloc.start()
+    repair(tmp_path, {path.name: {f"{k:06d}-00" for k in range(1, 20)}})
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6_000_000
+    expected = [(f"{k:06d}-00.png", hashlib.sha256(bytes([k]) * 1_000_000).hexdigest()) for k in range(1, 20)]
+    assert list(digests(path)) == expected
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_many_shards_are_read_one_after_the_other(tmp_path, monkeypatch):
+    """Rows are sorted by prompt, and neighbours stand in shards of different processes."""
+    folders = [RunFolder(tmp_path, tar=True) for _ in range(70)]
+    folders[0].claim({})
+    for rank, folder in enumerate(folders):
+        folder.open_shard(rank)
+        for p in (rank, rank + 70):
+            folder.write([({"prompt_index": p, "image_index": 0, "num_images": 1}, b"png")])
+        folder.close_shard()
+    folders[0].merge()
+    folders[0].close()
+    scans, scan = [], run_tar._scan
+    monkeypatch.setattr(run_tar, "_scan", lambda *args: scans.append(args) or scan(*args))
+    assert RunFolder(tmp_path, tar=True).claim({}) == set(range(140))
+    assert len(scans) <= 2 * 70
 
 
 def test_overwrite_removes_shards(tmp_path):
