@@ -153,9 +153,9 @@ def main() -> None:
     lines += [
         "",
         f"{rival} costs {rivals[rival]['seconds'] / guided['seconds']:.2f} times the CPU seconds of SVDD with the "
-        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])} kB. It guides from "
-        f"{search['guide_start']:g} to {search['guide_stop']:g} of the chain; `every step` includes the last one, "
-        f"whose {m} candidates are decoded and scored by the reward itself.",
+        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])} kB. It guides until "
+        f"{search['guide_stop']:g} of the chain; `every step` includes the last one, whose {m} candidates are decoded "
+        "and scored by the reward itself.",
         "",
         "## Time",
         "",

@@ -1,8 +1,9 @@
 """Rollouts of the pretrained chain, on disk: what a learned value is fitted to.
 
-A cache folder holds `manifest.json` and shards of a fixed number of rollouts, each a safetensors file with the kept
-inputs `x` [n, steps, c, h, w] (what the value reads of a state) and the final latents `end` [n, c, h, w]. It does not depend on the reward. A shard is
-written by one process under a temporary name and renamed; one that is missing, torn or not as recorded is drawn again.
+A cache folder holds `manifest.json` and shards of a fixed number of rollouts, each a safetensors file with what the
+value reads at the kept steps, `x` [n, steps, c, h, w], and the final latents `end` [n, c, h, w]. It does not depend on
+the reward. A shard is written by one process under a temporary name and renamed; one that is missing, torn or not as
+recorded is drawn again.
 """
 
 import hashlib

@@ -93,11 +93,6 @@ class State:
         return self.x if self.done else self.prediction.x0
 
     @property
-    def parent_x0(self) -> Tensor:
-        """The x0 that each row was proposed from, [n, c, h, w]: known before the row itself is denoised; 0 at i = 0."""
-        return self._cache.get("parent_x0", torch.zeros_like(self.x))
-
-    @property
     def images(self) -> Tensor:
         """The decoded x0, float32 [n, 3, H, W] in [0, 1]; decoded once."""
         if "images" not in self._cache:
@@ -155,7 +150,7 @@ class State:
         if self.done:
             raise ValueError("the chain has ended (i = T): there is nowhere to flow to")
         x = self.context.diffusion.flow(self.x, self.x0, self.i)
-        return State(x, self.i + 1, self.row, self.origin, self.context, {"parent_x0": self.x0})
+        return State(x, self.i + 1, self.row, self.origin, self.context)
 
     def propose(self, m: int = 1, mean: Tensor | None = None) -> "State":
         """Draws m children per row from the reverse kernel N(mean, std^2 I).
@@ -176,8 +171,7 @@ class State:
         if self.std > 0:
             x = x + self.std * self.context.noise(len(x) // self.num_images).to(x)
         row, origin = self.row.repeat_interleave(m), self.origin.repeat_interleave(m)
-        known = {"parent_x0": self.x0.repeat_interleave(m, 0)} if "prediction" in self._cache else {}
-        child = State(x, self.i + 1, row, origin, self.context, known)
+        child = State(x, self.i + 1, row, origin, self.context)
         self.context.report(child.i)
         return child
 
@@ -288,10 +282,9 @@ class State:
         if not through_denoiser:
             _ = self.prediction
 
-        def differentiate(x: Tensor, row: Tensor, origin: Tensor, parent_x0: Tensor, *known: Tensor) -> _Slope:
+        def differentiate(x: Tensor, row: Tensor, origin: Tensor, *known: Tensor) -> _Slope:
             with torch.enable_grad():
-                x = x.detach().requires_grad_(through_denoiser)
-                part = State(x, self.i, row, origin, self.context, {"parent_x0": parent_x0})
+                part = State(x.detach().requires_grad_(through_denoiser), self.i, row, origin, self.context)
                 if known:
                     part._cache["prediction"] = Denoised(known[0].detach().requires_grad_(), known[1])
                 before = ledger.denoiser_rows
@@ -308,7 +301,7 @@ class State:
         ledger = self.context.ledger
         known = () if through_denoiser else tuple(self.prediction)
         chunker = self.context.diffusion.chunker
-        return chunker.map(differentiate, len(self.x), self.x, self.row, self.origin, self.parent_x0, *known)
+        return chunker.map(differentiate, len(self.x), self.x, self.row, self.origin, *known)
 
 
 def start(

@@ -143,19 +143,6 @@ def test_a_value_is_the_reward_at_the_end(trained):
     assert torch.equal(trained.value(final), final.scores(Linear(B)))
 
 
-def test_the_network_is_shown_the_x0_that_a_candidate_came_from():
-    """It costs no row: the parent was denoised to propose."""
-    diffusion, value = GaussianDiffusion(4), network()
-    start = diffusion.start([""] * 2, [0, 1])
-    assert torch.equal(value.read(start), torch.cat([start.x, torch.zeros_like(start.x)], 1))
-    children = start.propose(3)
-    kept = children.select(torch.tensor([[2, 0], [1, 1]]))
-    assert torch.equal(value.read(kept), torch.cat([kept.x, start.x0.repeat_interleave(2, 0)], 1))
-    assert torch.equal(kept.flow().parent_x0, kept.x0)
-    assert diffusion.denoised_rows == [2, 4]
-    assert torch.equal(network(use_parent=False).read(kept), kept.x)
-
-
 def test_estimates_do_not_depend_on_other_rows(trained):
     state = GaussianDiffusion(4).start([""] * 6, range(6)).propose().propose()
     with torch.no_grad():

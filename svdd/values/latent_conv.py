@@ -26,8 +26,6 @@ class LatentConvValue(LearnedValue):
     Args:
         channels: Width of the network.
         num_blocks: Residual blocks at each resolution; the latent is halved until its side is at most 8.
-        use_parent: Whether the network also sees the x0 that each latent was proposed from. It costs nothing, and
-            shows what the picture is going to be where the latent is still noise.
         use_prompt: Whether the network sees the prompt's text features.
         dropout: Share of the features that is dropped while training: states of one rollout are much alike.
         mirror: Show the states of half of the rows mirrored while training, for rewards that do not tell left from
@@ -44,7 +42,6 @@ class LatentConvValue(LearnedValue):
         self,
         channels: int = 32,
         num_blocks: int = 2,
-        use_parent: bool = True,
         use_prompt: bool = True,
         dropout: float = 0.1,
         mirror: bool = False,
@@ -60,8 +57,7 @@ class LatentConvValue(LearnedValue):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.channels, self.num_blocks, self.use_prompt, self.dropout = channels, num_blocks, use_prompt, dropout
-        self.mirror, self.use_parent = mirror, use_parent
-        self.input = "x, parent_x0" if use_parent else "x"
+        self.mirror = mirror
 
     def build(self, diffusion: Diffusion) -> None:
         """Makes the network for the latents' shape and the prompt features' width."""
@@ -70,7 +66,7 @@ class LatentConvValue(LearnedValue):
         with torch.random.fork_rng(devices=[]):  # the same start in every process, whatever was drawn before
             torch.manual_seed(0)
             hidden = 2 * self.channels
-            self.entry = nn.Conv2d((1 + self.use_parent) * depth, self.channels, 3, padding=1)
+            self.entry = nn.Conv2d(depth, self.channels, 3, padding=1)
             self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             features = diffusion.prompt_features_size if self.use_prompt else 0
             self.text = nn.Linear(features, hidden) if features else None

@@ -29,8 +29,7 @@ class LearnedValue(Value):
     """A network's estimate of the value, from the noisy latent (or its x0), the step and the prompt.
 
     Attributes:
-        input: What of a state the network reads: `x`; `x, parent_x0`, that is x and, as further channels, the x0 that
-            it was proposed from; or `x0`, which alone costs a denoiser row.
+        input: What of a state the network reads: `x` costs no denoiser row, `x0` one.
     """
 
     input: str = "x"
@@ -107,10 +106,8 @@ class LearnedValue(Value):
         return context.diffusion.chunker.map(self.predict, len(x), *rows)
 
     def read(self, state: State) -> Tensor:
-        """Returns what the network is shown of a state, [n, c, h, w] or [n, 2 c, h, w]."""
-        if self.input == "x0":
-            return state.x0
-        return state.x if self.input == "x" else torch.cat([state.x, state.parent_x0], 1)
+        """Returns what the network is shown of a state, [n, c, h, w]."""
+        return state.x0 if self.input == "x0" else state.x
 
     def predict(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns estimates in units of the reward, float32 [n].
