@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,19 +46,27 @@ class Picture:
 def find_pictures(folder: Path) -> list[Picture]:
     """Returns the pictures of a run, in the order of its rows, or those of any folder, by name, with its subfolders.
 
+    Numbers in names count as numbers: 2.png comes before 10.png.
+
     Raises:
         UserError: If there are none.
     """
     if (folder / "results.jsonl").is_file():
         found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in read_rows(folder)]
     elif folder.is_dir():
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-        found = [Picture(folder, str(path.relative_to(folder)), k) for k, path in enumerate(paths)]
+        paths = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES]
+        files = sorted((str(path.relative_to(folder)) for path in paths), key=_natural)
+        found = [Picture(folder, file, k) for k, file in enumerate(files)]
     else:
         raise UserError(f"{folder} is no folder; expected a run folder or one of pictures")
     if not found:
         raise UserError(f"{folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
     return found
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Returns the texts and numbers that a name alternates between, text first; equal ones are in order of the name."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:

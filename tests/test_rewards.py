@@ -228,6 +228,11 @@ def test_kilobytes_are_those_of_the_saved_file(size, tmp_path):
     assert expected == sorted(expected)  # more noise, larger file
 
 
+def test_a_file_has_a_size_above_nothing():
+    assert (Compressibility().range, Incompressibility().range) == ((-math.inf, 0.0), (0.0, math.inf))
+    assert WeightedSum([Compressibility(), Brightness()], [-1, 2]).range == (0.0, math.inf)
+
+
 def test_pixels_are_rounded_and_cut_to_their_range():
     images = pictures(1)
     blurred = images + 0.4 / 255 * torch.sign(torch.rand_like(images) - 0.5)

@@ -379,6 +379,16 @@ def test_pictures_are_read_as_they_are(tmp_path):
         find_pictures(tmp_path.joinpath("empty").mkdir() or tmp_path / "empty")
 
 
+def test_numbers_in_names_count_as_numbers(tmp_path):
+    names = ["1.png", "2.png", "10.png", "a2b.png", "a10.png", "b/1.png", "b/02.png", "b/2.png", "b/10.png"]
+    (tmp_path / "b").mkdir()
+    for name in reversed(names):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    pictures = find_pictures(tmp_path)
+    assert [picture.file for picture in pictures] == names
+    assert [picture.prompt_index for picture in pictures] == list(range(len(names)))
+
+
 def test_an_evaluation_measures_what_it_is_asked(tmp_path, tiny_clip):
     run, same, other = (save_pictures(tmp_path / n, c, v) for n, c, v in (("r", 9, 0.3), ("s", 8, 0.3), ("o", 7, 0.8)))
     assert Evaluation().measure(find_pictures(run)) == {}

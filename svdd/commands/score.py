@@ -1,6 +1,7 @@
 """`svdd score`: measures pictures that exist already."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def score(words: Sequence[str]) -> None:
         "--prompts",
         type=str | None,
         default=None,
-        help="File with the prompt of each picture, in the order of their names; a run folder brings its own.",
+        help="File with the prompt of each picture, in the order of their names (2 before 10); a run folder brings its "
+        "own.",
     )
     parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and summary.json.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
@@ -59,6 +61,10 @@ def score(words: Sequence[str]) -> None:
     settings.evaluation.check()
     pictures = _with_prompts(find_pictures(Path(settings.images)), Path(settings.images), settings.prompts)
     rows, statistics = _measure(pictures, rewards, settings.batch_size, device)
+    if not any(picture.prompt for picture in pictures):
+        print(
+            "svdd: warning: no prompts are known, so rewards that read them saw empty ones: --prompts", file=sys.stderr
+        )
     summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
     for name, entry in statistics.items():
         print(

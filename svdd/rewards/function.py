@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svdd.errors import UserError
 from svdd.rewards.base import Reward
+from svdd.rewards.pixels import as_pictures
 
 __all__ = ["FunctionReward"]
 
@@ -49,11 +50,8 @@ class FunctionReward(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns what the function says of each image, float32 [n]."""
         if self.one_by_one:
-            from PIL import Image
-
-            pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            pairs = zip(pixels, prompts, strict=True)
-            scores: Any = [float(self.function(Image.fromarray(array), prompt)) for array, prompt in pairs]
+            pairs = zip(as_pictures(images), prompts, strict=True)
+            scores: Any = [float(self.function(picture, prompt)) for picture, prompt in pairs]
         else:
             scores = self.function(images, list(prompts))
         return torch.as_tensor(scores, dtype=torch.float32, device=images.device)

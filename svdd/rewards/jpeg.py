@@ -5,13 +5,14 @@ arXiv 2305.13301: quality 95, 1 kB = 1000 bytes.
 """
 
 import io
+import math
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from svdd.rewards.base import Reward
+from svdd.rewards.pixels import as_pictures
 
 __all__ = ["Compressibility", "Incompressibility"]
 
@@ -20,17 +21,18 @@ _QUALITY = 95
 
 def _kilobytes(images: Tensor) -> Tensor:
     """Returns the JPEG size of each image in units of 1000 bytes, float32 [n]."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for array in pixels:
+    for picture in as_pictures(images):
         buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, format="JPEG", quality=_QUALITY)
+        picture.save(buffer, format="JPEG", quality=_QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
 
 class Compressibility(Reward):
     """Minus the JPEG file size in kB (quality 95): simple, smooth pictures score high."""
+
+    range = (-math.inf, 0.0)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns minus the size of each image in kB, float32 [n]."""
@@ -39,6 +41,8 @@ class Compressibility(Reward):
 
 class Incompressibility(Reward):
     """The JPEG file size in kB (quality 95): busy, detailed pictures score high."""
+
+    range = (0.0, math.inf)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the size of each image in kB, float32 [n]."""

@@ -9,11 +9,11 @@ import os
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from svdd.errors import UserError
 from svdd.rewards.http_service import Service
+from svdd.rewards.pixels import as_pictures
 from svdd.rewards.pretrained import PretrainedReward
 from svdd.rewards.vlm_endpoint import Endpoint
 from svdd.rewards.vlm_local import LocalVLM
@@ -67,14 +67,13 @@ class VLMJudge(PretrainedReward):
             raise UserError(f"batch_size must be >= 1, got {batch_size}")
         if endpoint is None and (model is not None or api_key_env is not None):
             raise UserError("model and api_key_env belong to an endpoint; give endpoint, or pretrained alone")
-        if endpoint is not None and (pretrained is not None or model is None):
+        if endpoint is not None and (pretrained is not None or not model):
             raise UserError("an endpoint needs model, its name for the model, and takes no pretrained")
         self.question, self.batch_size, self.api_key_env = question, batch_size, api_key_env
         self.pretrained = pretrained or "Qwen/Qwen2-VL-2B-Instruct"
         self.options = {"revision": revision, "local_files_only": local_files_only}
-        self.endpoint: Endpoint | None = None
-        if endpoint is not None and model is not None:
-            self.endpoint = Endpoint(Service(endpoint, timeout, retries, backoff), model, concurrency)
+        service = None if endpoint is None else Service(endpoint, timeout, retries, backoff)
+        self.endpoint = Endpoint(service, model, concurrency) if service and model else None
 
     def read(self) -> nn.Module:
         """Returns the model, or nothing where an endpoint has it."""
@@ -86,12 +85,10 @@ class VLMJudge(PretrainedReward):
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the log-odds for each image and its own prompt, float32 [n]."""
-        pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        pictures = [Image.fromarray(array) for array in pixels.cpu().numpy()]
+        pictures = as_pictures(images)
         questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
         if self.endpoint is not None:
-            odds = self.endpoint.log_odds(pictures, questions, self.key())
-            return torch.tensor(odds, dtype=torch.float32, device=images.device)
+            return images.new_tensor(self.endpoint.log_odds(pictures, questions, self.key()), dtype=torch.float32)
         chunks = (slice(k, k + self.batch_size) for k in range(0, len(images), self.batch_size))
         return torch.cat([self.network(pictures[chunk], questions[chunk]) for chunk in chunks])
 
