@@ -30,18 +30,18 @@ def test_memory_hardly_grows_with_the_number_of_prompts(tmp_path):
 def test_resident_memory_and_open_files_stay_flat(tmp_path, monkeypatch):
     monkeypatch.setattr("svdd.metrics.bootstrap._AT_ONCE", 2**16)  # else 100 MB for a moment, from 4,000 prompts on
 
-    def peak(count: int) -> Peak:
-        case = Case(tmp_path / str(count), [f"a picture of the number {k}" for k in range(count)])
+    def peak(name: str, count: int) -> Peak:
+        case = Case(tmp_path / name, [f"a picture of the number {k}" for k in range(count)])
         watcher = Peak()
         watcher.start()
         assert case.run("--data.batch_size", "20") == 0
         watcher.stop()
         return watcher
 
-    peak(100)  # whatever is imported or cached on first use
-    few, many = peak(100), peak(1_500)
+    peak("first", 100)  # whatever is imported or cached on first use
+    few, many = peak("few", 100), peak("many", 1_500)
     assert many.memory - few.memory < 20e6
-    assert many.files <= few.files + 2
+    assert many.files < few.files + 10
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
