@@ -39,6 +39,7 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (hours on 2 
 	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.previews
+	$(BIN)/python -m benchmarks.over_optimisation
 	$(BIN)/python -m benchmarks.values
 	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.scale --processes 26

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from PIL import Image
 
 from svdd.__main__ import main
 from svdd.commands.predict import PredictCLI
+from svdd.errors import Incomplete
 from svdd.picture_files import read_rows
 
 PROMPTS = ["red apple", "blue car", "panda", "owl"]
@@ -66,6 +68,13 @@ def test_scores_of_a_folder_are_those_of_the_reward(pictures, tmp_path, capsys, 
     assert "4 images" in out
 
 
+def test_unknown_prompts_are_pointed_out(pictures, tmp_path, capsys, tiny_clip):
+    words = ["score", "--reward", "CLIPScore", "--reward.pretrained", tiny_clip, "--images", str(pictures)]
+    for prompts, said in (([], True), (["--prompts", str(tmp_path / "texts.txt")], False)):
+        assert main([*words, *prompts]) == 0
+        assert ("svdd: warning: no prompts are known" in capsys.readouterr().err) == said
+
+
 def test_pictures_of_one_prompt_are_compared_with_each_other(pictures, tmp_path, tiny_clip, capsys):
     words = ["score", "--reward", "Brightness", "--images", str(pictures), "--output", str(tmp_path / "scores")]
     words += ["--evaluation.features", tiny_clip]
@@ -111,6 +120,52 @@ def test_a_wrong_score_command_is_one_line_and_code_2(pictures, tmp_path, monkey
     assert message in line
 
 
+BAD = {
+    "wrong_shape": ("images.mean((1, 2))[:1]", r"returned shape [1, 64]; expected a tensor of shape [2]"),
+    "not_a_number": ("[float('nan') for _ in images]", "returned NaN or infinity for 2 of 2 images, first for the"),
+    "broken": ("1 / 0", "failed with ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reward_is_skipped_where_it_is_bad(predict, tmp_path, monkeypatch, name):
+    """For one of four prompts: the others are drawn, and the bad one is written down with its reason."""
+    code, message = BAD[name]
+    (tmp_path / f"{name}_rewards.py").write_text(
+        f"def {name}(images, prompts):\n    return {code} if 'panda' in prompts else images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--model.reward", "FunctionReward", "--model.reward.function", f"{name}_rewards.{name}"]
+    with pytest.raises(Incomplete):
+        predict("run", *words, "--model.on_error", "skip", "--data.batch_size", "2")
+    run = tmp_path / "run"
+    assert [row["prompt"] for row in read_rows(run)] == ["red apple", "blue car", "owl"]
+    (failed,) = [json.loads(line) for line in (run / "failed.jsonl").read_text().splitlines()]
+    assert failed["prompt"] == "panda"
+    assert failed["error"].startswith("RewardError: ")
+    assert message in failed["error"]
+    assert summary_of(run)["rewards"][name]["count"] == 3
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_an_endpoint_that_cannot_be_reached_is_said_in_one_line(predict, tmp_path, monkeypatch, capsys, on_error):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    judge = {"class_path": "VLMJudge", "init_args": {"endpoint": address, "model": "tiny", "retries": 0}}
+    words = ["--model.reward", json.dumps(judge), "--model.on_error", on_error, "--data.limit", "2"]
+    run = predict("run", *words, code=2)
+    said = capsys.readouterr().err
+    if on_error == "raise":
+        assert f"svdd: error: endpoint {address}, model 'tiny': " in said
+        return
+    failed = [json.loads(line) for line in (run / "failed.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in failed] == PROMPTS[:2]
+    assert all(f"endpoint {address}, model 'tiny': " in row["error"] for row in failed)
+    assert "no prompt could be drawn" in said
+
+
 def test_a_sum_reads_its_units_from_an_unguided_run(predict):
     plain = predict("plain", "--model.reward", "Brightness", "--model.sampler", "Unguided")
     units = json.dumps(
@@ -150,6 +205,20 @@ def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
     both = predict("bright", *dark, "--model.reward.weights", "[1]", held_out, "--evaluation.baseline", str(positive))
     assert "over-optimisation" not in capsys.readouterr().err
     assert summary_of(both)["baseline"]["over_optimised"] == []
+
+
+@pytest.mark.slow
+def test_two_rewards_rise_at_once_on_the_embedded_model(tmp_path):
+    """The recipe of docs/rewards.md in fewer steps; benchmarks/over_optimisation.md has the numbers of all."""
+    words = ["predict", "--config", "configs/weighted_sum.yaml", "--trainer.accelerator", "cpu"]
+    words += ["--model.diffusion.num_inference_steps", "12"]
+    plain = ["--model.sampler", "Unguided", "--model.images_per_prompt", "4", "--output", str(tmp_path / "plain")]
+    assert main([*words, *plain]) == 0
+    assert main([*words, "--evaluation.baseline", str(tmp_path / "plain"), "--output", str(tmp_path / "both")]) == 0
+    found = summary_of(tmp_path / "both")["baseline"]
+    assert found["rewards"]["Compressibility"]["ci95_low"] > 0
+    assert found["rewards"]["CLIPScore"]["ci95_low"] > 0
+    assert found["over_optimised"] == []
 
 
 @pytest.mark.slow
