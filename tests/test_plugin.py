@@ -4,36 +4,63 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "plugin"
+from tests.test_docs import unpack
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "plugin"
+PIP = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
 RENAMES = {"svdd_warmth": "svdd_coolness", "svdd-warmth": "svdd-coolness", "warmth": "coolness", "Warmth": "Coolness"}
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """A folder of installed packages with the renamed example, and one that cannot be imported."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+def copy_example(target: Path) -> Path:
+    """Copies the example under other names, as its README says."""
     for path in EXAMPLE.rglob("*"):
         if path.suffix not in (".toml", ".py", ".md"):
             continue
         text, name = path.read_text(encoding="utf-8"), str(path.relative_to(EXAMPLE))
         for old, new in RENAMES.items():
             text, name = text.replace(old, new), name.replace(old, new)
-        copy = source / "good" / name
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(text, encoding="utf-8")
-    broken = source / "bad" / "svdd_broken"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise RuntimeError('not today')\n")
+    return target
+
+
+def make_package(folder: Path, name: str, code: str) -> Path:
+    """Writes a plug-in with the example's pyproject.toml."""
+    package = folder / f"svdd_{name}"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(code)
     toml = (EXAMPLE / "pyproject.toml").read_text(encoding="utf-8")
     for old in ("svdd_warmth", "svdd-warmth", "warmth"):
-        toml = toml.replace(old, RENAMES[old].replace("coolness", "broken"))
-    (broken.parent / "pyproject.toml").write_text(toml)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", target, source / "good", broken.parent], check=True)
+        toml = toml.replace(old, RENAMES[old].replace("coolness", name))
+    (folder / "pyproject.toml").write_text(toml)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder of installed packages: the renamed example, one of the other kinds, one that cannot be imported."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    kinds = make_package(
+        source / "kinds",
+        "kinds",
+        "from svdd_kinds.my_diffusion import Tints\n"
+        "from svdd_kinds.my_samplers import SparseSVDD\n"
+        "from svdd_kinds.my_values import Tempered\n",
+    )
+    unpack(ROOT / "docs" / "extending.md", pages := tmp_path_factory.mktemp("pages"))
+    for name in ("my_diffusion.py", "my_samplers.py", "my_values.py"):
+        (kinds / "svdd_kinds" / name).write_text((pages / name).read_text())
+    broken = make_package(source / "bad", "broken", "raise RuntimeError('not today')\n")
+    packages = [copy_example(source / "good"), kinds, broken]
+    subprocess.run([sys.executable, *PIP, "--target", target, *packages], check=True)
     return target
 
 
@@ -75,6 +102,56 @@ def test_a_plugins_reward_guides_by_its_bare_name(site, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["guide"] == "Coolness"
     assert -2 <= summary["rewards"]["Coolness"]["mean"] <= 2
+
+
+@pytest.mark.slow
+def test_a_plugin_adds_samplers_values_and_diffusions(site, tmp_path):
+    run = svdd(site, tmp_path, "list")
+    for name in ("Tints", "SparseSVDD", "Tempered"):
+        (line,) = [line for line in run.stdout.splitlines() if name in line]
+        assert line.endswith("[svdd_kinds]")
+    shown = svdd(site, tmp_path, "predict", "--model.sampler.help", "SparseSVDD")
+    assert "k, steps from one choice to the next." in shown.stdout
+    run = svdd(
+        site,
+        tmp_path,
+        *("predict", "--model.reward", "Brightness", "--model.diffusion", "Tints", "--model.diffusion.side", "16"),
+        *("--model.diffusion.num_inference_steps", "5", "--model.value", "Tempered", "--model.value.power", "2"),
+        *("--model.sampler", "SparseSVDD", "--model.sampler.num_candidates", "3", "--model.sampler.interval", "2"),
+        *("--data.prompts", '["a red wall"]', "--output", "run"),
+    )
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["sampler"] == "SparseSVDD"
+    assert summary["denoiser_rows_per_image"] == 5 + 2 * 2
+    assert 0.2 < summary["rewards"]["Brightness"]["mean"] < 0.7
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_example_is_installed_editable(tmp_path):
+    """`pip install -e` into an environment of its own, which sees this one's packages; an edit works at once.
+
+    Where folders are named, hatchling needs no `editables`, which pip would fetch.
+    """
+    copy = copy_example(tmp_path / "copy")
+    with open(copy / "pyproject.toml", "a") as toml:
+        toml.write('\n[tool.hatch.build]\ndev-mode-dirs = ["."]\n')
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    paths = sysconfig.get_paths(vars={"base": str(tmp_path / "env"), "platbase": str(tmp_path / "env")})
+    (Path(paths["purelib"]) / "outer.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n{ROOT}\n")
+    subprocess.run([python, *PIP, "--editable", copy], check=True)
+
+    def listed() -> str:
+        command = [python, "-m", "svdd", "list", "reward"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+        (line,) = [line for line in run.stdout.splitlines() if "Coolness" in line]
+        return line
+
+    assert "Mean of red minus the mean of blue" in listed()
+    source = copy / "svdd_coolness" / "__init__.py"
+    source.write_text(source.read_text().replace("Mean of red minus the mean of blue", "Red without blue"))
+    assert "Red without blue" in listed()
 
 
 @pytest.mark.slow
