@@ -59,13 +59,16 @@ class ValueFitting(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""
-        loss = self._loss(batch)[0]
+        loss = self._loss(batch, self.learned_value.loss.bootstrap)[0]
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch["step"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Collects the estimates of held-out states."""
-        loss, estimates, rewards = self._loss(batch)
+        """Collects the estimates of held-out states; their loss is against the rewards even where training bootstraps.
+
+        Against its own later estimates a value that knows nothing would do best.
+        """
+        loss, estimates, rewards = self._loss(batch, bootstrap=False)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["step"]), sync_dist=True)
         self._held_out.append((batch["step"].cpu(), estimates.float().cpu(), rewards.float().cpu()))
 
@@ -116,14 +119,14 @@ class ValueFitting(L.LightningModule):
         state = {name.removeprefix("value."): tensor for name, tensor in checkpoint["state_dict"].items()}
         self.learned_value.adopt(state, "the checkpoint")
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, batch: dict[str, Tensor], bootstrap: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the estimates and the rewards, both in units of the rewards' spread."""
         value = self.learned_value
         text = None if self._prompt_features is None else self._prompt_features[batch["prompt"]]
         estimates = value.standard(batch["x"], batch["step"], text)
         rewards = (batch["reward"] - value.mean) / value.std
         targets = rewards
-        if value.loss.bootstrap:
+        if bootstrap:
             with torch.no_grad():
                 ahead = value.standard(batch["next_x"], batch["next_step"].clamp(min=0), text)
             targets = torch.where(batch["next_step"] < 0, rewards, ahead)

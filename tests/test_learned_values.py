@@ -260,6 +260,19 @@ def test_another_setting_has_a_folder_of_its_own(tmp_path, filled):
     assert other.missing() == [0, 1, 2]
 
 
+def test_what_is_held_out_is_compared_with_rewards_even_where_training_bootstraps(cache):
+    """A value that knows nothing agrees with itself: by that measure no training would ever be the best."""
+    model, data, _ = fit(network(loss=MeanLoss(bootstrap=True)), cache, epochs=1, num_rollouts=256)
+    batch = data.held_out.__getitems__(range(len(data.held_out)))
+    with torch.no_grad():
+        estimates = model.value.standard(batch["x"], batch["step"])
+        held_out = float(model._loss(batch, bootstrap=False)[0])
+    rewards = (batch["reward"] - model.value.mean) / model.value.std
+    assert held_out == pytest.approx(float((estimates - rewards).square().mean()), rel=1e-5)
+    logged = float(model.trainer.callback_metrics["val_loss"])
+    assert logged == pytest.approx(held_out, rel=1e-3)
+
+
 def test_only_what_is_missing_is_drawn_again_and_comes_out_the_same(tmp_path):
     options = {"epochs": 1, "num_rollouts": 200, "batch_size": 64}
     diffusion = GaussianDiffusion(4)
