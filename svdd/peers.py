@@ -26,21 +26,29 @@ class Peers:
     and a file is opened anew for every look, so that it works on network file systems too.
 
     Args:
-        folder: The run folder, which all processes see. Nothing is said before it is one.
-        launch: This process, and how many there are. Where the launch's name may be that of an earlier one, the words
-            that stand there at first count once they change.
+        folder: The run folder, which all processes see.
+        launch: This process, and how many there are.
         patience: Seconds without a change after which a process counts as lost.
+        met: Whether all processes have met, so that the folder is theirs. Until then nothing is said where it is no run
+            folder; and where the launch's name may be that of an earlier one, the words that stand there at first
+            count once they change.
         clock: Seconds that never run backwards.
     """
 
     def __init__(
-        self, folder: Path, launch: Launch, patience: float, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        launch: Launch,
+        patience: float,
+        met: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.patience = patience
         self._config, self._own, self._clock = folder / "config.yaml", _path(folder, launch, launch.rank), clock
+        self._met = met
         self._paths = {rank: _path(folder, launch, rank) for rank in range(launch.world_size) if rank != launch.rank}
         self._words: dict[int, bytes] = dict.fromkeys(self._paths, b"")
-        self._old: dict[int, bytes] = dict.fromkeys(self._paths, b"") if launch.unique else {}
+        self._old: dict[int, bytes] = dict.fromkeys(self._paths, b"") if met or launch.unique else {}
         self._changed: dict[int, float] = dict.fromkeys(self._paths, clock())
         self._looked = clock()
         self._count = 0
@@ -49,14 +57,17 @@ class Peers:
         """Tells the others that this process lives and what it is doing; that a disk is full is no reason to end."""
         self._count += 1
         with suppress(OSError):
-            with open(self._config, "rb") as file:
-                if file.read(len(HEADER)) != HEADER.encode():  # the folder is somebody else's
-                    return
+            if not self._met and not self._is_run_folder():
+                return
             descriptor = os.open(self._own, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.pwrite(descriptor, f"{self._count:012d} {state:<10}\n".encode(), 0)  # in place: no new block needed
             finally:
                 os.close(descriptor)
+
+    def _is_run_folder(self) -> bool:
+        with open(self._config, "rb") as file:
+            return file.read(len(HEADER)) == HEADER.encode()
 
     def look(self) -> None:
         """Reads what the others say. A process that was itself held up judges nobody by the time it missed."""

@@ -148,7 +148,7 @@ class Watch(L.Callback):
         if trainer.world_size > 1:  # all are there: from here on patience is what it says
             launch = self._launch or led(trainer.global_rank, trainer.world_size)
             with self._speech:
-                self._peers = Peers(self.folder, launch._replace(unique=True), self.patience)
+                self._peers = Peers(self.folder, launch, self.patience, met=True)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on a signal waits for the batch."""

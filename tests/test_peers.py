@@ -17,7 +17,7 @@ class Clock:
 def pair(folder, patience=10.0, unique=True):
     clock = Clock()
     (folder / "config.yaml").write_bytes(dump_config({}))
-    return clock, *(Peers(folder, Launch(rank, 2, "ab12", unique), patience, clock) for rank in range(2))
+    return clock, *(Peers(folder, Launch(rank, 2, "ab12", unique), patience, clock=clock) for rank in range(2))
 
 
 def test_states_are_heard(tmp_path):
@@ -95,6 +95,8 @@ def test_nothing_is_said_in_a_folder_of_somebody_else(tmp_path, config):
         (tmp_path / "config.yaml").write_text(config)
     Peers(tmp_path, Launch(0, 2, "ab12"), 10.0).say(RUNNING)
     assert not list(tmp_path.glob(".rank*"))
+    Peers(tmp_path, Launch(0, 2, "ab12"), 10.0, met=True).say(RUNNING)  # rank 0 has taken the folder by then
+    assert list(tmp_path.glob(".rank*"))
 
 
 def test_words_that_may_be_old_count_once_they_change(tmp_path):
