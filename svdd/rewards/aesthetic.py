@@ -81,7 +81,7 @@ class AestheticHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Returns the score of each embedding; [n, d] of any length to [n]."""
         with torch.autocast(features.device.type, enabled=False):
-            features = F.normalize(features.to(self.layers[0].weight.dtype), dim=-1)
+            features = F.normalize(features.to(next(self.parameters()).dtype), dim=-1)
             return self.layers(features)[:, 0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AestheticHead":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdd.errors import UserError
 from svdd.rewards.base import Reward
-from svdd.rewards.pixels import as_pictures
+from svdd.rewards.pictures import as_pictures
 
 __all__ = ["FunctionReward"]
 

@@ -1,13 +1,11 @@
-"""What image models want of pixels, as tensor work that gradients flow through; and pictures for what takes those."""
+"""What image models want of pixels, as tensor work that gradients flow through."""
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "as_pictures", "fit_square", "luma", "normalise"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,9 +44,3 @@ def luma(images: Tensor) -> Tensor:
     """Returns the luma of ITU-R BT.601, float32 [n, h, w] in [0, 1]."""
     images = images.float()
     return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
-
-
-def as_pictures(images: Tensor) -> list[Image.Image]:
-    """Returns images, cut to [0, 1], as pictures of 8 bits a colour."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(array) for array in pixels.cpu().numpy()]

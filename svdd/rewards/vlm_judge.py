@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svdd.errors import UserError
 from svdd.rewards.http_service import Service
-from svdd.rewards.pixels import as_pictures
+from svdd.rewards.pictures import as_pictures
 from svdd.rewards.pretrained import PretrainedReward
 from svdd.rewards.vlm_endpoint import Endpoint
 from svdd.rewards.vlm_local import LocalVLM
