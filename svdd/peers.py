@@ -1,20 +1,42 @@
-"""Signs of life that the processes of one run leave for each other in its folder."""
+"""Who works on a run together, and the signs of life that they leave for each other in its folder."""
 
+import hashlib
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from svdd.launch import Launch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
 from svdd.run_config import HEADER
 
-__all__ = ["DONE", "FAILED", "GONE", "RUNNING", "STOPPING", "Peers"]
+__all__ = ["DONE", "FAILED", "GONE", "LEADER", "RUNNING", "STOPPING", "Launch", "Peers", "launched", "led"]
+
+LEADER = "SVDD_LEADER"  # names the process that starts the others of its machine, for them to know
 
 RUNNING, DONE, STOPPING, FAILED, GONE = "running", "done", "stopping", "failed", "gone"
 
 _NAME = re.compile(r"\.rank-\d{5,}(-[0-9a-f]+)?")
+
+
+class Launch(NamedTuple):
+    """This process among those that were started together.
+
+    Attributes:
+        rank: This process.
+        world_size: The number of processes.
+        name: What all of them are called, and nobody who works at the same time is.
+        unique: Whether no earlier launch can have had the name.
+    """
+
+    rank: int
+    world_size: int
+    name: str
+    unique: bool = True
 
 
 class Peers:
@@ -120,6 +142,49 @@ class Peers:
             for path in folder.iterdir():
                 if _NAME.fullmatch(path.name) and not path.name.endswith(kept):
                     path.unlink()
+
+
+def launched(num_nodes: int) -> Launch | None:
+    """Returns what the environment says; None for a process that is alone, or starts the others itself.
+
+    Args:
+        num_nodes: The number of machines that the Trainer is set to. Where there are several and no launcher, somebody
+            starts each by hand, and they say nothing of each other before they meet.
+    """
+    here, parent = socket.gethostname(), os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        owner = (here, parent) if one_machine else ()  # else a repeated command has the address of the one before
+        given = _values("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+        return Launch(rank, world_size, _name(*owner, *given), one_machine)
+    if SLURMEnvironment.detect():
+        rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        given = _values("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        return Launch(rank, world_size, _name(*given))
+    if "LOCAL_RANK" in os.environ and LEADER in os.environ and num_nodes == 1:
+        return led(int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ[LEADER]))
+    return None
+
+
+def led(rank: int, world_size: int, leader: int | None = None) -> Launch:
+    """Returns what the processes have in common that Lightning starts on this machine.
+
+    Args:
+        rank: This process.
+        world_size: The number of processes.
+        leader: The process that starts them; None where there are several machines, which have met by now.
+    """
+    owner = (socket.gethostname(), leader) if leader is not None else _values("MASTER_ADDR", "MASTER_PORT")
+    return Launch(rank, world_size, _name(*owner))
+
+
+def _values(*names: str) -> tuple[str, ...]:
+    return tuple(os.environ.get(name, "") for name in names)
+
+
+def _name(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def _path(folder: Path, launch: Launch, rank: int) -> Path:

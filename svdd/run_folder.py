@@ -18,7 +18,7 @@ from typing import Any
 
 from svdd.run_config import HEADER, differences, dump_config, load_config
 from svdd.run_files import RunError, explained, lock, sync_folder, write_atomically
-from svdd.run_images import OWN_FOLDER, WholeImages
+from svdd.run_places import OWN_FOLDER, WholeImages
 from svdd.run_shards import Places, ShardedFile, encode
 from svdd.run_tar import OWN_SHARD, TarWriter, is_in_shard, member_of, repair
 

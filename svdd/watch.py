@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import lightning as L
 
 from svdd.errors import Stopped
-from svdd.launch import LEADER, Launch, led
-from svdd.peers import DONE, FAILED, RUNNING, STOPPING, Peers
+from svdd.peers import DONE, FAILED, LEADER, RUNNING, STOPPING, Launch, Peers, led
 
 __all__ = ["Watch"]
 

@@ -1,7 +1,6 @@
 import pytest
 
-from svdd.launch import LEADER, Launch, launched, led
-from svdd.peers import DONE, FAILED, GONE, RUNNING, STOPPING, Peers
+from svdd.peers import DONE, FAILED, GONE, LEADER, RUNNING, STOPPING, Launch, Peers, launched, led
 from svdd.run_config import dump_config
 
 

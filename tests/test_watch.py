@@ -11,8 +11,7 @@ from operator import methodcaller
 import pytest
 
 from svdd.errors import Stopped
-from svdd.launch import Launch
-from svdd.peers import DONE, FAILED, RUNNING, STOPPING, Peers
+from svdd.peers import DONE, FAILED, RUNNING, STOPPING, Launch, Peers
 from svdd.run_config import dump_config
 from svdd.watch import Watch
 

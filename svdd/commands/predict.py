@@ -16,8 +16,8 @@ from svdd.commands.base import ModelCLI, refusals
 from svdd.data import PromptDataModule
 from svdd.errors import Incomplete, UserError
 from svdd.evaluation import Evaluation
-from svdd.launch import launched
 from svdd.log_samples import report
+from svdd.peers import launched
 from svdd.picture_files import find_pictures
 from svdd.progress import StepProgress
 from svdd.watch import Watch
