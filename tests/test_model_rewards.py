@@ -249,6 +249,14 @@ def test_image_reward_is_the_published_arithmetic(models, side):
     assert expected.std() > 0.05
 
 
+def test_image_reward_cuts_the_centre_as_torchvision(models):
+    """Of 32 x 47 the columns from 8 on; transformers would keep those from 7 on."""
+    reward, images = image_reward(models), pictures(4, 32, 47)
+    torch.testing.assert_close(
+        reward.score(images, PROMPTS), reward.score(images[..., 8:40], PROMPTS), rtol=0, atol=1e-6
+    )
+
+
 def test_image_reward_uses_every_weight_of_the_file(models):
     reward = image_reward(models)
     reward.load()
