@@ -45,9 +45,9 @@ class ValueFitting(L.LightningModule):
             module.eval()
         return self
 
-    def on_fit_start(self) -> None:
-        """Keeps the pretrained weights out of the gradient, which DDP would otherwise wait for."""
-        for name, parameter in self.named_parameters():
+    def setup(self, stage: str) -> None:
+        """Keeps the pretrained weights out of the gradient, for which DDP would wait: before DDP looks."""
+        for name, parameter in self.named_parameters() if stage == "fit" else ():
             if not name.startswith("value."):
                 parameter.requires_grad_(False)
 
@@ -60,7 +60,8 @@ class ValueFitting(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""
         loss = self._loss(batch, self.learned_value.loss.bootstrap)[0]
-        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch["step"]))
+        count = len(batch["step"])
+        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -481,6 +481,21 @@ def test_compare_puts_runs_side_by_side(predict, config, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_fit_a_value(config, tmp_path):
+    """DDP waits for the gradient of every parameter that could have one; the pretrained ones have none."""
+    words = ["fit", "--config", str(fit_config(config)), "--data.num_rollouts", "140", "--data.batch_size", "64"]
+    words += ["--data.cache", str(tmp_path / "cache"), "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "svdd", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "value" / "value.safetensors").is_file()
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert len(list(cache.glob("rollouts-*.safetensors"))) == 3  # of 64, drawn by two
+
+
+@pytest.mark.slow
 def test_two_processes_draw_the_same_images(config, tmp_path, read_rows):
     """With one thread each: how many threads share a sum decides its last bit."""
     base = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
