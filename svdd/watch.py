@@ -78,7 +78,9 @@ class Watch(L.Callback):
     def __enter__(self) -> "Watch":
         """Listens to signals, and to the parent where this process is one of several that it started."""
         if threading.current_thread() is threading.main_thread():
-            self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._bell = os.pipe()
+            for descriptor in self._bell:
+                os.set_blocking(descriptor, False)
             self._former_bell = signal.set_wakeup_fd(self._bell[1], warn_on_full_buffer=False)
         self._listen()
         if "TORCHELASTIC_RUN_ID" in os.environ:
