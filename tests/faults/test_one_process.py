@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from svdd.evaluation import Evaluation
 from tests.faults.harness import Case, until
 
 KEPT = "finished images are kept, and the same command continues"
@@ -204,6 +205,32 @@ def test_two_runs_at_once(case: Case, whole: Case, table: Callable):
     lost = case.resume(before=before)
     assert case.content() == whole.content()
     table("two runs at once in one folder", "the second was refused, exit code 2; the first went on", lost)
+
+
+def test_while_a_finished_run_is_measured(case: Case, whole: Case, table: Callable, monkeypatch):
+    """The folder still belongs to the run, and a signal ends it."""
+    begun, over = case.folder.with_name("begun"), case.folder.with_name("over")
+
+    def measure(*args: object) -> dict:
+        begun.touch()
+        until(over.exists)
+        return {}
+
+    monkeypatch.setattr(Evaluation, "measure", measure)
+    case.gate.touch()
+    first = case.fork()
+    until(begun.exists)
+    before = case.finished()
+    second = case.fork("--overwrite", "true")
+    second.join(60)
+    os.kill(first.pid, signal.SIGTERM)
+    first.join(60)
+    over.touch()
+    assert [first.exitcode, second.exitcode] == [143, 2], case.said()[-3000:]
+    monkeypatch.undo()
+    lost = case.resume(before=before)
+    assert case.content() == whole.content()
+    table("SIGTERM while a finished run is measured", "ended at once, exit code 143; the summary was there", lost)
 
 
 def test_a_full_disk(case: Case, whole: Case, table: Callable):
