@@ -1,4 +1,4 @@
-"""The errors that are the user's to repair, which the command line prints in one line with exit code 2, and other ends."""
+"""The errors that are the user's to repair, printed in one line with exit code 2, and the other ends of a command."""
 
 __all__ = ["Incomplete", "RewardError", "Stopped", "UserError"]
 
