@@ -27,8 +27,7 @@ def test_memory_hardly_grows_with_the_number_of_prompts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_resident_memory_and_open_files_stay_flat(tmp_path, monkeypatch):
-    monkeypatch.setattr("svdd.metrics.bootstrap._AT_ONCE", 2**16)  # else 100 MB for a moment, from 4,000 prompts on
+def test_resident_memory_and_open_files_stay_flat(tmp_path):
 
     def peak(name: str, count: int) -> Peak:
         case = Case(tmp_path / name, [f"a picture of the number {k}" for k in range(count)])

@@ -12,7 +12,7 @@ import torch
 __all__ = ["bootstrap_interval", "clustered", "spread_within"]
 
 _DRAWS = 1000
-_AT_ONCE = 2**22  # numbers that are drawn together
+_AT_ONCE = 2**18  # numbers that are drawn together: a few megabytes
 
 
 def clustered(values: Sequence[float], clusters: Sequence[int]) -> list[list[float]]:
