@@ -64,9 +64,9 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(0)
     total = torch.tensor([math.fsum(group) for group in groups], dtype=torch.float64)
     count = torch.tensor([len(group) for group in groups], dtype=torch.float64)
-    means = []
+    means = torch.empty(draws, dtype=torch.float64)  # beforehand: small leftovers would pin large blocks
     for start in range(0, draws, per := max(1, _AT_ONCE // size)):
         chosen = torch.randint(size, (min(per, draws - start), size), generator=generator)
-        means.append(total[chosen].sum(1) / count[chosen].sum(1))
-    ends = torch.cat(means).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+        means[start : start + per] = total[chosen].sum(1) / count[chosen].sum(1)
+    ends = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(ends[0]), float(ends[1])
