@@ -281,14 +281,15 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     verbosity = diffusers_logging.get_verbosity()
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     diffusers_logging.set_verbosity_error()
-    for library in (diffusers_logging, transformers_logging):
+    for library in shown:
         library.disable_progress_bar()
     try:
         yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
-        for library in (diffusers_logging, transformers_logging):
+        for library in shown:
             library.enable_progress_bar()
 
 
