@@ -44,17 +44,30 @@ def test_the_safety_checker_is_not_read(sd15, tmp_path):
     StableDiffusion(str(path), 2)
 
 
-def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(sd15, capfd):
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(sd15, capfd, shown):
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.is_progress_bar_enabled() for library in libraries]
     level = diffusers_logging.get_verbosity()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        StableDiffusion(sd15, 2)
-    assert capfd.readouterr() == ("", "")
-    assert diffusers_logging.get_verbosity() == level
-    assert transformers_logging.is_progress_bar_enabled()
+    try:
+        for library in libraries:
+            _show_bars(library, shown)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            StableDiffusion(sd15, 2)
+        assert capfd.readouterr() == ("", "")
+        assert diffusers_logging.get_verbosity() == level
+        assert [library.is_progress_bar_enabled() for library in libraries] == [shown, shown]
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            _show_bars(library, enabled)
+
+
+def _show_bars(library, shown):
+    (library.enable_progress_bar if shown else library.disable_progress_bar)()
 
 
 # ---- formulas
