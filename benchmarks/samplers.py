@@ -34,7 +34,7 @@ from svdd.values.posterior_mean import PosteriorMean
 
 STEPS, AT_ONCE = 25, 4
 ALPHA = {"Compressibility": 0.1, "CLIPScore": 0.01}  # about half the reward's spread within a prompt, a third of it
-IMAGES = {0: 2, 200: 2, 800: 1}  # per prompt, by budget
+IMAGES = 2  # per prompt
 PLAIN, BASELINE = "Unguided", "BestOfN"
 
 
@@ -75,18 +75,17 @@ def draw(
     sampler: Sampler,
     guide: Reward,
     others: list[Reward],
-    images: int,
     prompts: Any = PROMPTS,
 ) -> dict[str, Any]:
-    """Draws `images` pictures of every prompt; returns scores [prompts][images], cost and diversity."""
+    """Draws IMAGES pictures of every prompt; returns scores [prompts][images], cost and diversity."""
     value, clip = PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
     value.bind(guide)
     rewards = (guide, *others)
     result: dict[str, Any] = {"scores": {reward.name: [] for reward in rewards}, "diversity": []}
     rows, seconds, everything = 0.0, 0.0, []
-    for start in range(0, len(prompts), AT_ONCE // images):
-        texts = [prompt for prompt in prompts[start : start + AT_ONCE // images] for _ in range(images)]
-        seeds = [1000 * (start + k // images) + k % images for k in range(len(texts))]
+    for start in range(0, len(prompts), AT_ONCE // IMAGES):
+        texts = [prompt for prompt in prompts[start : start + AT_ONCE // IMAGES] for _ in range(IMAGES)]
+        seeds = [1000 * (start + k // IMAGES) + k % IMAGES for k in range(len(texts))]
         state = diffusion.start(texts, seeds, sampler.start_particles)
         began = time.process_time()
         final = sampler.sample(state, value)
@@ -94,12 +93,11 @@ def draw(
         seconds += time.process_time() - began
         rows += state.context.ledger.denoiser_rows
         for reward in rewards:
-            result["scores"][reward.name] += reward.score(pictures, texts).view(-1, images).tolist()
+            result["scores"][reward.name] += reward.score(pictures, texts).view(-1, IMAGES).tolist()
         features = clip.image_features(pictures)
         everything.append(features)
-        if images > 1:
-            result["diversity"] += distances(features.view(-1, images, features.shape[-1])).tolist()
-    count = len(prompts) * images
+        result["diversity"] += distances(features.view(-1, IMAGES, features.shape[-1])).tolist()
+    count = len(prompts) * IMAGES
     overall = float(distances(torch.cat(everything)[None]))
     return result | {"overall": overall, "rows": rows / count, "seconds": seconds / count}
 
@@ -119,13 +117,12 @@ def table(guide: Reward, others: list[Reward], budget: int, results: dict[str, A
     if plain is None or BASELINE not in found:
         return []
     free = {key.split("/", 2)[2]: result for key, result in results.items() if key.startswith(f"{guide.name}/0/")}
-    images = IMAGES[budget]
     held_out = [reward.name for reward in others]
     lines = [
         "",
         f"## Guide {guide.name}, {budget} denoiser rows per image",
         "",
-        f"{len(PROMPTS)} prompts x {images} image{'s' if images > 1 else ''}.",
+        f"{len(PROMPTS)} prompts x {IMAGES} images.",
         "",
         "| "
         + " | ".join(
@@ -139,15 +136,14 @@ def table(guide: Reward, others: list[Reward], budget: int, results: dict[str, A
     ]
 
     def scores(result: dict[str, Any], name: str) -> torch.Tensor:
-        return torch.tensor(result["scores"][name])[:, :images]
+        return torch.tensor(result["scores"][name])
 
     for name, result in (free | found).items():
         cells = [f"{float(scores(result, guide.name).mean()):.3f}"]
         same = name == BASELINE
         cells.append("" if same else interval(scores(result, guide.name), scores(found[BASELINE], guide.name)))
         cells += ["" if name == PLAIN else interval(scores(result, key), scores(plain, key)) for key in held_out]
-        diverse = result["diversity"] if images > 1 else []
-        cells.append(f"{sum(diverse) / len(diverse):.3f}" if diverse else "")
+        cells.append(f"{sum(result['diversity']) / len(result['diversity']):.3f}")
         slower = result["seconds"] / found[BASELINE]["seconds"]
         lines.append(
             f"| {name} | {' | '.join(cells)} | {result['overall']:.3f} | {result['rows']:.0f} | {slower:.2f} |"
@@ -197,7 +193,7 @@ def main() -> None:
                     if path.exists():
                         continue
                     chosen = sampler().within(budget, STEPS) if budget else sampler()
-                    path.write_text(json.dumps({key: draw(diffusion, chosen, guide, others, IMAGES[budget])}))
+                    path.write_text(json.dumps({key: draw(diffusion, chosen, guide, others)}))
                     print(key, f"{json.loads(path.read_text())[key]['rows']:.0f} rows", flush=True)
     results: dict[str, Any] = {}
     for guide, _ in guides:

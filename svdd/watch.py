@@ -1,19 +1,18 @@
 """Ends a run in order: on a signal, and when one of its processes fails, is killed or does not answer."""
 
 import os
-import select
 import signal
-import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import lightning as L
 
+from svdd.bell import Bell
+from svdd.children import TOLD, Children
 from svdd.errors import Stopped
 from svdd.peers import DONE, FAILED, LEADER, RUNNING, STOPPING, Launch, Peers, led
 
@@ -62,14 +61,12 @@ class Watch(L.Callback):
         self._launch: Launch | None = None
         self._peers: Peers | None = None
         self._speech = threading.RLock()  # the state, and what the others hear of it, change together
-        self._trainer: L.Trainer | None = None
-        self._taken: list[subprocess.Popen[bytes]] = []
+        self._children = Children()
         self._parent: int | None = None  # None where nobody minds who started this process
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._handlers: dict[int, Any] = {}
-        self._bell: tuple[int, int] | None = None  # a pipe into which every signal falls, whatever Python is doing
-        self._former_bell = -1
+        self._bell: Bell | None = None
         self._rung: tuple[int, float] | None = None  # the first signal, and when it came
         self._rank = 0
 
@@ -78,10 +75,7 @@ class Watch(L.Callback):
     def __enter__(self) -> "Watch":
         """Listens to signals, and to the parent where this process is one of several that it started."""
         if threading.current_thread() is threading.main_thread():
-            self._bell = os.pipe()
-            for descriptor in self._bell:
-                os.set_blocking(descriptor, False)
-            self._former_bell = signal.set_wakeup_fd(self._bell[1], warn_on_full_buffer=False)
+            self._bell = Bell()
         self._listen()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             self._parent = os.getppid()
@@ -110,7 +104,7 @@ class Watch(L.Callback):
                 self._over.set()  # this error is the reason, and is yet to be printed
             self._reap()
         finally:
-            self._kill_children()
+            self._children.kill()
             self._join()
             self._say_last()
             self._hang_up()
@@ -134,7 +128,7 @@ class Watch(L.Callback):
 
     def attend(self, trainer: L.Trainer) -> None:
         """Watches over the processes that the Trainer starts, from the first moment."""
-        self._trainer = trainer
+        self._children.follow(trainer)
         if self._launch is None and trainer.num_nodes == 1 and self._parent is None:
             self.meet(led(trainer.global_rank, trainer.world_size, os.getpid()))
 
@@ -142,10 +136,8 @@ class Watch(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes the started processes over from Lightning, which would kill this one in the middle of a batch."""
-        self._rank, self._trainer = trainer.global_rank, trainer
-        processes: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
-        self._taken += processes
-        processes.clear()
+        self._rank = trainer.global_rank
+        self._children.take(trainer)
         if trainer.world_size > 1:  # all are there: from here on patience is what it says
             launch = self._launch or led(trainer.global_rank, trainer.world_size)
             with self._speech:
@@ -218,9 +210,7 @@ class Watch(L.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._bell is not None:
-            signal.set_wakeup_fd(self._former_bell)
-            for descriptor in self._bell:
-                os.close(descriptor)
+            self._bell.close()
             self._bell = None
         if self._parent is None:
             os.environ.pop(LEADER, None)
@@ -276,10 +266,7 @@ class Watch(L.Callback):
         if self._bell is None:
             self._over.wait(seconds)
             return
-        bell = select.poll()
-        bell.register(self._bell[0], select.POLLIN)
-        numbers = os.read(self._bell[0], 512) if bell.poll(seconds * 1000) else b""
-        for number in numbers:
+        for number in self._bell.wait(seconds):
             if number in _SIGNALS and self._rung is None:
                 self._rung = (number, time.monotonic())
 
@@ -302,17 +289,11 @@ class Watch(L.Callback):
     def _others_stop(self) -> bool:
         """Whether another process ends on a signal, and will not come to a collective."""
         told = self._peers is not None and bool(self._peers.ranks(STOPPING))
-        return told or any(child.poll() in _TOLD for child in self._children())
-
-    def _children(self) -> list[subprocess.Popen[bytes]]:
-        """The processes that this one has started, also those that `setup` has not taken over yet."""
-        started = [] if self._trainer is None else getattr(self._trainer.strategy.launcher, "procs", [])
-        return [*self._taken, *(child for child in started if isinstance(child, subprocess.Popen))]
+        return told or any(code in TOLD for code in self._children.codes())
 
     def _check_children(self) -> None:
-        for number, child in enumerate(self._children(), 1):
-            code = child.poll()
-            if code in _TOLD:
+        for number, code in enumerate(self._children.codes(), 1):
+            if code in TOLD:
                 self._ask(f"process {number} was told to end", 128 + signal.SIGTERM, None)
             elif code:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
@@ -365,8 +346,7 @@ class Watch(L.Callback):
         """Ends the thread."""
         self._over.set()
         if self._bell is not None:
-            with suppress(BlockingIOError):
-                os.write(self._bell[1], b"\0")
+            self._bell.ring()
         if self._thread is not None:
             self._thread.join()
 
@@ -374,22 +354,14 @@ class Watch(L.Callback):
         """Waits for the started processes: without limit while they finish a batch on a signal, else not for long."""
         limit = time.monotonic() + self.patience
         waits = self._phase == _LOOP and self._stop is not None and self._stop.deadline is None
-        while any(child.poll() is None for child in self._children()):
+        while None in self._children.codes():
             if self._phase == _START or (time.monotonic() > limit and not waits):
-                self._kill_children()
+                self._children.kill()
             time.sleep(0.05)
-
-    def _kill_children(self) -> None:
-        for child in self._children():
-            with suppress(OSError):
-                child.kill()
 
     def _die(self, reason: str, code: int) -> None:
         """Ends this process where it stands, even inside a collective that nobody will answer."""
-        self._say(STOPPING if code in _TOLD else FAILED)
+        self._say(STOPPING if code in TOLD else FAILED)
         print(f"svdd: ended: {reason}; {_KEPT}", file=sys.stderr, flush=True)
-        self._kill_children()
+        self._children.kill()
         os._exit(code)
-
-
-_TOLD = tuple(128 + number for number in _SIGNALS)
