@@ -308,3 +308,23 @@ def test_loggers_get_numbers_and_pictures(predict, tmp_path, tiny_clip):
     assert len(events.Tags()["images"]) == len(PROMPTS)
     (table,) = (tmp_path / "csv").rglob("metrics.csv")
     assert "diversity/vendi" in table.read_text().splitlines()[0]
+
+
+def test_weights_and_biases_gets_numbers_and_pictures_with_their_prompts(sd15, tmp_path):
+    words = ["--model.reward", "Brightness", "--trainer.logger", "WandbLogger", "--trainer.logger.offline", "true"]
+    words += ["--trainer.logger.save_dir", str(tmp_path / "board")]
+    run = [sys.executable, "-m", "svdd", *command(sd15, tmp_path / "run", *words)]
+    environment = {**os.environ, "WANDB_CONSOLE": "off", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "board").rglob("*.wandb")
+    logged = record.read_bytes()
+    for word in ("Brightness/mean", *PROMPTS):
+        assert word.encode() in logged, word
+    shown = list((tmp_path / "board").rglob("media/images/*.png"))
+    drawn = list((tmp_path / "run" / "images").glob("*.png"))
+    assert sorted(pixels(path) for path in shown) == sorted(pixels(path) for path in drawn)
+
+
+def pixels(path):
+    return Image.open(path).convert("RGB").tobytes()
