@@ -2,8 +2,8 @@
 
 A cache folder holds `manifest.json` and shards of a fixed number of rollouts, each a safetensors file with what the
 value reads at the kept steps, `x` [n, steps, c, h, w], and the final latents `end` [n, c, h, w]. It does not depend on
-the reward. A shard is written by one process under a temporary name and renamed; one that is missing, torn or not as
-recorded is drawn again.
+the reward. A shard is written by one process under a temporary name and renamed; one that is missing, torn, too short
+or not as recorded is drawn again. A rollout depends on nothing but its number, so the head of a longer shard will do.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -77,7 +77,7 @@ class RolloutCache:
         ]
 
     def missing(self) -> list[int]:
-        """Returns the shards that must be drawn: absent, torn, of the wrong size or not as recorded."""
+        """Returns the shards that must be drawn: absent, torn, too short or not as recorded."""
         with explained(self.path):
             recorded = self._recorded()
             return [k for k in range(len(self.shards)) if not self._is_whole(k, recorded.get(self._file(k).name))]
@@ -93,13 +93,16 @@ class RolloutCache:
         with explained(self.path):
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
-            sums = {self._file(k).name: self._checksum(k) for k in range(len(self.shards))}
-            text = json.dumps({"settings": self.settings, "rollouts": self.count, "sha256": sums}, indent=2)
+            sums = self._recorded() | {self._file(k).name: self._checksum(k) for k in range(len(self.shards))}
+            text = json.dumps({"settings": self.settings, "sha256": sums}, indent=2)
             write_atomically(self._manifest, text.encode() + b"\n")
 
     def load(self) -> list[dict[str, Tensor]]:
-        """Returns the shards; their tensors lie in mapped files, not in memory."""
-        return [load_file(self._file(k)) for k in range(len(self.shards))]
+        """Returns the shards, without what is beyond the count; their tensors lie in mapped files, not in memory."""
+        return [
+            {name: tensor[: len(rollouts)] for name, tensor in load_file(self._file(k)).items()}
+            for k, rollouts in enumerate(self.shards)
+        ]
 
     def _file(self, shard: int) -> Path:
         return self.path / f"rollouts-{shard:05d}.safetensors"
@@ -115,8 +118,8 @@ class RolloutCache:
 
     def _is_whole(self, shard: int, recorded: str | None) -> bool:
         try:
-            if recorded is not None:
-                return self._checksum(shard) == recorded
-            return len(load_file(self._file(shard))["end"]) == len(self.shards[shard])
-        except (OSError, SafetensorError, KeyError):
+            with safe_open(self._file(shard), "pt") as file:
+                length = file.get_slice("end").get_shape()[0]
+            return length >= len(self.shards[shard]) and recorded in (None, self._checksum(shard))
+        except (OSError, SafetensorError):
             return False
