@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics.functional.regression import explained_variance, pearson_corrcoef, spearman_corrcoef
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from svdd.data import Prompt
 from svdd.run_files import explained, write_atomically
@@ -51,15 +52,11 @@ class ValueCalibration(L.LightningModule):
         self._seen.append(torch.cat([key.double(), torch.stack(columns, 1).double()], 1))
 
     def on_test_epoch_end(self) -> None:
-        """Gathers all processes' chains, drops those that were dealt twice, and computes the table."""
-        rows = torch.cat(self._seen)
-        gathered: Any = self.all_gather(rows)
-        everything = gathered.reshape(-1, rows.shape[1]).cpu()
-        _, first = torch.unique(everything[:, :2], dim=0, return_inverse=True)
-        order = torch.full((int(first.max()) + 1,), len(first)).scatter_reduce(
-            0, first, torch.arange(len(first)), "amin"
-        )
-        everything = everything[order]
+        """Gathers all processes' chains, of which some may have drawn none, in the order of prompts, and measures."""
+        none = torch.empty(0, 2 + self.diffusion.num_inference_steps, dtype=torch.float64, device=self.device)
+        own = torch.cat([none, *self._seen])
+        everything = torch.cat(gather_all_tensors(own) if self.trainer.world_size > 1 else [own]).cpu()
+        everything = everything[(everything[:, 0] * self.images_per_prompt + everything[:, 1]).argsort()]
         self.calibration = measure(everything[:, 2:-1], everything[:, -1], everything[:, 0].long())
 
 

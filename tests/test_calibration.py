@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,18 +65,22 @@ def test_an_exact_value_is_found_to_be_one():
     assert [row["spearman"] for row in table] == sorted(row["spearman"] for row in table)
 
 
-def test_the_command_writes_table_and_plot(sd15, tmp_path, capsys):
-    arguments = [
-        "--model.reward",
-        "Compressibility",
-        "--model.diffusion.pretrained",
-        sd15,
-        "--output",
-        str(tmp_path / "c"),
-    ]
-    chain = ["--model.diffusion.num_inference_steps", "4", "--model.images_per_prompt", "3"]
-    prompts = ["--data.prompts", '["apple", "panda", "car"]', "--data.batch_size", "2"]
-    assert main(["calibrate", *arguments, *chain, *prompts, "--trainer.accelerator", "cpu"]) == 0
+@pytest.fixture
+def calibrate(sd15, tmp_path):
+    """Measures nine chains of a random model into the folder c; `words` is the command line without that folder."""
+    words = ["calibrate", "--model.reward", "Compressibility", "--model.diffusion.pretrained", sd15]
+    words += ["--model.diffusion.num_inference_steps", "4", "--model.images_per_prompt", "3"]
+    words += ["--data.prompts", '["apple", "panda", "car"]', "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
+
+    def run(*arguments: str) -> int:
+        return main([*words, "--output", str(tmp_path / "c"), *arguments])
+
+    run.words = words
+    return run
+
+
+def test_the_command_writes_table_and_plot(calibrate, tmp_path, capsys):
+    assert calibrate() == 0
     out = capsys.readouterr().out
     assert "spearman_within" in out
     with open(tmp_path / "c" / "calibration.csv") as file:
@@ -98,3 +105,27 @@ def test_values_at_the_end_are_not_asked_for():
     model.on_test_epoch_start()
     model.test_step([Prompt(0, "", None, None, {})], 0)
     assert model._seen[0].shape == (1, 2 + 2 + 1)
+
+
+@pytest.fixture
+def one_thread():
+    """How many threads share a sum decides its last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [["apple", "panda", "car"], ["apple"]], ids=["uneven shares", "an empty share"])
+def test_two_processes_measure_what_one_does(calibrate, one_thread, tmp_path, prompts):
+    words = ["--data.prompts", json.dumps(prompts), "--data.batch_size", "1"]
+    assert calibrate(*words, "--output", str(tmp_path / "one")) == 0
+    words += ["--output", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [sys.executable, "-m", "svdd", *calibrate.words, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("one", "two"))
+    assert one["chains"] == two["chains"] == 3 * len(prompts)
+    assert one["steps"] == two["steps"]
