@@ -89,11 +89,20 @@ class ValueFitting(L.LightningModule):
         self.log("val_spearman", mean.to(self.device), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the value's own parameters, with a short warm-up and a cosine to 0."""
+        """AdamW on the value's own parameters, with a short warm-up and a cosine to 0.
+
+        Raises:
+            UserError: If the training has no end that could be known now.
+        """
         value = self.learned_value
         own = [parameter for parameter in value.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(own, lr=value.learning_rate, weight_decay=_WEIGHT_DECAY)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        if math.isinf(total := self.trainer.estimated_stepping_batches):
+            raise UserError(
+                "the learning rate falls to 0 over the whole training, whose length must be known: got neither "
+                "trainer.max_epochs nor trainer.max_steps; give one of them (trainer.max_time may end it earlier)"
+            )
+        total = max(1, int(total))
 
         def share(step: int) -> float:  # no part of the checkpoint: a longer training may continue a shorter one
             rising = min(1.0, (step + 1) / (_WARM_UP * total + 1))

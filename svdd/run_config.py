@@ -36,18 +36,21 @@ def load_config(text: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Lists the settings that differ and bear on the images, with both values.
+def differences(
+    recorded: Mapping[str, Any], config: Mapping[str, Any], harmless: re.Pattern[str] = _HARMLESS
+) -> list[str]:
+    """Lists the settings that differ and bear on what a run makes, with both values.
 
     Args:
         recorded: What `load_config` returned.
         config: The configuration now.
+        harmless: Matches the dotted keys that bear on nothing; by default those of a run that draws images.
     """
     there, now = (dict(_leaves(load_config(dump_config(tree).decode()))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
         for key in dict.fromkeys((*there, *now))
-        if not _HARMLESS.fullmatch(key) and (key not in there or key not in now or there[key] != now[key])
+        if not harmless.fullmatch(key) and (key not in there or key not in now or there[key] != now[key])
     ]
 
 

@@ -1,5 +1,6 @@
 """`svdd fit`: trains a learned value on rollouts of the pretrained chain."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,21 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from svdd.commands.base import ModelCLI
+from svdd.commands.base import ModelCLI, refusals
+from svdd.rollout_data import RolloutDataModule
 from svdd.run_config import HEADER, differences, dump_config, load_config
 from svdd.run_files import RunError, explained, write_atomically
 
 __all__ = ["FitCLI"]
+
+# What does not change the training but for its length, beyond float rounding: where it runs, what is watched and kept.
+_HARMLESS = re.compile(
+    r"trainer(\.(?!(precision|plugins|accumulate_grad_batches|gradient_clip_val|gradient_clip_algorithm|sync_batchnorm"
+    r"|limit_train_batches|overfit_batches|fast_dev_run|use_distributed_sampler|reload_dataloaders_every_n_epochs)"
+    r"(\.|$)).*)?"
+    r"|(output|overwrite|data\.(cache|rollout_batch_size))(\..*)?"
+    r"|model\.(on_error|sampler|eval_rewards|images_per_prompt|budget|seed|diffusion\.(chunk_size|compile))(\..*)?"
+)
 
 
 class FitCLI(ModelCLI):
@@ -41,8 +52,11 @@ class FitCLI(ModelCLI):
         config = self.config["fit"]
         self.folder = Path(config.output)
         if getattr(rank_zero_only, "rank", 0) == 0:
+            settings = self.resolved()
+            with refusals():
+                settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest
             with explained(self.folder):
-                self._claim(self.resolved(), config.overwrite)
+                self._claim(settings, config.overwrite)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds checkpoints after every epoch and, unless another logger is configured, metrics.csv."""
@@ -85,9 +99,7 @@ class FitCLI(ModelCLI):
                 for name in ("checkpoints", "logs"):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
                 (self.folder / "value.safetensors").unlink(missing_ok=True)
-            elif changed := [
-                line for line in differences(load_config(text), config) if not line.startswith("data.cache")
-            ]:
+            elif self._has_begun() and (changed := differences(load_config(text), config, _HARMLESS)):
                 raise RunError(
                     f"{self.folder} holds a training with other settings: {'; '.join(changed)}. "
                     "Choose another --output, or remove the old one with --overwrite true"
@@ -96,6 +108,10 @@ class FitCLI(ModelCLI):
             raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(recorded, dump_config(config))
+
+    def _has_begun(self) -> bool:
+        """Whether the folder holds more than a training that failed before its first checkpoint, which binds nobody."""
+        return bool({path.name for path in self.folder.iterdir()} - {"config.yaml", "logs"})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.folder / "checkpoints" / "last.ckpt"
