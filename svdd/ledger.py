@@ -21,7 +21,7 @@ class Ledger:
         decoded_images: Latents that were decoded.
         reward_calls: Images that the guide reward scored.
         denoiser_seconds: Wall time in the network.
-        decoder_seconds: Wall time in the decoder.
+        decoder_seconds: Wall time in the decoder, and in a learned value that decodes.
         reward_seconds: Wall time in the guide reward.
         total_seconds: Wall time of the sampler, all of the above included.
     """

@@ -158,21 +158,31 @@ def test_an_untrained_value_says_what_to_do():
         model.sample([""])
 
 
-def test_the_prompt_is_part_of_the_input(sd15, tmp_path):
+def test_a_training_that_diverged_is_said(trained):
+    broken = network()
+    model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), broken)
+    broken.adopt(trained.value.own_state(), "here")
+    next(broken.parameters()).data.fill_(math.nan)
+    with pytest.raises(UserError, match="LatentConvValue returned NaN or infinity at step 1: its training may have"):
+        model.sample([""])
+
+
+@pytest.mark.parametrize("use_prompt", [True, False])
+def test_the_prompt_is_part_of_the_input_where_it_shall_be(sd15, tmp_path, use_prompt):
     from svdd.diffusion.stable_diffusion import StableDiffusion
     from svdd.rewards.jpeg import Compressibility
 
-    diffusion = StableDiffusion(sd15, 3)
-    model, _, _ = fit(
-        network(), tmp_path, diffusion, Compressibility(), 1, ["red apple", "panda"], num_rollouts=8, batch_size=8
-    )
+    prompts, diffusion = ["red apple", "panda"], StableDiffusion(sd15, 3)
+    options = {"num_rollouts": 8, "batch_size": 8}
+    value = network(use_prompt=use_prompt)
+    fit(value, tmp_path, diffusion, Compressibility(), 1, prompts, **options)
+    state = diffusion.start(prompts, [0, 0]).propose()
+    text = diffusion.prompt_features(state.context.conditioning)
     with torch.no_grad():
-        torch.nn.init.normal_(model.value.text.weight)
-        values = [model.value(diffusion.start([prompt], [0]).propose()) for prompt in ("red apple", "panda")]
-        blind = fit(network(use_prompt=False), tmp_path, diffusion, Compressibility(), 1, ["red apple", "panda"],
-                    num_rollouts=8, batch_size=8)[0]  # fmt: skip
-        assert blind.value.text is None
-    assert values[0] != values[1]
+        if use_prompt:
+            torch.nn.init.normal_(value.text.weight)  # it starts at 0
+        apple, panda = value.predict(state.x[:1].expand(2, -1, -1, -1), torch.ones(2, dtype=torch.int64), text)
+    assert (apple != panda) == use_prompt
 
 
 @pytest.mark.parametrize("of", ["x", "x0"])
@@ -190,6 +200,7 @@ def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip,
     model.sampler = SVDD(4)
     ledger = model.draw(["panda"], [0]).context.ledger
     assert ledger.denoiser_rows == (1 + 4 * 2 if of == "x0" else 3)
+    assert ledger.decoded_images == 4 * 2 + 4  # candidates at two steps by the value, and the ends by the reward
 
 
 # ---- rollouts
@@ -421,6 +432,7 @@ def test_a_checkpoint_holds_the_value_alone(trained):
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"value"}
     assert checkpoint["svdd_value"] == {
         "value": "LatentConvValue",
+        "input": "x",
         "reward": "Linear",
         "diffusion": "GaussianDiffusion",
         "num_inference_steps": 4,

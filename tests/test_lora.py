@@ -1,9 +1,12 @@
 """LoRA weights are fused into the model, as diffusers would apply them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.errors import UserError
@@ -50,3 +53,12 @@ def test_fused_weights_draw_what_the_pipeline_draws(sd15, lora):
 def test_a_missing_file_is_named(sd15, tmp_path):
     with pytest.raises(UserError, match=r"lora='.*nothing' cannot be loaded"):
         StableDiffusion(sd15, lora=str(tmp_path / "nothing"))
+
+
+def test_an_adapter_belongs_to_what_a_value_was_trained_for(sd15, lora):
+    (path,) = Path(lora).glob("*.safetensors")
+    first = StableDiffusion(sd15, lora=lora).identity
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    second = StableDiffusion(sd15, lora=lora).identity
+    assert {key for key in first if first[key] != second[key]} == {"weights"}
+    assert StableDiffusion(sd15, lora=lora).identity == second

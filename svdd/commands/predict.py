@@ -4,7 +4,6 @@ import hashlib
 import os
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +11,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.baseline import against, over_optimised, warning
+from svdd.checkpoint_files import checkpoint_digest
 from svdd.commands.base import ModelCLI, refusals
 from svdd.data import PromptDataModule
 from svdd.errors import Incomplete, UserError
@@ -20,6 +20,7 @@ from svdd.log_samples import report
 from svdd.peers import launched
 from svdd.picture_files import find_pictures
 from svdd.progress import StepProgress
+from svdd.values.learned import weights_file
 from svdd.watch import Watch
 from svdd.writer import RunWriter
 
@@ -71,9 +72,10 @@ class PredictCLI(ModelCLI):
         prompts.teardown("predict")
         plain = self.resolved()
         plain["data"]["prompts_sha256"] = digest
-        if config.ckpt_path is not None:
-            plain["ckpt_sha256"] = _digest(config.ckpt_path)
         with refusals():
+            if config.ckpt_path is not None:
+                plain["ckpt_sha256"] = checkpoint_digest(config.ckpt_path)
+            plain |= _value_digest(plain["model"].get("value"))
             self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
@@ -181,9 +183,12 @@ def _check_processes(config: Any) -> None:
         )
 
 
-def _digest(path: str) -> str:
-    """Returns the SHA-256 of a checkpoint, which belongs to the settings of a run."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"ckpt_path={path!r} cannot be read: {error.strerror}") from error
+def _value_digest(value: Any) -> dict[str, str]:
+    """Returns the SHA-256 of a learned value's weights, which belongs to the settings of a run as well as their name.
+
+    Args:
+        value: The settings of the value, as the configuration has them.
+    """
+    pretrained = value.get("init_args", {}).get("pretrained") if isinstance(value, dict) else None
+    path = weights_file(str(pretrained))
+    return {"value_sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if pretrained and path.is_file() else {}

@@ -19,6 +19,7 @@ from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.kernels import known_schedulers, make_kernel
 from svdd.diffusion.tiny_decoder import TinyDecoder
 from svdd.errors import UserError
+from svdd.identity import fingerprint
 
 __all__ = ["StableDiffusion"]
 
@@ -80,7 +81,11 @@ class StableDiffusion(Diffusion):
         local = local_files_only or pretrained == "emoji"
         pipeline = _load(source, revision=revision, variant=variant, local_files_only=local)
         if lora is not None:
-            _fuse_lora(pipeline, lora)
+            _load_lora(pipeline, lora)
+        self.weights = fingerprint(pipeline.unet, pipeline.vae, pipeline.text_encoder)  # of files, not of arithmetic
+        if lora is not None:
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
         # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
         # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
         self.unet, self.vae, self.text_encoder = pipeline.unet.eval(), pipeline.vae.eval(), pipeline.text_encoder.eval()
@@ -115,12 +120,14 @@ class StableDiffusion(Diffusion):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model by its name without the path, and how its chain runs."""
+        """The model by its name without the path and by its weights, and how its chain runs."""
         return super().identity | {
             "pretrained": Path(self.pretrained).name,
             "lora": None if self.lora is None else Path(self.lora).name,
+            "weights": self.weights,
             "scheduler": self.scheduler,
             "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
             "eta": self.eta,
         }
 
@@ -293,7 +300,7 @@ def _quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _fuse_lora(pipeline: Any, lora: str) -> None:
+def _load_lora(pipeline: Any, lora: str) -> None:
     try:
         pipeline.load_lora_weights(lora)
     except (ValueError, ImportError) as error:
@@ -302,5 +309,3 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
         raise UserError(f"lora={lora!r} cannot be loaded: {error}") from error
     except OSError as error:
         raise UserError(f"lora={lora!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()

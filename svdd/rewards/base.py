@@ -3,11 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdd.errors import RewardError, UserError
+from svdd.identity import settings
 
 __all__ = ["Reward", "is_device_failure"]
 
@@ -32,6 +34,12 @@ class Reward(nn.Module, ABC):
     def name(self) -> str:
         """What results call the reward."""
         return type(self).__name__
+
+    @property
+    def identity(self) -> Any:
+        """What its scores depend on, for values that are learned from them: the name, and settings if there are any."""
+        own = settings(self)
+        return {"name": self.name, **own} if own else self.name
 
     def load(self) -> None:
         """Reads the weights of this reward and of those it is made of, if they have not been read.

@@ -38,6 +38,11 @@ class Endpoint:
         if self.concurrency < 1:
             raise UserError(f"concurrency must be >= 1, got {self.concurrency}")
 
+    @property
+    def identity(self) -> str:
+        """What its answers depend on."""
+        return self.model
+
     def log_odds(self, pictures: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
         """Returns log p(yes) - log p(no) for each picture and question.
 

@@ -3,7 +3,7 @@
 Source: the value networks of Li et al., 2024, arXiv 2408.08252, for the aesthetic score.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class FeatureValue(LearnedValue):
         ValueError: If an argument is out of range.
         UserError: If the CLIP cannot be loaded.
     """
+
+    decodes = True
 
     def __init__(
         self,
@@ -69,6 +71,11 @@ class FeatureValue(LearnedValue):
                 nn.SiLU(),
                 nn.Linear(self.width, 1),
             )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which CLIP's features it reads."""
+        return {"clip": self.clip.identity}
 
     def own_state(self) -> dict[str, Tensor]:
         """Returns the state without the frozen CLIP."""

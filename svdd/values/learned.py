@@ -6,6 +6,7 @@ ends.
 
 import json
 from abc import abstractmethod
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from svdd.state import State
 from svdd.values.base import Value
 from svdd.values.losses import MeanLoss, ValueLoss
 
-__all__ = ["LearnedValue"]
+__all__ = ["LearnedValue", "weights_file"]
 
 
 class LearnedValue(Value):
@@ -30,9 +31,11 @@ class LearnedValue(Value):
 
     Attributes:
         input: What of a state the network reads: `x` costs no denoiser row, `x0` one.
+        decodes: Whether it looks at decoded latents.
     """
 
     input: str = "x"
+    decodes: bool = False
     mean: Tensor
     std: Tensor
     spread: Tensor
@@ -69,6 +72,11 @@ class LearnedValue(Value):
         return 1 if self.input == "x0" else 0
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What else the meaning of the weights depends on and their shapes do not tell, as plain data."""
+        return {}
+
+    @property
     def differentiable(self) -> bool:
         """A network is."""
         return True
@@ -80,15 +88,16 @@ class LearnedValue(Value):
         self.register_buffer("std", torch.tensor(1.0))
         self.register_buffer("spread", torch.ones(steps))  # standard deviation of the inputs at step i
         self.build(diffusion)
-        self.identity = {"value": type(self).__name__, "reward": self.reward.name, **diffusion.identity}
+        own = {"value": type(self).__name__, "input": self.input, **self.settings}
+        self.identity = own | {"reward": self.reward.identity} | diffusion.identity
         if self.pretrained is not None:
-            self._load(_find(self.pretrained))
+            self._load(weights_file(self.pretrained))
 
     def forward(self, state: State) -> Tensor:
         """Returns one estimate per row, float32 [n]; at the end of the chain the reward itself.
 
         Raises:
-            UserError: If the value was not trained.
+            UserError: If the value was not trained, or an estimate is not a finite number.
         """
         if state.done:
             return state.scores(self.reward)
@@ -103,7 +112,15 @@ class LearnedValue(Value):
         x = self.read(state)
         step = torch.full_like(state.row, state.i)
         rows = (x, step) if text is None else (x, step, text)
-        return context.diffusion.chunker.map(self.predict, len(x), *rows)
+        with context.ledger.timed("decoder_seconds", x.device) if self.decodes else nullcontext():
+            values = context.diffusion.chunker.map(self.predict, len(x), *rows)
+        context.ledger.decoded_images += len(x) if self.decodes else 0
+        if not torch.isfinite(values).all():
+            raise UserError(
+                f"{type(self).__name__} returned NaN or infinity at step {state.i}: its training may have diverged; "
+                "look at its logs, and train again with a lower learning_rate"
+            )
+        return values
 
     def read(self, state: State) -> Tensor:
         """Returns what the network is shown of a state, [n, c, h, w]."""
@@ -207,6 +224,7 @@ class LearnedValue(Value):
         self.adopt(state, source)
 
 
-def _find(pretrained: str) -> Path:
+def weights_file(pretrained: str) -> Path:
+    """Returns where the weights are that `pretrained` names: those that ship with svdd, or a file."""
     built_in = Path(str(files("svdd") / "assets" / "values" / f"{pretrained}.safetensors"))
     return built_in if built_in.is_file() else Path(pretrained).expanduser()

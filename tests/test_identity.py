@@ -1,0 +1,125 @@
+"""What a learned value was trained for: everything that its meaning depends on is compared."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.errors import UserError
+from svdd.identity import fingerprint, settings
+from svdd.module import GuidedDiffusion
+from svdd.rewards.base import Reward
+from svdd.rewards.brightness import Brightness
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.function import FunctionReward
+from svdd.rewards.jpeg import Compressibility
+from svdd.rewards.threshold import Threshold
+from svdd.rewards.vlm_judge import VLMJudge
+from svdd.rewards.weighted_sum import WeightedSum
+from svdd.rewards.z_scored import ZScored
+from svdd.values.feature import FeatureValue
+from svdd.values.latent_conv import LatentConvValue
+
+SUM = WeightedSum([Compressibility(), Brightness()], [1.0, 0.1])
+
+
+class Counting(Reward):
+    """Somebody's reward, with a setting and with things that are none."""
+
+    def __init__(self, strength=1.0, table=None):
+        super().__init__()
+        self.strength, self.table, self.calls = strength, torch.ones(3), 0
+
+    def forward(self, images, prompts):
+        self.calls += 1
+        return images.mean((1, 2, 3)) * self.strength
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (SUM, WeightedSum([Compressibility(), Brightness()], [1.0, 0.2])),
+        (SUM, WeightedSum([Brightness(), Compressibility()], [1.0, 0.1])),
+        (Threshold(Brightness(), 0.2), Threshold(Brightness(), at_most=0.2)),
+        (Threshold(Brightness(), 0.2), Threshold(Compressibility(), 0.2)),
+        (ZScored(Brightness(), 0, 1), ZScored(Brightness(), 0, 2)),
+        (CLIPScore("emoji"), CLIPScore("emoji-judge")),
+        (FunctionReward("math.sin"), FunctionReward("math.cos")),
+        (VLMJudge(endpoint="http://localhost/v1", model="a"), VLMJudge(endpoint="http://localhost/v1", model="b")),
+        (VLMJudge(question="Is it {prompt}?"), VLMJudge(question="Is it not {prompt}?")),
+        (Counting(1.0), Counting(2.0)),
+        (Brightness(), Compressibility()),
+    ],
+    ids=lambda reward: reward.name,
+)
+def test_rewards_of_other_settings_are_other_rewards(one, other):
+    assert json.loads(json.dumps(one.identity)) == one.identity
+    assert one.identity != other.identity
+
+
+def test_what_changes_no_score_is_no_difference():
+    reward = Counting()
+    before = reward.identity
+    reward(torch.ones(1, 3, 2, 2), [""])
+    assert reward.identity == before == {"name": "Counting", "strength": 1.0}
+    assert VLMJudge(batch_size=2).identity == VLMJudge(batch_size=4).identity
+    assert Compressibility().identity == "Compressibility"
+
+
+def test_a_folder_may_be_moved(tmp_path, tiny_clip):
+    moved = shutil.copytree(tiny_clip, tmp_path / tiny_clip.rsplit("/", 1)[-1])
+    assert settings(CLIPScore(str(moved))) == settings(CLIPScore(tiny_clip))
+
+
+def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):
+    path = tmp_path / "value.safetensors"
+    diffusion = StableDiffusion(sd15, 2)
+    GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1)).value.export(path)
+    GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1, pretrained=str(path)))
+    other = WeightedSum([Compressibility(), Brightness()])
+    with pytest.raises(UserError, match=r"reward was .*\[1.0, 0.1\].*, here it is .*\[1.0, 1.0\]"):
+        GuidedDiffusion(other, diffusion, value=LatentConvValue(8, 1, pretrained=str(path)))
+
+
+def test_a_value_on_features_belongs_to_what_it_reads(sd15, tiny_clip, tmp_path):
+    path, diffusion = tmp_path / "value.safetensors", StableDiffusion(sd15, 2)
+    GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(tiny_clip, of="x0", width=8)).value.export(path)
+    with pytest.raises(UserError, match="input was 'x0', here it is 'x'"):
+        GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(tiny_clip, of="x", width=8, pretrained=str(path)))
+    other = shutil.copytree(tiny_clip, tmp_path / "other-clip")
+    with pytest.raises(UserError, match=r"clip was .*, here it is .*other-clip"):
+        GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(str(other), width=8, pretrained=str(path)))
+
+
+def test_models_of_one_name_are_told_apart_by_their_weights(sd15, tmp_path):
+    """A second fine-tune in a folder of the same name must not learn from the first one's rollouts."""
+    name = sd15.rsplit("/", 1)[-1]
+    same, tuned, half = (tmp_path / kind / name for kind in ("same", "tuned", "half"))
+    shutil.copytree(sd15, same)
+    pipeline = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None)
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter *= 1.01
+    pipeline.save_pretrained(tuned)
+    StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None).to(torch.float16).save_pretrained(half)
+    identity = StableDiffusion(sd15, 2).identity
+    assert StableDiffusion(str(same), 2).identity == identity == StableDiffusion(str(half), 2).identity
+    different = StableDiffusion(str(tuned), 2).identity
+    assert {key for key in identity if identity[key] != different[key]} == {"weights"}
+
+
+def test_what_a_chain_steers_away_from_belongs_to_it(sd15):
+    assert StableDiffusion(sd15, 2, negative_prompt="apple").identity != StableDiffusion(sd15, 2).identity
+
+
+def test_a_fingerprint_sees_every_parameter():
+    network = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 1))
+    seen = {fingerprint(network)}
+    for parameter in network.parameters():
+        with torch.no_grad():
+            parameter += 0.1
+        seen.add(fingerprint(network))
+    assert len(seen) == 5
