@@ -15,6 +15,7 @@ __all__ = ["ValueFitting"]
 
 _WEIGHT_DECAY = 1e-4
 _WARM_UP = 0.05  # of all steps
+_PROMPTS_AT_ONCE = 64
 
 
 class ValueFitting(L.LightningModule):
@@ -53,9 +54,13 @@ class ValueFitting(L.LightningModule):
 
     @torch.no_grad()
     def learn_prompts(self, texts: list[str]) -> None:
-        """Encodes the prompts that batches refer to by index."""
-        conditioning = self.diffusion.encode(texts, [None] * len(texts))
-        self._prompt_features = self.diffusion.prompt_features(conditioning)
+        """Keeps the features of the prompts that batches refer to by index; encodes a block of them at once."""
+        parts = []
+        for start in range(0, len(texts), _PROMPTS_AT_ONCE):
+            block = texts[start : start + _PROMPTS_AT_ONCE]
+            features = self.diffusion.prompt_features(self.diffusion.encode(block, [None] * len(block)))
+            parts += [] if features is None else [features]
+        self._prompt_features = torch.cat(parts) if parts else None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""

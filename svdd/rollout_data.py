@@ -90,13 +90,13 @@ class RolloutDataModule(L.LightningDataModule):
     shards; an interrupted generation continues. The reward is computed anew each time, so that one cache serves many.
 
     Args:
-        prompts: A list of prompts or a file, as in `svdd predict`.
+        prompts: A list of prompts or a file, as in `svdd predict`, with its column `negative_prompt`, without `seed`.
         num_rollouts: How many chains to draw. A held-out share is never trained on.
         keep_every: Keep every so many steps of a chain, counted back from the last; 1 keeps all, which bootstrapping
             needs.
         validation: Share of the rollouts that is held out, above 0 and below 1.
         batch_size: States in a training batch.
-        rollout_batch_size: Chains drawn at once.
+        rollout_batch_size: Chains drawn, and ends scored, at once; no more than the 64 of a shard of the cache.
         seed: Seed of the first rollout.
         cache: Folder of the caches.
         prompt_column: Name of the column, or JSON key, that holds the prompt.
@@ -136,11 +136,16 @@ class RolloutDataModule(L.LightningDataModule):
         self.num_rollouts, self.keep_every, self.validation = num_rollouts, keep_every, validation
         self.batch_size, self.rollout_batch_size, self.seed, self.cache = batch_size, rollout_batch_size, seed, cache
         dataset = PromptDataset(prompts, prompt_column, limit)
-        self.texts = [dataset[k].text for k in range(len(dataset))]
+        used = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
+        self.texts, self.negatives = [prompt.text for prompt in used], [prompt.negative_prompt for prompt in used]
         self.digest = dataset.digest
         dataset.close()
         self.training: StateDataset | None = None
         self.held_out: StateDataset | None = None
+
+    def setup(self, stage: str) -> None:
+        """Forgets what was made ready for an earlier training, whose model may have been another."""
+        self.training = self.held_out = None
 
     def generate(self) -> None:
         """Draws what the cache lacks, computes the rewards, and hands the units to the value; every process calls it.
@@ -219,6 +224,7 @@ class RolloutDataModule(L.LightningDataModule):
                         [self.seed + k for k in part],
                         steps,
                         module.learned_value.read,
+                        [self.negatives[k % len(self.texts)] for k in part],
                     )
                     for part in (rollouts[start : start + size] for start in range(0, len(rollouts), size))
                 ]
@@ -231,7 +237,11 @@ class RolloutDataModule(L.LightningDataModule):
     def _rewards(self, shards: Sequence[dict[str, Tensor]], module: Any) -> Tensor:
         """Scores the ends, every process its share of the shards, and returns all scores, [rollouts]."""
         trainer: Any = self.trainer
-        device, rewards, start = module.diffusion.device, torch.zeros(self.num_rollouts), 0
+        diffusion, rewards, start = module.diffusion, torch.zeros(self.num_rollouts), 0
+
+        def score(ends: Tensor, prompts: Sequence[str]) -> Tensor:
+            return module.reward.score(diffusion.decode(ends.to(diffusion.device)), prompts).cpu()
+
         for k, shard in enumerate(shards):
             count = len(shard["end"])
             if k % trainer.world_size == trainer.global_rank:
@@ -239,9 +249,9 @@ class RolloutDataModule(L.LightningDataModule):
                 with torch.no_grad():
                     for first in range(0, count, self.rollout_batch_size):
                         part = slice(first, first + self.rollout_batch_size)
-                        images = module.diffusion.decode(shard["end"][part].to(device))
-                        scores = module.reward.score(images, texts[part])
-                        rewards[start + first : start + first + len(scores)] = scores.cpu()
+                        ends = shard["end"][part]
+                        scores = diffusion.chunker.map(score, len(ends), ends, texts[part])
+                        rewards[start + first : start + first + len(scores)] = scores
             start += count
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()
 

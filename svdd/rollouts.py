@@ -32,6 +32,7 @@ def draw_rollouts(
     seeds: Sequence[int],
     steps: Sequence[int],
     read: Callable[[State], Tensor],
+    negative_prompts: Sequence[str | None] | None = None,
 ) -> dict[str, Tensor]:
     """Draws unguided chains, exactly as `Unguided` does, and keeps what a value reads of them.
 
@@ -41,11 +42,12 @@ def draw_rollouts(
         seeds: One per rollout.
         steps: The steps to keep, rising, within 1 .. T - 1.
         read: What a value is shown of a state, `LearnedValue.read`.
+        negative_prompts: One per rollout, or None for the model's default throughout.
 
     Returns:
         `x`, what was read, [n, steps, ...], and `end`, the final latents [n, c, h, w]; on the CPU.
     """
-    state, kept = diffusion.start(prompts, seeds), []
+    state, kept = diffusion.start(prompts, seeds, negative_prompts=negative_prompts), []
     while not state.done:
         if state.i in steps:
             kept.append(read(state).cpu())

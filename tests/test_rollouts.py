@@ -1,5 +1,6 @@
 """Rollouts that outlive one training: more of them, fewer, for another model, and several trainings at a time."""
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -7,9 +8,11 @@ import yaml
 from svdd.__main__ import main
 from svdd.commands.fit import _HARMLESS
 from svdd.errors import UserError
+from svdd.module import GuidedDiffusion
+from svdd.rollout_data import RolloutDataModule
 from svdd.run_config import differences
-from tests.analytic import GaussianDiffusion
-from tests.test_learned_values import fit, network
+from tests.analytic import GaussianDiffusion, Linear
+from tests.test_learned_values import B, fit, network
 
 
 def train(cache, num_rollouts, diffusion=None, **options):
@@ -18,6 +21,12 @@ def train(cache, num_rollouts, diffusion=None, **options):
     options = {"epochs": 1, "batch_size": 64, **options}
     model, data, _ = fit(network(), cache, diffusion, num_rollouts=num_rollouts, **options)
     return model.value.state_dict(), data, sum(diffusion.denoised_rows)
+
+
+def trainer():
+    """A Trainer for one epoch that says nothing."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return L.Trainer(accelerator="cpu", devices=1, max_epochs=1, num_sanity_val_steps=0, **quiet)
 
 
 def assert_same(state, other):
@@ -125,3 +134,63 @@ def test_a_training_without_an_end_is_refused_before_anything_is_drawn(tmp_path)
     with pytest.raises(UserError, match=r"got neither trainer.max_epochs nor trainer.max_steps; give one of them"):
         fit(network(), tmp_path, epochs=-1)
     assert not list(tmp_path.iterdir())
+
+
+# ---- what rollouts are drawn with
+
+
+class Confined(GaussianDiffusion):
+    """A decoder that runs out of memory with more than three rows."""
+
+    def decode(self, x0):
+        if len(x0) > 3:
+            raise torch.OutOfMemoryError
+        return super().decode(x0)
+
+
+def test_ends_are_scored_in_chunks_that_fit(tmp_path):
+    state, data, _ = train(tmp_path, 20)
+    for chunk_size in ("auto", 3):
+        confined, others, _ = train(tmp_path, 20, Confined(3, chunk_size=chunk_size))
+        assert torch.equal(others.training.rewards, data.training.rewards)
+        assert_same(confined, state)
+
+
+def test_only_the_prompts_that_are_used_are_encoded_a_block_at_once(tmp_path):
+    diffusion = GaussianDiffusion(3)
+    prompts = [str(k / 1000) for k in range(300)]
+    _, data, _ = train(tmp_path, 150, diffusion, prompts=prompts)
+    assert max(len(pairs) for pairs in diffusion.encoded) == 64
+    assert {text for pairs in diffusion.encoded for text, _ in pairs} == set(prompts[:150])
+    assert data.training.prompts.tolist() == list(range(150))
+
+
+def test_features_of_prompts_do_not_depend_on_the_blocks(sd15, monkeypatch):
+    from svdd.diffusion.stable_diffusion import StableDiffusion
+    from svdd.rewards.jpeg import Compressibility
+
+    model, texts = GuidedDiffusion(Compressibility(), StableDiffusion(sd15, 3), value=network()), list("abcde")
+    model.learn_prompts(texts)
+    whole = model._prompt_features
+    monkeypatch.setattr("svdd.fitting._PROMPTS_AT_ONCE", 2)
+    model.learn_prompts(texts)
+    torch.testing.assert_close(model._prompt_features, whole)
+
+
+def test_negative_prompts_of_the_file_are_used(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,negative_prompt\n0.1,blurred\n0.2,\n")
+    diffusion = GaussianDiffusion(3)
+    model = GuidedDiffusion(Linear(B), diffusion, value=network())
+    trainer().fit(model, RolloutDataModule(str(path), 8, cache=str(tmp_path / "cache")))
+    assert diffusion.encoded[0] == [("0.1", "blurred"), ("0.2", None)]
+
+
+def test_one_data_module_serves_one_model_after_the_other(tmp_path):
+    """The second has units and prompts of its own, and what another reward says."""
+    data = RolloutDataModule(["0", "1"], 8, cache=str(tmp_path))
+    for b in (B, [2 * entry for entry in B]):
+        model = GuidedDiffusion(Linear(b), GaussianDiffusion(3), value=network())
+        trainer().fit(model, data)
+        assert model.value.trained
+        assert float(model.value.mean) == pytest.approx(float(data.training.rewards[:7].mean()), rel=1e-5)
