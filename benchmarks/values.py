@@ -160,8 +160,8 @@ def main() -> None:
         "",
         "## Time",
         "",
-        f"SVDD, M = {m}, every step, learned value / posterior mean, alternating on {2 * AT_ONCE} images: {wall:.3f} of "
-        f"the wall time, {cpu:.3f} of the CPU time, one thread. Denoiser rows: {STEPS} / {SVDD(m).rows(STEPS)}.",
+        f"SVDD, M = {m}, every step, learned value / posterior mean, alternating on {2 * AT_ONCE} images: {wall:.3f} "
+        f"of the wall time, {cpu:.3f} of the CPU time, one thread. Denoiser rows: {STEPS} / {SVDD(m).rows(STEPS)}.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)
