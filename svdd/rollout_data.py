@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +208,28 @@ class RolloutDataModule(L.LightningDataModule):
         return steps
 
     def _fill(self, cache: RolloutCache, module: Any, steps: Sequence[int]) -> None:
+        """Draws what is missing, every process its share; rank 0 has looked, and holds the cache, for all."""
         trainer: Any = self.trainer
-        missing = cache.missing()
-        trainer.strategy.barrier("svdd.rollouts.missing")  # every process has looked before one writes
-        if missing:
-            rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
+        with ExitStack() as around:
+            missing: list[int] | UserError = []
+            if trainer.is_global_zero:
+                try:
+                    missing = around.enter_context(cache.filling())
+                except UserError as error:
+                    missing = error
+            missing = trainer.strategy.broadcast(missing)
+            if isinstance(missing, UserError):  # every process ends, and none waits for rank 0
+                raise missing
+            if missing:
+                rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
+                self._draw(cache, missing, module, steps)
+                trainer.strategy.barrier("svdd.rollouts.drawn")
+                if trainer.is_global_zero:
+                    cache.seal()
+                trainer.strategy.barrier("svdd.rollouts.sealed")
+
+    def _draw(self, cache: RolloutCache, missing: Sequence[int], module: Any, steps: Sequence[int]) -> None:
+        trainer: Any = self.trainer
         watched = trainer.is_global_zero and sys.stderr.isatty()
         own = missing[trainer.global_rank :: trainer.world_size]
         with torch.no_grad():
@@ -229,10 +247,6 @@ class RolloutDataModule(L.LightningDataModule):
                     for part in (rollouts[start : start + size] for start in range(0, len(rollouts), size))
                 ]
                 cache.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        trainer.strategy.barrier("svdd.rollouts.drawn")
-        if missing and trainer.is_global_zero:
-            cache.seal()
-        trainer.strategy.barrier("svdd.rollouts.sealed")
 
     def _rewards(self, shards: Sequence[dict[str, Tensor]], module: Any) -> Tensor:
         """Scores the ends, every process its share of the shards, and returns all scores, [rollouts]."""

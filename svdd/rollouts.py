@@ -8,7 +8,9 @@ or not as recorded is drawn again. A rollout depends on nothing but its number, 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.run_files import explained, write_atomically
+from svdd.run_files import RunError, explained, lock, write_atomically
 from svdd.state import State
 
 __all__ = ["RolloutCache", "draw_rollouts"]
@@ -84,6 +86,30 @@ class RolloutCache:
             recorded = self._recorded()
             return [k for k in range(len(self.shards)) if not self._is_whole(k, recorded.get(self._file(k).name))]
 
+    @contextmanager
+    def filling(self) -> Iterator[list[int]]:
+        """Hands out the missing shards, and keeps other runs from drawing them meanwhile; for one process of a run.
+
+        Where nothing is missing the cache is only read.
+
+        Raises:
+            RunError: If another run draws into this cache, or it cannot be written.
+        """
+        missing = self.missing()
+        if not missing:
+            yield []
+            return
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = lock(self.path / ".lock", f"another run draws rollouts into {self.path}")
+            except RunError as error:
+                raise RunError(str(error).replace("--output", "--data.cache")) from None
+        try:
+            yield self.missing()  # it may have been filled just before
+        finally:
+            os.close(descriptor)
+
     def write(self, shard: int, rollouts: dict[str, Tensor]) -> None:
         """Writes one shard, whole or not at all."""
         with explained(self.path):
@@ -91,7 +117,7 @@ class RolloutCache:
             write_atomically(self._file(shard), save({k: tensor.contiguous() for k, tensor in rollouts.items()}))
 
     def seal(self) -> None:
-        """Records the settings and the checksum of every shard; for one process, when all are written."""
+        """Records the settings and the checksum of every shard; for one process, when all are written, in `filling`."""
         with explained(self.path):
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()

@@ -1,5 +1,8 @@
 """Rollouts that outlive one training: more of them, fewer, for another model, and several trainings at a time."""
 
+import subprocess
+import sys
+
 import lightning as L
 import pytest
 import torch
@@ -10,6 +13,7 @@ from svdd.commands.fit import _HARMLESS
 from svdd.errors import UserError
 from svdd.module import GuidedDiffusion
 from svdd.rollout_data import RolloutDataModule
+from svdd.rollouts import RolloutCache
 from svdd.run_config import differences
 from tests.analytic import GaussianDiffusion, Linear
 from tests.test_learned_values import B, fit, network
@@ -194,3 +198,63 @@ def test_one_data_module_serves_one_model_after_the_other(tmp_path):
         trainer().fit(model, data)
         assert model.value.trained
         assert float(model.value.mean) == pytest.approx(float(data.training.rewards[:7].mean()), rel=1e-5)
+
+
+# ---- several trainings at a time
+
+
+@pytest.fixture
+def locked():
+    """Locks a file in another process, until the test ends."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    processes = []
+
+    def hold(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", code, str(path)]
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        processes[-1].stdout.readline()
+
+    yield hold
+    for process in processes:
+        process.communicate(b"\n")
+
+
+def test_a_cache_that_another_run_fills_is_left_alone(tmp_path, locked):
+    train(tmp_path, 100)
+    (folder,) = tmp_path.iterdir()
+    foreign = folder / "rollouts-00002.safetensors.tmp"
+    foreign.write_bytes(b"of the other run")
+    locked(folder / ".lock")
+    with pytest.raises(UserError, match=r"another run draws rollouts into .*; wait for it, or choose another --data.c"):
+        train(tmp_path, 200)
+    assert foreign.exists()
+    assert train(tmp_path, 64)[2] == 0  # nothing is missing, so that it is only read
+
+
+def test_what_another_run_has_just_drawn_is_not_drawn_again(tmp_path, monkeypatch):
+    train(tmp_path, 20)
+    look, looks = RolloutCache.missing, []
+
+    def missing(cache):
+        looks.append(cache)
+        return [0] if len(looks) == 1 else look(cache)
+
+    monkeypatch.setattr(RolloutCache, "missing", missing)
+    assert train(tmp_path, 20)[2] == 0
+    assert len(looks) == 2
+
+
+def test_an_output_folder_belongs_to_one_training_at_a_time(command, tmp_path, locked, monkeypatch, capsys):
+    assert main(command()) == 0
+    locked(tmp_path / "value" / ".lock")
+    before = (tmp_path / "value" / "config.yaml").read_bytes()
+    for words in ((), ("--overwrite", "true")):
+        capsys.readouterr()
+        assert main(command(*words)) == 2
+        assert "value is in use by another run" in capsys.readouterr().err
+    assert (tmp_path / "value" / "config.yaml").read_bytes() == before
+    assert (tmp_path / "value" / "value.safetensors").is_file()
+    monkeypatch.setenv("NODE_RANK", "1")  # another process of the training that holds it
+    assert main(command("--data.num_rollouts", "0")) == 2
+    assert "num_rollouts must be >= 4" in capsys.readouterr().err

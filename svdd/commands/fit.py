@@ -1,19 +1,21 @@
 """`svdd fit`: trains a learned value on rollouts of the pretrained chain."""
 
+import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from svdd.commands.base import ModelCLI, refusals
 from svdd.rollout_data import RolloutDataModule
 from svdd.run_config import HEADER, differences, dump_config, load_config
-from svdd.run_files import RunError, explained, write_atomically
+from svdd.run_files import RunError, explained, lock, write_atomically
+from svdd.writer import RunWriter
 
 __all__ = ["FitCLI"]
 
@@ -26,9 +28,20 @@ _HARMLESS = re.compile(
     r"|model\.(on_error|sampler|eval_rewards|images_per_prompt|budget|seed|diffusion\.(chunk_size|compile))(\..*)?"
 )
 
+_BEFORE_A_CHECKPOINT = {
+    ".lock",
+    "config.yaml",
+    "config.yaml.tmp",
+    "logs",
+}  # a training that got no further binds nobody
+
 
 class FitCLI(ModelCLI):
     """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self._around:
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -48,10 +61,10 @@ class FitCLI(ModelCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Claims the output folder for this configuration."""
+        """Claims the output folder for this configuration, until the end."""
         config = self.config["fit"]
         self.folder = Path(config.output)
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if RunWriter(self.folder).leads:
             settings = self.resolved()
             with refusals():
                 settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest
@@ -91,27 +104,22 @@ class FitCLI(ModelCLI):
 
     def _claim(self, config: dict[str, Any], overwrite: bool) -> None:
         recorded = self.folder / "config.yaml"
-        if recorded.exists():
-            text = recorded.read_text(encoding="utf-8")
-            if not text.startswith(HEADER):
-                raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
-            if overwrite:
-                for name in ("checkpoints", "logs"):
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
-                (self.folder / "value.safetensors").unlink(missing_ok=True)
-            elif self._has_begun() and (changed := differences(load_config(text), config, _HARMLESS)):
-                raise RunError(
-                    f"{self.folder} holds a training with other settings: {'; '.join(changed)}. "
-                    "Choose another --output, or remove the old one with --overwrite true"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        text = recorded.read_text(encoding="utf-8") if recorded.exists() else ""
+        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if not text.startswith(HEADER) and names - {".lock", "config.yaml.tmp"}:
             raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._around.callback(os.close, lock(self.folder / ".lock", f"{self.folder} is in use by another run"))
+        if overwrite:
+            for name in ("checkpoints", "logs"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / "value.safetensors").unlink(missing_ok=True)
+        elif names - _BEFORE_A_CHECKPOINT and (changed := differences(load_config(text), config, _HARMLESS)):
+            raise RunError(
+                f"{self.folder} holds a training with other settings: {'; '.join(changed)}. "
+                "Choose another --output, or remove the old one with --overwrite true"
+            )
         write_atomically(recorded, dump_config(config))
-
-    def _has_begun(self) -> bool:
-        """Whether the folder holds more than a training that failed before its first checkpoint, which binds nobody."""
-        return bool({path.name for path in self.folder.iterdir()} - {"config.yaml", "logs"})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.folder / "checkpoints" / "last.ckpt"
