@@ -140,7 +140,7 @@ class RolloutCache:
 
     def _recorded(self) -> dict[str, str]:
         try:
-            return json.loads(self._manifest.read_text(encoding="utf-8"))["sha256"]
+            return dict(json.loads(self._manifest.read_text(encoding="utf-8"))["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
