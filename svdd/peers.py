@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from svdd.run_config import HEADER
 
-__all__ = ["DONE", "FAILED", "GONE", "LEADER", "RUNNING", "STOPPING", "Launch", "Peers", "launched", "led"]
+__all__ = ["DONE", "FAILED", "GONE", "LEADER", "RUNNING", "STOPPING", "Launch", "Peers", "launched", "leads", "led"]
 
 LEADER = "SVDD_LEADER"  # names the process that starts the others of its machine, for them to know
 
@@ -142,6 +143,12 @@ class Peers:
             for path in folder.iterdir():
                 if _NAME.fullmatch(path.name) and not path.name.endswith(kept):
                     path.unlink()
+
+
+def leads() -> bool:
+    """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
 
 
 def launched(num_nodes: int) -> Launch | None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.run_files import RunError, explained, lock, write_atomically
+from svdd.run_files import explained, lock, write_atomically
 from svdd.state import State
 
 __all__ = ["RolloutCache", "draw_rollouts"]
@@ -82,7 +82,7 @@ class RolloutCache:
 
     def missing(self) -> list[int]:
         """Returns the shards that must be drawn: absent, torn, too short or not as recorded."""
-        with explained(self.path):
+        with explained(self.path, "--data.cache"):
             recorded = self._recorded()
             return [k for k in range(len(self.shards)) if not self._is_whole(k, recorded.get(self._file(k).name))]
 
@@ -99,12 +99,11 @@ class RolloutCache:
         if not missing:
             yield []
             return
-        with explained(self.path):
+        with explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = lock(self.path / ".lock", f"another run draws rollouts into {self.path}")
-            except RunError as error:
-                raise RunError(str(error).replace("--output", "--data.cache")) from None
+            descriptor = lock(
+                self.path / ".lock", f"another run draws rollouts into {self.path}", option="--data.cache"
+            )
         try:
             yield self.missing()  # it may have been filled just before
         finally:
@@ -112,13 +111,13 @@ class RolloutCache:
 
     def write(self, shard: int, rollouts: dict[str, Tensor]) -> None:
         """Writes one shard, whole or not at all."""
-        with explained(self.path):
+        with explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(shard), save({k: tensor.contiguous() for k, tensor in rollouts.items()}))
 
     def seal(self) -> None:
         """Records the settings and the checksum of every shard; for one process, when all are written, in `filling`."""
-        with explained(self.path):
+        with explained(self.path, "--data.cache"):
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
             sums = self._recorded() | {self._file(k).name: self._checksum(k) for k in range(len(self.shards))}

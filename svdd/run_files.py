@@ -44,13 +44,14 @@ def sync_folder(path: Path) -> None:
     os.close(descriptor)
 
 
-def lock(path: Path, held: str, flags: int = 0) -> int:
+def lock(path: Path, held: str, flags: int = 0, option: str = "--output") -> int:
     """Opens a file and locks it for the life of this process; forked children do not inherit the lock.
 
     Args:
         path: The file; it is created if absent.
         held: The message if another process holds it.
         flags: Further flags of `os.open`.
+        option: What names the folder on the command line.
 
     Returns:
         The file descriptor; closing it gives up the lock.
@@ -65,7 +66,7 @@ def lock(path: Path, held: str, flags: int = 0) -> int:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             owner = os.pread(descriptor, 200, 0).decode("utf-8", "replace") if path.name == ".lock" else ""
             os.close(descriptor)
-            raise RunError(f"{held}{f' ({owner})' if owner else ''}; wait for it, or choose another --output") from None
+            raise RunError(f"{held}{f' ({owner})' if owner else ''}; wait for it, or choose another {option}") from None
         warnings.warn(f"{path} cannot be locked ({error}): do not start a second run in this folder", stacklevel=2)
     if path.name == ".lock":
         os.ftruncate(descriptor, 0)
@@ -74,12 +75,12 @@ def lock(path: Path, held: str, flags: int = 0) -> int:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path, option: str = "--output") -> Iterator[None]:
     """Turns an error of the file system into one that names the path, the cause and the way out."""
     try:
         yield
     except OSError as error:
         raise RunError(
             f"cannot write the run to {error.filename or path}: {error.strerror or error}; "
-            "what is finished is kept: repair the cause and start the same command again, or choose another --output"
+            f"what is finished is kept: repair the cause and start the same command again, or choose another {option}"
         ) from error

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -22,6 +20,7 @@ from torchmetrics import Metric
 
 from svdd import __version__
 from svdd.errors import UserError
+from svdd.peers import leads
 from svdd.prediction import Prediction
 from svdd.run_config import plain
 from svdd.run_files import RunError
@@ -64,12 +63,6 @@ class RunWriter(L.Callback):
         self._failures = 0  # in a row, up to now
         self.failed_prompts = 0  # of this prediction, once it has ended
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
-        node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
-        return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
-
     def open(self, scan: bool = True, hold: bool = False) -> set[int]:
         """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
 
@@ -83,7 +76,7 @@ class RunWriter(L.Callback):
         Raises:
             RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
         """
-        if self.leads:
+        if leads():
             finished = self.folder.claim(self.config, self.overwrite)
         else:
             finished = self.folder.finished() if scan and not self.overwrite else set()

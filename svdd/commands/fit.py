@@ -12,10 +12,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from svdd.commands.base import ModelCLI, refusals
+from svdd.commands.processes import check_processes
+from svdd.peers import leads
 from svdd.rollout_data import RolloutDataModule
 from svdd.run_config import HEADER, differences, dump_config, load_config
 from svdd.run_files import RunError, explained, lock, write_atomically
-from svdd.writer import RunWriter
 
 __all__ = ["FitCLI"]
 
@@ -28,12 +29,7 @@ _HARMLESS = re.compile(
     r"|model\.(on_error|sampler|eval_rewards|images_per_prompt|budget|seed|diffusion\.(chunk_size|compile))(\..*)?"
 )
 
-_BEFORE_A_CHECKPOINT = {
-    ".lock",
-    "config.yaml",
-    "config.yaml.tmp",
-    "logs",
-}  # a training that got no further binds nobody
+_BEFORE_A_CHECKPOINT = {".lock", "config.yaml", "config.yaml.tmp", "logs"}  # a training of no more binds nobody
 
 
 class FitCLI(ModelCLI):
@@ -64,7 +60,8 @@ class FitCLI(ModelCLI):
         """Claims the output folder for this configuration, until the end."""
         config = self.config["fit"]
         self.folder = Path(config.output)
-        if RunWriter(self.folder).leads:
+        check_processes(config.trainer)
+        if leads():
             settings = self.resolved()
             with refusals():
                 settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest

@@ -1,23 +1,21 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import hashlib
-import os
 import sys
 from contextlib import ExitStack
 from typing import Any
 
-import lightning as L
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.baseline import against, over_optimised, warning
 from svdd.checkpoint_files import checkpoint_digest
 from svdd.commands.base import ModelCLI, refusals
+from svdd.commands.processes import check_processes
 from svdd.data import PromptDataModule
 from svdd.errors import Incomplete, UserError
 from svdd.evaluation import Evaluation
 from svdd.log_samples import report
-from svdd.peers import launched
+from svdd.peers import launched, leads
 from svdd.picture_files import find_pictures
 from svdd.progress import StepProgress
 from svdd.values.learned import weights_file
@@ -63,7 +61,7 @@ class PredictCLI(ModelCLI):
         config = self.config["predict"]
         with refusals():
             self.watch = self._around.enter_context(Watch(config.output, config.patience))
-            _check_processes(config.trainer)
+            check_processes(config.trainer)
             self.watch.meet(launched(config.trainer.num_nodes))
             prompts = PromptDataModule(**config.data.as_dict())
             self.evaluation = Evaluation(**config.evaluation.as_dict())
@@ -79,7 +77,7 @@ class PredictCLI(ModelCLI):
             self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
-        if self.writer.leads:
+        if leads():
             self.watch.forget()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -150,37 +148,6 @@ class PredictCLI(ModelCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
-
-
-def _check_processes(config: Any) -> None:
-    """Refuses a Trainer that would take other processes for its own, or none, than a launcher has started.
-
-    Without this each of the processes of `torchrun` would draw all prompts where `devices` was forgotten.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher, started = "torchrun", int(os.environ["WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        launcher, started = "SLURM", int(os.environ.get("SLURM_NTASKS", 1))
-    else:
-        return
-    strategy = config.strategy if isinstance(config.strategy, str) else "ddp"
-    probe = L.Trainer(
-        accelerator=config.accelerator,
-        strategy=strategy,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    planned = probe.num_devices * probe.num_nodes
-    if planned != started:
-        raise UserError(
-            f"{launcher} started {started} processes, but trainer.devices={config.devices} and trainer.num_nodes="
-            f"{config.num_nodes} stand for {planned}: give --trainer.devices the number of processes on each "
-            "machine and --trainer.num_nodes the number of machines"
-        )
 
 
 def _value_digest(value: Any) -> dict[str, str]:
