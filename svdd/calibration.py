@@ -13,9 +13,14 @@ from torchmetrics.functional.regression import explained_variance, pearson_corrc
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from svdd.data import Prompt
+from svdd.errors import UserError
 from svdd.run_files import explained, write_atomically
 
-__all__ = ["ValueCalibration", "measure", "plot", "write"]
+__all__ = ["FILES", "ValueCalibration", "check_counts", "measure", "plot", "read_config", "write"]
+
+FILES = ("calibration.json", "calibration.csv", "calibration.png")
+
+_FEWEST_CHAINS = 3  # two always lie on a line
 
 
 class ValueCalibration(L.LightningModule):
@@ -60,6 +65,28 @@ class ValueCalibration(L.LightningModule):
         self.calibration = measure(everything[:, 2:-1], everything[:, -1], everything[:, 0].long())
 
 
+def check_counts(num_inference_steps: int, num_chains: int) -> None:
+    """Refuses what no correlation can be measured on.
+
+    Args:
+        num_inference_steps: T; the value is asked at the steps 1 .. T - 1.
+        num_chains: Prompts times images per prompt.
+
+    Raises:
+        UserError: If there is no step between noise and image, or fewer than three chains.
+    """
+    if num_inference_steps < 2:
+        raise UserError(
+            f"num_inference_steps={num_inference_steps} has no step between noise and image to ask the value at; "
+            "use at least 2"
+        )
+    if num_chains < _FEWEST_CHAINS:
+        raise UserError(
+            f"a calibration needs at least {_FEWEST_CHAINS} chains, better hundreds, got {num_chains}; "
+            "give more prompts or a larger images_per_prompt"
+        )
+
+
 def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> list[dict[str, float]]:
     """Returns one row per step.
 
@@ -72,7 +99,16 @@ def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> list[dict[str, 
         For each step: `spearman` and `pearson` correlation of value and reward, `spearman_within` (of their deviations
         from the prompt's mean: what a sampler can choose by; NaN with one chain per prompt), `bias` (mean of value -
         reward), `rmse`, and `explained_variance` (1 - var(reward - value) / var(reward)).
+
+    Raises:
+        UserError: If there are too few steps or chains, or all rewards are the same.
     """
+    check_counts(values.shape[1] + 1, len(rewards))
+    if not rewards.var() > 0:
+        raise UserError(
+            f"the rewards of {len(rewards)} chains do not differ, so there is nothing to foretell; "
+            "draw more chains or use another reward"
+        )
     several = bool((torch.bincount(prompts) > 1).any())
     table = []
     for i, v in enumerate(values.unbind(1), start=1):
@@ -99,7 +135,7 @@ def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
 
 
 def write(folder: Path, table: list[dict[str, float]], about: dict[str, Any]) -> str:
-    """Writes `calibration.csv` and `calibration.json`, and returns the table as text.
+    """Writes `calibration.json` and `calibration.csv`, removes an earlier plot, and returns the table as text.
 
     Args:
         folder: The run folder.
@@ -113,14 +149,24 @@ def write(folder: Path, table: list[dict[str, float]], about: dict[str, Any]) ->
     plain = [{name: None if number != number else number for name, number in row.items()} for row in table]
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "calibration.csv", buffer.getvalue().encode())
-        write_atomically(folder / "calibration.json", json.dumps({**about, "steps": plain}, indent=2).encode() + b"\n")
+        write_atomically(folder / FILES[0], json.dumps({**about, "steps": plain}, indent=2).encode() + b"\n")
+        write_atomically(folder / FILES[1], buffer.getvalue().encode())
+        (folder / FILES[2]).unlink(missing_ok=True)
     names = list(table[0])
     lines = ["".join(f"{name:>20}" for name in names)]
     lines += [
         "".join(f"{row[name]:>20.0f}" if name == "step" else f"{row[name]:>20.4f}" for name in names) for row in table
     ]
     return "\n".join(lines)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the configuration that `write` recorded in a JSON file; of any other file an empty one."""
+    try:
+        config = json.loads(path.read_bytes())["config"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def plot(path: Path, tables: dict[str, list[dict[str, float]]], title: str) -> bool:

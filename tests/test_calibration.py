@@ -1,10 +1,13 @@
 """`svdd calibrate`: the numbers against definitions, the chains against plain ones, the files."""
 
 import csv
+import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,10 @@ from PIL import Image
 
 from svdd.__main__ import main
 from svdd.calibration import measure, plot, write
+from svdd.checkpoint_files import checkpoint_digest
+from svdd.commands.calibrate import CalibrateCLI
 from svdd.data import Prompt
+from svdd.errors import UserError
 from svdd.module import GuidedDiffusion
 from svdd.samplers.unguided import Unguided
 from svdd.values.posterior_mean import PosteriorMean
@@ -105,6 +111,93 @@ def test_values_at_the_end_are_not_asked_for():
     model.on_test_epoch_start()
     model.test_step([Prompt(0, "", None, None, {})], 0)
     assert model._seen[0].shape == (1, 2 + 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.diffusion.num_inference_steps", "1"], "num_inference_steps=1 has no step between noise and image"),
+        (["--data.limit", "2", "--model.images_per_prompt", "1"], "needs at least 3 chains, better hundreds, got 2"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_it_is_drawn(calibrate, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(GuidedDiffusion, "test_step", lambda *_: pytest.fail("a chain was drawn"))
+    assert calibrate(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_that_would_say_nothing_are_not_given():
+    for chains in (1, 2):
+        with pytest.raises(UserError, match=f"needs at least 3 chains, better hundreds, got {chains}"):
+            measure(torch.randn(chains, 2).double(), torch.randn(chains).double(), torch.arange(chains))
+    with pytest.raises(UserError, match="the rewards of 4 chains do not differ, so there is nothing to foretell"):
+        measure(torch.zeros(4, 2).double(), torch.ones(4).double(), torch.arange(4))
+
+
+def test_a_checkpoint_is_looked_at_before_anything_is_built(calibrate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CalibrateCLI, "instantiate_classes", lambda _: pytest.fail("the model was built"))
+    (tmp_path / "whole.ckpt").write_bytes(saved({"svdd_value": {}, "state_dict": {"value.w": torch.ones(500)}}))
+    (tmp_path / "torn.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:700])
+    (tmp_path / "other.ckpt").write_bytes(saved({"state_dict": {}}))
+    (tmp_path / "tensor.ckpt").write_bytes(saved(torch.ones(2)))
+    (tmp_path / "code.ckpt").write_bytes(saved({"svdd_value": Path("x"), "state_dict": {}}))
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    for name, message in (
+        ("none", "cannot be read: No such file or directory"),
+        ("torn", "is not a checkpoint, or a torn one"),
+        ("code", "is not a checkpoint, or a torn one"),
+        ("text", "is not a checkpoint, or a torn one"),
+        ("empty", "is not a checkpoint, or a torn one"),
+        ("other", "holds no value of svdd"),
+        ("tensor", "holds no value of svdd"),
+    ):
+        path = str(tmp_path / f"{name}.ckpt")
+        assert calibrate("--ckpt_path", path) == 2
+        error = capsys.readouterr().err
+        assert f"ckpt_path={path!r} {message}; expected the best.ckpt or last.ckpt that `svdd fit` wrote" in error
+        assert error.count("\n") == 1
+    assert calibrate("--ckpt_path", "http://127.0.0.1:9/value.ckpt") == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err
+    data = (tmp_path / "whole.ckpt").read_bytes()
+    assert checkpoint_digest(str(tmp_path / "whole.ckpt")) == hashlib.sha256(data).hexdigest()
+
+
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def test_a_trained_value_is_measured_from_its_checkpoint(calibrate, sd15, tmp_path):
+    network = ["--model.value", "LatentConvValue", "--model.value.channels", "8", "--model.value.num_blocks", "1"]
+    words = calibrate.words[1:7]  # reward, model and steps
+    words += ["--data.prompts", '["apple"]', "--data.num_rollouts", "8", "--data.cache", str(tmp_path / "cache")]
+    words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
+    assert main(["fit", *words, *network]) == 0
+    checkpoint = tmp_path / "value" / "checkpoints" / "last.ckpt"
+    assert calibrate(*network, "--ckpt_path", str(checkpoint)) == 0
+    assert json.loads((tmp_path / "c" / "calibration.json").read_text())["value"] == "LatentConvValue"
+
+
+def test_another_calibration_takes_the_place_of_one_only_when_told_to(calibrate, tmp_path, capsys):
+    assert calibrate() == calibrate("--data.batch_size", "3") == 0  # the same again
+    first = (tmp_path / "c" / "calibration.csv").read_bytes()
+    capsys.readouterr()
+    assert calibrate("--model.seed", "5") == 2
+    assert "holds a calibration with other settings: model.seed was 0, now 5. Choose" in capsys.readouterr().err
+    assert (tmp_path / "c" / "calibration.csv").read_bytes() == first
+    assert calibrate("--model.seed", "5", "--overwrite", "true") == 0
+    assert (tmp_path / "c" / "calibration.csv").read_bytes() != first
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_folder_of_something_else_is_left_alone(calibrate, tmp_path, capsys, overwrite):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "results.jsonl").touch()
+    assert calibrate("--overwrite", overwrite) == 2
+    assert "is not empty and holds no calibration; choose another --output" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["results.jsonl"]
 
 
 @pytest.fixture
