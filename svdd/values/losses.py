@@ -57,8 +57,8 @@ class SoftLoss(ValueLoss):
 
     How low alpha may be depends on s, the spread of the targets that is left once x_i is known. The soft value of
     normal targets lies s^2 / (2 alpha) above their mean. In batches of 256 the value comes to lie as far above it down
-    to alpha = s / 2, but 96 % as far at s / 3, 88 % at s / 4 and 50 % at s / 10, on the side of the mean. An average over
-    samples without any bound does little better: 97 % at s / 4 and 65 % at s / 10 with 100,000 of them.
+    to alpha = s / 2, but 96 % as far at s / 3, 88 % at s / 4 and 50 % at s / 10, on the side of the mean. An average
+    over samples without any bound does little better: 97 % at s / 4 and 65 % at s / 10 with 100,000 of them.
 
     Source: the linear-exponential loss of Garg et al., Extreme Q-Learning, 2023, arXiv 2301.02328.
 
