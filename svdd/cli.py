@@ -87,6 +87,7 @@ def _hush() -> None:
     for message in (
         "isinstance.treespec, LeafSpec",
         "have many workers",
+        "when using `ckpt_path`, callbacks",  # of the training; a prediction has its own
         "ranks is zero",
         "LightningCLI's args parameter",
         "Cannot enable progress bars",  # nobody watches: we turned them off ourselves

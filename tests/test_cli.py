@@ -376,6 +376,9 @@ def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_ro
     assert "the checkpoint was trained for something else: num_inference_steps was 3, here it is 4" in message
     assert predict(*value, "--ckpt_path", str(tmp_path / "none.ckpt"), "--overwrite", "true") == 2
     assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "garbage.ckpt").write_text("no checkpoint")
+    assert predict(*value, "--ckpt_path", str(tmp_path / "garbage.ckpt"), "--overwrite", "true") == 2
+    assert "garbage.ckpt' is not a checkpoint, or a torn one" in capsys.readouterr().err
 
 
 def test_an_interrupted_fit_continues(fit, capsys, tmp_path):

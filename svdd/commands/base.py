@@ -8,6 +8,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from svdd.checkpoint_files import checkpoint_digest
 from svdd.errors import UserError
 from svdd.parser_errors import explain
 
@@ -23,7 +24,13 @@ class Parser(LightningArgumentParser):
 
 
 class ModelCLI(LightningCLI):
-    """A command that builds a `GuidedDiffusion` from a configuration."""
+    """A command that builds a `GuidedDiffusion` from a configuration.
+
+    Attributes:
+        ckpt_sha256: The SHA-256 of the checkpoint, where one is given.
+    """
+
+    ckpt_sha256: str | None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the folder of the run, and the classes whose arguments can be given without naming them."""
@@ -42,6 +49,11 @@ class ModelCLI(LightningCLI):
         plain = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         plain.pop("config", None)
         return plain
+
+    def _parse_ckpt_path(self) -> None:
+        """Looks at the checkpoint, where Lightning would take settings out of it, which ours do not hold."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        self.ckpt_sha256 = None if path is None else checkpoint_digest(path)
 
     def instantiate_classes(self) -> None:
         """Builds everything; what a constructor refuses is the user's to repair."""

@@ -7,7 +7,6 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.calibration import FILES, check_counts, plot, read_config, write
-from svdd.checkpoint_files import checkpoint_digest
 from svdd.commands.base import ModelCLI
 from svdd.run_config import differences
 from svdd.run_files import RunError, explained
@@ -61,11 +60,6 @@ class CalibrateCLI(ModelCLI):
         print(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if drawn else ''}")
         if not drawn:
             print("no plot: it needs matplotlib (pip install 'svdd[plot]')")
-
-    def _parse_ckpt_path(self) -> None:
-        """Looks at the checkpoint, where Lightning would take settings out of it, which ours do not hold."""
-        if (path := self.config["calibrate"].ckpt_path) is not None:
-            checkpoint_digest(path)
 
     def _check_folder(self, overwrite: bool) -> None:
         """The same calibration may be repeated where it was, another one only takes its place when told to."""

@@ -17,6 +17,7 @@ from svdd.peers import leads
 from svdd.rollout_data import RolloutDataModule
 from svdd.run_config import HEADER, differences, dump_config, load_config
 from svdd.run_files import RunError, explained, lock, write_atomically
+from svdd.values.losses import MeanLoss
 
 __all__ = ["FitCLI"]
 
@@ -96,7 +97,8 @@ class FitCLI(ModelCLI):
             score = self._checkpoints.best_model_score
             print(f"{type(self.model.value).__name__} for {self.model.reward.name} in {self.folder}")
             if score is not None:
-                print(f"best held-out loss {float(score):.4g} (1 is that of the mean reward), {best}")
+                known = " (1 is that of the mean reward)" if isinstance(self.model.learned_value.loss, MeanLoss) else ""
+                print(f"best held-out loss {float(score):.4g}{known}, {best}")
             print(f"use it: svdd predict ... --ckpt_path {best}  or  --model.value.pretrained {weights}")
 
     def _claim(self, config: dict[str, Any], overwrite: bool) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.baseline import against, over_optimised, warning
-from svdd.checkpoint_files import checkpoint_digest
 from svdd.commands.base import ModelCLI, refusals
 from svdd.commands.processes import check_processes
 from svdd.data import PromptDataModule
@@ -70,9 +69,9 @@ class PredictCLI(ModelCLI):
         prompts.teardown("predict")
         plain = self.resolved()
         plain["data"]["prompts_sha256"] = digest
+        if self.ckpt_sha256 is not None:
+            plain["ckpt_sha256"] = self.ckpt_sha256
         with refusals():
-            if config.ckpt_path is not None:
-                plain["ckpt_sha256"] = checkpoint_digest(config.ckpt_path)
             plain |= _value_digest(plain["model"].get("value"))
             self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self._around.callback(self.writer.close)
