@@ -52,7 +52,7 @@ class ModelCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Looks at the checkpoint, where Lightning would take settings out of it, which ours do not hold."""
-        path = self.config[self.subcommand].get("ckpt_path")
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
         self.ckpt_sha256 = None if path is None else checkpoint_digest(path)
 
     def instantiate_classes(self) -> None:
