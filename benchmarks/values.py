@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from benchmarks.paired import PROMPTS, interval
-from svdd.calibration import measure, plot
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
@@ -24,6 +23,7 @@ from svdd.samplers.unguided import Unguided
 from svdd.values.base import Value
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.training.calibration import measure, plot
 
 STEPS, AT_ONCE = 25, 4
 CONFIG = Path(__file__).parent.parent / "configs" / "svdd_mc_compressibility.yaml"

@@ -1,26 +1,59 @@
 """Steer text-to-image diffusion models with any reward, at inference time, without training or gradients."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from svdd.diffusion.stable_diffusion import StableDiffusion
-    from svdd.module import GuidedDiffusion
+    from svdd.guided_diffusion import GuidedDiffusion
 
-__all__ = ["GuidedDiffusion", "StableDiffusion", "__version__"]
+__all__ = [
+    "GuidedDiffusion",
+    "Incomplete",
+    "RewardError",
+    "StableDiffusion",
+    "Stopped",
+    "UserError",
+    "__version__",
+    "nearest",
+]
 
 try:
     __version__ = version("svdd")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_LAZY = {"GuidedDiffusion": "svdd.module", "StableDiffusion": "svdd.diffusion.stable_diffusion"}
+_LAZY = {"GuidedDiffusion": "svdd.guided_diffusion", "StableDiffusion": "svdd.diffusion.stable_diffusion"}
+
+
+class UserError(ValueError):
+    """An error that the user can fix; the message says what came, what was expected and what to do (exit code 2)."""
+
+
+class RewardError(UserError):
+    """A reward failed, or returned something other than one finite number per image."""
+
+
+class Stopped(SystemExit):
+    """The run ends early because of a signal or a failed process; the same command continues it."""
+
+
+class Incomplete(SystemExit):
+    """The run is complete except for prompts that failed; the same command tries them again."""
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """Returns the known name most similar to `name`, or None if none is close."""
+    from difflib import get_close_matches
+
+    lowered = {candidate.lower(): candidate for candidate in known}
+    match = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    return lowered[match[0]] if match else None
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the two heavy names on first use, so that `import svdd` costs nothing."""
+    """Imports the heavy names on first use, so that `import svdd` stays fast."""
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'svdd' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from svdd import __version__
-from svdd.errors import UserError
+from svdd import UserError, __version__
 
 __all__ = ["main"]
 
@@ -61,15 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command == "compare":
             _compare(words[1:])
         elif command == "score":
-            from svdd.cli import run_score
+            from svdd.commands.cli import run_score
 
             run_score(words[1:])
         elif command in ("predict", "fit", "calibrate"):
-            from svdd.cli import run
+            from svdd.commands.cli import run
 
             run(arguments)
         else:
-            from svdd.registry import nearest
+            from svdd import nearest
 
             near = nearest(command, list(_COMMANDS))
             hint = f"; did you mean {near!r}?" if near else ""
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(words: Sequence[str]) -> None:
-    from svdd.report import compare
+    from svdd.commands.compare import compare
 
     parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, one column each")
@@ -97,7 +96,7 @@ def _compare(words: Sequence[str]) -> None:
 
 
 def _list(words: Sequence[str]) -> None:
-    from svdd.registry import KINDS, catalogue
+    from svdd.commands.registry import KINDS, catalogue
 
     if unknown := [word for word in words if word not in KINDS]:
         raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")

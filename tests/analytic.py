@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.rewards.base import Reward
-from svdd.state import State
+from svdd.state.state import State
 from svdd.values.base import Value
 
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from svdd import UserError
 from svdd.__main__ import main
-from svdd.calibration import measure, plot, write
-from svdd.checkpoint_files import checkpoint_digest
 from svdd.commands.calibrate import CalibrateCLI
-from svdd.data import Prompt
-from svdd.errors import UserError
-from svdd.module import GuidedDiffusion
+from svdd.commands.checkpoints import checkpoint_digest
+from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.prompts import Prompt
 from svdd.samplers.unguided import Unguided
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.training.calibration import measure, plot, write
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, run
 
 

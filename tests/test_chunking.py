@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from svdd.chunking import Chunker
+from svdd.diffusion.chunking import Chunker
 from svdd.samplers.svdd import SVDD
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound, run

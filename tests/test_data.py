@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from svdd.data import Prompt, PromptDataModule, PromptDataset, PromptError
-from svdd.errors import UserError
+from svdd import UserError
+from svdd.runs.prompts import Prompt, PromptDataModule, PromptDataset, PromptError
 
 REAL_FILES = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from svdd.__main__ import main
-from svdd.module import GuidedDiffusion
-from svdd.registry import KINDS, catalogue, import_all
+from svdd.commands.registry import KINDS, catalogue, import_all
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
-from svdd.state import State
+from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 
 ROOT = Path(__file__).parent.parent
@@ -226,7 +226,7 @@ def test_every_builtin_is_listed_with_a_line_about_it():
             waiting += found.__subclasses__()
             public = not found.__name__.startswith("_") and not inspect.isabstract(found)
             if public and found.__module__.startswith("svdd."):
-                assert (kind, found.__name__) in listed, f"{found.__module__} is not read by svdd.registry"
+                assert (kind, found.__name__) in listed, f"{found.__module__} is not read by svdd.commands.registry"
     assert {kind for kind, _ in listed} == set(KINDS)
     for entry in listed.values():
         assert entry.description.endswith("."), entry
@@ -246,8 +246,8 @@ def test_modules_define_all(path):
     assert "__all__" in assigned or not defined
 
 
-def imports(node: ast.AST, everywhere: bool) -> set[str]:
-    """Returns the names of imported modules; not those under TYPE_CHECKING, and functions' only if `everywhere`."""
+def imports(node: ast.AST) -> set[str]:
+    """Returns the names of imported modules, those inside functions too, but not those under TYPE_CHECKING."""
     if isinstance(node, ast.Import):
         return {alias.name for alias in node.names}
     if isinstance(node, ast.ImportFrom):
@@ -255,56 +255,61 @@ def imports(node: ast.AST, everywhere: bool) -> set[str]:
         return {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
         return set()
-    if isinstance(node, ast.FunctionDef) and not everywhere:
-        return set()
-    return {name for child in ast.iter_child_nodes(node) for name in imports(child, everywhere)}
+    return {name for child in ast.iter_child_nodes(node) for name in imports(child)}
 
 
 def module_of(path: Path) -> str:
     return name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
-def closure(module: str, graph: dict[str, set[str]]) -> set[str]:
-    seen, waiting = set(), [module]
-    while waiting:
-        if (name := waiting.pop()) not in seen:
-            seen.add(name)
-            waiting += graph.get(name, ())
-    return seen
+NOUNS = {"diffusion", "state", "rewards", "values", "samplers"}
+MAY_IMPORT = {  # a folder of svdd, or a module there: what it may import of the others, wherever the import stands
+    "assets": set(),
+    "evaluation.metrics": set(),
+    "runs": set(),
+    "diffusion": {"assets"},
+    "rewards": {"assets"},
+    "state": {"diffusion"},
+    "values": {"diffusion", "state", "rewards"},
+    "samplers": {"diffusion", "state", "values"},
+    "guided_diffusion": {*NOUNS, "runs", "evaluation.metrics"},
+    "values.training": {*NOUNS, "runs", "guided_diffusion"},
+    "evaluation": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics"},
+    "commands": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics", "values.training", "evaluation"},
+    "__main__": {"commands"},
+}
+FOREIGN = {  # a library: the only folders that may import it
+    "diffusers": {"diffusion"},
+    "transformers": {"diffusion", "rewards", "commands"},
+    "lightning": {"guided_diffusion", "values.training", "evaluation", "runs", "commands"},
+    "PIL": {"rewards", "runs", "evaluation", "commands"},
+}
+
+
+def room_of(module: str) -> str:
+    """Returns the key of MAY_IMPORT that a module belongs to; empty for the root package, which all may import."""
+    inside = module.removeprefix("svdd").removeprefix(".")
+    return max((room for room in MAY_IMPORT if f"{inside}.".startswith(f"{room}.")), key=len, default="")
 
 
 def test_imports_point_one_way():
-    ours = {module_of(path): path for path in SOURCES}
-    graph = {name: imports(tree_of(path), everywhere=False) for name, path in ours.items()}
-    inside = {name: {target for target in targets if target in ours} - {name} for name, targets in graph.items()}
+    graph = {module_of(path): imports(tree_of(path)) for path in SOURCES}
+    inside = {name: {target for target in targets if target in graph} - {name} for name, targets in graph.items()}
     TopologicalSorter(inside).prepare()  # raises CycleError
-    forbidden = ("lightning", "PIL", "diffusers", "transformers")
-    for name, path in ours.items():
-        if name.startswith(("svdd.samplers.", "svdd.values.")):
-            reached = closure(name, graph) | imports(tree_of(path), everywhere=True)
-            assert not {target for target in reached if target.split(".")[0] in forbidden}, name
-        if not name.startswith("svdd.diffusion."):
-            assert "diffusers" not in {target.split(".")[0] for target in imports(tree_of(path), everywhere=True)}, name
-        if "PIL" in {target.split(".")[0] for target in imports(tree_of(path), everywhere=True)}:
-            assert name.startswith(("svdd.rewards.", "svdd.writer", "svdd.report", "svdd.picture_files")), name
-        layers = (
-            "svdd.diffusion",
-            "svdd.state",
-            "svdd.rewards",
-            "svdd.values",
-            "svdd.samplers",
-            "svdd.module",
-            "svdd.cli",
-        )
-        for height, layer in enumerate(layers):
-            if name.startswith(layer):
-                assert not [target for target in inside[name] if target.startswith(layers[height + 1 :])], name
+    for name, targets in graph.items():
+        room = room_of(name)
+        outside = {room_of(target) for target in targets if target in graph} - {room, ""}
+        assert room or not outside, f"the root package imports {outside}"
+        assert not outside - MAY_IMPORT.get(room, set()), f"{name} imports {outside}"
+        for library, rooms in FOREIGN.items():
+            if library in {target.split(".")[0] for target in targets}:
+                assert room in rooms, f"{name} imports {library}"
 
 
-def test_architecture_names_every_module():
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    modules = [path.name for path in SOURCES if path.parent.name == "svdd" and path.name != "__init__.py"]
-    assert [name for name in modules if f"`{name}`" not in page] == []
+def test_the_house_is_seen_at_a_glance():
+    entries = [path.name for path in (ROOT / "svdd").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 13, entries
+    assert {path: lines for path in SOURCES if (lines := path.read_text("utf-8").count("\n")) > 300} == {}
 
 
 def anchors(page: Path) -> set[str]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from svdd import Incomplete
 from svdd.__main__ import main
 from svdd.commands.predict import PredictCLI
-from svdd.errors import Incomplete
-from svdd.picture_files import read_rows
+from svdd.runs.pictures import read_rows
 
 PROMPTS = ["red apple", "blue car", "panda", "owl"]
 

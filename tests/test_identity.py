@@ -7,14 +7,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from svdd import UserError
+from svdd.diffusion.fingerprint import fingerprint
 from svdd.diffusion.stable_diffusion import StableDiffusion
-from svdd.errors import UserError
-from svdd.identity import fingerprint, settings
-from svdd.module import GuidedDiffusion
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
+from svdd.rewards.identity import settings
 from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.vlm_judge import VLMJudge

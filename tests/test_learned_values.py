@@ -9,11 +9,9 @@ import lightning as L
 import pytest
 import torch
 
-from svdd.errors import UserError
-from svdd.module import GuidedDiffusion
+from svdd import UserError
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
-from svdd.rollout_data import RolloutDataModule
-from svdd.rollouts import RolloutCache, draw_rollouts
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
@@ -22,6 +20,8 @@ from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.losses import MeanLoss, SoftLoss
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.training.data import RolloutDataModule
+from svdd.values.training.rollouts import RolloutCache, draw_rollouts
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, bound, run
 
 B = [0.6, -0.8]

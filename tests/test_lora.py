@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from svdd import UserError
 from svdd.diffusion.stable_diffusion import StableDiffusion
-from svdd.errors import UserError
 from svdd.samplers.unguided import Unguided
 from svdd.values.posterior_mean import PosteriorMean
 

@@ -7,10 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import svdd.metrics.distances
-import svdd.metrics.diversity
-import svdd.metrics.reward_statistics
-from svdd.metrics import CMMD, Diversity, RewardStatistics
+from svdd.evaluation.metrics import CMMD, Diversity, RewardStatistics, distances, diversity, reward_statistics
 
 
 def reference(scores):
@@ -189,7 +186,11 @@ def test_two_ranks(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "count"),
-    [(svdd.metrics.reward_statistics, 6), (svdd.metrics.diversity, 4), (svdd.metrics.distances, 5)],
+    [
+        (reward_statistics, 6),
+        (diversity, 4),
+        (distances, 5),
+    ],
 )
 def test_examples(module, count):
     failures, tried = doctest.testmod(module)

@@ -28,13 +28,13 @@ from transformers import (
     ViTModel,
 )
 
-from svdd.errors import RewardError, UserError
+from svdd import RewardError, UserError
 from svdd.rewards.base import Reward
-from svdd.rewards.blip import GroundedText
 from svdd.rewards.classifier import Classifier, find_label
-from svdd.rewards.image_processing import read_preprocessing
 from svdd.rewards.image_reward import ImageReward
-from svdd.rewards.pixels import CLIP_MEAN, CLIP_STD, normalise
+from svdd.rewards.models.blip import GroundedText
+from svdd.rewards.models.image_processing import read_preprocessing
+from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
 from svdd.rewards.vlm_judge import VLMJudge
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
 from tests.tiny_reward_models import (
@@ -614,7 +614,7 @@ def test_patience_ends():
 
 def test_waits_between_attempts_double(monkeypatch):
     waits = []
-    monkeypatch.setattr("svdd.rewards.http_service.time.sleep", waits.append)
+    monkeypatch.setattr("svdd.rewards.models.http_service.time.sleep", waits.append)
     with chat_server(lambda body, handler: (503, {}, {})) as (address, _):
         failure(address, retries=8, backoff=0.5, concurrency=1)
     assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]

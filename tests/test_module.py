@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from svdd.data import Prompt, PromptDataModule
+from svdd import UserError
 from svdd.diffusion.stable_diffusion import StableDiffusion
-from svdd.errors import UserError
-from svdd.module import GuidedDiffusion
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility, Incompressibility
+from svdd.runs.prompts import Prompt, PromptDataModule
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -432,7 +432,7 @@ def test_one_image_has_a_mean_and_no_spread(sd15, tmp_path):
 
 
 def test_counts_that_do_not_divide_add_up_again(sd15):
-    from svdd.ledger import Ledger
+    from svdd.state.ledger import Ledger
 
     model = model_of(sd15)
     share = Ledger(denoiser_rows=7).per_image(3)

@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from svdd.errors import UserError
-from svdd.resampling import RESAMPLERS
+from svdd import UserError
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -16,11 +15,12 @@ from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
+from svdd.samplers.toolbox.resampling import RESAMPLERS
+from svdd.samplers.toolbox.weights import POTENTIALS, Weighing, Weights
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
 from svdd.values.posterior_mean import PosteriorMean
-from svdd.weights import POTENTIALS, Weighing, Weights
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, PlaneMixtureDiffusion, Quadratic, bound, run
 from tests.test_samplers import B, assert_mean, assert_variance, rewards, value_of
 

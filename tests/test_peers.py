@@ -1,7 +1,7 @@
 import pytest
 
-from svdd.peers import DONE, FAILED, GONE, LEADER, RUNNING, STOPPING, Launch, Peers, launched, led
-from svdd.run_config import dump_config
+from svdd.runs.config import dump_config
+from svdd.runs.processes.peers import DONE, FAILED, GONE, LEADER, RUNNING, STOPPING, Launch, Peers, launched, led
 
 
 class Clock:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
 
+from svdd import UserError
 from svdd.diffusion.kernels import make_kernel
 from svdd.diffusion.stable_diffusion import StableDiffusion
-from svdd.errors import UserError
-from svdd.module import GuidedDiffusion
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.dps import DPS

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from svdd.resampling import RESAMPLERS
-from svdd.selection import effective_sample_size
-from svdd.tempering import SCHEDULES, next_exponent
-from svdd.weights import POTENTIALS, Weighing, Weights
+from svdd.samplers.toolbox.resampling import RESAMPLERS
+from svdd.samplers.toolbox.selection import effective_sample_size
+from svdd.samplers.toolbox.tempering import SCHEDULES, next_exponent
+from svdd.samplers.toolbox.weights import POTENTIALS, Weighing, Weights
 
 NAMES = list(RESAMPLERS)
 WEIGHTS = {

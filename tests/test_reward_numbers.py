@@ -13,24 +13,24 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-from svdd.data import Prompt
-from svdd.errors import RewardError, UserError
-from svdd.quarantine import draw_the_rest
+from svdd import RewardError, UserError
+from svdd.assets.hub import find_file, read_weights
 from svdd.rewards.aesthetic import Aesthetic, AestheticHead
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
-from svdd.rewards.clip_models import OpenClipModel
 from svdd.rewards.colorfulness import Colorfulness
 from svdd.rewards.function import FunctionReward
 from svdd.rewards.hps_v2 import HPSv2
 from svdd.rewards.jpeg import Compressibility
+from svdd.rewards.models.clip_models import OpenClipModel
+from svdd.rewards.models.pixels import fit_square
 from svdd.rewards.pick_score import PickScore
-from svdd.rewards.pixels import fit_square
-from svdd.rewards.pretrained import find_file, read_weights
 from svdd.rewards.sharpness import Sharpness
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
+from svdd.runs.failures import draw_the_rest
+from svdd.runs.prompts import Prompt
 from tests.test_rewards import PROMPTS, as_pil, pictures
 
 LAION_HEAD = Path(os.environ.get("SVDD_TEST_DATA", "../shared/data")) / "sac+logos+ava1-l14-linearMSE.pth"

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import ModuleList
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
-from svdd.errors import RewardError, UserError
+from svdd import RewardError, UserError
 from svdd.rewards.aesthetic import Aesthetic
 from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness

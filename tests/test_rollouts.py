@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
+from svdd import UserError
 from svdd.__main__ import main
 from svdd.commands.fit import _HARMLESS
-from svdd.errors import UserError
-from svdd.module import GuidedDiffusion
-from svdd.rollout_data import RolloutDataModule
-from svdd.rollouts import RolloutCache
-from svdd.run_config import differences
+from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.config import differences
+from svdd.values.training.data import RolloutDataModule
+from svdd.values.training.rollouts import RolloutCache
 from tests.analytic import GaussianDiffusion, Linear
 from tests.test_learned_values import B, fit, network
 
@@ -176,7 +176,7 @@ def test_features_of_prompts_do_not_depend_on_the_blocks(sd15, monkeypatch):
     model, texts = GuidedDiffusion(Compressibility(), StableDiffusion(sd15, 3), value=network()), list("abcde")
     model.learn_prompts(texts)
     whole = model._prompt_features
-    monkeypatch.setattr("svdd.fitting._PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("svdd.values.training.fitting._PROMPTS_AT_ONCE", 2)
     model.learn_prompts(texts)
     torch.testing.assert_close(model._prompt_features, whole)
 

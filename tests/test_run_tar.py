@@ -9,11 +9,11 @@ import tracemalloc
 import pytest
 from PIL import Image
 
-from svdd import run_tar
-from svdd.errors import UserError
-from svdd.run_folder import RunFolder
-from svdd.run_tar import TarWriter, digests, read_image, repair
-from svdd.writer import RunWriter
+from svdd import UserError
+from svdd.runs import tar as run_tar
+from svdd.runs.folder import RunFolder
+from svdd.runs.tar import TarWriter, digests, read_image, repair
+from svdd.runs.writer import RunWriter
 from tests.test_writer import CONFIG, Tiny, full_disk, predict, read_rows
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from svdd.errors import UserError
+from svdd import UserError
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from svdd.selection import choose, draw, top
+from svdd.samplers.toolbox.selection import choose, draw, top
 
 INF = math.inf
 BELOW_ONE = math.nextafter(1.0, 0.0)

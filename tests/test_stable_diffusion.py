@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdd import UserError
 from svdd.diffusion.stable_diffusion import StableDiffusion
-from svdd.errors import UserError
 from svdd.samplers.unguided import Unguided
 from tests.analytic import run
 

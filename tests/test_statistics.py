@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from svdd.baseline import against, over_optimised, paired, warning
-from svdd.errors import UserError
-from svdd.evaluation import Evaluation
-from svdd.metrics import CMMD, Diversity, RewardStatistics
-from svdd.metrics.bootstrap import bootstrap_interval, spread_within
-from svdd.metrics.bootstrap import clustered as in_clusters
-from svdd.metrics.student_t import t_quantile
-from svdd.picture_files import find_pictures, read_pictures
+from svdd import UserError
+from svdd.evaluation.baseline import against, over_optimised, paired, warning
+from svdd.evaluation.evaluation import Evaluation
+from svdd.evaluation.metrics import CMMD, Diversity, RewardStatistics
+from svdd.evaluation.metrics.bootstrap import bootstrap_interval, spread_within
+from svdd.evaluation.metrics.bootstrap import clustered as in_clusters
+from svdd.evaluation.metrics.student_t import t_quantile
+from svdd.runs.pictures import find_pictures, read_pictures
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
+from svdd.samplers.toolbox.selection import choice_kl
 from svdd.samplers.unguided import Unguided
-from svdd.selection import choice_kl
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound
 

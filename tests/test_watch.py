@@ -10,10 +10,10 @@ from operator import methodcaller
 
 import pytest
 
-from svdd.errors import Stopped
-from svdd.peers import DONE, FAILED, RUNNING, STOPPING, Launch, Peers
-from svdd.run_config import dump_config
-from svdd.watch import Watch
+from svdd import Stopped
+from svdd.runs.config import dump_config
+from svdd.runs.processes.peers import DONE, FAILED, RUNNING, STOPPING, Launch, Peers
+from svdd.runs.processes.watch import Watch
 
 LAUNCHES = [Launch(rank, 2, "ab12") for rank in range(2)]
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from svdd.trace import Choice, Trace, count_distinct
-from svdd.window import Window
+from svdd.samplers.toolbox.window import Window
+from svdd.state.trace import Choice, Trace, count_distinct
 
 
 @pytest.mark.parametrize(

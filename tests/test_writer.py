@@ -16,13 +16,13 @@ import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from svdd.errors import UserError
-from svdd.metrics import RewardStatistics
-from svdd.prediction import Prediction
-from svdd.run_config import differences
-from svdd.run_folder import RunFolder, image_name
-from svdd.run_shards import encode
-from svdd.writer import RunError, RunWriter
+from svdd import UserError
+from svdd.evaluation.metrics import RewardStatistics
+from svdd.runs.config import differences
+from svdd.runs.folder import RunFolder, image_name
+from svdd.runs.json_lines import encode
+from svdd.runs.prediction import Prediction
+from svdd.runs.writer import RunError, RunWriter
 
 PROMPTS = ["apple", "blue car", "café ☕ \u2028 line", "lone \ud800", "../../etc/passwd", "x"]
 CONFIG = {
@@ -433,7 +433,7 @@ def test_where_nothing_is_left_to_draw_rank_0_asks_nobody(tmp_path):
 
 def test_a_folder_is_held_until_it_is_closed(tmp_path):
     """What comes after the prediction belongs to the run: no other may begin meanwhile."""
-    other = "import sys; from svdd.writer import RunWriter; RunWriter(sys.argv[1], overwrite=True).open()"
+    other = "import sys; from svdd.runs.writer import RunWriter; RunWriter(sys.argv[1], overwrite=True).open()"
 
     def begin():
         command = [sys.executable, "-c", other, str(tmp_path / "run")]
@@ -480,8 +480,8 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_writer
-from svdd.run_folder import RunFolder
-from svdd.writer import RunWriter
+from svdd.runs.folder import RunFolder
+from svdd.runs.writer import RunWriter
 
 class Slow(test_writer.Tiny):
     def predict_step(self, batch, batch_idx):

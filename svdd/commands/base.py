@@ -8,9 +8,9 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from svdd.checkpoint_files import checkpoint_digest
-from svdd.errors import UserError
-from svdd.parser_errors import explain
+from svdd import UserError
+from svdd.commands.checkpoints import checkpoint_digest
+from svdd.commands.parser import explain
 
 __all__ = ["ModelCLI", "Parser", "refusals"]
 

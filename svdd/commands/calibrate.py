@@ -6,10 +6,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
-from svdd.calibration import FILES, check_counts, plot, read_config, write
 from svdd.commands.base import ModelCLI
-from svdd.run_config import differences
-from svdd.run_files import RunError, explained
+from svdd.runs.config import differences
+from svdd.runs.files import RunError, explained
+from svdd.values.training.calibration import FILES, check_counts, plot, read_config, write
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
 

@@ -12,12 +12,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from svdd.commands.base import ModelCLI, refusals
-from svdd.commands.processes import check_processes
-from svdd.peers import leads
-from svdd.rollout_data import RolloutDataModule
-from svdd.run_config import HEADER, differences, dump_config, load_config
-from svdd.run_files import RunError, explained, lock, write_atomically
+from svdd.runs.config import HEADER, differences, dump_config, load_config
+from svdd.runs.files import RunError, explained, lock, write_atomically
+from svdd.runs.processes.launcher import check_processes
+from svdd.runs.processes.peers import leads
 from svdd.values.losses import MeanLoss
+from svdd.values.training.data import RolloutDataModule
 
 __all__ = ["FitCLI"]
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from svdd.baseline import against, over_optimised, warning
+from svdd import Incomplete, UserError
 from svdd.commands.base import ModelCLI, refusals
-from svdd.commands.processes import check_processes
-from svdd.data import PromptDataModule
-from svdd.errors import Incomplete, UserError
-from svdd.evaluation import Evaluation
-from svdd.log_samples import report
-from svdd.peers import launched, leads
-from svdd.picture_files import find_pictures
-from svdd.progress import StepProgress
+from svdd.commands.progress import StepProgress
+from svdd.evaluation.baseline import against, over_optimised, warning
+from svdd.evaluation.evaluation import Evaluation
+from svdd.evaluation.log_samples import report
+from svdd.runs.pictures import find_pictures
+from svdd.runs.processes.launcher import check_processes
+from svdd.runs.processes.peers import launched, leads
+from svdd.runs.processes.watch import Watch
+from svdd.runs.prompts import PromptDataModule
+from svdd.runs.writer import RunWriter
 from svdd.values.learned import weights_file
-from svdd.watch import Watch
-from svdd.writer import RunWriter
 
 __all__ = ["PredictCLI"]
 

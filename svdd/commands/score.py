@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from svdd.chunking import Chunker
+from svdd import UserError
 from svdd.commands.base import refusals
-from svdd.data import PromptDataset
-from svdd.errors import UserError
-from svdd.evaluation import Evaluation
-from svdd.metrics import RewardStatistics
-from svdd.parser_errors import explain
-from svdd.picture_files import Picture, find_pictures, read_pictures
+from svdd.commands.parser import explain
+from svdd.diffusion.chunking import Chunker
+from svdd.evaluation.evaluation import Evaluation
+from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward
-from svdd.run_files import explained, write_atomically
-from svdd.run_shards import encode
+from svdd.runs.files import explained, write_atomically
+from svdd.runs.json_lines import encode
+from svdd.runs.pictures import Picture, find_pictures, read_pictures
+from svdd.runs.prompts import PromptDataset
 
 __all__ = ["score"]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svdd.chunking import Chunker
-from svdd.errors import UserError
+from svdd import UserError
+from svdd.diffusion.chunking import Chunker
 
 if TYPE_CHECKING:
-    from svdd.state import State
+    from svdd.state.state import State
 
 __all__ = ["Denoised", "Diffusion"]
 
@@ -187,6 +187,6 @@ class Diffusion(nn.Module, ABC):
         Raises:
             ValueError: If there are no prompts, lengths differ or `num_particles` is below 1.
         """
-        from svdd.state import start
+        from svdd.state.state import start
 
         return start(self, prompts, seeds, num_particles, negative_prompts)

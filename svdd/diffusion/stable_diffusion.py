@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
+from svdd.diffusion.fingerprint import fingerprint
 from svdd.diffusion.kernels import known_schedulers, make_kernel
 from svdd.diffusion.tiny_decoder import TinyDecoder
-from svdd.errors import UserError
-from svdd.identity import fingerprint
 
 __all__ = ["StableDiffusion"]
 

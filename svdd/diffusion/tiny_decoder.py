@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from svdd.errors import UserError
+from svdd import UserError
 
 __all__ = ["TinyDecoder"]
 

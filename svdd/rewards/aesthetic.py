@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd.rewards.auto_models import read_model
-from svdd.rewards.clip_models import locate, processor_statistics
-from svdd.rewards.pixels import fit_square, normalise
-from svdd.rewards.pretrained import PretrainedReward, find_file, fit_weights, read_weights
+from svdd.assets.hub import find_file, fit_weights, read_weights
+from svdd.rewards.models.auto_models import read_model
+from svdd.rewards.models.clip_models import locate, processor_statistics
+from svdd.rewards.models.pixels import fit_square, normalise
+from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["Aesthetic", "AestheticHead"]
 

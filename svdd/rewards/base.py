@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdd.errors import RewardError, UserError
-from svdd.identity import settings
+from svdd import RewardError, UserError
+from svdd.rewards.identity import settings
 
 __all__ = ["Reward", "is_device_failure"]
 

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd.errors import UserError
-from svdd.registry import nearest
-from svdd.rewards.auto_models import read_auto, read_model
-from svdd.rewards.image_processing import read_preprocessing
+from svdd import UserError, nearest
+from svdd.rewards.models.auto_models import read_auto, read_model
+from svdd.rewards.models.image_processing import read_preprocessing
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["Classifier"]

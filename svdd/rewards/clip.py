@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svdd.errors import UserError
-from svdd.rewards.clip_models import EMBEDDED, ClipModel, OpenClipModel, TransformersClip
+from svdd import UserError
+from svdd.rewards.models.clip_models import EMBEDDED, ClipModel, OpenClipModel, TransformersClip
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["CLIPScore"]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd.errors import UserError
+from svdd import UserError
 from svdd.rewards.base import Reward
-from svdd.rewards.pictures import as_pictures
+from svdd.rewards.models.pictures import as_pictures
 
 __all__ = ["FunctionReward"]
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from svdd.rewards.clip_models import ClipModel, OpenClipModel
-from svdd.rewards.pretrained import PretrainedReward, find_file
+from svdd.assets.hub import find_file
+from svdd.rewards.models.clip_models import ClipModel, OpenClipModel
+from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["HPSv2"]
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from svdd.errors import UserError
-from svdd.rewards.blip import GroundedText, read_grounded_text
-from svdd.rewards.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
-from svdd.rewards.pretrained import LOAD_ERRORS, PretrainedReward, find_file, read_weights
+from svdd import UserError
+from svdd.assets.hub import LOAD_ERRORS, find_file, read_weights
+from svdd.rewards.models.blip import GroundedText, read_grounded_text
+from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
+from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["ImageReward"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svdd.rewards.base import Reward
-from svdd.rewards.pictures import as_pictures
+from svdd.rewards.models.pictures import as_pictures
 
 __all__ = ["Compressibility", "Incompressibility"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from svdd.rewards.clip_models import TransformersClip
+from svdd.rewards.models.clip_models import TransformersClip
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["PickScore"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from svdd.rewards.base import Reward
-from svdd.rewards.pixels import luma
+from svdd.rewards.models.pixels import luma
 
 __all__ = ["Sharpness"]
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svdd.errors import UserError
-from svdd.rewards.http_service import Service
-from svdd.rewards.pictures import as_pictures
+from svdd import UserError
+from svdd.rewards.models.http_service import Service
+from svdd.rewards.models.pictures import as_pictures
+from svdd.rewards.models.vlm_endpoint import Endpoint
+from svdd.rewards.models.vlm_local import LocalVLM
 from svdd.rewards.pretrained import PretrainedReward
-from svdd.rewards.vlm_endpoint import Endpoint
-from svdd.rewards.vlm_local import LocalVLM
 
 __all__ = ["VLMJudge"]
 

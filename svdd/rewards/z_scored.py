@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from svdd.errors import UserError
+from svdd import UserError
 from svdd.rewards.base import Reward
 
 __all__ = ["ZScored"]

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from svdd import UserError
 from svdd.diffusion.base import Diffusion
-from svdd.errors import UserError
-from svdd.selection import effective_sample_size
-from svdd.state import State
-from svdd.trace import Choice, count_distinct
+from svdd.samplers.toolbox.selection import effective_sample_size
+from svdd.samplers.toolbox.window import Window
+from svdd.state.state import State
+from svdd.state.trace import Choice, count_distinct
 from svdd.values.base import Value
-from svdd.window import Window
 
 __all__ = ["Sampler", "require_at_least_one", "require_gradient", "require_guided_step", "require_noise"]
 

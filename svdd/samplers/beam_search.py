@@ -8,7 +8,7 @@ Alignment in Diffusion Models, 2025, arXiv 2503.02039.
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.svdd import SVDD
-from svdd.state import State
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["BeamSearch"]

@@ -1,8 +1,8 @@
 """Best-of-N: sample N images, keep the one with the highest reward."""
 
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.selection import choice_kl, top
-from svdd.state import State
+from svdd.samplers.toolbox.selection import choice_kl, top
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["BestOfN"]

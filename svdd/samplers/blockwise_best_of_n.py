@@ -6,10 +6,10 @@ Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 20
 
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one, require_guided_step, require_noise
-from svdd.selection import choice_kl, choose
-from svdd.state import State
+from svdd.samplers.toolbox.selection import choice_kl, choose
+from svdd.samplers.toolbox.window import Window
+from svdd.state.state import State
 from svdd.values.base import Value
-from svdd.window import Window
 
 __all__ = ["BlockwiseBestOfN"]
 

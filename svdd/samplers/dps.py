@@ -9,12 +9,12 @@ import math
 
 import torch
 
+from svdd import UserError
 from svdd.diffusion.base import Diffusion
-from svdd.errors import UserError
 from svdd.samplers.base import Sampler, require_gradient, require_guided_step
-from svdd.state import State
+from svdd.samplers.toolbox.window import Window
+from svdd.state.state import State
 from svdd.values.base import Value
-from svdd.window import Window
 
 __all__ = ["DPS"]
 

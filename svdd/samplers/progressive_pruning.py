@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.selection import top
-from svdd.state import State
+from svdd.samplers.toolbox.selection import top
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["ProgressivePruning"]

@@ -5,8 +5,8 @@ Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling De
 """
 
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.selection import choice_kl, top
-from svdd.state import State
+from svdd.samplers.toolbox.selection import choice_kl, top
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["RandomSearch"]

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from svdd.samplers.base import Sampler
-from svdd.selection import draw, probabilities, top
-from svdd.state import State
-from svdd.weights import Weights
+from svdd.samplers.toolbox.selection import draw, probabilities, top
+from svdd.samplers.toolbox.weights import Weights
+from svdd.state.state import State
 
 __all__ = ["finish", "number_returned"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one, require_gradient, require_guided_step
 from svdd.samplers.returning import finish, number_returned
-from svdd.state import State
+from svdd.samplers.toolbox.weights import Weighing, Weights
+from svdd.samplers.toolbox.window import Window
+from svdd.state.state import State
 from svdd.values.base import Value
-from svdd.weights import Weighing, Weights
-from svdd.window import Window
 
 __all__ = ["TwistedSMC"]
 

@@ -1,7 +1,7 @@
 """Plain sampling from the pretrained model: the baseline, and what every sampler becomes in its limit."""
 
 from svdd.samplers.base import Sampler
-from svdd.state import State
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["Unguided"]

@@ -7,8 +7,8 @@ Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling De
 import torch
 
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.selection import top
-from svdd.state import State
+from svdd.samplers.toolbox.selection import top
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["ZeroOrderSearch"]

@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from svdd import UserError
 from svdd.diffusion.base import Diffusion
-from svdd.errors import UserError
 from svdd.rewards.base import Reward
-from svdd.state import State
+from svdd.state.state import State
 
 __all__ = ["Value"]
 

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from svdd import UserError
 from svdd.diffusion.base import Diffusion
-from svdd.errors import UserError
-from svdd.run_files import write_atomically
-from svdd.state import State
+from svdd.runs.files import write_atomically
+from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.losses import MeanLoss, ValueLoss
 

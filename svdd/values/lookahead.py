@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from svdd.diffusion.base import Diffusion
-from svdd.state import State
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["Lookahead"]

@@ -8,7 +8,7 @@ import math
 from torch import Tensor, nn
 
 from svdd.diffusion.base import Diffusion
-from svdd.state import State
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["PosteriorMean"]

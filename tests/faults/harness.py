@@ -23,7 +23,7 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from svdd.__main__ import main
-from svdd.run_tar import read_image
+from svdd.runs.tar import read_image
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from svdd.evaluation import Evaluation
+from svdd.evaluation.evaluation import Evaluation
 from tests.faults.harness import Case, until
 
 KEPT = "finished images are kept, and the same command continues"

@@ -12,6 +12,6 @@ def test_red_is_warm_and_blue_is_cold():
 
 
 def test_svdd_knows_it_by_name():
-    from svdd.registry import catalogue
+    from svdd.commands.registry import catalogue
 
     assert "Warmth" in [entry.name for entry in catalogue() if entry.kind == "reward"]

@@ -1,0 +1,117 @@
+"""What can be selected by name: the base class is the registry, and this module fills it.
+
+Every concrete subclass of `Diffusion`, `Sampler`, `Value` and `Reward` that was imported is selectable by its class
+name. Built-in classes and those of plug-ins are imported alike; `catalogue` tells them without importing the built-ins.
+"""
+
+import ast
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+__all__ = ["KINDS", "Entry", "catalogue", "import_all", "names_of"]
+
+PLUGIN_GROUP = "svdd.plugins"
+KINDS = {  # kind: (package of the built-ins, base class)
+    "diffusion": ("svdd.diffusion", "Diffusion"),
+    "sampler": ("svdd.samplers", "Sampler"),
+    "value": ("svdd.values", "Value"),
+    "reward": ("svdd.rewards", "Reward"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One selectable class.
+
+    Args:
+        kind: A key of `KINDS`.
+        name: The class name, which selects it.
+        description: First line of its docstring.
+        package: The distribution or module that it comes from.
+    """
+
+    kind: str
+    name: str
+    description: str
+    package: str
+
+
+def import_all() -> None:
+    """Imports every built-in module and every plug-in; a plug-in that fails to import warns and is skipped."""
+    for package, _ in KINDS.values():
+        for path in _modules(package):
+            import_module(f"{package}.{path.stem}")
+    for plugin in _plugins():
+        try:
+            plugin.load()
+        except Exception as error:  # a stranger's package may raise anything, and must not stop the rest
+            source = plugin.dist.name if plugin.dist else plugin.value
+            warnings.warn(
+                f"plug-in {plugin.name!r} of {source} was skipped: {type(error).__name__}: {error}", stacklevel=2
+            )
+
+
+def catalogue() -> list[Entry]:
+    """Returns all selectable classes, by kind and name.
+
+    The built-ins are read from their source, which takes milliseconds; plug-ins, where there are any, are imported.
+    """
+    entries = [entry for kind, (package, base) in KINDS.items() for entry in _read_sources(kind, package, base)]
+    if _plugins():
+        import_all()
+        known = {(entry.kind, entry.name) for entry in entries}
+        entries += [entry for entry in _imported() if (entry.kind, entry.name) not in known]
+    return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry.name))
+
+
+def names_of(kind: str) -> list[str]:
+    """Returns the names that select a class of this kind."""
+    return [entry.name for entry in catalogue() if entry.kind == kind]
+
+
+def _modules(package: str) -> list[Path]:
+    folder = Path(__file__).parents[1] / package.split(".")[1]
+    return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))
+
+
+def _plugins() -> list[EntryPoint]:
+    return list(entry_points(group=PLUGIN_GROUP))
+
+
+def _read_sources(kind: str, package: str, base: str) -> Iterator[Entry]:
+    """Yields the concrete classes below `base`, however far, in the files of a package."""
+    nodes = [node for path in _modules(package) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    parents = {name: {b.id for b in node.bases if isinstance(b, ast.Name)} for name, node in classes.items()}
+    known = {base}
+    while below := {name for name, above in parents.items() if above & known} - known:
+        known |= below
+    for name in known - {base}:
+        if not name.startswith("_") and not any(_is_abstract(part) for part in classes[name].body):
+            yield Entry(kind, name, _first_line(ast.get_docstring(classes[name])), "svdd")
+
+
+def _is_abstract(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(mark, ast.Name) and mark.id == "abstractmethod" for mark in node.decorator_list
+    )
+
+
+def _imported() -> Iterator[Entry]:
+    for kind, (package, base) in KINDS.items():
+        waiting = [getattr(import_module(f"{package}.base"), base)]
+        while waiting:
+            subclasses = waiting.pop().__subclasses__()
+            waiting += subclasses
+            for found in subclasses:
+                if not inspect.isabstract(found) and not found.__name__.startswith("_"):
+                    yield Entry(kind, found.__name__, _first_line(found.__doc__), found.__module__.split(".")[0])
+
+
+def _first_line(docstring: str | None) -> str:
+    return docstring.strip().splitlines()[0] if docstring else ""

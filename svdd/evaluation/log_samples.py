@@ -1,0 +1,43 @@
+"""Hands numbers and sample images of a finished run to whatever logger is configured."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from svdd.runs.pictures import pixels_of, read_rows
+
+__all__ = ["report"]
+
+_SAMPLES = 16
+
+
+def report(loggers: Iterable[Any], found: Mapping[str, Any], run: Path) -> None:
+    """Logs the numbers, flat, and the first images with their prompts where the logger can show images.
+
+    Args:
+        loggers: Lightning loggers; TensorBoard's and Weights & Biases' show images.
+        found: Nested numbers; what is no number is left out.
+        run: The run folder.
+    """
+    numbers = dict(_flat(found))
+    for logger in loggers:
+        if numbers:
+            logger.log_metrics(numbers)
+        rows = list(islice(read_rows(run), _SAMPLES))
+        captions = [f"{row['prompt']} ({', '.join(f'{k} {v:.3g}' for k, v in row['rewards'].items())})" for row in rows]
+        if hasattr(logger, "log_image"):
+            logger.log_image("samples", [pixels_of(run, row["file"]) for row in rows], caption=captions)
+        elif hasattr(getattr(logger, "experiment", None), "add_image"):
+            for k, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+                logger.experiment.add_image(f"samples/{k}", pixels_of(run, row["file"]), dataformats="HWC")
+                logger.experiment.add_text(f"samples/{k}", caption)
+        logger.save()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", float(value)

@@ -1,0 +1,48 @@
+"""What the results of an object depend on, as plain data that files can keep and compare."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+__all__ = ["settings"]
+
+_HARMLESS = {
+    "api_key_env",
+    "backoff",
+    "batch_size",
+    "concurrency",
+    "local_files_only",
+    "one_by_one",
+    "retries",
+    "timeout",
+}
+
+
+def settings(thing: Any) -> dict[str, Any]:
+    """Returns the constructor's arguments, as far as attributes of the same names hold plain data.
+
+    Folders and files count by their last part, so that they can be moved; things that have an `identity`, by that.
+    Arguments that change how something is computed and not what comes of it are left out.
+    """
+    names = [name for name in inspect.signature(type(thing).__init__).parameters if name not in _HARMLESS]
+    found = {name: _plain(getattr(thing, name)) for name in names if name != "self" and hasattr(thing, name)}
+    return {name: value for name, value in found.items() if value is not ...}
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON has it; an ellipsis where it is something else."""
+    if hasattr(value, "identity"):
+        return value.identity
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | Path):
+        path = Path(value).expanduser()
+        return path.name if path.exists() else str(value)
+    if isinstance(value, list | tuple | nn.ModuleList):
+        parts = [_plain(part) for part in value]
+        return ... if ... in parts else parts
+    if inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return ...

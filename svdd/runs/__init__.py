@@ -1,0 +1,1 @@
+"""Prompts in, images and result rows out, and resumption from what is on disk."""

@@ -1,0 +1,237 @@
+"""The callback that leaves a run on disk while it is under way, and lets an interrupted one continue."""
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from torchmetrics import Metric
+
+from svdd import UserError, __version__
+from svdd.runs.config import plain
+from svdd.runs.files import RunError
+from svdd.runs.folder import RunFolder
+from svdd.runs.prediction import Prediction
+from svdd.runs.processes.peers import leads
+
+__all__ = ["RunError", "RunWriter"]
+
+_MOST_FAILURES = 20  # in a row; so many are no prompt's fault
+
+
+class RunWriter(L.Callback):
+    """Writes each batch as soon as it is drawn: images, traces, result rows, and at the end a summary.
+
+    Call `open` before anything costly is built, and leave the prompts that it returns out of the data. The module
+    must take the rows of an earlier run through `record(rows)`, return a `Prediction` from `predict_step`, and hold
+    its statistics in `summary` after its own `on_predict_epoch_end`.
+
+    Args:
+        output: The run folder; one that was begun with the same settings is continued.
+        config: The resolved configuration, kept as config.yaml and compared with that of an earlier run.
+        overwrite: Remove the files of an earlier run in the folder, and no others.
+        num_prompts: Prompts of the whole run, for its images to go to subfolders where there are too many for one.
+        tar: Write the images into tar shards, which WebDataset reads, instead of a file each.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        config: dict[str, Any] | None = None,
+        overwrite: bool = False,
+        num_prompts: int | None = None,
+        tar: bool = False,
+    ) -> None:
+        self.folder = RunFolder(output, num_prompts, tar)
+        self.config = config or {}
+        self.overwrite = overwrite
+        self._started: float | None = None  # when the folder was opened; None while it is not
+        self._drawn = False
+        self._held = False
+        self._failures = 0  # in a row, up to now
+        self.failed_prompts = 0  # of this prediction, once it has ended
+
+    def open(self, scan: bool = True, hold: bool = False) -> set[int]:
+        """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
+
+        Only the process of rank 0 changes anything, and it holds the folder until the prediction ends.
+
+        Args:
+            scan: Whether the other processes look for themselves. Without it they return the empty set, and what rank
+                0 has found must be handed to them, as `PromptDataModule` does.
+            hold: Hold the folder beyond the prediction, until `close`.
+
+        Raises:
+            RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
+        """
+        if leads():
+            finished = self.folder.claim(self.config, self.overwrite)
+        else:
+            finished = self.folder.finished() if scan and not self.overwrite else set()
+        self._started, self._drawn, self._held, self._failures = time.monotonic(), False, hold, 0
+        return finished
+
+    def close(self) -> None:
+        """Gives the folder free."""
+        self.folder.close()
+        self._started = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Opens the folder if nobody has; then it must be new, for its prompts would be drawn again.
+
+        Raises:
+            RunError: If the folder cannot be used, or already holds finished prompts.
+        """
+        if stage == "predict" and self._started is None and (finished := self.open()):
+            self.close()
+            raise RunError(
+                f"{self.folder.path} already holds {len(finished)} finished prompts: call RunWriter.open() before "
+                "Trainer.predict and leave out the prompts that it returns, or set overwrite=True"
+            )
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens this process's own file of rows."""
+        self._drawn = True
+        self.folder.open_shard(trainer.global_rank)
+        if trainer.is_global_zero:
+            self.folder.remove_summary()
+
+    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hands the rows of an earlier run to the module, after its own `on_predict_start`."""
+        self._recall(trainer, pl_module)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes a batch.
+
+        Raises:
+            ValueError: If `outputs` is not a `Prediction` with as many rows as images in [0, 1], or a row or a trace
+                could not be read back.
+            RunError: If the disk is full or cannot be written.
+            UserError: If so many prompts in a row have failed that it is no prompt's fault.
+        """
+        if not isinstance(outputs, Prediction):
+            raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
+        pixels = _to_uint8(outputs.images)
+        if len(pixels) != len(outputs.rows):
+            raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
+        images = ((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
+        self.folder.write(images, outputs.traces, outputs.failures)
+        self._failures = len(outputs.failures) + (0 if outputs.rows else self._failures)
+        if self._failures >= _MOST_FAILURES:
+            raise UserError(
+                f"{self._failures} prompts in a row could not be drawn, the last with {outputs.failures[-1]['error']}; "
+                "finished images are kept: repair the cause and start the same command again"
+            )
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Folds the files of all processes together and writes the summary that the module has computed by now."""
+        self.folder.close_shard()
+        trainer.strategy.barrier("svdd.RunWriter")
+        if trainer.is_global_zero:
+            self._conclude(pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives the folder free; where no prompt was left to draw, computes the summary, and writes a missing one.
+
+        Without a batch Lightning calls none of the hooks above. All rows are on disk, so that rank 0 needs nobody else,
+        and by now the module is where collectives cannot reach it.
+        """
+        if stage != "predict" or self._started is None:
+            return
+        if not self._drawn and trainer.is_global_zero:
+            self._recall(trainer, pl_module)
+            with _alone(pl_module):
+                pl_module.on_predict_epoch_end()
+            if not self.folder.summary.exists():
+                self._conclude(pl_module)
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the folder free; what is written stays for the next run."""
+        self._release()
+
+    def _recall(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for rows in self.folder.rows():
+                cast(Any, pl_module).record(rows)
+
+    def _conclude(self, pl_module: L.LightningModule) -> None:
+        assert self._started is not None
+        prompts, images = self.folder.merge()
+        seconds = round(time.monotonic() - self._started, 3)
+        summary = cast(Any, pl_module).summary
+        self.failed_prompts = self.folder.merge_failures()
+        counts = {"prompts": prompts, "images": images, "failed_prompts": self.failed_prompts}
+        self.folder.write_summary({**counts, **summary, "wall_seconds": seconds})
+
+    def _release(self) -> None:
+        if self._held:
+            self.folder.close_shard()
+        else:
+            self.close()
+
+
+@contextmanager
+def _alone(module: L.LightningModule) -> Iterator[None]:
+    """Keeps the metrics of a module from asking other processes."""
+    metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+    asked = [metric.distributed_available_fn for metric in metrics]
+    for metric in metrics:
+        metric.distributed_available_fn = lambda: False
+    try:
+        yield
+    finally:
+        for metric, function in zip(metrics, asked, strict=True):
+            metric.distributed_available_fn = function
+
+
+def _to_uint8(images: Tensor) -> np.ndarray:
+    """Rounds as diffusers' `numpy_to_pil` does: float [n, 3, h, w] in [0, 1] to uint8 [n, h, w, 3]."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images must be float [n, 3, h, w], got {images.dtype} {list(images.shape)}")
+    values = images.detach().cpu().float()
+    if not bool(((values >= -1e-3) & (values <= 1 + 1e-3)).all()):
+        low, high = (value.item() for value in torch.aminmax(values))
+        raise ValueError(f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}: rescale or clamp them")
+    return (values.clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
+
+
+def _encode_png(pixels: np.ndarray, row: dict[str, Any]) -> bytes:
+    """Encodes uint8 [h, w, 3] with the prompt, the seed, the rewards and the versions as text chunks."""
+    info = PngInfo()
+    rewards = json.dumps(plain(row["rewards"], finite=True), ensure_ascii=False)
+    for key, text in {"prompt": row["prompt"], "seed": str(row["seed"]), "rewards": rewards, **_versions()}.items():
+        info.add_text(key, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    versions = {"svdd": __version__}
+    for name in ("torch", "diffusers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions

@@ -1,0 +1,1 @@
+"""What several samplers share: selection, resampling, weights, tempering, guidance windows."""

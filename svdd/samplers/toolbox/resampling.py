@@ -1,0 +1,114 @@
+"""Resampling: which particles of a population survive, and how often.
+
+Pure functions `(log_w [g, k], uniforms [g, k]) -> index [g, k]` that treat all g groups at once. Each is unbiased: the
+expected number of copies of particle j is k W_j. Systematic and SSP resampling also keep every number of copies at
+floor(k W_j) or ceil(k W_j).
+
+Sources: Douc, Cappe and Moulines, Comparison of Resampling Schemes for Particle Filtering, 2005, arXiv cs/0507025
+(multinomial, residual, stratified, systematic); Gerber, Chopin and Whiteley, Negative Association, Ordering and
+Convergence of Resampling Methods, 2017, arXiv 1707.01845 (SSP: Srinivasan sampling process).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from svdd.samplers.toolbox.selection import draw, probabilities
+
+__all__ = ["RESAMPLERS", "Resampler", "multinomial", "residual", "ssp", "stratified", "systematic"]
+
+Resampler = Callable[[Tensor, Tensor], Tensor]
+
+_ROUNDING = 1e-9  # what softmax and cumsum may be off an integer
+
+
+def multinomial(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Every survivor is drawn independently of the others."""
+    return draw(log_w, uniforms)
+
+
+def stratified(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverts the distribution function at one uniform number in each of k equal strata."""
+    return _invert(log_w, uniforms)
+
+
+def systematic(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverts the distribution function at k equally spaced points; only the first uniform number is used."""
+    return _invert(log_w, uniforms[:, :1])
+
+
+def residual(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Keeps floor(k W) copies of each particle and draws the rest from what is left of the weights."""
+    expected = _expected(log_w)
+    copies = expected.floor()
+    rest = expected - copies
+    certain = copies.cumsum(1)
+    slots = _slots(expected).expand_as(expected)
+    kept = torch.searchsorted(certain, slots.contiguous(), right=True)
+    nothing_left = rest.sum(1, keepdim=True) == 0  # any weights will do: none of the draws is used
+    drawn = draw(torch.where(nothing_left, torch.ones_like(rest), rest).log(), uniforms)
+    return torch.where(slots < certain[:, -1:], kept, drawn)
+
+
+def ssp(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Settles fractions of copies pair by pair, at random and without bias, until each is 0 or 1.
+
+    One particle with an open fraction a meets the next one with b. If a + b < 1, one of them gives all it has to the
+    other; else one of them takes 1 and leaves a + b - 1 to the other. The sum is kept, and so are both expectations.
+    """
+    expected = _expected(log_w)
+    groups, k = expected.shape
+    copies, fraction = expected.floor(), expected - expected.floor()
+    everyone = torch.arange(groups, device=log_w.device)
+    holder = torch.zeros_like(everyone)  # the particle whose fraction is open
+    open_part = fraction[:, 0].clone()
+    for j in range(1, k):
+        b = fraction[:, j]
+        total = open_part + b
+        full = total >= 1
+        share = torch.where(full, (1 - b) / (2 - total).clamp(min=_ROUNDING), b / total.clamp(min=_ROUNDING))
+        newcomer_stays = uniforms[:, j - 1] < share  # open, with what is left; the holder is settled
+        copies[everyone, torch.where(newcomer_stays, holder, j)] += full.to(copies)
+        holder = torch.where(newcomer_stays, j, holder)
+        open_part = torch.where(full, total - 1, total)
+    copies[everyone, holder] += k - copies.sum(1)  # the last open fraction is 0 or 1 but for rounding
+    return _repeat(copies)
+
+
+RESAMPLERS: dict[str, Resampler] = {
+    "multinomial": multinomial,
+    "stratified": stratified,
+    "systematic": systematic,
+    "residual": residual,
+    "ssp": ssp,
+}
+
+
+def _expected(log_w: Tensor) -> Tensor:
+    """Returns the expected copies k W, float64 [g, k], with what is an integer but for rounding made one."""
+    expected = probabilities(log_w) * log_w.shape[1]
+    whole = expected.round()
+    return torch.where((expected - whole).abs() < _ROUNDING, whole, expected)
+
+
+def _invert(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    expected = _expected(log_w)
+    steps = expected.cumsum(1)
+    whole = steps.round()
+    steps = torch.where((steps - whole).abs() < _ROUNDING, whole, steps)
+    steps[:, -1] = steps.shape[1]  # above every point
+    below_all = torch.nextafter(steps[0, -1], torch.zeros_like(steps[0, -1]))  # k - 1 + u may round up to k
+    return _first_above(steps, (_slots(expected) + uniforms.double()).clamp(max=below_all))
+
+
+def _repeat(copies: Tensor) -> Tensor:
+    return _first_above(copies.cumsum(1), _slots(copies).expand_as(copies))
+
+
+def _first_above(steps: Tensor, points: Tensor) -> Tensor:
+    return torch.searchsorted(steps, points.contiguous(), right=True)
+
+
+def _slots(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device, dtype=like.dtype)[None]

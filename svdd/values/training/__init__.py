@@ -1,0 +1,1 @@
+"""Training and calibration of values on rollouts of the pretrained model."""
