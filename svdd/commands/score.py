@@ -16,8 +16,8 @@ from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward
-from svdd.runs.files import explained, write_atomically
-from svdd.runs.json_lines import encode
+from svdd.runs.files import os_errors_explained, write_atomically
+from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
 
@@ -113,7 +113,7 @@ def _with_prompts(pictures: list[Picture], folder: Path, file: str | None) -> li
     """Gives the pictures of a folder the prompts of a file, line by line."""
     if file is None:
         return pictures
-    if (folder / "results.jsonl").is_file():
+    if RunFolder(folder).results.is_file():
         raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
     with refusals():
         dataset = PromptDataset(file)
@@ -142,8 +142,8 @@ def _device(name: str) -> torch.device:
 
 
 def _write(folder: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    with explained(folder):
+    with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(folder / "scores.jsonl", lines.encode("utf-8", "backslashreplace"))
-        write_atomically(folder / "summary.json", encode(summary, indent=2) + b"\n")
+        RunFolder(folder).write_summary(summary)
