@@ -43,7 +43,7 @@ def unguided_seconds(diffusion: StableDiffusion) -> float:
 def own_share(diffusion: StableDiffusion, reward: object, candidates: int) -> tuple[float, float]:
     """Returns the wall time of an SVDD run and the share of it outside network, decoder and reward."""
     value = PosteriorMean()
-    value.bind(reward)
+    value.bind(reward, diffusion)
     state = diffusion.start(PROMPTS, SEEDS)
     ledger = state.context.ledger
     with ledger.timed("total_seconds", state.x.device):

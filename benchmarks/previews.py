@@ -56,8 +56,7 @@ def main() -> None:
     held_out: dict[str, list[torch.Tensor]] = {name: [] for name in table}
     seconds, rows, network = (dict.fromkeys(table, 0.0) for _ in range(3))
     for value, _ in table.values():
-        value.bind(reward)
-        value.prepare(diffusion)
+        value.bind(reward, diffusion)
     for start in range(0, len(prompts), AT_ONCE):  # values alternate, so that a busy machine is as busy for all
         part = list(prompts[start : start + AT_ONCE])
         for name, (value, candidates) in table.items():

@@ -82,7 +82,7 @@ def draw(
 ) -> dict[str, Any]:
     """Draws IMAGES pictures of every prompt; returns scores [prompts][images], cost and diversity."""
     value, clip = PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
-    value.bind(guide)
+    value.bind(guide, diffusion)
     rewards = (guide, *others)
     result: dict[str, Any] = {"scores": {reward.name: [] for reward in rewards}, "diversity": []}
     rows, seconds, everything = 0.0, 0.0, []
