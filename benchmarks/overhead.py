@@ -1,4 +1,4 @@
-"""What the framework itself costs: plain sampling against diffusers' own loop, and the rest of an SVDD run.
+"""The framework's overhead: plain sampling against diffusers' own loop, and the unaccounted share of an SVDD run.
 
 Writes benchmarks/overhead.md. The two loops alternate, and the ratio is that of their medians.
 """

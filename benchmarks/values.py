@@ -31,7 +31,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "svdd_mc_compressibility.yam
 
 @torch.no_grad()
 def correlations(diffusion: StableDiffusion, values: dict[str, Value], images: int) -> dict[str, Any]:
-    """Asks all values about the same fresh chains and returns a calibration table for each."""
+    """Evaluates all values on the same fresh chains and returns a calibration table for each."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in values}
     rewards = []
     for k, prompt in enumerate(PROMPTS):
@@ -123,7 +123,7 @@ def main() -> None:
         "## Correlation with the final reward, by step",
         "",
         f"{4 * len(PROMPTS)} fresh chains, 4 per prompt. `within` is the rank correlation of deviations from the "
-        "prompt's mean: what a sampler can choose by.",
+        "prompt's mean: the signal a sampler can use.",
         "",
         "| step | learned | posterior mean | learned, within | posterior mean, within | learned, explained variance "
         "| posterior mean, explained variance |",
