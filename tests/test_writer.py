@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from svdd import UserError
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.runs.config import differences
-from svdd.runs.folder import RunFolder, image_name
+from svdd.runs.folder import RunFolder
+from svdd.runs.images import image_name
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
 from svdd.runs.writer import RunError, RunWriter
@@ -920,10 +921,17 @@ def test_many_images_go_to_subfolders(tmp_path):
 
 def test_large_runs_are_read_in_parts(tmp_path):
     folder = tmp_path / "run"
+    parts = []
+
+    class Record(Tiny):
+        def record(self, rows):
+            parts.append([row["prompt_index"] for row in rows])
+            super().record(rows)
+
     writer = RunWriter(folder)
     writer.open()
     lines = [json.dumps({"prompt_index": p, "rewards": {"r": 0.5}, "file": "x"}) for p in range(2500)]
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
-    parts = list(writer.folder.rows(1000))
-    assert [len(part) for part in parts] == [1000, 1000, 500]
-    assert [row["prompt_index"] for part in parts for row in part] == list(range(2500))
+    predict(writer, Record(), [])
+    assert [len(part) for part in parts] == [1024, 1024, 452]
+    assert [index for part in parts for index in part] == list(range(2500))

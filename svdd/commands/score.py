@@ -43,7 +43,7 @@ def score(words: Sequence[str]) -> None:
         help="File with the prompt of each picture, in the order of their names (2 before 10); a run folder brings its "
         "own.",
     )
-    parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and summary.json.")
+    parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
@@ -69,8 +69,9 @@ def score(words: Sequence[str]) -> None:
         for name, value in summary.get(key, {}).items():
             print(f"{key}, {name}: {value}")
     if settings.output is not None:
-        _write(Path(settings.output), rows, summary)
-        print(f"wrote {settings.output}/scores.jsonl and summary.json")
+        run = RunFolder(settings.output)
+        _write(run, rows, summary)
+        print(f"wrote {settings.output}/scores.jsonl and {run.summary.name}")
 
 
 @torch.inference_mode()
@@ -134,9 +135,9 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _write(folder: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    with os_errors_explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+def _write(run: RunFolder, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    with os_errors_explained(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(folder / "scores.jsonl", lines.encode("utf-8", "backslashreplace"))
-        RunFolder(folder).write_summary(summary)
+        write_atomically(run.path / "scores.jsonl", lines.encode("utf-8", "backslashreplace"))
+        run.write_summary(summary)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from svdd import UserError
 from svdd.evaluation.metrics.student_t import standard_error, t_quantile
-from svdd.runs.pictures import read_rows
+from svdd.runs.folder import RunFolder
 
 __all__ = ["against", "over_optimised", "paired", "sampler_of", "warning"]
 
@@ -117,7 +117,7 @@ def warning(comparison: Mapping[str, Mapping[str, float]], guide: str, fallen: l
 def _means(run: Path) -> dict[int, tuple[str, dict[str, float]]]:
     """Returns the text and the mean rewards of every prompt, by its index."""
     sums: dict[int, tuple[str, dict[str, float], int]] = {}
-    for row in read_rows(run):
+    for row in RunFolder(run).rows():
         text, total, count = sums.get(row["prompt_index"], (row["prompt"], {}, 0))
         rewards = row["rewards"]
         total = {name: total.get(name, 0.0) + rewards[name] for name in rewards}

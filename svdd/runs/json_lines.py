@@ -11,6 +11,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from io import FileIO
 from itertools import islice, repeat
 from pathlib import Path
 from typing import IO, Any, cast
@@ -38,7 +39,7 @@ class ShardedFile:
         self.path = path
         self._is_entry = is_entry
         self._shard_name = re.compile(rf"{re.escape(path.stem)}-\d+\.jsonl")
-        self._shard: IO[bytes] | None = None
+        self._shard: FileIO | None = None
 
     def shards(self) -> list[Path]:
         """Returns the existing shards."""
@@ -49,7 +50,7 @@ class ShardedFile:
     def open(self, rank: int) -> None:
         """Opens the shard of this rank, unless it is open."""
         if self._shard is None:
-            self._shard = open(self.path.with_name(f"{self.path.stem}-{rank:05d}.jsonl"), "ab", buffering=0)
+            self._shard = FileIO(self.path.with_name(f"{self.path.stem}-{rank:05d}.jsonl"), "a")
             sync_folder(self.path.parent)
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
@@ -71,7 +72,7 @@ class ShardedFile:
                 )
         data = b"".join(lines)
         if os.write(self._shard.fileno(), data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._shard.name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._shard.name))
         os.fsync(self._shard.fileno())
 
     def close(self) -> None:

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from svdd.runs.files import sync_folder
 
@@ -41,16 +41,16 @@ class TarWriter:
         self._folder, self._rank, self._limit = folder, rank, images_per_shard
         taken = [int(path.stem.split("-")[1]) for path in _shards(folder) if path.name.startswith(f"{rank:05d}-")]
         self._next = max(taken, default=-1) + 1
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._count = 0
 
     def shard(self) -> str:
         """Returns the name of the shard for the next batch, and opens it."""
         if self._file is None:
             path = self._folder / f"{self._rank:05d}-{self._next:06d}.tar"
-            self._file = open(path, "xb", buffering=0)
+            self._file = FileIO(path, "x")
             self._next, self._count = self._next + 1, 0
-        return Path(self._file.name).name
+        return Path(str(self._file.name)).name
 
     def append(self, members: Iterable[tuple[str, bytes]], images: int) -> None:
         """Appends the members of a batch in one write, and returns when they are on disk; `shard` comes first.
@@ -73,9 +73,9 @@ class TarWriter:
                 self._write(file, _END)
 
     @staticmethod
-    def _write(file: IO[bytes], data: bytes) -> None:
+    def _write(file: FileIO, data: bytes) -> None:
         if os.write(file.fileno(), data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
         os.fsync(file.fileno())
 
 

@@ -16,7 +16,7 @@ from svdd import UserError
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
-from svdd.runs.files import explained, write_atomically
+from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.prompts import Prompt
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
@@ -70,10 +70,7 @@ class Calibration(L.LightningModule):
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Runs `images_per_prompt` chains for each prompt of the batch."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
-        seeds = [
-            (self.seed + prompt.index * self.images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
-            for prompt, k in jobs
-        ]
+        seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
         texts, negatives = [prompt.text for prompt, _ in jobs], [prompt.negative_prompt for prompt, _ in jobs]
         state, columns = self.diffusion.start(texts, seeds, 1, negatives), []
         while not state.done:
@@ -170,7 +167,7 @@ def write(folder: Path, table: Table, about: dict[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(table)
     plain = [{name: None if number != number else number for name, number in row.items()} for row in table]
-    with explained(folder):
+    with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / FILES[0], json.dumps({**about, "steps": plain}, indent=2).encode() + b"\n")
         write_atomically(folder / FILES[1], buffer.getvalue().encode())

@@ -8,7 +8,6 @@ or not as recorded is drawn again. A rollout depends on nothing but its number, 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.runs.files import explained, lock, write_atomically
+from svdd.runs.files import lock, os_errors_explained, write_atomically
 from svdd.state.state import State
 
 __all__ = ["RolloutCache", "draw_rollouts"]
@@ -82,7 +81,7 @@ class RolloutCache:
 
     def missing(self) -> list[int]:
         """Returns the shards that must be drawn: absent, torn, too short or not as recorded."""
-        with explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, "--data.cache"):
             recorded = self._recorded()
             return [k for k in range(len(self.shards)) if not self._is_whole(k, recorded.get(self._file(k).name))]
 
@@ -99,25 +98,23 @@ class RolloutCache:
         if not missing:
             yield []
             return
-        with explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = lock(
-                self.path / ".lock", f"another run draws rollouts into {self.path}", option="--data.cache"
-            )
+            file_lock = lock(self.path / ".lock", f"another run draws rollouts into {self.path}", option="--data.cache")
         try:
             yield self.missing()  # it may have been filled just before
         finally:
-            os.close(descriptor)
+            file_lock.release()
 
     def write(self, shard: int, rollouts: dict[str, Tensor]) -> None:
         """Writes one shard, whole or not at all."""
-        with explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(shard), save({k: tensor.contiguous() for k, tensor in rollouts.items()}))
 
     def seal(self) -> None:
         """Records the settings and the checksum of every shard; for one process, when all are written, in `filling`."""
-        with explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, "--data.cache"):
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
             sums = self._recorded() | {self._file(k).name: self._checksum(k) for k in range(len(self.shards))}
