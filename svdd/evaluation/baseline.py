@@ -4,7 +4,6 @@ A sampler that climbs one reward far enough finds pictures that please the rewar
 reward that was only measured falls while the guide rises (Gao et al., 2022, arXiv 2210.10760).
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,14 +64,13 @@ def sampler_of(run: Path) -> str:
     """Returns the name of the sampler that drew a finished run.
 
     Raises:
-        UserError: If the run has no summary.
+        UserError: If the run has no summary that names it.
     """
-    try:
-        return str(json.loads((run / "summary.json").read_text(encoding="utf-8"))["sampler"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run} has no summary.json that names its sampler; run the same `svdd predict` to its end"
-        ) from error
+    folder = RunFolder(run)
+    summary = folder.read_summary()
+    if "sampler" not in summary:
+        raise UserError(f"{folder.summary} names no sampler; run the same `svdd predict` to its end")
+    return str(summary["sampler"])
 
 
 def over_optimised(

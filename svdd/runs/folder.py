@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from filelock import FileLock
 
-from svdd import UserError
+from svdd import SUMMARY_FILE, UserError
 from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.images import RunImages
@@ -42,7 +42,7 @@ class RunFolder:
         self.path = Path(path)
         self.results = self.path / "results.jsonl"
         self.failures = self.path / "failed.jsonl"
-        self.summary = self.path / "summary.json"
+        self.summary = self.path / SUMMARY_FILE
         self.images = RunImages(self.path, num_prompts or 0, tar)
         self._rows = ShardedFile(self.results, RunImages.is_named_by)
         self._traces = ShardedFile(self.path / "trace.jsonl")

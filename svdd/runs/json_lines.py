@@ -31,7 +31,7 @@ class ShardedFile:
     """A merged file and the shards beside it.
 
     Args:
-        path: The merged file, `.../results.jsonl`.
+        path: The merged file.
         is_entry: Whether the content of a line is valid; it may raise KeyError or TypeError if not.
     """
 
