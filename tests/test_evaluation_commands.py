@@ -108,7 +108,7 @@ def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, cap
         (["--reward", "Brightness", "--eval_rewards+=Brightness"], "every reward needs a name of its own"),
         (
             ["--reward", "CLIPScore", "--reward.pretrained", "./absent"],
-            "CLIPScore: pretrained='absent' is not a folder",
+            "CLIPScore: pretrained='./absent' is not a folder",
         ),
         (["--reward", "Brightness", "--bach_size", "3"], "bach_size"),
     ],
