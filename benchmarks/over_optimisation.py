@@ -86,7 +86,7 @@ def main() -> None:
         "|---|---:|---:|---:|---|",
         *table,
         "",
-        "What it printed:",
+        "Output:",
         "",
         "```",
         *(said or ["(nothing)"]),

@@ -61,7 +61,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """Moves x from step i to i + 1 without noise, along the straight line that its x0 foretells (eta = 0)."""
+        """Moves x from step i to i + 1 without noise, along the straight line that its x0 predicts (eta = 0)."""
 
 
 class _AlphaKernel(Kernel):

@@ -1,4 +1,4 @@
-"""What every value is."""
+"""The interface of every value."""
 
 from abc import ABC, abstractmethod
 
@@ -13,13 +13,12 @@ __all__ = ["Value"]
 
 
 class Value(nn.Module, ABC):
-    """Estimates the soft value v_i(x_i) = alpha log E[exp(r(x) / alpha) given x_i] of every row.
+    """Estimates the soft value v_i(x_i) = alpha log E[exp(r(x_0) / alpha) given x_i] of every row.
 
-    A value is bound to the guide reward once, by whoever owns both, so that the reward exists once, and prepared for
-    the diffusion that it will be asked about.
+    A subclass implements `estimate`. Call `bind` once before the first evaluation; `GuidedDiffusion` does.
 
     Attributes:
-        most_rows: The most denoiser rows that the evaluation of one row costs, and what its next step needs with it.
+        most_rows: Maximum denoiser rows per evaluation of one row.
     """
 
     most_rows: int = 1
@@ -28,12 +27,9 @@ class Value(nn.Module, ABC):
         super().__init__()
         self._bound: tuple[Reward, ...] = ()  # a tuple, so that the reward is not registered a second time
 
-    def bind(self, reward: Reward) -> None:
-        """Sets the reward whose value this is."""
+    def bind(self, reward: Reward, diffusion: Diffusion) -> None:
+        """Sets the guide reward. Subclasses extend it to build or load what depends on the diffusion model."""
         self._bound = (reward,)
-
-    def prepare(self, diffusion: Diffusion) -> None:
-        """Builds or loads what depends on the diffusion; called once, before any state is evaluated."""
 
     @property
     def reward(self) -> Reward:
@@ -43,7 +39,7 @@ class Value(nn.Module, ABC):
             UserError: If none was bound.
         """
         if not self._bound:
-            raise UserError(f"{type(self).__name__} has no reward yet: call value.bind(reward) first")
+            raise UserError(f"{type(self).__name__} has no reward yet: call value.bind(reward, diffusion) first")
         return self._bound[0]
 
     @property
@@ -56,5 +52,9 @@ class Value(nn.Module, ABC):
         return f"value {type(self).__name__}"
 
     @abstractmethod
+    def estimate(self, state: State) -> Tensor:
+        """Returns one estimate per row, float32 [n]; only called before the end of the chain, i < T."""
+
     def forward(self, state: State) -> Tensor:
-        """Returns one estimate per row, float32 [n]; at the end of the chain it must be the reward itself."""
+        """Returns one estimate per row, float32 [n]; at the end of the chain the reward itself."""
+        return state.scores(self.reward) if state.done else self.estimate(state)
