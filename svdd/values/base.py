@@ -19,9 +19,11 @@ class Value(nn.Module, ABC):
 
     Attributes:
         most_rows: Maximum denoiser rows per evaluation of one row.
+        differentiable: Whether gradients flow from the estimate to the latents.
     """
 
     most_rows: int = 1
+    differentiable: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,11 +43,6 @@ class Value(nn.Module, ABC):
         if not self._bound:
             raise UserError(f"{type(self).__name__} has no reward yet: call value.bind(reward, diffusion) first")
         return self._bound[0]
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether gradients flow from the estimate to the latents."""
-        return False
 
     def describe(self) -> str:
         """Names the value for an error message."""

@@ -57,14 +57,9 @@ class FeatureValue(LearnedValue):
         self.pretrained_clip, self.decode_from = pretrained_clip, decode_from
         self.width, self.use_prompt = width, use_prompt
 
-    @property
-    def input(self) -> str:  # type: ignore[override]
-        """What is decoded."""
-        return self.decode_from
-
     def build(self, diffusion: Diffusion) -> None:
         """Loads the CLIP model and creates the network for the features' widths."""
-        self.clip = CLIPScore(self.pretrained_clip)
+        self.input, self.clip = self.decode_from, CLIPScore(self.pretrained_clip)
         self._decoder = (diffusion,)  # a tuple, so that the model is not registered a second time
         text = diffusion.prompt_features_size if self.use_prompt else 0
         with torch.random.fork_rng(devices=[]):

@@ -41,6 +41,7 @@ class LearnedValue(Value):
         identity: What the weights are valid for, as plain data; empty until `bind`.
     """
 
+    differentiable = True
     input: str = "x"
     decodes: bool = False
     mean: Tensor
@@ -74,19 +75,9 @@ class LearnedValue(Value):
         """
 
     @property
-    def most_rows(self) -> int:  # type: ignore[override]
-        """0, or 1 if it reads x0."""
-        return 1 if self.input == "x0" else 0
-
-    @property
     def settings(self) -> dict[str, Any]:
         """What determines the meaning of the weights beyond their shapes, as plain data."""
         return {}
-
-    @property
-    def differentiable(self) -> bool:
-        """A network is differentiable."""
-        return True
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -105,6 +96,7 @@ class LearnedValue(Value):
         self.register_buffer("std", torch.tensor(1.0))
         self.register_buffer("spread", torch.ones(diffusion.num_inference_steps))  # std of the inputs at step i
         self.build(diffusion)
+        self.most_rows = 1 if self.input == "x0" else 0
         own = {"value": type(self).__name__, "input": self.input, **self.settings}
         self.identity = own | {"reward": reward.identity} | diffusion.identity
         if weights is not None:

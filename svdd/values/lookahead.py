@@ -37,7 +37,7 @@ class Lookahead(Value):
         self.preview_decoder = None if self.decoder is None else diffusion.load_decoder(self.decoder)
 
     @property
-    def differentiable(self) -> bool:
+    def differentiable(self) -> bool:  # type: ignore[override]
         """Whether the reward is differentiable."""
         return self.reward.differentiable
 

@@ -44,7 +44,7 @@ class PosteriorMean(Value):
         self.preview_decoder = None if self.decoder is None else diffusion.load_decoder(self.decoder)
 
     @property
-    def differentiable(self) -> bool:
+    def differentiable(self) -> bool:  # type: ignore[override]
         """Whether the reward is; a preview at another guidance scale does not depend on the model's own prediction."""
         return self.reward.differentiable and self.guidance_scale is None
 

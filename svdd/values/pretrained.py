@@ -1,4 +1,4 @@
-"""Trained values from their files: the file names the class and its arguments."""
+"""Trained values from their files, which name the class and its arguments."""
 
 from svdd import UserError
 from svdd.values.feature import FeatureValue
@@ -6,13 +6,13 @@ from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import LearnedValue
 from svdd.values.weights import read_weights
 
-__all__ = ["learned_class", "load_value"]
+__all__ = ["BUILT_IN", "learned_class", "load_value"]
 
-BUILT_IN = (LatentConvValue, FeatureValue)
+BUILT_IN = (LatentConvValue, FeatureValue)  # imported, so that their files can be loaded
 
 
 def load_value(pretrained: str) -> LearnedValue:
-    """Returns the value that a file holds; its weights are checked and loaded when it is bound.
+    """Returns the value that a file holds; binding it loads and checks the weights.
 
     Args:
         pretrained: A file that `svdd fit` wrote, or the name of a value that ships with svdd.
@@ -28,9 +28,9 @@ def load_value(pretrained: str) -> LearnedValue:
 
 
 def learned_class(pretrained: str) -> type[LearnedValue]:
-    """Returns the class of the value in a file: a built-in one, or a subclass of `LearnedValue` that is imported."""
+    """Returns the class of the value in a file, among all imported subclasses of `LearnedValue`."""
     name, classes = read_weights(pretrained).identity["value"], [LearnedValue]
-    for known in classes:  # grows while it is read: all subclasses, however far below
+    for known in classes:  # the list grows by the subclasses of each
         classes += known.__subclasses__()
         if known.__name__ == name:
             return known

@@ -1,4 +1,4 @@
-"""The files in which `svdd fit` stores a learned value: its weights, constructor arguments and what it is for."""
+"""The files in which `svdd fit` stores a learned value: weights, constructor arguments and what they are valid for."""
 
 import io
 import json
@@ -15,15 +15,15 @@ from svdd import UserError
 
 __all__ = ["Weights", "read_weights", "weights_file"]
 
-CHECKPOINT_KEY = "svdd_value"  # of a Lightning checkpoint
+_KEY = "svdd_value"  # of the header, in safetensors files and checkpoints
 _EXPECTED = "expected value.safetensors, best.ckpt or last.ckpt as written by `svdd fit`"
 
 
 class Weights(NamedTuple):
-    """A learned value on disk.
+    """A learned value as plain data.
 
     Args:
-        identity: The class, reward, diffusion model and inputs that the weights are for, as plain data.
+        identity: The class, reward, diffusion model and input that the weights are valid for.
         arguments: Constructor arguments of the class.
         tensors: What `LearnedValue.trained_state` returned.
     """
@@ -32,19 +32,19 @@ class Weights(NamedTuple):
     arguments: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    @property
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {"identity": self.identity, "arguments": self.arguments}
+
     def to_bytes(self) -> bytes:
-        """Encodes a safetensors file; matrices in half precision, units and vectors as they are."""
+        """Encodes a safetensors file; matrices in half precision."""
         small = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in self.tensors.items()}
-        header = {"identity": json.dumps(self.identity), "arguments": json.dumps(self.arguments)}
-        return save({name: tensor.contiguous().cpu() for name, tensor in small.items()}, header)
+        return save({k: v.contiguous().cpu() for k, v in small.items()}, {_KEY: json.dumps(self.header)})
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Returns the entries of a Lightning checkpoint."""
-        header = {"identity": self.identity, "arguments": self.arguments}
-        return {
-            "state_dict": {f"value.{name}": tensor for name, tensor in self.tensors.items()},
-            CHECKPOINT_KEY: header,
-        }
+        return {"state_dict": {f"value.{name}": tensor for name, tensor in self.tensors.items()}, _KEY: self.header}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Any, source: str) -> "Weights":
@@ -53,10 +53,10 @@ class Weights(NamedTuple):
         Raises:
             UserError: If it was not written by `svdd fit`.
         """
-        if not isinstance(checkpoint, dict) or not {CHECKPOINT_KEY, "state_dict"} <= checkpoint.keys():
+        header = checkpoint.get(_KEY) if isinstance(checkpoint, dict) else None
+        if not isinstance(header, dict) or header.keys() != {"identity", "arguments"}:
             raise UserError(f"{source} holds no value of svdd; {_EXPECTED}")
-        tensors = {name.removeprefix("value."): tensor for name, tensor in checkpoint["state_dict"].items()}
-        return cls(**checkpoint[CHECKPOINT_KEY], tensors=tensors)
+        return cls(**header, tensors={k.removeprefix("value."): v for k, v in checkpoint["state_dict"].items()})
 
 
 def weights_file(pretrained: str) -> Path:
@@ -80,16 +80,12 @@ def read_weights(pretrained: str) -> Weights:
     except (OSError, ValueError) as error:
         raise UserError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}; {_EXPECTED}") from error
     try:
-        if path.suffix != ".safetensors":
-            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        else:
+        if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                header = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+                checkpoint = {_KEY: json.loads((file.metadata() or {}).get(_KEY, "null"))}
+                checkpoint["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{source} is not a weights file, or a damaged one; {_EXPECTED}") from error
-    if path.suffix != ".safetensors":
-        return Weights.from_checkpoint(checkpoint, source)
-    if header.keys() != {"identity", "arguments"}:
-        raise UserError(f"{source} holds no value of svdd; {_EXPECTED}")
-    return Weights(**header, tensors=tensors)
+    return Weights.from_checkpoint(checkpoint, source)

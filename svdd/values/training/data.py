@@ -197,9 +197,6 @@ class RolloutDataModule(L.LightningDataModule):
                 rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
                 self._draw(cache, missing[trainer.global_rank :: trainer.world_size], steps)
                 trainer.strategy.barrier("svdd.values.training.rollouts.drawn")
-                if trainer.is_global_zero:
-                    cache.seal()
-                trainer.strategy.barrier("svdd.values.training.rollouts.sealed")
 
     @torch.no_grad()
     def _draw(self, cache: RolloutCache, shards: Sequence[int], steps: Sequence[int]) -> None:
