@@ -1,7 +1,8 @@
 """The argument parser of all commands: names of the registry, defaults of each class, and errors in one line."""
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, nearest
+from svdd.commands.configs import with_shipped_configs
 from svdd.commands.registry import KINDS, import_all, names_of
 
 __all__ = ["Parser", "as_user_errors", "explain"]
@@ -27,6 +29,10 @@ class Parser(LightningArgumentParser):
         import_all()
         _forget_arguments_on_class_change()
         super().__init__(*args, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parses a command line, on which `--config` may name a configuration that ships with svdd."""
+        return super().parse_args(with_shipped_configs(sys.argv[1:] if args is None else args), *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError."""

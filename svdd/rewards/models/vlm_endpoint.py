@@ -1,20 +1,24 @@
-"""Yes or no from a vision-language model behind OpenAI's chat API."""
+"""Yes or no from a vision-language model behind OpenAI's chat API; keys are never shown or redirected."""
 
 import base64
 import io
 import json
 import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 from PIL import Image
 
-from svdd import RewardError, UserError
-from svdd.rewards.models.http_service import Service, first_line
+from svdd import RewardError, UserError, first_line
 
 __all__ = ["Endpoint"]
+
+_MAX_WAIT = 30.0  # seconds between two attempts
 
 
 @dataclass(frozen=True)
@@ -22,88 +26,139 @@ class Endpoint:
     """A model behind `/chat/completions`.
 
     Args:
-        service: The API, up to `/v1`.
-        model: Its name for the model.
-        concurrency: How many requests wait for answers at the same time.
+        address: The API, up to `/v1`.
+        model: The endpoint's name for the model.
+        timeout: Seconds to wait for an answer.
+        retries: How often a request is repeated.
+        backoff: Seconds before the first repetition; doubled each time.
+        concurrency: Number of simultaneous requests.
 
     Raises:
-        UserError: If there would be no request at a time.
+        UserError: If an argument is out of range.
     """
 
-    service: Service
+    address: str
     model: str
+    timeout: float
+    retries: int
+    backoff: float
     concurrency: int
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise UserError(f"concurrency must be >= 1, got {self.concurrency}")
+        try:
+            url = urlsplit(self.address)
+            valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+            valid = valid and not (url.query or url.fragment or "@" in self.address)
+        except ValueError:
+            valid = False
+        if not valid:  # the address may contain a password, so the message does not repeat it
+            raise UserError(
+                "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password (they "
+                "would be written into the run's files); api_key_env names a variable that holds a key"
+            )
+        for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise UserError(f"timeout must be > 0, got {self.timeout}")
 
     @property
     def identity(self) -> str:
-        """What its answers depend on."""
+        """The model, on which the answers depend."""
         return self.model
 
-    def log_odds(self, pictures: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
-        """Returns log p(yes) - log p(no) for each picture and question.
+    def log_odds(self, images: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
+        """Returns log p(yes) - log p(no) for each image and question.
 
         Raises:
-            RewardError: If there is no answer, or one that is of no use.
+            RewardError: If an answer is missing or unusable; the message is one line without the key.
         """
         failed: list[RewardError] = []
 
-        def ask(picture: Image.Image, question: str) -> float:
-            if failed:  # no more requests after one of no use
+        def ask(image: Image.Image, question: str) -> float:
+            if failed:  # send no more requests
                 raise failed[0]
             try:
-                body = request_body(self.model, picture, question)
-                return read_log_odds(self.service.post("/chat/completions", body, key))
+                return read_log_odds(self._post(request_body(self.model, image, question), key))
             except ValueError as error:
-                place = f"endpoint {self.service.shown}, model {self.model!r}"
-                failed.append(RewardError(f"{place}: {first_line(error)}"))
+                place = f"endpoint {self.address.rstrip('/')}, model {self.model!r}"
+                failed.append(RewardError(f"{place}: {error}"))
                 raise failed[0] from None
 
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(ask, pictures, questions))
+            return list(pool.map(ask, images, questions))
+
+    def _post(self, body: Any, key: str | None) -> bytes:
+        """Returns the answer; raises ValueError if there is none after all attempts, or a refusal or redirect."""
+        headers = {"User-Agent": "svdd"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        address = self.address.rstrip("/") + "/chat/completions"
+        for attempt in range(self.retries + 1):
+            wait, transient = self.backoff * 2**attempt, True
+            try:
+                answer = httpx.post(address, json=body, headers=headers, timeout=self.timeout)
+                if answer.is_success:
+                    return answer.content
+                problem, transient = _refusal(answer, key), answer.status_code in (408, 429) or answer.is_server_error
+                after = answer.headers.get("Retry-After", "")
+                wait = float(after) if after.isdigit() else wait
+            except httpx.TimeoutException:
+                problem = f"no answer within {self.timeout:g} s"
+            except (httpx.HTTPError, OSError) as error:
+                problem = first_line(error)
+            if not transient or attempt == self.retries:
+                break
+            time.sleep(min(wait, _MAX_WAIT))
+        raise ValueError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
 
 
-def request_body(model: str, picture: Image.Image, question: str) -> dict[str, Any]:
-    """Returns a request for the likeliest first tokens of the answer."""
+def _refusal(answer: httpx.Response, key: str | None) -> str:
+    """Returns the status and the service's message, except for messages about a key."""
+    message = ""
+    if answer.status_code not in (401, 403, 407):
+        try:
+            told = answer.json()
+            told = told.get("error", told.get("detail", told.get("message", "")))
+            message = str(told.get("message", "") if isinstance(told, dict) else told).strip()
+        except (ValueError, AttributeError):
+            pass
+    message = message.replace(key, "***") if key else message
+    status = f"{answer.status_code} {answer.reason_phrase}".strip()
+    return f"{status}: {first_line(message)[:300]}" if message else status
+
+
+def request_body(model: str, image: Image.Image, question: str) -> dict[str, Any]:
+    """Returns a request for the most likely first tokens of the answer."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": question}]
-    return {
-        "model": model,
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": 1,
-        "temperature": 0,
-        "logprobs": True,
-        "top_logprobs": 20,
-    }
+    image.save(buffer, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    return {"model": model, "messages": messages, **options}
 
 
 def read_log_odds(answer: bytes) -> float:
-    """Returns log p(yes) - log p(no) from an answer; the least of its log-probabilities bounds one that is missing.
+    """Returns log p(yes) - log p(no); for a missing word, the lowest log-probability in the answer is the bound.
 
     Raises:
         ValueError: If the answer has no probabilities, or neither yes nor no is among them.
     """
     try:
-        said = json.loads(answer)
+        content = json.loads(answer)
     except ValueError:
-        raise ValueError("the answer is no JSON; is this the address of the API, with its /v1?") from None
+        raise ValueError("the answer is not JSON; is this the address of the API, with its /v1?") from None
     try:
-        first = said["choices"][0]["logprobs"]["content"][0]
-        given = [(str(token["token"]), float(token["logprob"])) for token in first["top_logprobs"] or [first]]
+        first = content["choices"][0]["logprobs"]["content"][0]
+        tokens = [(str(token["token"]), float(token["logprob"])) for token in first["top_logprobs"] or [first]]
     except (KeyError, IndexError, TypeError, ValueError):
         raise ValueError("the answer has no logprobs; the model must be served with top_logprobs") from None
-    given = [(token.strip(" \n▁Ġ").lower(), max(logprob, -1e4)) for token, logprob in given]
-    if not {token for token, _ in given} & {"yes", "no"}:
-        raise ValueError(f"neither yes nor no is among the {len(given)} likeliest tokens; first {given[0][0]!r}")
-    least = min(logprob for _, logprob in given)
-    return _log_sum(given, "yes", least) - _log_sum(given, "no", least)
+    tokens = [(token.strip(" \n▁Ġ").lower(), max(logprob, -1e4)) for token, logprob in tokens]
+    if not {token for token, _ in tokens} & {"yes", "no"}:
+        raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
+    lowest = min(logprob for _, logprob in tokens)
 
+    def log_sum(word: str) -> float:
+        found = [logprob for token, logprob in tokens if token == word] or [lowest]
+        return max(found) + math.log(sum(math.exp(logprob - max(found)) for logprob in found))
 
-def _log_sum(given: list[tuple[str, float]], word: str, least: float) -> float:
-    found = [logprob for token, logprob in given if token == word] or [least]
-    return max(found) + math.log(sum(math.exp(logprob - max(found)) for logprob in found))
+    return log_sum("yes") - log_sum("no")
