@@ -23,7 +23,7 @@ __all__ = ["score"]
 
 
 def score(words: Sequence[str]) -> None:
-    """Scores the pictures of a folder or of a run, prints the statistics, and writes them where asked to.
+    """Scores the images of a folder or of a run, prints the statistics, and writes them to `--output` if given.
 
     Args:
         words: The command line after `svdd score`.
