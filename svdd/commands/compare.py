@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from svdd import UserError
+from svdd.runs.folder import RunFolder
+from svdd.runs.rows import ResultRow
 from svdd.runs.tar import read_image
 
 __all__ = ["compare", "draw"]
@@ -44,7 +45,7 @@ def draw(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
     Raises:
         UserError: If a folder is no finished run, or the runs share no image.
     """
-    rows = {run: _read(run) for run in runs}
+    rows = {run: {(row["prompt_index"], row["image_index"]): row for row in RunFolder(run).rows()} for run in runs}
     shared = [key for key in rows[runs[0]] if all(key in table for table in rows.values())]
     if not shared:
         raise UserError(f"the runs {', '.join(map(str, runs))} share no prompt; compare runs of the same prompts")
@@ -73,16 +74,8 @@ def draw(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
     return _table(runs, rows, shared, rewards)
 
 
-def _open(run: Path, row: dict[str, Any]) -> Image.Image:
+def _open(run: Path, row: ResultRow) -> Image.Image:
     return Image.open(io.BytesIO(read_image(run, row["file"])))
-
-
-def _read(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    path = run / "results.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run} holds no results.jsonl; give the --output folder of a finished `svdd predict`")
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return {(row["prompt_index"], row["image_index"]): row for row in rows}
 
 
 def _fit(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
