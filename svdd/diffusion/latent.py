@@ -27,9 +27,7 @@ Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # of prompts,
 
 
 class LatentDiffusion(Diffusion):
-    """A pipeline of diffusers with an autoencoder, text encoders and a network (a UNet or a transformer).
-
-    The pipeline's parts become submodules under its own names: `unet`, `vae`, `text_encoder`, ...
+    """A pipeline of diffusers: autoencoder, text encoders and network, as submodules under the pipeline's names.
 
     Args:
         pretrained: `emoji` for the small model that ships with svdd, a folder, or a hub name such as
@@ -88,7 +86,9 @@ class LatentDiffusion(Diffusion):
         local = local_files_only or source != pretrained
         options = {"revision": revision, "variant": variant, "local_files_only": local}
         pipeline = load_pipeline(self.pipeline, source, lora, **options)
-        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        parts: dict[str, Any] = {
+            name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+        }
         names = [self.backbone, "vae", *sorted(name for name in parts if name.startswith("text_encoder"))]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
         if lora is not None:
@@ -100,7 +100,7 @@ class LatentDiffusion(Diffusion):
             self.add_module(name, parts[name].eval())
         self.tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
         self.kernel = kernel(dict(pipeline.scheduler.config), num_inference_steps, eta)
-        native: Any = parts[self.backbone].config.sample_size
+        native = parts[self.backbone].config.sample_size
         rows, columns = (native, native) if isinstance(native, int) else native
         factor = pipeline.vae_scale_factor
         size = (_extent("height", height, factor, rows), _extent("width", width, factor, columns))
