@@ -111,7 +111,7 @@ class LatentDiffusion(Diffusion):
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Returns what the network reads of each text; every tensor has one row per text."""
+        """Returns the network's text inputs (states, pooled embeddings, ...); each tensor has one row per text."""
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
