@@ -16,6 +16,7 @@ __all__ = [
     "Stopped",
     "UserError",
     "__version__",
+    "missing_methods",
     "nearest",
 ]
 
@@ -41,6 +42,14 @@ class Stopped(SystemExit):
 
 class Incomplete(SystemExit):
     """The run is complete except for prompts that failed; the same command tries them again."""
+
+
+def missing_methods(cls: type) -> str:
+    """Returns one line about the abstract methods that a class does not implement; empty if it implements all."""
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    owners = [next(base.__name__ for base in reversed(cls.__mro__) if name in vars(base)) for name in missing]
+    names = ", ".join(f"{owner}.{name}" for owner, name in zip(owners, missing, strict=True))
+    return f"{cls.__name__} does not implement {names}" if names else ""
 
 
 def nearest(name: str, known: list[str]) -> str | None:

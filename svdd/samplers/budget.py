@@ -1,0 +1,246 @@
+"""What an image costs with a sampler, counted by running the sampler on a chain of one number, and budgets from it."""
+
+import inspect
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svdd import UserError
+from svdd.diffusion.base import Denoised, Diffusion
+from svdd.rewards.base import Reward
+from svdd.samplers.base import Sampler
+from svdd.state.state import Start, State
+from svdd.values.base import Value
+
+__all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image of a batch costs.
+
+    Exact where an evaluation of the value takes at most one denoiser row, else an upper bound; decoded images and
+    reward calls are those of a value that scores the decoded x0.
+
+    Args:
+        returned: Rows that the sampler returns for the image.
+        denoiser_rows: Latents that the denoiser evaluates.
+        gradient_rows: Denoiser rows with a backward pass.
+        decoded_images: Latents that are decoded for the value.
+        reward_calls: Images that the guide reward scores for the value.
+    """
+
+    returned: int
+    denoiser_rows: int
+    gradient_rows: int
+    decoded_images: int
+    reward_calls: int
+
+    @property
+    def per_returned_image(self) -> float:
+        """Denoiser rows per returned image; a backward pass counts as two more."""
+        return (self.denoiser_rows + 2 * self.gradient_rows) / self.returned
+
+
+def count(sampler: Sampler, diffusion: Diffusion, value: Value) -> Cost:
+    """Runs the sampler for one image on a chain of one number, with as many steps and noise in the same ones.
+
+    Args:
+        sampler: The sampler.
+        diffusion: The chain that it will run on; only its number of steps and its `std` are used.
+        value: The value that it will use; only `most_rows` is used.
+
+    Raises:
+        UserError: If `sample` returns a wrong state or draws from a global random generator.
+        Uncountable: If it fails.
+    """
+    cost = _count(sampler, diffusion, value, math.inf)
+    assert cost is not None  # nothing exceeds infinity
+    return cost
+
+
+def current_count(sampler: Sampler) -> dict[str, int]:
+    """Returns the constructor argument that a budget may choose, as {name: count}; {} if there is none."""
+    name = sampler.budget_argument
+    return {} if name is None else {name: int(_bound(sampler, name).arguments[name])}
+
+
+def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value) -> Sampler:
+    """Returns the sampler with the largest count whose cost per returned image does not exceed the budget.
+
+    Args:
+        sampler: The sampler; its other arguments stay.
+        budget: Denoiser rows per returned image, of which a backward pass counts as two more. No count above it is
+            tried.
+        diffusion: The chain that the sampler will run on.
+        value: The value that it will use.
+
+    Raises:
+        UserError: If even a count of 1 exceeds the budget, or no count of the sampler bears on its cost.
+    """
+    name, kind = sampler.budget_argument, type(sampler).__name__
+    if name is None:
+        raise UserError(f"budget={budget}: {kind} has no count that a budget could choose; leave the budget out")
+    least = count(_with_count(sampler, name, 1), diffusion, value)
+    cheapest = least.per_returned_image
+    if cheapest > budget:
+        raise UserError(
+            f"budget={budget} is too small: {kind} with {name}=1 costs {cheapest:g} denoiser rows per image"
+            f"{' (a backward pass counts as 2)' if least.gradient_rows else ''} at num_inference_steps="
+            f"{diffusion.num_inference_steps}; raise the budget or lower num_inference_steps"
+        )
+
+    def cost_of(number: int) -> float:
+        """Denoiser rows per returned image; infinity above the budget, NaN if the constructor refuses the number."""
+        try:
+            other = _with_count(sampler, name, number)
+        except ValueError:
+            return math.nan
+        cost = _count(other, diffusion, value, limit=math.inf if number == 2 else budget * least.returned)
+        if cost is not None and cost.returned != least.returned:
+            raise UserError(
+                f"budget={budget} cannot choose {kind}'s {name}: every particle is returned, so that each image costs "
+                f"the same for any {name}; set it yourself, or return one image"
+            )
+        return math.inf if cost is None or cost.per_returned_image > budget else cost.per_returned_image
+
+    # The cost is about linear in the count: extrapolate after a success, bisect after a failure.
+    low, high, reached, bears, probe, step = 1, budget + 1, cheapest, False, 2, 1
+    while high - low > 1:
+        cost = cost_of(probe)
+        bears = bears or cost > cheapest
+        if cost <= budget:
+            low, reached = probe, cost
+            more = int((budget - reached) * (low - 1) / (reached - cheapest)) if reached > cheapest else low
+            step = 1 if more else 2 * step
+            probe = min(low + max(more, step // 2, 1), high - 1)
+        else:
+            high, step = probe, 1
+            probe = (low + high) // 2
+    if not bears:
+        raise UserError(
+            f"budget={budget} cannot choose {kind}'s {name}: with {type(value).__name__} it does not change the cost "
+            f"of {cheapest:g} denoiser rows per image; set it yourself and leave the budget out"
+        )
+    return _with_count(sampler, name, low)
+
+
+class Uncountable(UserError):
+    """A sampler failed on the chain of one number, though it may work on the real one."""
+
+
+class _Exceeded(Exception):
+    """Ends a count once it is above its limit."""
+
+
+class _OneNumber(Diffusion):
+    """A chain of single numbers, with the length of another and noise in the same steps."""
+
+    latent_shape = property(lambda self: (1, 1, 1))  # type: ignore[assignment]
+    dtype = property(lambda self: torch.float32)  # type: ignore[assignment]
+    device = property(lambda self: torch.device("cpu"))  # type: ignore[assignment]
+
+    def __init__(self, diffusion: Diffusion, limit: float) -> None:
+        super().__init__(diffusion.num_inference_steps)
+        self.limit, self.rows = limit, 0
+        self.noisy = [float(diffusion.std(i) > 0) for i in range(diffusion.num_inference_steps)]
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None:
+        """Nothing conditions the chain."""
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def denoise(self, x: Tensor, i: int, conditioning: None, row: Tensor) -> Denoised:
+        self.rows += len(x)
+        if self.rows > self.limit:
+            raise _Exceeded
+        return Denoised(x / 2, x / 2)
+
+    def std(self, i: int) -> float:
+        return self.noisy[i]
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0.expand(-1, 3, -1, -1)
+
+
+class _Mean(Reward):
+    """The mean of each picture, on a scale on which no population of particles degenerates."""
+
+    differentiable = True
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.flatten(1).mean(1) / 1000
+
+
+class _Counted(Value):
+    """Takes as many denoiser rows per evaluated row as another value, at most."""
+
+    differentiable = True
+
+    def __init__(self, value: Value) -> None:
+        super().__init__()
+        self.bind(_Mean())
+        self.most_rows = value.most_rows
+
+    def forward(self, state: State) -> Tensor:
+        if self.most_rows == 0 and not state.done:
+            return state.x.flatten(1).mean(1) / 1000
+        if not state.done:
+            state.context.ledger.denoiser_rows += (self.most_rows - 1) * len(state.x)
+        return state.scores(self.reward)
+
+
+def _count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float) -> Cost | None:
+    """Returns what `count` does, or None once more than `limit` denoiser rows have gone through the chain."""
+    method, before = f"{type(sampler).__name__}.sample", _global_generators()
+    with torch.inference_mode(False), torch.no_grad():
+        start = Start(_OneNumber(diffusion, limit), [""], [0])
+        try:
+            final = sampler(start, _Counted(value))
+        except _Exceeded:
+            return None
+        except UserError:
+            raise
+        except Exception as error:
+            raise Uncountable(
+                f"{method} failed on the chain of one number on which costs are counted, with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if before != _global_generators():
+        raise UserError(
+            f"{method} draws from a global random generator, so that an image would depend on others; draw noise with "
+            "state.propose and uniform numbers with state.uniforms"
+        )
+    spent = final.context.ledger
+    return Cost(len(final.x), spent.denoiser_rows, spent.gradient_rows, spent.decoded_images, spent.reward_calls)
+
+
+def _global_generators() -> list[Any]:
+    """Returns the states of the global generators of torch, numpy and Python."""
+    _, key, position, *_ = np.random.get_state()
+    return [torch.get_rng_state().tolist(), key.tolist(), position, random.getstate()]
+
+
+def _bound(sampler: Sampler, name: str) -> inspect.BoundArguments:
+    """Returns the arguments that the sampler was constructed with, defaults included."""
+    args, kwargs = sampler.arguments
+    bound = inspect.signature(type(sampler)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if name not in bound.arguments:
+        kind = type(sampler).__name__
+        raise UserError(f"{kind}.budget_argument is {name!r}, which is no argument of {kind}'s constructor")
+    return bound
+
+
+def _with_count(sampler: Sampler, name: str, number: int) -> Sampler:
+    """Returns the same sampler with another count."""
+    bound = _bound(sampler, name)
+    bound.arguments[name] = number
+    return type(sampler)(*bound.args, **bound.kwargs)
