@@ -89,7 +89,7 @@ def test_a_run_leaves_what_the_design_promises(predict, tmp_path, read_rows):
         "num_candidates": 2,
         "alpha": 0.0,
         "num_particles": 1,
-        "weigh_current": False,
+        "score_parent": False,
         "guide_start": 0.0,
         "guide_stop": 1.0,
         "guide_every": 1,

@@ -283,7 +283,7 @@ def test_a_budget_chooses_the_largest_count(sampler, budget, count):
         (BestOfN(), 2, 100, 10),  # the value is asked at the end, where it costs nothing
         (SVDD(7), 0, 10, 7),  # a value that costs nothing: the count is the user's
         (BlockwiseBestOfN(block_size=5), 0, 100, 12),  # 2 + 12 * 8
-        (SVDD(3, num_particles=8, weigh_current=True), 1, 200, 3),
+        (SVDD(3, num_particles=8, score_parent=True), 1, 200, 3),
         (SVDD(guide_start=0.9), 1, 200, 20),  # the last step's candidates cost nothing
         (BestOfN(), 0, 100, 10),
     ],

@@ -252,7 +252,7 @@ def test_blocks_are_chosen_by_hand():
 def test_weighing_the_current_x0_follows_the_better_beam():
     """Children score as their parent: of 4 beams the best two are kept, with two children each."""
     diffusion, b = GaussianDiffusion(3), torch.tensor(B, dtype=torch.float64)
-    final = run(diffusion, SVDD(2, num_particles=4, weigh_current=True), value_of(), 1)
+    final = run(diffusion, SVDD(2, num_particles=4, score_parent=True), value_of(), 1)
     state = diffusion.start([""], [0], 4)
     for i in range(3):
         ahead = state.x0.flatten(1) @ b
@@ -415,7 +415,7 @@ def test_every_sampler_beats_plain_sampling():
         DPS(),
         TwistedSMC(),
         SVDD(guide_every=4),
-        SVDD(2, num_particles=4, weigh_current=True),
+        SVDD(2, num_particles=4, score_parent=True),
     ):
         assert float(rewards(run(diffusion, sampler, value_of(), 200)).mean()) > plain + 0.2
 

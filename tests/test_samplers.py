@@ -45,10 +45,10 @@ SAMPLERS = [
     SVDD(1, num_particles=3),
     SVDD(4, guide_start=0.3, guide_stop=0.9),
     SVDD(4, num_particles=2, guide_every=2),
-    SVDD(3, num_particles=4, weigh_current=True),
+    SVDD(3, num_particles=4, score_parent=True),
     BeamSearch(3, 2),
     BlockwiseBestOfN(3, 2),
-    BlockwiseBestOfN(3, 2, alpha=0.7, weigh_current=True),
+    BlockwiseBestOfN(3, 2, alpha=0.7, score_parent=True),
     BlockwiseBestOfN(3, 2, guide_start=0.3, guide_stop=0.9),
     SMC(5, alpha=0.7),
     SMC(5, alpha=0.7, ess_threshold=1.0, resampler="multinomial", returns="drawn", guide_every=2),
@@ -345,11 +345,11 @@ def test_the_cost_is_the_promised_one(sampler, steps, count):
         (SVDD(4, guide_start=0.5), 8 + 3 * 3),  # the steps that leave 4, 5, 6; the last one's candidates are free
         (SVDD(4, guide_stop=0.5), 8 + 3 * 4),
         (SVDD(4, guide_every=2), 8 + 3 * 3),  # those that leave 1, 3, 5, and 7
-        (SVDD(3, num_particles=4, weigh_current=True), 4 * 8),
+        (SVDD(3, num_particles=4, score_parent=True), 4 * 8),
         (BeamSearch(3, 2), 3 * (1 + 2 * 7)),
         (BlockwiseBestOfN(3, 4), 1 + 3 * 7),
         (BlockwiseBestOfN(3, 3), 1 + 3 * 7),
-        (BlockwiseBestOfN(3, 4, weigh_current=True), 2 + 3 * 6),
+        (BlockwiseBestOfN(3, 4, score_parent=True), 2 + 3 * 6),
         (BlockwiseBestOfN(3, 4, guide_start=0.5), 1 + 4 + 3 * 3),
         (SMC(5), 5 * 8),
         (ProgressivePruning(4), 8 * 3 + 4 * 2 + 2 * 3),  # states 0 .. 2, 3 and 4, 5 .. 7
@@ -375,7 +375,7 @@ def test_the_promised_cost_is_the_formulas(sampler, rows):
         (SVDD(3, num_particles=2), 2 * 3 * 8),
         (SVDD(1, num_particles=3), 3),
         (SVDD(4, guide_stop=0.5), 4 * 4),
-        (SVDD(3, num_particles=4, weigh_current=True), 4 * 7 + 12),
+        (SVDD(3, num_particles=4, score_parent=True), 4 * 7 + 12),
         (BlockwiseBestOfN(3, 4), 3 * 2),
         (SMC(5), 5 * 8),
         (SMC(5, guide_every=4), 5 * 2),
@@ -405,7 +405,7 @@ def sampler_ends_unseen(sampler) -> bool:
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
 @pytest.mark.parametrize("steps", [1, 5, 8])
 def test_the_cost_with_a_free_value_is_the_promised_one(sampler, steps):
-    if getattr(sampler, "weigh_current", False) or not getattr(sampler, "through_denoiser", True):
+    if getattr(sampler, "score_parent", False) or not getattr(sampler, "through_denoiser", True):
         pytest.skip("asks for x0 itself")
     value = bound(ExactSoftValue(0.7), Linear(B))
     spent = run(GaussianDiffusion(steps), sampler, value, 2).context.ledger.denoiser_rows
@@ -486,14 +486,14 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: BestOfN(0), "num_particles must be >= 1, got 0"),
         (lambda: SVDD(guide_start=0.5, guide_stop=0.5), "guide_start and guide_stop must satisfy"),
         (lambda: SVDD(guide_every=0), "guide_every must be >= 1, got 0"),
-        (lambda: SVDD(weigh_current=True), "weigh_current needs num_particles > 1"),
-        (lambda: SVDD(4, num_particles=4, weigh_current=True), "weigh_current needs num_candidates < num_particles"),
-        (lambda: BeamSearch(weigh_current=True), "weigh_current needs num_candidates < num_particles"),
+        (lambda: SVDD(score_parent=True), "score_parent needs num_particles > 1"),
+        (lambda: SVDD(4, num_particles=4, score_parent=True), "score_parent needs num_candidates < num_particles"),
+        (lambda: BeamSearch(score_parent=True), "score_parent needs num_candidates < num_particles"),
         (lambda: BeamSearch(num_beams=0), "num_beams must be >= 1, got 0"),
         (lambda: BeamSearch(num_candidates=0), "num_candidates must be >= 1, got 0"),
         (lambda: BlockwiseBestOfN(block_size=0), "block_size must be >= 1, got 0"),
         (lambda: BlockwiseBestOfN(alpha=-0.1), "alpha must be >= 0, got -0.1"),
-        (lambda: BlockwiseBestOfN(block_size=1, weigh_current=True), "weigh_current needs block_size > 1"),
+        (lambda: BlockwiseBestOfN(block_size=1, score_parent=True), "score_parent needs block_size > 1"),
         (lambda: SMC(num_particles=0), "num_particles must be >= 1, got 0"),
         (lambda: SMC(alpha=0), "alpha must be > 0, got 0; for the limit of alpha = 0 use SVDD"),
         (lambda: SMC(ess_threshold=1.5), "ess_threshold must lie in 0 .. 1"),

@@ -4,8 +4,7 @@ import inspect
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +20,14 @@ from svdd.values.base import Value
 __all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget"]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one image of a batch costs.
+class Cost(NamedTuple):
+    """What one returned image costs.
 
-    Exact where an evaluation of the value takes at most one denoiser row, else an upper bound; decoded images and
-    reward calls are those of a value that scores the decoded x0.
+    Denoiser and gradient rows are exact where an evaluation of the value takes at most one denoiser row, else an upper
+    bound. Decoded images and reward calls are those of a value that scores the decoded x0.
 
     Args:
-        returned: Rows that the sampler returns for the image.
+        returned: Rows that the sampler returns per image of the batch.
         denoiser_rows: Latents that the denoiser evaluates.
         gradient_rows: Denoiser rows with a backward pass.
         decoded_images: Latents that are decoded for the value.
@@ -37,15 +35,15 @@ class Cost:
     """
 
     returned: int
-    denoiser_rows: int
-    gradient_rows: int
-    decoded_images: int
-    reward_calls: int
+    denoiser_rows: float
+    gradient_rows: float
+    decoded_images: float
+    reward_calls: float
 
     @property
-    def per_returned_image(self) -> float:
-        """Denoiser rows per returned image; a backward pass counts as two more."""
-        return (self.denoiser_rows + 2 * self.gradient_rows) / self.returned
+    def rows(self) -> float:
+        """The unit of a budget: denoiser rows, of which a backward pass counts as two more."""
+        return self.denoiser_rows + 2 * self.gradient_rows
 
 
 def count(sampler: Sampler, diffusion: Diffusion, value: Value) -> Cost:
@@ -88,7 +86,7 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
     if name is None:
         raise UserError(f"budget={budget}: {kind} has no count that a budget could choose; leave the budget out")
     least = count(_with_count(sampler, name, 1), diffusion, value)
-    cheapest = least.per_returned_image
+    cheapest = least.rows
     if cheapest > budget:
         raise UserError(
             f"budget={budget} is too small: {kind} with {name}=1 costs {cheapest:g} denoiser rows per image"
@@ -108,7 +106,7 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
                 f"budget={budget} cannot choose {kind}'s {name}: every particle is returned, so that each image costs "
                 f"the same for any {name}; set it yourself, or return one image"
             )
-        return math.inf if cost is None or cost.per_returned_image > budget else cost.per_returned_image
+        return math.inf if cost is None or cost.rows > budget else cost.rows
 
     # The cost is about linear in the count: extrapolate after a success, bisect after a failure.
     low, high, reached, bears, probe, step = 1, budget + 1, cheapest, False, 2, 1
@@ -218,8 +216,8 @@ def _count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float) -
             f"{method} draws from a global random generator, so that an image would depend on others; draw noise with "
             "state.propose and uniform numbers with state.uniforms"
         )
-    spent = final.context.ledger
-    return Cost(len(final.x), spent.denoiser_rows, spent.gradient_rows, spent.decoded_images, spent.reward_calls)
+    spent = final.context.ledger.per_image(len(final.x))
+    return Cost(len(final.x), *(spent[name] for name in Cost._fields[1:]))
 
 
 def _global_generators() -> list[Any]:
