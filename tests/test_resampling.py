@@ -161,7 +161,7 @@ def test_the_past_follows_the_particles_and_only_the_poor_share():
     torch.testing.assert_close(after.log_normaliser, weights.log_normaliser)
     torch.testing.assert_close(after.log_w[0], weights.log_normaliser[:1].expand(4))
     assert torch.equal(after.log_w[1], weights.log_w[1])
-    for name in ("paid", "peak", "total"):
+    for name in ("log_potentials", "peak", "total"):
         assert torch.equal(getattr(after, name), getattr(weights, name).gather(1, index))
 
 

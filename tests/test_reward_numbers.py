@@ -420,7 +420,9 @@ def test_a_failing_device_is_not_the_rewards_fault(error):
     assert not isinstance(caught.value, RewardError)
     prompts = [Prompt(k, text, None, None, {}) for k, text in enumerate("ab")]
     with pytest.raises(type(error)):
-        predict_or_skip(lambda batch: FunctionReward(hungry).score(pictures(len(batch)), [""]), prompts)
+        predict_or_skip(
+            lambda batch: FunctionReward(hungry).score(pictures(len(batch)), [""]), prompts, is_device_failure
+        )
 
 
 # ---- rewards of rewards

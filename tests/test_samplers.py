@@ -21,6 +21,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import (
     ExactSoftValue,
@@ -113,7 +114,7 @@ def test_the_exact_soft_value_is_a_martingale_of_the_kernel():
     """exp(v_i(x) / alpha) = E[exp(v_{i+1} / alpha) | x_i = x], here by quadrature."""
     alpha, diffusion = 0.7, GaussianDiffusion(4, size=1)
     value = bound(ExactSoftValue(alpha), Linear([1.3]))
-    state = diffusion.start([""], [0]).propose()
+    state = State.start(diffusion, [""], [0]).propose()
     z = torch.linspace(-9, 9, 4001, dtype=torch.float64)
     mass = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     children = state.propose(4001)
@@ -287,7 +288,7 @@ def test_a_beam_of_single_candidates_is_best_of_n_bit_for_bit():
 def test_one_step_of_svdd_is_the_best_of_its_candidates():
     diffusion, candidates = GaussianDiffusion(1), 8
     final = run(diffusion, SVDD(candidates), value_of(), 5)
-    ends = diffusion.start([""] * 5, range(5)).propose(candidates)
+    ends = State.start(diffusion, [""] * 5, range(5)).propose(candidates)
     torch.testing.assert_close(rewards(final), rewards(ends).view(5, candidates).max(1).values)
 
 
@@ -529,7 +530,7 @@ def test_a_value_without_a_reward_says_what_to_do():
 
 def test_watchers_hear_of_every_step_and_every_mean_value():
     heard = []
-    state = GaussianDiffusion(3).start(["", ""], [0, 1])
+    state = State.start(GaussianDiffusion(3), ["", ""], [0, 1])
     state.context.on_step = lambda i, value: heard.append((i, value))
     SVDD(4).sample(state, value_of())
     assert [i for i, value in heard if value is None] == [1, 2, 3]

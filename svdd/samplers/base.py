@@ -53,7 +53,8 @@ class Sampler(ABC):
         Raises:
             UserError: If it is not at the end of the chain, or has not equally many rows, at least one, per image.
         """
-        final, images, method = self.sample(start, value), len(start.context.generators), f"{type(self).__name__}.sample"
+        method, images = f"{type(self).__name__}.sample", len(start.context.generators)
+        final = self.sample(start, value)
         if not isinstance(final, State):
             raise UserError(f"{method} returned a {type(final).__name__}; it must return the State at the chain's end")
         if not final.done:

@@ -140,9 +140,9 @@ class _Exceeded(Exception):
 class _OneNumber(Diffusion):
     """A chain of single numbers, with the length of another and noise in the same steps."""
 
-    latent_shape = property(lambda self: (1, 1, 1))  # type: ignore[assignment]
-    dtype = property(lambda self: torch.float32)  # type: ignore[assignment]
-    device = property(lambda self: torch.device("cpu"))  # type: ignore[assignment]
+    latent_shape = property(lambda self: (1, 1, 1))
+    dtype = property(lambda self: torch.float32)
+    device = property(lambda self: torch.device("cpu"))
 
     def __init__(self, diffusion: Diffusion, limit: float) -> None:
         super().__init__(diffusion.num_inference_steps)
@@ -222,8 +222,8 @@ def _count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float) -
 
 def _global_generators() -> list[Any]:
     """Returns the states of the global generators of torch, numpy and Python."""
-    _, key, position, *_ = np.random.get_state()
-    return [torch.get_rng_state().tolist(), key.tolist(), position, random.getstate()]
+    legacy: Any = np.random.get_state(legacy=False)["state"]
+    return [torch.get_rng_state().tolist(), legacy["key"].tolist(), legacy["pos"], random.getstate()]
 
 
 def _bound(sampler: Sampler, name: str) -> inspect.BoundArguments:

@@ -24,10 +24,10 @@ __all__ = ["TwistedSMC"]
 class TwistedSMC(Sampler):
     """Twisted SMC (TDS, DAS): SMC whose particles are proposed along the gradient of the value.
 
-    1. at each guided step i: v = value(x_i) and its gradient; w <- w exp(lambda_i v_i / alpha) / (its previous potentials)
+    1. at each guided step i: v = value(x_i) and its gradient; w <- w exp(lambda_i v_i / alpha) / (potentials so far)
     2. resample the images whose effective sample size is at most ess_threshold N
     3. x_{i+1} ~ q = N(mean + std^2 lambda_i grad v / alpha, std^2 I), and w <- w p(x_{i+1} | x_i) / q(x_{i+1} | x_i)
-    4. at the end w <- w exp(r / alpha) / (its previous potentials); return the best, one drawn by weight, or all
+    4. at the end w <- w exp(r / alpha) / (potentials so far); return the best, one drawn by weight, or all
 
     Needs a differentiable value. Costs N T denoiser rows per image, each with a backward pass (about two more).
 

@@ -148,7 +148,8 @@ class Weighing:
         """
         scaled = values.double() / self.alpha
         if progress == 1:
-            return replace(weights.multiply(scaled - weights.log_potentials, scaled), exponent=torch.ones_like(weights.exponent))
+            complete = weights.multiply(scaled - weights.log_potentials, scaled)
+            return replace(complete, exponent=torch.ones_like(weights.exponent))
         exponent = self._exponent(weights, scaled, progress)
         tempered = exponent * scaled
         increment = POTENTIALS[self.potential](weights, tempered)

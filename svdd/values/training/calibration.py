@@ -15,6 +15,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from svdd import UserError
 from svdd.runs.files import explained, write_atomically
 from svdd.runs.prompts import Prompt
+from svdd.state.state import State
 
 __all__ = ["FILES", "ValueCalibration", "check_counts", "measure", "plot", "read_config", "write"]
 
@@ -47,7 +48,7 @@ class ValueCalibration(L.LightningModule):
             for prompt, k in jobs
         ]
         texts, negatives = [prompt.text for prompt, _ in jobs], [prompt.negative_prompt for prompt, _ in jobs]
-        state, columns = self.diffusion.start(texts, seeds, 1, negatives), []
+        state, columns = State.start(self.diffusion, texts, seeds, 1, negatives), []
         while not state.done:
             if state.i > 0:
                 columns.append(self.value(state))
