@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPVisionModelWithProjection
 from svdd import RewardError, UserError
 from svdd.assets.hub import find_file, read_weights
 from svdd.rewards.aesthetic import Aesthetic, AestheticHead
+from svdd.rewards.base import is_device_failure
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.colorfulness import Colorfulness

@@ -8,7 +8,7 @@ import torch
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.svdd import SVDD
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound, run
 
@@ -230,7 +230,7 @@ def test_a_prompt_with_two_negative_prompts_is_two_conditions(diffusion):
         (([], []), "at least one image, got 0, 0 and 0"),
         ((["a", "b"], [1]), "one entry per image.*got 2, 1 and 2"),
         ((["a"], [1], 1, ["x", "y"]), "got 1, 1 and 2"),
-        ((["a"], [1], 0), "num_particles must be >= 1, got 0"),
+        ((["a"], [1], 0), "a start needs at least 1 row per image, got 0"),
         ((["a", "b"], [1, -3]), r"a seed must lie in 0 \.\. 9223372036854775807, got -3"),
         ((["a"], [2**63]), "a seed must lie in .* got 9223372036854775808"),
     ],
@@ -238,6 +238,41 @@ def test_a_prompt_with_two_negative_prompts_is_two_conditions(diffusion):
 def test_a_start_that_makes_no_sense_is_refused(diffusion, arguments, message):
     with pytest.raises(ValueError, match=message):
         State.start(diffusion, *arguments)
+
+
+def test_a_second_start_draws_other_rows_and_encodes_nothing(diffusion):
+    start = Start(diffusion, ["a", "7"], [3, 4])
+    first, second = start(2), start(3)
+    assert diffusion.encoded == [[("a", None), ("7", None)]]
+    assert first.origin.tolist() == [0, 1] * 2
+    assert second.origin.tolist() == [2, 3, 4] * 2
+    together = State.start(diffusion, ["a", "7"], [3, 4], 5)  # the image's stream goes on
+    assert torch.equal(first.join(second).x, together.x)
+    assert torch.equal(first.join(second).origin, together.origin)
+
+
+# ---- divergence
+
+
+def test_what_leaves_the_pretrained_chain_enters_its_divergence(state):
+    trace = state.context.trace
+    assert trace.path_kl == 0.0
+    state = state.propose().select(index([0, 1], [1, 2]), kl=torch.tensor([1.0, 2.0]))
+    state = state.propose(mean=state.prediction.mean + 1, kl=torch.tensor([0.5, 0.25]))
+    assert trace.path_kl.tolist() == [1.5, 2.25]
+    state.select(index([0], [1]))
+    assert trace.path_kl is None
+    state.propose(mean=state.prediction.mean, kl=torch.zeros(2))
+    assert trace.path_kl is None
+
+
+def test_other_starts_and_shifts_without_a_divergence_leave_it_unknown(diffusion):
+    for leave in (lambda s: s.replay(s.x + 1), lambda s: s.propose(mean=s.prediction.mean)):
+        state = State.start(diffusion, ["a"], [0])
+        state.replay(state.x)
+        assert state.context.trace.path_kl == 0.0
+        leave(state)
+        assert state.context.trace.path_kl is None
 
 
 # ---- with a network
@@ -255,4 +290,4 @@ def test_one_row_cannot_see_another(sd15, alpha):
         ]
     assert torch.equal(together.x, torch.cat([state.x for state in alone]))
     assert torch.equal(together.images, torch.cat([state.images for state in alone]))
-    assert together.context.ledger.denoiser_rows == 4 * SVDD(3).rows(3)
+    assert together.context.ledger.denoiser_rows == 4 * (1 + 3 * 2)
