@@ -59,7 +59,7 @@ class Incomplete(SystemExit):
 def missing_methods(cls: type) -> str:
     """Returns one line about the abstract methods that a class does not implement; empty if it implements all."""
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    owners = [next(base.__name__ for base in reversed(cls.__mro__) if name in vars(base)) for name in missing]
+    owners = [next(base.__name__ for base in cls.__mro__ if name in vars(base)) for name in missing]
     names = ", ".join(f"{owner}.{name}" for owner, name in zip(owners, missing, strict=True))
     return f"{cls.__name__} does not implement {names}" if names else ""
 

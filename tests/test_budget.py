@@ -252,7 +252,7 @@ def test_a_budget_needs_few_counts(sampler, monkeypatch):
     ("sampler", "value_rows", "budget", "message"),
     [
         (SVDD(), 1, 9, "budget=9 is too small: SVDD with num_candidates=1 costs 10 denoiser rows per image"),
-        (TwistedSMC(), 1, 29, r"TwistedSMC with num_particles=1 costs 30 .* \(a backward pass counts as 2\)"),
+        (TwistedSMC(), 1, 29, r"TwistedSMC with num_particles=1 costs 30 .* \(a backward pass counts as 2 more\)"),
         (ProgressivePruning(), 2, 14, "ProgressivePruning with num_particles=1 costs 15 denoiser rows"),
         (Unguided(), 1, 99, "budget=99: Unguided has no count that a budget could choose; leave the budget out"),
         (DPS(), 1, 99, "budget=99: DPS has no count that a budget could choose; leave the budget out"),

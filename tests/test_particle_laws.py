@@ -69,9 +69,7 @@ WIDE = {"first": 0.6, "eta": 0.7}  # the start keeps 70 % of the end's variance:
         TwistedSMC(400, ALPHA, returns="all", tempering="none", ess_threshold=1.0, resampler="multinomial"),
         TwistedSMC(400, ALPHA, returns="all", tempering="adaptive", guide_start=0.2),
     ],
-    ids=lambda sampler: (
-        f"{type(sampler).__name__}-{getattr(sampler, 'potential', '')}-{sampler.tempering}-{sampler.ess_threshold}"
-    ),
+    ids=lambda sampler: "-".join([type(sampler).__name__, *(f"{k}={v}" for k, v in sampler.arguments[1].items())]),
 )
 def test_weighted_particles_follow_the_tilted_gaussian(sampler):
     """Mean and variance along the reward and across it; each image gives one independent estimate of either."""
@@ -79,7 +77,7 @@ def test_weighted_particles_follow_the_tilted_gaussian(sampler):
     final = run(diffusion, sampler, value_of(), images)
     weights = final.context.trace.weights
     torch.testing.assert_close(weights.sum(1), torch.ones(images, dtype=torch.float64))
-    mean, variance = tilted_gaussian(diffusion, sampler.alpha)
+    mean, variance = tilted_gaussian(diffusion, sampler.weighing.alpha)
     untilted = diffusion.end_law()[0] * 1.4
     for x, centre in ((rewards(final), mean), (final.x.flatten(1) @ ACROSS, untilted)):
         x = x.view(images, -1)

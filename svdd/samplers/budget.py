@@ -90,7 +90,7 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
     if cheapest > budget:
         raise UserError(
             f"budget={budget} is too small: {kind} with {name}=1 costs {cheapest:g} denoiser rows per image"
-            f"{' (a backward pass counts as 2)' if least.gradient_rows else ''} at num_inference_steps="
+            f"{' (a backward pass counts as 2 more)' if least.gradient_rows else ''} at num_inference_steps="
             f"{diffusion.num_inference_steps}; raise the budget or lower num_inference_steps"
         )
 

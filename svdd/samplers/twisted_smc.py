@@ -63,7 +63,7 @@ class TwistedSMC(Sampler):
         guide_every: int = 1,
     ) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles, self.alpha = num_particles, alpha
+        self.num_particles = num_particles
         self.weighing = Weighing(alpha, "difference", resampler, ess_threshold, tempering, returns)
         self.window = Window(guide_start, guide_stop, guide_every)
 
@@ -100,7 +100,7 @@ class TwistedSMC(Sampler):
     def _move(self, state: State, value: Value, exponent: Tensor) -> tuple[State, Tensor]:
         """Returns the moved state, and log p / q of each move, [images, particles]."""
         _, slope = state.gradient(value)
-        tilt = (exponent / self.alpha).repeat_interleave(self.num_particles, 0).view(-1, 1, 1, 1).to(slope)
+        tilt = (exponent / self.weighing.alpha).repeat_interleave(self.num_particles, 0).view(-1, 1, 1, 1).to(slope)
         shift = state.std**2 * tilt * slope
         mean = state.prediction.mean
         moved = state.propose(mean=mean + shift)
