@@ -19,6 +19,7 @@ __all__ = [
     "UserError",
     "__version__",
     "diffusion",
+    "first_line",
     "missing_methods",
     "nearest",
     "rewards",
@@ -62,6 +63,12 @@ def missing_methods(cls: type) -> str:
     owners = [next(base.__name__ for base in cls.__mro__ if name in vars(base)) for name in missing]
     names = ", ".join(f"{owner}.{name}" for owner, name in zip(owners, missing, strict=True))
     return f"{cls.__name__} does not implement {names}" if names else ""
+
+
+def first_line(error: object) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def nearest(name: str, known: list[str]) -> str | None:

@@ -1,10 +1,8 @@
-"""The `svdd` command: answers what it can at once, and imports the rest on demand."""
+"""The `svdd` command: dispatches to `svdd.commands`, which it imports on demand."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from svdd import UserError, __version__
 
@@ -21,7 +19,7 @@ commands:
              svdd predict --config configs/quickstart.yaml --output runs/first
   fit        train a learned value on rollouts of the pretrained model:
              svdd fit --config configs/fit_value_compressibility.yaml --output runs/value
-  calibrate  how well a value foretells the reward, step by step:
+  calibrate  measure how well a value predicts the reward, step by step:
              svdd calibrate --config configs/quickstart.yaml --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
@@ -38,7 +36,7 @@ One class's own settings: svdd predict --model.sampler.help SVDD
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for what the user can repair.
+    """Runs one command and returns its exit code: 0, or 2 for an error that the user can fix.
 
     Args:
         arguments: The command line without the program's name; the process's own by default.
@@ -51,19 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"svdd {__version__}")
         return 0
-    if not sys.stderr.isatty():  # nobody watches: no bars while weights are read
+    if not sys.stderr.isatty():  # no progress bars in log files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
         if command == "list":
-            _list(words[1:])
-        elif command == "compare":
-            _compare(words[1:])
-        elif command == "score":
-            from svdd.commands.cli import run_score
+            from svdd.commands.registry import show
 
-            run_score(words[1:])
-        elif command in ("predict", "fit", "calibrate"):
+            show(words[1:])
+        elif command == "compare":
+            from svdd.commands.compare import compare
+
+            compare(words[1:])
+        elif command in _COMMANDS:
             from svdd.commands.cli import run
 
             run(arguments)
@@ -81,34 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `svdd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _compare(words: Sequence[str]) -> None:
-    from svdd.commands.compare import compare
-
-    parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one column each")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
-    parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
-    options = parser.parse_args(words)
-    print(compare(options.runs, options.output, max(1, options.limit)))
-    print(f"wrote {options.output}")
-
-
-def _list(words: Sequence[str]) -> None:
-    from svdd.commands.registry import KINDS, catalogue
-
-    if unknown := [word for word in words if word not in KINDS]:
-        raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
-    kinds = list(words) or list(KINDS)
-    entries = [entry for entry in catalogue() if entry.kind in kinds]
-    width = max(len(entry.name) for entry in entries)
-    for kind in kinds:
-        print(f"{kind}:")
-        for entry in entries:
-            if entry.kind == kind:
-                source = "" if entry.package == "svdd" else f"  [{entry.package}]"
-                print(f"  {entry.name:<{width}}  {entry.description}{source}")
 
 
 if __name__ == "__main__":

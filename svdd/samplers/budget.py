@@ -182,16 +182,15 @@ class _Counted(Value):
 
     differentiable = True
 
-    def __init__(self, value: Value) -> None:
+    def __init__(self, value: Value, diffusion: Diffusion) -> None:
         super().__init__()
-        self.bind(_Mean())
+        self.bind(_Mean(), diffusion)
         self.most_rows = value.most_rows
 
-    def forward(self, state: State) -> Tensor:
-        if self.most_rows == 0 and not state.done:
+    def estimate(self, state: State) -> Tensor:
+        if self.most_rows == 0:
             return state.x.flatten(1).mean(1) / 1000
-        if not state.done:
-            state.context.ledger.denoiser_rows += (self.most_rows - 1) * len(state.x)
+        state.context.ledger.denoiser_rows += (self.most_rows - 1) * len(state.x)
         return state.scores(self.reward)
 
 
@@ -199,9 +198,9 @@ def _count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float) -
     """Returns what `count` does, or None once more than `limit` denoiser rows have gone through the chain."""
     method, before = f"{type(sampler).__name__}.sample", _global_generators()
     with torch.inference_mode(False), torch.no_grad():
-        start = Start(_OneNumber(diffusion, limit), [""], [0])
+        chain = _OneNumber(diffusion, limit)
         try:
-            final = sampler(start, _Counted(value))
+            final = sampler(Start(chain, [""], [0]), _Counted(value, chain))
         except _Exceeded:
             return None
         except UserError:
