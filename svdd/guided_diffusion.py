@@ -19,6 +19,7 @@ from svdd.rewards.base import Reward, is_device_failure
 from svdd.runs.failures import predict_or_skip
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt
+from svdd.runs.rows import ResultRow, result_row
 from svdd.samplers.base import Sampler
 from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
 from svdd.samplers.svdd import SVDD
@@ -173,10 +174,7 @@ class GuidedDiffusion(L.LightningModule):
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         images_per_prompt = self.images_per_prompt
         jobs = [(prompt, k) for prompt in batch for k in range(images_per_prompt)]
-        seeds = [
-            (self.seed + prompt.index * images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
-            for prompt, k in jobs
-        ]
+        seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, images_per_prompt)]
         final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
         total, returned, score = len(final.x), len(final.x) // len(jobs), self.diffusion.chunker.map
         scores = {
@@ -189,23 +187,16 @@ class GuidedDiffusion(L.LightningModule):
         if trace.path_kl is not None:
             path_kl = torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs)).tolist()
         rows = [
-            {
-                "prompt_index": prompt.index,
-                "image_index": k * returned + particle,
-                "num_images": images_per_prompt * returned,
-                "prompt": prompt.text,
-                **({} if prompt.negative_prompt is None else {"negative_prompt": prompt.negative_prompt}),
-                **prompt.extra,
-                "seed": seeds[j],
-                **(
-                    {}
-                    if weights is None
-                    else {"particle": particle, "particle_weight": _short(weights[j * returned + particle])}
-                ),
-                "rewards": {name: values[j * returned + particle] for name, values in scores.items()},
-                **({} if path_kl is None else {"path_kl": _short(path_kl[j])}),
-                "ledger": ledger,
-            }
+            result_row(
+                prompt,
+                image_index=k * returned + particle,
+                num_images=images_per_prompt * returned,
+                seed=seeds[j],
+                rewards={name: values[j * returned + particle] for name, values in scores.items()},
+                ledger=ledger,
+                particle=None if weights is None else (particle, _short(weights[j * returned + particle])),
+                path_kl=None if path_kl is None else _short(path_kl[j]),
+            )
             for j, (prompt, k) in enumerate(jobs)
             for particle in range(returned)
         ]
@@ -216,7 +207,7 @@ class GuidedDiffusion(L.LightningModule):
         return Prediction(final.images.cpu(), rows, traces)
 
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
-    def record(self, rows: list[dict[str, Any]]) -> None:
+    def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run feeds what it finds on disk through here."""
         prompts = torch.tensor([row["prompt_index"] for row in rows], dtype=torch.int64)
         for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):

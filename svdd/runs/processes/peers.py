@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from svdd.runs.config import HEADER
+from svdd.runs.config import CONFIG, HEADER
 
 __all__ = ["DONE", "FAILED", "GONE", "LEADER", "RUNNING", "STOPPING", "Launch", "Peers", "launched", "leads", "led"]
 
@@ -67,7 +67,7 @@ class Peers:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.patience = patience
-        self._config, self._own, self._clock = folder / "config.yaml", _path(folder, launch, launch.rank), clock
+        self._config, self._own, self._clock = folder / CONFIG, _path(folder, launch, launch.rank), clock
         self._met = met
         self._paths = {rank: _path(folder, launch, rank) for rank in range(launch.world_size) if rank != launch.rank}
         self._words: dict[int, bytes] = dict.fromkeys(self._paths, b"")
