@@ -192,6 +192,33 @@ def test_a_bad_setting_is_one_line_and_code_2(refused, arguments, expected):
     assert expected in refused(*arguments)
 
 
+def test_a_mistake_in_a_sampler_of_ones_own_names_class_and_method(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wrong_samplers.py").write_text(
+        "import torch\n"
+        "from svdd.samplers.base import Sampler\n"
+        "class Forgetful(Sampler):\n"
+        "    def __init__(self, interval: int = 2) -> None: ...\n"
+        "class Early(Sampler):\n"
+        "    def sample(self, start, value):\n"
+        "        return start().propose()\n"
+        "class Global(Sampler):\n"
+        "    def sample(self, start, value):\n"
+        "        state = start()\n"
+        "        while not state.done:\n"
+        "            state = state.propose(mean=state.prediction.mean + torch.randn(()))\n"
+        "        return state\n"
+    )
+    for arguments, expected in (
+        (["Forgetful"], "class 'wrong_samplers.Forgetful' cannot be used: Forgetful does not implement Sampler.sample"),
+        (["Forgetful", "--model.sampler.interval", "3"], "Forgetful does not implement Sampler.sample"),
+        (["Early"], "Early.sample returned a state at step 1 of 3"),
+        (["Global"], "Global.sample draws from a global random generator"),
+    ):
+        assert expected in refused("--model.sampler", f"wrong_samplers.{arguments[0]}", *arguments[1:])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
