@@ -12,7 +12,6 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
-from svdd.rewards.base import Reward
 from svdd.samplers.base import Sampler
 from svdd.state.state import Start, State
 from svdd.values.base import Value
@@ -66,9 +65,9 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
     """
     method, before = f"{type(sampler).__name__}.sample", _global_generators()
     with torch.inference_mode(False), torch.no_grad():
-        chain = _OneNumber(diffusion, limit)
+        start = Start(_OneNumber(diffusion, limit), [""], [0])
         try:
-            final = sampler(Start(chain, [""], [0]), _Counted(value, chain))
+            final = sampler(start, _Counted(value))
         except (UserError, _Exceeded):
             raise
         except Exception as error:
@@ -182,30 +181,24 @@ class _OneNumber(Diffusion):
         return x0.expand(-1, 3, -1, -1)
 
 
-class _Mean(Reward):
-    """The mean of each picture, on a scale on which no population of particles degenerates."""
-
-    differentiable = True
-
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images.flatten(1).mean(1) / 1000
-
-
 class _Counted(Value):
-    """Takes as many denoiser rows per evaluated row as another value does at most."""
+    """Takes as many denoiser rows per evaluated row as another value does at most; it is its own reward."""
 
     differentiable = True
+    reward = property(lambda self: self)
 
-    def __init__(self, value: Value, diffusion: Diffusion) -> None:
+    def __init__(self, value: Value) -> None:
         super().__init__()
-        self.bind(_Mean(), diffusion)
         self.most_rows = value.most_rows
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.flatten(1).mean(1) / 1000  # on this scale no population of particles degenerates
 
     def estimate(self, state: State) -> Tensor:
         if self.most_rows == 0:
-            return state.x.flatten(1).mean(1) / 1000
+            return self.score(state.x, state.prompts)
         state.context.ledger.denoiser_rows += (self.most_rows - 1) * len(state.x)
-        return state.scores(self.reward)
+        return state.scores(self)
 
 
 def _global_generators() -> list[Any]:
