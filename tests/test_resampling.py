@@ -180,7 +180,7 @@ def test_adaptive_tempering_stops_at_the_threshold():
         weights = rule.weigh(weights, v, i / len(values))
         assert (weights.exponent >= last).all()
         assert (weights.exponent <= 1).all()
-        size = weights.effective_sample_size
+        size = effective_sample_size(weights.log_w)
         held = (weights.exponent[:, 0] < 1) & (weights.exponent > last)[:, 0]
         torch.testing.assert_close(size[held], torch.full_like(size[held], 3.0), rtol=1e-5, atol=0)
         last = weights.exponent

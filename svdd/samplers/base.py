@@ -56,18 +56,16 @@ class Sampler(ABC):
         method, images = f"{type(self).__name__}.sample", len(start.context.generators)
         final = self.sample(start, value)
         if not isinstance(final, State):
-            raise UserError(f"{method} returned a {type(final).__name__}; it must return the State at the chain's end")
-        if not final.done:
-            raise UserError(
-                f"{method} returned a state at step {final.i} of {final.num_steps}; "
-                "it must go on until state.done is true"
+            wrong = f"a {type(final).__name__}; it must return the State at the end of the chain"
+        elif not final.done:
+            wrong = f"a state at step {final.i} of {final.num_steps}; it must go on until state.done is true"
+        elif not len(final.x) or len(final.x) % images:
+            wrong = (
+                f"{len(final.x)} rows for {images} images; it must return equally many, at least one, for each image"
             )
-        if not len(final.x) or len(final.x) % images:
-            raise UserError(
-                f"{method} returned {len(final.x)} rows for {images} images; it must return equally many, at least "
-                "one, for each image"
-            )
-        return final
+        else:
+            return final
+        raise UserError(f"{method} returned {wrong}")
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the sampler cannot work on this chain or with this value."""

@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svdd.samplers.toolbox.resampling import RESAMPLERS, Resampler
+from svdd.samplers.toolbox.resampling import RESAMPLERS
 from svdd.samplers.toolbox.selection import draw, effective_sample_size, top
 from svdd.samplers.toolbox.tempering import SCHEDULES, next_exponent
 
 __all__ = ["POTENTIALS", "Weighing", "Weights"]
-
 
 _ROUNDING = 1e-6
 
@@ -57,11 +56,6 @@ class Weights:
     def log_normaliser(self) -> Tensor:
         """Estimate of log Z, [images]: the logarithm of the mean weight."""
         return self.log_w.logsumexp(1) - math.log(self.log_w.shape[1])
-
-    @property
-    def effective_sample_size(self) -> Tensor:
-        """1 .. particles, [images]."""
-        return effective_sample_size(self.log_w)
 
     def correct(self, log_ratio: Tensor) -> "Weights":
         """Multiplies by a ratio of densities that corrects for another proposal; it is no potential."""
@@ -134,17 +128,14 @@ class Weighing:
             raise ValueError(f"adaptive tempering goes with potential 'difference' only, got {self.potential!r}")
         if self.tempering == "adaptive" and not 0 < self.ess_threshold < 1:
             raise ValueError(
-                f"adaptive tempering holds the effective sample size at ess_threshold, which must lie between 0 and 1, "
+                "adaptive tempering holds the effective sample size at ess_threshold, which must lie between 0 and 1, "
                 f"got {self.ess_threshold}"
             )
 
     def weigh(self, weights: Weights, values: Tensor, progress: float) -> Weights:
-        """Multiplies by the potentials of a state; at the end of the chain they complete the product exp(r / alpha).
+        """Multiplies by the potentials of values [images, particles] at progress = i / T.
 
-        Args:
-            weights: The weights before.
-            values: Values of the particles, [images, particles].
-            progress: i / T, 1 at the end of the chain.
+        At progress 1 they complete the product to exp(r / alpha).
         """
         scaled = values.double() / self.alpha
         if progress == 1:
@@ -156,31 +147,21 @@ class Weighing:
         return replace(weights.multiply(increment, tempered), exponent=exponent)
 
     def resample(self, weights: Weights, uniforms: Tensor) -> tuple[Tensor, Weights]:
-        """Resamples the images whose effective sample size is low.
-
-        Args:
-            weights: The weights before.
-            uniforms: Numbers in [0, 1), [images, particles].
+        """Resamples the images whose effective sample size is low, with uniforms [images, particles] in [0, 1).
 
         Returns:
             Index of the kept particles, int64 [images, particles], and their weights.
         """
         images, particles = weights.log_w.shape
         # Adaptive tempering stops at the threshold itself, up to rounding; that counts as low.
-        poor = (weights.effective_sample_size <= self.ess_threshold * particles * (1 + _ROUNDING))[:, None]
-        resampler: Resampler = RESAMPLERS[self.resampler]
-        itself = torch.arange(particles, device=poor.device).expand(images, -1)
-        index = torch.where(poor, resampler(weights.log_w, uniforms), itself) if poor.any() else itself
+        poor = (effective_sample_size(weights.log_w) <= self.ess_threshold * particles * (1 + _ROUNDING))[:, None]
+        index = torch.arange(particles, device=poor.device).expand(images, -1)
+        if poor.any():
+            index = torch.where(poor, RESAMPLERS[self.resampler](weights.log_w, uniforms), index)
         return index, weights.select(index, poor)
 
     def ends(self, weights: Weights, rewards: Tensor, uniforms: Callable[[int], Tensor]) -> Tensor:
-        """Returns the index of the particles to return, int64 [images, 1 or particles].
-
-        Args:
-            weights: The final weights.
-            rewards: [images, particles].
-            uniforms: Gives k uniform numbers per image; called for `drawn` only.
-        """
+        """Returns the index of the particles to return, int64 [images, 1 or particles]; rewards [images, particles]."""
         if self.returns == "best":
             return top(rewards)
         if self.returns == "drawn":
