@@ -35,10 +35,10 @@ class GuidedDiffusion(L.LightningModule):
     """A pretrained diffusion model whose samples are steered towards a reward.
 
     Args:
-        reward: What sampling climbs.
+        reward: The guide reward.
         diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
         sampler: The algorithm; by default `SVDD` with 20 candidates.
-        value: The estimate that the sampler chooses by; by default `PosteriorMean`.
+        value: The estimate that guides the sampler; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
         images_per_prompt: Images for each prompt.
         budget: Denoiser rows that one returned image may cost; a backward pass counts as two more. Sets the sampler's

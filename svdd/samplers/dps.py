@@ -33,7 +33,7 @@ class DPS(Sampler):
             backward pass and is less exact.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
-        guide_every: Guide at every so many steps.
+        guide_every: Guide every k-th step.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -27,7 +27,7 @@ class SMC(Sampler):
     3. if the effective sample size of an image's weights is at most ess_threshold N: resample its particles
     4. at the end return the best, one drawn by weight, or all
 
-    A particle is weighed by its own x0, which its next step needs anyway. Costs N T denoiser rows per image.
+    Particles are weighed by their own x0, which the next step needs anyway. Costs N T denoiser rows per image.
 
     Args:
         num_particles: N, particles of an image.
@@ -35,13 +35,13 @@ class SMC(Sampler):
         potential: `difference` (of the values of a particle and its parent), `max` or `sum` (over its past), or
             `immediate` (its value).
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
-        ess_threshold: Resample at an effective sample size of at most this share of N; 0 is never, 1 is always.
-        tempering: How fast the reward is switched on: `none`, `linear`, `exponential`, or `adaptive` (as far as the
-            effective sample size stays at the threshold).
+        ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
+        tempering: How the reward's weight rises along the chain: `none`, `linear`, `exponential`, or `adaptive` (as
+            far as the effective sample size stays at the threshold).
         returns: `best` by reward, one `drawn` by weight, or `all` with their weights.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
-        guide_stop: Where it ends, as a fraction of the chain; the final weights count the reward all the same.
-        guide_every: Weigh at every so many steps.
+        guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
+        guide_every: Weigh at every k-th step.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -29,19 +29,19 @@ class TwistedSMC(Sampler):
     3. x_{i+1} ~ q = N(mean + std^2 lambda_i grad v / alpha, std^2 I), and w <- w p(x_{i+1} | x_i) / q(x_{i+1} | x_i)
     4. at the end w <- w exp(r / alpha) / (potentials so far); return the best, one drawn by weight, or all
 
-    Needs a differentiable value. Costs N T denoiser rows per image, each with a backward pass (about two more).
+    Needs a differentiable value. Costs N T denoiser rows per image, and a backward pass for each at guided steps.
 
     Args:
         num_particles: N, particles of an image.
         alpha: Temperature in units of the reward, above 0.
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
-        ess_threshold: Resample at an effective sample size of at most this share of N; 0 is never, 1 is always.
-        tempering: How fast the reward is switched on: `none`, `linear`, `exponential`, or `adaptive` (as far as the
-            effective sample size stays at the threshold).
+        ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
+        tempering: How the reward's weight rises along the chain: `none`, `linear`, `exponential`, or `adaptive` (as
+            far as the effective sample size stays at the threshold).
         returns: `best` by reward, one `drawn` by weight, or `all` with their weights.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
-        guide_stop: Where it ends, as a fraction of the chain; the final weights count the reward all the same.
-        guide_every: Guide at every so many steps.
+        guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
+        guide_every: Guide every k-th step.
 
     Raises:
         ValueError: If an argument is out of range.
