@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from svdd.rewards.base import Reward
+from svdd.rewards import Reward
 
 __all__ = ["Warmth"]
 
