@@ -1,4 +1,4 @@
-"""A reward for warm pictures."""
+"""A reward for warm images."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ __all__ = ["Warmth"]
 
 
 class Warmth(Reward):
-    """Mean of red minus the mean of blue: pictures in warm light score high.
+    """Mean of red minus the mean of blue: images in warm light score high.
 
     Args:
         strength: Factor on the score.
