@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 WORK ?= build/embedded-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format benchmarks embedded-model clean
+.PHONY: help demo test check oldest format benchmarks embedded-model clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,7 +29,14 @@ check: $(INSTALLED)  ## Lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m compileall -q svdd
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+oldest: $(INSTALLED)  ## Install the lowest versions that pyproject.toml allows in .venv-oldest and run the fast tests
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(BIN)/python -m tools.oldest > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt --editable '.[dev]'
+	.venv-oldest/bin/python -m pytest -m 'not slow and not gpu'
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .

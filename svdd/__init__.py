@@ -1,11 +1,13 @@
 """Steer text-to-image diffusion models with any reward, at inference time, without training or gradients."""
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
-    from svdd.diffusion.stable_diffusion import StableDiffusion
+    from svdd import diffusion, rewards, samplers, state, values
+    from svdd.diffusion import StableDiffusion
     from svdd.guided_diffusion import GuidedDiffusion
 
 __all__ = [
@@ -16,15 +18,25 @@ __all__ = [
     "Stopped",
     "UserError",
     "__version__",
+    "diffusion",
     "nearest",
+    "rewards",
+    "samplers",
+    "state",
+    "values",
 ]
+
+# Imported on first use, so that `import svdd` stays fast.
+__getattr__, _, _ = lazy_loader.attach(
+    __name__,
+    ["diffusion", "rewards", "samplers", "state", "values"],
+    {"diffusion.stable_diffusion": ["StableDiffusion"], "guided_diffusion": ["GuidedDiffusion"]},
+)
 
 try:
     __version__ = version("svdd")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
-
-_LAZY = {"GuidedDiffusion": "svdd.guided_diffusion", "StableDiffusion": "svdd.diffusion.stable_diffusion"}
 
 
 class UserError(ValueError):
@@ -52,8 +64,5 @@ def nearest(name: str, known: list[str]) -> str | None:
     return lowered[match[0]] if match else None
 
 
-def __getattr__(name: str) -> Any:
-    """Imports the heavy names on first use, so that `import svdd` stays fast."""
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'svdd' has no attribute {name!r}; it has {', '.join(__all__)}")
+def __dir__() -> list[str]:
+    return __all__

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from importlib.metadata import entry_points
@@ -242,8 +243,26 @@ def test_modules_define_all(path):
     body = tree_of(path).body
     defined = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign | ast.AnnAssign)]
     targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-    assigned = {target.id for target in targets if isinstance(target, ast.Name)}
-    assert "__all__" in assigned or not defined
+    names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    assert "__all__" in names or not defined
+
+
+def test_every_builtin_is_exported_by_its_folder():
+    for entry in catalogue():
+        if entry.package == "svdd":
+            folder = importlib.import_module(KINDS[entry.kind][0])
+            assert entry.name in folder.__all__, f"{folder.__name__}/__init__.pyi lacks {entry.name}"
+    for name in (*LAZY, "svdd"):
+        folder = importlib.import_module(name)
+        assert all(hasattr(folder, export) for export in dir(folder)), name
+
+
+def test_folders_import_nothing_heavy():
+    code = f"import sys, svdd, {', '.join(LAZY)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert not loaded & {"torch", "numpy", "PIL", *FOREIGN}
 
 
 def imports(node: ast.AST) -> set[str]:
@@ -263,6 +282,7 @@ def module_of(path: Path) -> str:
 
 
 NOUNS = {"diffusion", "state", "rewards", "values", "samplers"}
+LAZY = sorted(f"svdd.{noun}" for noun in NOUNS)  # folders that re-export their classes, for users
 MAY_IMPORT = {  # a folder of svdd, or a module there: what it may import of the others, wherever the import stands
     "assets": set(),
     "evaluation.metrics": set(),
@@ -301,6 +321,7 @@ def test_imports_point_one_way():
         outside = {room_of(target) for target in targets if target in graph} - {room, ""}
         assert room or not outside, f"the root package imports {outside}"
         assert not outside - MAY_IMPORT.get(room, set()), f"{name} imports {outside}"
+        assert not targets & set(LAZY), f"{name} imports from a folder; expected the module that defines the name"
         for library, rooms in FOREIGN.items():
             if library in {target.split(".")[0] for target in targets}:
                 assert room in rooms, f"{name} imports {library}"

@@ -1,1 +1,1 @@
-"""The models that ship with svdd, and `hub.py`, which finds every other one: in a folder, a file or on the hub."""
+"""The models that ship with svdd, and `hub.py`, which loads others from a folder, a file or the hub."""

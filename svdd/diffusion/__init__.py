@@ -1,1 +1,5 @@
 """Pretrained models as Markov chains: one file per model family."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

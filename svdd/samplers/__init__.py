@@ -1,1 +1,5 @@
-"""Ways to drive particles down the chain: one file per algorithm."""
+"""Sampling algorithms: one file per algorithm."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

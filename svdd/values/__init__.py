@@ -1,1 +1,5 @@
 """Estimates of the soft value of a noisy state: one file per estimator."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .base import Denoised as Denoised
+from .base import Diffusion as Diffusion
+from .stable_diffusion import StableDiffusion as StableDiffusion

@@ -1,0 +1,17 @@
+from .aesthetic import Aesthetic as Aesthetic
+from .base import Reward as Reward
+from .brightness import Brightness as Brightness
+from .classifier import Classifier as Classifier
+from .clip import CLIPScore as CLIPScore
+from .colorfulness import Colorfulness as Colorfulness
+from .function import FunctionReward as FunctionReward
+from .hps_v2 import HPSv2 as HPSv2
+from .image_reward import ImageReward as ImageReward
+from .jpeg import Compressibility as Compressibility
+from .jpeg import Incompressibility as Incompressibility
+from .pick_score import PickScore as PickScore
+from .sharpness import Sharpness as Sharpness
+from .threshold import Threshold as Threshold
+from .vlm_judge import VLMJudge as VLMJudge
+from .weighted_sum import WeightedSum as WeightedSum
+from .z_scored import ZScored as ZScored

@@ -1,0 +1,12 @@
+from .base import Sampler as Sampler
+from .beam_search import BeamSearch as BeamSearch
+from .best_of_n import BestOfN as BestOfN
+from .blockwise_best_of_n import BlockwiseBestOfN as BlockwiseBestOfN
+from .dps import DPS as DPS
+from .progressive_pruning import ProgressivePruning as ProgressivePruning
+from .random_search import RandomSearch as RandomSearch
+from .smc import SMC as SMC
+from .svdd import SVDD as SVDD
+from .twisted_smc import TwistedSMC as TwistedSMC
+from .unguided import Unguided as Unguided
+from .zero_order_search import ZeroOrderSearch as ZeroOrderSearch

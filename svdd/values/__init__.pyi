@@ -1,0 +1,9 @@
+from .base import Value as Value
+from .feature import FeatureValue as FeatureValue
+from .latent_conv import LatentConvValue as LatentConvValue
+from .learned import LearnedValue as LearnedValue
+from .lookahead import Lookahead as Lookahead
+from .losses import MeanLoss as MeanLoss
+from .losses import SoftLoss as SoftLoss
+from .losses import ValueLoss as ValueLoss
+from .posterior_mean import PosteriorMean as PosteriorMean
