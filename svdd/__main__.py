@@ -1,6 +1,7 @@
 """The `svdd` command: answers what it can at once, and imports the rest on demand."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ commands:
              svdd predict --config configs/quickstart.yaml --output runs/first
   fit        train a learned value on rollouts of the pretrained model:
              svdd fit --config configs/fit_value_compressibility.yaml --output runs/value
-  calibrate  how well a value foretells the reward, step by step:
+  calibrate  how well a value predicts the reward, step by step:
              svdd calibrate --config configs/quickstart.yaml --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; the process's own by default.
     """
+    if arguments is None:
+        _listen()
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"svdd {__version__}")
         return 0
-    if not sys.stderr.isatty():  # nobody watches: no bars while weights are read
+    if not sys.stderr.isatty():  # no terminal: no progress bars while weights are read
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
@@ -76,11 +79,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
-        print(f"svdd: error: {error}", file=sys.stderr)
+        _report(f"svdd: error: {error}")
         return 2
     except BrokenPipeError:  # `svdd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _listen() -> None:
+    """Handles signals from now on, also while libraries are imported, and ends this process with its launcher."""
+    from svdd.runs.processes.signals import die_with_parent, signals
+
+    signals.listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def _report(message: str) -> None:
+    """Prints an error, or leaves it to the process that started several of us, which prints it once."""
+    from svdd.runs.processes.signals import AGENT
+
+    if AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+            json.dump({"svdd": True, "message": message.removeprefix("svdd: "), "timestamp": 0}, file)
+    else:
+        print(message, file=sys.stderr)
 
 
 def _compare(words: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ def _hush() -> None:
         "when using `ckpt_path`, callbacks",  # of the training; a prediction has its own
         "ranks is zero",
         "LightningCLI's args parameter",
-        "Cannot enable progress bars",  # nobody watches: we turned them off ourselves
+        "Cannot enable progress bars",  # we turned them off ourselves
         "module\\(s\\) in eval mode",  # the pretrained model, on purpose
         "smaller than the logging interval",
         "exists and is not empty",  # a training that continues

@@ -14,8 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from svdd.commands.base import ModelCLI, refusals
 from svdd.runs.config import HEADER, differences, dump_config, load_config
 from svdd.runs.files import RunError, explained, lock, write_atomically
-from svdd.runs.processes.launcher import check_processes
-from svdd.runs.processes.peers import leads
+from svdd.runs.processes.group import is_rank_zero
 from svdd.values.losses import MeanLoss
 from svdd.values.training.data import RolloutDataModule
 
@@ -26,7 +25,7 @@ _HARMLESS = re.compile(
     r"trainer(\.(?!(precision|plugins|accumulate_grad_batches|gradient_clip_val|gradient_clip_algorithm|sync_batchnorm"
     r"|limit_train_batches|overfit_batches|fast_dev_run|use_distributed_sampler|reload_dataloaders_every_n_epochs)"
     r"(\.|$)).*)?"
-    r"|(output|overwrite|data\.(cache|rollout_batch_size))(\..*)?"
+    r"|(output|overwrite|max_restarts|data\.(cache|rollout_batch_size))(\..*)?"
     r"|model\.(on_error|sampler|eval_rewards|images_per_prompt|budget|seed|diffusion\.(chunk_size|compile))(\..*)?"
 )
 
@@ -61,8 +60,7 @@ class FitCLI(ModelCLI):
         """Claims the output folder for this configuration, until the end."""
         config = self.config["fit"]
         self.folder = Path(config.output)
-        check_processes(config.trainer)
-        if leads():
+        if is_rank_zero():
             settings = self.resolved()
             with refusals():
                 settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest

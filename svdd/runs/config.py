@@ -16,7 +16,7 @@ HEADER = "# svdd run"
 # What does not change the images and rows of a run, beyond float rounding.
 _HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    r"|(output|overwrite|patience|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
+    r"|(output|overwrite|patience|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
     r"|model\.(on_error|diffusion\.(chunk_size|compile))(\..*)?"
 )
 

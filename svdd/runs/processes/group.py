@@ -1,6 +1,7 @@
 """The processes of a run: how they meet, agree on an early end, and notice that one of them has died."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -8,13 +9,12 @@ import uuid
 from contextlib import suppress
 from datetime import timedelta
 
-import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
 from svdd import UserError
-from svdd.runs.processes.signals import AGENT, signals
+from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 
 __all__ = ["Group", "is_rank_zero"]
 
@@ -49,10 +49,10 @@ class Group:
             distributed.init_process_group(
                 backend, store=self._store, rank=self.rank, world_size=self.world_size, timeout=_COLLECTIVE
             )
-            self._ring = distributed.new_group(backend="gloo", timeout=_COLLECTIVE)
-        except RuntimeError as error:
+            self._previous, following = self._connect(environment)
+        except (RuntimeError, OSError) as error:
             raise UserError(f"process {self.rank} could not meet the other processes: {error}") from error
-        threading.Thread(target=self._watch_next, name="svdd-group", daemon=True).start()
+        threading.Thread(target=self._watch, args=(following,), name="svdd-group", daemon=True).start()
 
     def decide(self, verdict: str) -> int:
         """Returns the exit code with which all processes end: that of the first call anywhere."""
@@ -90,10 +90,20 @@ class Group:
             time.sleep(0.1)
         return verdict
 
+    def is_broken(self) -> bool:
+        """Whether a process has died, which may be the cause of an error in a collective."""
+        try:
+            end = time.monotonic() + 2
+            while time.monotonic() < end and not self._store.check(["lost"]):
+                time.sleep(0.1)
+            return self._store.check(["lost"])
+        except RuntimeError:
+            return True  # so has the process with the store
+
     def leave(self) -> None:
         """Tells the process that watches this one that it ends in order."""
-        with suppress(RuntimeError):
-            distributed.send(torch.ones(1), (self.rank - 1) % self.world_size, group=self._ring)
+        with suppress(OSError):
+            self._previous.send(b".")
 
     def _meet(self, store: distributed.TCPStore) -> str:
         """Returns a name that exactly the processes of this attempt share; earlier ones may have left keys."""
@@ -114,20 +124,35 @@ class Group:
             time.sleep(0.05)
         return own
 
-    def _watch_next(self) -> None:
+    def _connect(self, environment: ClusterEnvironment) -> tuple[socket.socket, socket.socket]:
+        """Returns connections from the previous and to the next process, which break when one of the two dies."""
+        with socket.create_connection((environment.main_address, environment.main_port)) as probe:
+            host = probe.getsockname()[0]
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+            self._store.set(f"address/{self.rank}", f"{host} {server.getsockname()[1]}")
+            host, port = self._store.get(f"address/{(self.rank + 1) % self.world_size}").decode().split()
+            following = socket.create_connection((host, int(port)))
+            previous, _ = server.accept()
+        following.settimeout(None)
+        following.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is switched off
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                following.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        return previous, following
+
+    def _watch(self, following: socket.socket) -> None:
         """Waits for the goodbye of the next process; if its connection breaks instead, ends all processes."""
-        following = (self.rank + 1) % self.world_size
-        try:
-            distributed.recv(torch.zeros(1), following, group=self._ring)
-        except RuntimeError:
-            verdict = int(_FAILED)
-            with suppress(RuntimeError):  # the store may be gone too
-                verdict = self.decide(_FAILED)
-            if verdict == int(_FAILED):
-                if AGENT not in os.environ:
-                    print(f"svdd: process {following} has died", file=sys.stderr, flush=True)
-                time.sleep(_GRACE)
-                os._exit(1)
+        with suppress(OSError):
+            if following.recv(1):
+                return
+        with suppress(RuntimeError):  # the store may be gone too
+            self._store.set("lost", "")
+            if self.decide(_FAILED) in STOP_EXIT_CODES:
+                return
+        if AGENT not in os.environ:
+            print(f"svdd: process {(self.rank + 1) % self.world_size} has died", file=sys.stderr, flush=True)
+        time.sleep(_GRACE)
+        os._exit(1)
 
 
 def is_rank_zero() -> bool:

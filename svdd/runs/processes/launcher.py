@@ -113,7 +113,8 @@ def launch(words: Sequence[str], count: int, max_restarts: int) -> int:
                 return 0
             except ChildFailedError as error:
                 code, reason = _explain(error)
-                print(f"svdd: {reason}", file=sys.stderr, flush=True)
+                if reason:
+                    print(f"svdd: {reason}", file=sys.stderr, flush=True)
             if code in _FINAL or attempt == max_restarts:
                 break
             print(f"svdd: restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)
@@ -145,7 +146,7 @@ def _run_agent(words: Sequence[str], count: int) -> None:
 
 
 def _explain(error: Any) -> tuple[int, str]:
-    """Returns the exit code of the process that failed first, and why, in one line."""
+    """Returns the exit code of the process that failed first, and why, in one line if that is not said yet."""
     rank, failure = error.get_first_failure()
     if failure.error_file_data.get("svdd"):
         return failure.exitcode, failure.message
@@ -153,4 +154,4 @@ def _explain(error: Any) -> tuple[int, str]:
         return 1, f"process {rank} was killed by {failure.signal_name()}; finished images are kept"
     if failure.exitcode in STOP_EXIT_CODES:
         return failure.exitcode, f"ended: {STOP_EXIT_CODES[failure.exitcode]} to process {rank}"
-    return failure.exitcode, f"process {rank} ended with exit code {failure.exitcode}"
+    return failure.exitcode, "" if failure.exitcode == 3 else f"process {rank} ended with exit code {failure.exitcode}"
