@@ -116,13 +116,13 @@ class Case:
             for rank in range(world_size)
         ]
 
-    def fork_tasks(self, *options: str) -> list[BaseProcess]:
+    def fork_tasks(self, *options: str, environment: dict[str, str] | None = None) -> list[BaseProcess]:
         """Starts two processes with the variables of SLURM."""
         slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "svdd", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
         slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_STEP_ID": str(len(self.processes))}
         slurm |= {"MASTER_PORT": str(free_port())}
         ranks = ({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2))
-        return [self.fork(*options, environment=slurm | rank) for rank in ranks]
+        return [self.fork(*options, environment={**(environment or {}), **slurm, **rank}) for rank in ranks]
 
     def start(self, *options: str, launcher: tuple[str, ...] = ("-m", "svdd")) -> subprocess.Popen:
         """Starts a run as a command."""
@@ -141,7 +141,7 @@ class Case:
 
     def waiting(self, count: int) -> list[int]:
         """Waits until so many processes have come to a prompt that waits, and returns their ids."""
-        until(lambda: len(list(self.gate.parent.glob("gate.*"))) == count)
+        until(lambda: len(list(self.gate.parent.glob("gate.*"))) == count, 120)
         return [int(path.suffix[1:]) for path in self.gate.parent.glob("gate.*")]
 
     def pids(self) -> list[int]:

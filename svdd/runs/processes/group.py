@@ -40,10 +40,10 @@ class Group:
 
     def __init__(self, environment: ClusterEnvironment, backend: str) -> None:
         self.rank, self.world_size = environment.global_rank(), environment.world_size()
-        hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             store = distributed.TCPStore(
-                environment.main_address, environment.main_port, None, hosts, _MEETING, wait_for_workers=False
+                environment.main_address, environment.main_port, None, self._hosts, _MEETING, wait_for_workers=False
             )
             self._store = distributed.PrefixStore(self._meet(store), store)
             distributed.init_process_group(
@@ -61,8 +61,17 @@ class Group:
     def check(self) -> int | None:
         """Returns the exit code with which all processes end early, None while there is no reason to."""
         if signals.exit_code is not None:
-            return self.decide(str(signals.exit_code))
-        return int(self._store.get("verdict")) if self._store.check(["verdict"]) else None
+            verdict = self.decide(str(signals.exit_code))
+        elif self._store.check(["verdict"]):
+            verdict = int(self._store.get("verdict"))
+        else:
+            return None
+        self._store.add("informed", 1)
+        while self._hosts and verdict in STOP_EXIT_CODES and not self._store.check(["lost"]):
+            if self._store.add("informed", 0) == self.world_size:
+                break
+            time.sleep(0.1)
+        return verdict
 
     def count_batch(self) -> None:
         """Tells the processes that wait that work goes on."""
