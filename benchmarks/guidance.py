@@ -29,7 +29,7 @@ def measure(sampler: Sampler, guide: Reward, others: list[Reward], images: int, 
     """Draws `images` pictures of every prompt and returns all scores [prompts, images] and the ledger."""
     diffusion = StableDiffusion("emoji", num_inference_steps=steps, guidance_scale=3.0, eta=1.0)
     value = PosteriorMean()
-    value.bind(guide)
+    value.bind(guide, diffusion)
     scores: dict[str, list] = {reward.name: [] for reward in (guide, *others)}
     rows = seconds = 0.0
     for start in range(0, len(PROMPTS), 4):

@@ -16,7 +16,7 @@ import torch
 from svdd.__main__ import main as svdd
 
 RUNS = Path("runs/over-optimisation")
-PROMPTS = ["--data.prompts", "configs/emoji_prompts.txt", "--data.limit"]
+PROMPTS = ["--data.prompts", "emoji", "--data.limit"]
 QUICKSTART = ["predict", "--config", "configs/quickstart.yaml"]
 JPEG = ["--model.reward", "Compressibility", "--model.eval_rewards+=CLIPScore"]
 CHEAP = ["--model.value.decoder", "tiny", "--model.value.guidance_scale", "1.0"]
@@ -86,7 +86,7 @@ def main() -> None:
         "|---|---:|---:|---:|---|",
         *table,
         "",
-        "What it printed:",
+        "Output:",
         "",
         "```",
         *(said or ["(nothing)"]),

@@ -1,4 +1,4 @@
-"""What the framework itself costs: plain sampling against diffusers' own loop, and the rest of an SVDD run.
+"""The framework's overhead: plain sampling against diffusers' own loop, and the unaccounted share of an SVDD run.
 
 Writes benchmarks/overhead.md. The two loops alternate, and the ratio is that of their medians.
 """
@@ -43,7 +43,7 @@ def unguided_seconds(diffusion: StableDiffusion) -> float:
 def own_share(diffusion: StableDiffusion, reward: object, candidates: int) -> tuple[float, float]:
     """Returns the wall time of an SVDD run and the share of it outside network, decoder and reward."""
     value = PosteriorMean()
-    value.bind(reward)
+    value.bind(reward, diffusion)
     state = diffusion.start(PROMPTS, SEEDS)
     ledger = state.context.ledger
     with ledger.timed("total_seconds", state.x.device):

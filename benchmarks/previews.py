@@ -1,4 +1,4 @@
-"""What cheaper and farther looks ahead are worth: SVDD with each on the embedded model, guided by CLIPScore.
+"""Cheaper and longer look-aheads: SVDD with each value on the embedded model, guided by CLIPScore.
 
 Writes benchmarks/previews.md. Lookahead gets fewer candidates, so that its denoiser rows match.
 """
@@ -56,9 +56,8 @@ def main() -> None:
     held_out: dict[str, list[torch.Tensor]] = {name: [] for name in table}
     seconds, rows, network = (dict.fromkeys(table, 0.0) for _ in range(3))
     for value, _ in table.values():
-        value.bind(reward)
-        value.prepare(diffusion)
-    for start in range(0, len(prompts), AT_ONCE):  # values alternate, so that a busy machine is as busy for all
+        value.bind(reward, diffusion)
+    for start in range(0, len(prompts), AT_ONCE):  # values alternate, so that background load affects all alike
         part = list(prompts[start : start + AT_ONCE])
         for name, (value, candidates) in table.items():
             state = diffusion.start(part, range(start, start + len(part)))
@@ -72,7 +71,7 @@ def main() -> None:
             held_out[name].append(judge.score(pictures, part)[:, None])
     base, n = "PosteriorMean", len(prompts)
     lines = [
-        "# Looks ahead",
+        "# Previews and look-aheads",
         "",
         f"SVDD with CLIPScore on the embedded model, T = {STEPS}, guidance scale 3, eta 1, {n} prompts, same seeds. "
         "Differences to PosteriorMean are paired by prompt, with 95 % intervals. CPU seconds on "

@@ -54,7 +54,7 @@ def entries(guide: Reward, budget: int) -> dict[str, Callable[[], Sampler]]:
         **({"ZeroOrderSearch, 7 neighbours": lambda: ZeroOrderSearch(num_candidates=7)} if budget == 200 else {}),
         **({"ZeroOrderSearch, 5 neighbours": lambda: ZeroOrderSearch(num_candidates=5)} if budget > 200 else {}),
     }
-    if budget == 200:  # a variant, which the dearer tables leave out
+    if budget == 200:  # a variant, omitted from the more expensive tables
         table[f"SMC, alpha {alpha}, max, exponential"] = lambda: SMC(
             alpha=alpha, potential="max", tempering="exponential"
         )
@@ -82,7 +82,7 @@ def draw(
 ) -> dict[str, Any]:
     """Draws IMAGES pictures of every prompt; returns scores [prompts][images], cost and diversity."""
     value, clip = PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
-    value.bind(guide)
+    value.bind(guide, diffusion)
     rewards = (guide, *others)
     result: dict[str, Any] = {"scores": {reward.name: [] for reward in rewards}, "diversity": []}
     rows, seconds, everything = 0.0, 0.0, []
@@ -163,7 +163,7 @@ def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -
         "within the budget. Differences are paired by prompt, with 95 % intervals (Student's t). `CLIPScore-judge` is "
         "held out: a second CLIP, trained apart. Diversity is the mean of 1 - cosine of the CLIP embeddings of two "
         "images of a prompt, `overall` that of any two images. Seconds are CPU seconds on one thread over those of "
-        "BestOfN. Samplers with 25 rows do not scale with a budget and stand in each table. Made by "
+        "BestOfN. Samplers with 25 rows do not scale with a budget and appear in each table. Made by "
         "`python -m benchmarks.samplers`.",
     ]
     for guide, others in guides:
@@ -173,7 +173,7 @@ def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -
 
 
 def main() -> None:
-    """Measures what is missing, and writes the page."""
+    """Measures the missing cells and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guides", nargs="+", default=["Compressibility", "CLIPScore"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[200, 800])

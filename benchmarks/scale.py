@@ -104,7 +104,7 @@ def speed(devices: int, prompts: int) -> Speed:
     for limit in (2, prompts):
         with tempfile.TemporaryDirectory() as name:
             command = [sys.executable, "-m", "svdd", "predict", "--config", "configs/quickstart.yaml"]
-            command += ["--data.prompts", "configs/emoji_prompts.txt", "--data.limit", str(limit)]
+            command += ["--data.prompts", "emoji", "--data.limit", str(limit)]
             command += ["--data.batch_size", "1", "--output", name, "--trainer.accelerator", "cpu"]
             command += ["--trainer.devices", str(devices), "--trainer.strategy", "ddp" if devices > 1 else "auto"]
             before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -21,8 +21,8 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
 from svdd.values.base import Value
-from svdd.values.latent_conv import LatentConvValue
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.pretrained import load_value
 from svdd.values.training.calibration import measure, plot
 
 STEPS, AT_ONCE = 25, 4
@@ -31,7 +31,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "svdd_mc_compressibility.yam
 
 @torch.no_grad()
 def correlations(diffusion: StableDiffusion, values: dict[str, Value], images: int) -> dict[str, Any]:
-    """Asks all values about the same fresh chains and returns a calibration table for each."""
+    """Evaluates all values on the same fresh chains and returns a calibration table for each."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in values}
     rewards = []
     for k, prompt in enumerate(PROMPTS):
@@ -79,7 +79,7 @@ def alternate(
 def main() -> None:
     """Measures, prints and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pretrained", help="weights that `svdd fit` wrote, in place of those that ship")
+    parser.add_argument("--pretrained", default="emoji-compressibility", help="weights that `svdd fit` wrote")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--best-of", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
@@ -87,13 +87,11 @@ def main() -> None:
     images = options.images
     config = yaml.safe_load(CONFIG.read_text())["model"]
     search = config["sampler"]["init_args"]
-    network = config["value"]["init_args"] | ({"pretrained": options.pretrained} if options.pretrained else {})
     m = search["num_candidates"]
     diffusion, reward = StableDiffusion("emoji", STEPS, guidance_scale=3.0, eta=1.0), Compressibility()
-    learned, mean = LatentConvValue(**network), PosteriorMean()
+    learned, mean = load_value(options.pretrained), PosteriorMean()
     for value in (learned, mean):
-        value.bind(reward)
-        value.prepare(diffusion)
+        value.bind(reward, diffusion)
         value.eval()
 
     tables = correlations(diffusion, {"LatentConvValue": learned, "PosteriorMean": mean}, images=4)
@@ -125,7 +123,7 @@ def main() -> None:
         "## Correlation with the final reward, by step",
         "",
         f"{4 * len(PROMPTS)} fresh chains, 4 per prompt. `within` is the rank correlation of deviations from the "
-        "prompt's mean: what a sampler can choose by.",
+        "prompt's mean: the signal a sampler can use.",
         "",
         "| step | learned | posterior mean | learned, within | posterior mean, within | learned, explained variance "
         "| posterior mean, explained variance |",

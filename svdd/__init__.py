@@ -19,6 +19,7 @@ __all__ = [
     "UserError",
     "__version__",
     "diffusion",
+    "first_line",
     "nearest",
     "rewards",
     "samplers",
@@ -53,6 +54,12 @@ class Stopped(SystemExit):
 
 class Incomplete(SystemExit):
     """The run is complete except for prompts that failed; the same command tries them again."""
+
+
+def first_line(error: object) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def nearest(name: str, known: list[str]) -> str | None:

@@ -1,11 +1,9 @@
-"""The `svdd` command: answers what it can at once, and imports the rest on demand."""
+"""The `svdd` command: dispatches to `svdd.commands`, which it imports on demand."""
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from svdd import UserError, __version__
 
@@ -22,7 +20,7 @@ commands:
              svdd predict --config configs/quickstart.yaml --output runs/first
   fit        train a learned value on rollouts of the pretrained model:
              svdd fit --config configs/fit_value_compressibility.yaml --output runs/value
-  calibrate  how well a value predicts the reward, step by step:
+  calibrate  measure how well a value predicts the reward, step by step:
              svdd calibrate --config configs/quickstart.yaml --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
@@ -39,7 +37,7 @@ One class's own settings: svdd predict --model.sampler.help SVDD
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for what the user can repair.
+    """Runs one command and returns its exit code: 0, or 2 for an error that the user can fix.
 
     Args:
         arguments: The command line without the program's name; the process's own by default.
@@ -54,19 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"svdd {__version__}")
         return 0
-    if not sys.stderr.isatty():  # no terminal: no progress bars while weights are read
+    if not sys.stderr.isatty():  # no progress bars in log files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
         if command == "list":
-            _list(words[1:])
-        elif command == "compare":
-            _compare(words[1:])
-        elif command == "score":
-            from svdd.commands.cli import run_score
+            from svdd.commands.registry import show
 
-            run_score(words[1:])
-        elif command in ("predict", "fit", "calibrate"):
+            show(words[1:])
+        elif command == "compare":
+            from svdd.commands.compare import compare
+
+            compare(words[1:])
+        elif command in _COMMANDS:
             from svdd.commands.cli import run
 
             run(arguments)
@@ -79,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
-        _report(f"svdd: error: {error}")
+        _report(f"error: {error}")
         return 2
     except BrokenPipeError:  # `svdd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,42 +94,14 @@ def _listen() -> None:
 
 
 def _report(message: str) -> None:
-    """Prints an error, or leaves it to the process that started several of us, which prints it once."""
+    """Prints an error, or hands it to the svdd command that started this process, which prints it once."""
     from svdd.runs.processes.signals import AGENT
 
     if AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
-            json.dump({"svdd": True, "message": message.removeprefix("svdd: "), "timestamp": 0}, file)
+            json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
     else:
-        print(message, file=sys.stderr)
-
-
-def _compare(words: Sequence[str]) -> None:
-    from svdd.commands.compare import compare
-
-    parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one column each")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
-    parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
-    options = parser.parse_args(words)
-    print(compare(options.runs, options.output, max(1, options.limit)))
-    print(f"wrote {options.output}")
-
-
-def _list(words: Sequence[str]) -> None:
-    from svdd.commands.registry import KINDS, catalogue
-
-    if unknown := [word for word in words if word not in KINDS]:
-        raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
-    kinds = list(words) or list(KINDS)
-    entries = [entry for entry in catalogue() if entry.kind in kinds]
-    width = max(len(entry.name) for entry in entries)
-    for kind in kinds:
-        print(f"{kind}:")
-        for entry in entries:
-            if entry.kind == kind:
-                source = "" if entry.package == "svdd" else f"  [{entry.package}]"
-                print(f"  {entry.name:<{width}}  {entry.description}{source}")
+        print(f"svdd: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

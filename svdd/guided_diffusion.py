@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import ModuleDict, ModuleList
@@ -22,13 +23,11 @@ from svdd.state.ledger import Ledger
 from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
-from svdd.values.training.calibration import ValueCalibration
-from svdd.values.training.fitting import ValueFitting
 
 __all__ = ["GuidedDiffusion"]
 
 
-class GuidedDiffusion(ValueFitting, ValueCalibration):
+class GuidedDiffusion(L.LightningModule):
     """A pretrained diffusion model whose samples are steered towards a reward.
 
     Args:
@@ -71,7 +70,6 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
         if images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
         if budget is not None and budget < 1:
@@ -82,8 +80,7 @@ class GuidedDiffusion(ValueFitting, ValueCalibration):
         self.diffusion = diffusion if diffusion is not None else StableDiffusion()
         self.sampler = sampler if sampler is not None else SVDD()
         self.value = value if value is not None else PosteriorMean()
-        self.value.bind(reward)
-        self.value.prepare(self.diffusion)
+        self.value.bind(reward, self.diffusion)
         self.eval_rewards = ModuleList(eval_rewards or [])
         self.images_per_prompt, self.budget, self.seed = images_per_prompt, budget, seed
         self.on_error = on_error

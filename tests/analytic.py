@@ -169,9 +169,7 @@ class ExactSoftValue(Value):
 
     differentiable = True
 
-    def forward(self, state: State) -> Tensor:
-        if state.done:
-            return state.scores(self.reward)
+    def estimate(self, state: State) -> Tensor:
         gain, offset, variance = state.context.diffusion.end(state.i)
         b = self.reward.b
         return (state.x.flatten(1) * gain + offset) @ b + variance * float(b @ b) / (2 * self.alpha)
@@ -185,13 +183,15 @@ class GridSoftValue(Value):
         self.grid, self.alpha = diffusion.grid, alpha
         self.table = [alpha * np.log(diffusion.twist(i, tilt)) for i in range(diffusion.num_inference_steps + 1)]
 
-    def forward(self, state: State) -> Tensor:
+    def estimate(self, state: State) -> Tensor:
         return torch.from_numpy(np.interp(state.x.flatten().numpy(), self.grid, self.table[state.i]))
+
+    forward = estimate  # at the end too: the reward is known on the grid only
 
 
 def bound(value: Value, reward: Reward) -> Value:
-    """Returns the value with its reward."""
-    value.bind(reward)
+    """Returns the value with its reward, on a chain that none of these values depends on."""
+    value.bind(reward, GaussianDiffusion(2))
     return value
 
 

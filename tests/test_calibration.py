@@ -1,7 +1,6 @@
 """`svdd calibrate`: the numbers against definitions, the chains against plain ones, the files."""
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -12,17 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from svdd import UserError
 from svdd.__main__ import main
 from svdd.commands.calibrate import CalibrateCLI
-from svdd.commands.checkpoints import checkpoint_digest
-from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.prompts import Prompt
 from svdd.samplers.unguided import Unguided
-from svdd.values.posterior_mean import PosteriorMean
-from svdd.values.training.calibration import measure, plot, write
+from svdd.values.training.calibration import Calibration, measure, plot, write
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, run
 
 
@@ -57,8 +54,7 @@ def test_one_chain_per_prompt_has_no_spread_within():
 def test_an_exact_value_is_found_to_be_one():
     """The exact soft value of a nearly flat tilt is the expected reward: no bias, and variance explained as known."""
     diffusion, reward = GaussianDiffusion(4), Linear([0.6, -0.8])
-    model = GuidedDiffusion(reward, diffusion, Unguided(), ExactSoftValue(1e6), images_per_prompt=4)
-    model.on_test_epoch_start()
+    model = Calibration(reward, diffusion, ExactSoftValue(1e6), images_per_prompt=4)
     model.test_step([Prompt(p, "", None, None, {}) for p in range(500)], 0)
     rows = torch.cat(model._seen)
     plain = run(diffusion, Unguided(), model.value, 2000)
@@ -107,8 +103,7 @@ def test_what_is_not_a_number_is_null(tmp_path):
 
 
 def test_values_at_the_end_are_not_asked_for():
-    model = GuidedDiffusion(Linear([1.0, 0.0]), GaussianDiffusion(3), value=PosteriorMean())
-    model.on_test_epoch_start()
+    model = Calibration(Linear([1.0, 0.0]), GaussianDiffusion(3))
     model.test_step([Prompt(0, "", None, None, {})], 0)
     assert model._seen[0].shape == (1, 2 + 2 + 1)
 
@@ -121,7 +116,7 @@ def test_values_at_the_end_are_not_asked_for():
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_it_is_drawn(calibrate, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(GuidedDiffusion, "test_step", lambda *_: pytest.fail("a chain was drawn"))
+    monkeypatch.setattr(Calibration, "test_step", lambda *_: pytest.fail("a chain was drawn"))
     assert calibrate(*arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -130,13 +125,14 @@ def test_numbers_that_would_say_nothing_are_not_given():
     for chains in (1, 2):
         with pytest.raises(UserError, match=f"needs at least 3 chains, better hundreds, got {chains}"):
             measure(torch.randn(chains, 2).double(), torch.randn(chains).double(), torch.arange(chains))
-    with pytest.raises(UserError, match="the rewards of 4 chains do not differ, so there is nothing to foretell"):
+    with pytest.raises(UserError, match="the rewards of 4 chains do not differ, so there is nothing to predict"):
         measure(torch.zeros(4, 2).double(), torch.ones(4).double(), torch.arange(4))
 
 
 def test_a_checkpoint_is_looked_at_before_anything_is_built(calibrate, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(CalibrateCLI, "instantiate_classes", lambda _: pytest.fail("the model was built"))
-    (tmp_path / "whole.ckpt").write_bytes(saved({"svdd_value": {}, "state_dict": {"value.w": torch.ones(500)}}))
+    header = {"identity": {"value": "LatentConvValue"}, "arguments": {}}
+    (tmp_path / "whole.ckpt").write_bytes(saved({"svdd_value": header, "state_dict": {"value.w": torch.ones(500)}}))
     (tmp_path / "torn.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:700])
     (tmp_path / "other.ckpt").write_bytes(saved({"state_dict": {}}))
     (tmp_path / "tensor.ckpt").write_bytes(saved(torch.ones(2)))
@@ -145,22 +141,20 @@ def test_a_checkpoint_is_looked_at_before_anything_is_built(calibrate, tmp_path,
     (tmp_path / "empty.ckpt").touch()
     for name, message in (
         ("none", "cannot be read: No such file or directory"),
-        ("torn", "is not a checkpoint, or a torn one"),
-        ("code", "is not a checkpoint, or a torn one"),
-        ("text", "is not a checkpoint, or a torn one"),
-        ("empty", "is not a checkpoint, or a torn one"),
+        ("torn", "is not a weights file, or a damaged one"),
+        ("code", "is not a weights file, or a damaged one"),
+        ("text", "is not a weights file, or a damaged one"),
+        ("empty", "is not a weights file, or a damaged one"),
         ("other", "holds no value of svdd"),
         ("tensor", "holds no value of svdd"),
     ):
         path = str(tmp_path / f"{name}.ckpt")
         assert calibrate("--ckpt_path", path) == 2
         error = capsys.readouterr().err
-        assert f"ckpt_path={path!r} {message}; expected the best.ckpt or last.ckpt that `svdd fit` wrote" in error
+        assert f"pretrained={path!r} {message}; expected value.safetensors, best.ckpt or last.ckpt as written" in error
         assert error.count("\n") == 1
     assert calibrate("--ckpt_path", "http://127.0.0.1:9/value.ckpt") == 2
     assert "cannot be read: No such file" in capsys.readouterr().err
-    data = (tmp_path / "whole.ckpt").read_bytes()
-    assert checkpoint_digest(str(tmp_path / "whole.ckpt")) == hashlib.sha256(data).hexdigest()
 
 
 def saved(content) -> bytes:
@@ -176,8 +170,22 @@ def test_a_trained_value_is_measured_from_its_checkpoint(calibrate, sd15, tmp_pa
     words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
     assert main(["fit", *words, *network]) == 0
     checkpoint = tmp_path / "value" / "checkpoints" / "last.ckpt"
-    assert calibrate(*network, "--ckpt_path", str(checkpoint)) == 0
+    assert calibrate("--ckpt_path", str(checkpoint)) == 0  # which names its class and arguments
     assert json.loads((tmp_path / "c" / "calibration.json").read_text())["value"] == "LatentConvValue"
+
+
+def test_settings_of_a_prediction_are_accepted_and_said_to_have_no_effect(calibrate, tmp_path, capsys):
+    path = tmp_path / "shared.yaml"
+    sampler = {"class_path": "SVDD", "init_args": {"num_candidates": 3}}
+    path.write_text(yaml.safe_dump({"model": {"sampler": sampler, "eval_rewards": ["CLIPScore"], "budget": 9}}))
+    assert calibrate("--config", str(path)) == 0
+    error = capsys.readouterr().err
+    assert (
+        "svdd: calibrate draws unguided chains and does not use model.budget, model.eval_rewards, model.sampler"
+        in error
+    )
+    assert calibrate("--model.candidates", "3") == 2
+    assert "model.candidates" in capsys.readouterr().err
 
 
 def test_another_calibration_takes_the_place_of_one_only_when_told_to(calibrate, tmp_path, capsys):

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from svdd.__main__ import main
+from svdd.commands.parser import Parser
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -358,8 +359,8 @@ def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_ro
     assert fit() == 0
     assert "LatentConvValue for Compressibility" in capsys.readouterr().out
     checkpoint, weights = tmp_path / "value" / "checkpoints" / "best.ckpt", tmp_path / "value" / "value.safetensors"
-    value = ["--model.value", "LatentConvValue", "--model.value.channels", "8", "--model.value.num_blocks", "1"]
-    assert predict(*value, "--ckpt_path", str(checkpoint)) == 0
+    value = ["--model.value", "LatentConvValue"]
+    assert predict("--ckpt_path", str(checkpoint)) == 0
     first = read_rows(tmp_path / "run")
     assert {row["ledger"]["denoiser_rows"] for row in first} == {3}  # T, with two candidates a step
     assert predict(*value, "--model.value.pretrained", str(weights), "--output", str(tmp_path / "again")) == 0
@@ -371,14 +372,16 @@ def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_ro
     assert predict(*value, "--overwrite", "true") == 2
     assert "LatentConvValue is not trained yet" in capsys.readouterr().err
     other = ["--ckpt_path", str(checkpoint), "--overwrite", "true", "--model.diffusion.num_inference_steps", "4"]
-    assert predict(*value, *other) == 2
-    message = capsys.readouterr().err
-    assert "the checkpoint was trained for something else: num_inference_steps was 3, here it is 4" in message
-    assert predict(*value, "--ckpt_path", str(tmp_path / "none.ckpt"), "--overwrite", "true") == 2
+    assert predict(*other) == 2
+    assert "was trained for something else: num_inference_steps was 3, here it is 4" in capsys.readouterr().err
+    mismatch = ["--model.value", "FeatureValue", "--ckpt_path", str(checkpoint), "--overwrite", "true"]
+    assert predict(*mismatch) == 2
+    assert "value was 'LatentConvValue', here it is 'FeatureValue'" in capsys.readouterr().err
+    assert predict("--ckpt_path", str(tmp_path / "none.ckpt"), "--overwrite", "true") == 2
     assert "cannot be read" in capsys.readouterr().err
     (tmp_path / "garbage.ckpt").write_text("no checkpoint")
-    assert predict(*value, "--ckpt_path", str(tmp_path / "garbage.ckpt"), "--overwrite", "true") == 2
-    assert "garbage.ckpt' is not a checkpoint, or a torn one" in capsys.readouterr().err
+    assert predict("--ckpt_path", str(tmp_path / "garbage.ckpt"), "--overwrite", "true") == 2
+    assert "garbage.ckpt' is not a weights file, or a damaged one" in capsys.readouterr().err
 
 
 def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
@@ -399,7 +402,12 @@ def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model.value", "PosteriorMean"], "value PosteriorMean has nothing to train"),
+        (["--model.value", "PosteriorMean"], "'PosteriorMean' cannot be used here: `svdd fit` trains a learned value"),
+        (["--model.sampler", "SMC"], "unrecognized arguments: --model.sampler"),
+        (
+            ["--config", str(REPOSITORY / "configs" / "smc.yaml")],
+            "`svdd fit` has no setting 'model.sampler', remove it",
+        ),
         (["--data.num_rollouts", "0"], "num_rollouts must be >= 4"),
         (["--data.prompts", "/no/such.txt"], "no such file"),
         (["--model.value", "LatentConv"], "did you mean 'LatentConvValue'?"),
@@ -411,6 +419,26 @@ def test_what_fit_cannot_do_is_one_line_and_code_2(fit, capsys, arguments, expec
     lines = capsys.readouterr().err.strip().splitlines()
     assert expected in lines[-1]
     assert lines[-1].startswith("svdd: error: ")
+
+
+def test_another_value_without_arguments_of_its_own_is_fitted(tiny_clip, tmp_path):
+    """The configuration names a value with a loss, whose arguments are all discarded."""
+    words = ["--model.diffusion.num_inference_steps", "3", "--data.num_rollouts", "6", "--data.batch_size", "8"]
+    words += ["--data.cache", str(tmp_path / "cache"), "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
+    config = str(REPOSITORY / "configs" / "fit_value_compressibility.yaml")
+    assert main(["fit", "--config", config, "--model.value", "FeatureValue", *words]) == 0
+    value = yaml.safe_load((tmp_path / "value" / "config.yaml").read_text())["model"]["value"]
+    assert value["class_path"].endswith("FeatureValue")
+    assert (value["init_args"]["learning_rate"], value["init_args"]["loss"]) == (1e-3, None)
+    assert (tmp_path / "value" / "value.safetensors").is_file()
+
+
+def test_a_future_jsonargparse_without_what_is_replaced_is_refused(monkeypatch):
+    import jsonargparse._typehints
+
+    monkeypatch.delattr(jsonargparse._typehints, "discard_init_args_on_class_path_change")
+    with pytest.raises(ImportError, match=r"jsonargparse .* lacks discard_init_args_on_class_path_change, which svdd"):
+        Parser()
 
 
 def test_a_schedule_is_a_list_of_pairs(predict, tmp_path, read_rows):

@@ -242,7 +242,8 @@ def test_empty_parquet(tmp_path):
 
 def test_a_bare_prompt_is_told_to_be_a_list():
     assert message("a red apple") == (
-        "prompts must be a list of prompts or a file ending in one of .txt, .csv, .tsv, .json, .jsonl, .parquet,"
+        "prompts must be a list of prompts, 'emoji' (the shipped list) or a file ending in one of .txt, .csv, .tsv, "
+        ".json, .jsonl, .parquet,"
         " got 'a red apple'; write a single prompt as a list: [\"a red apple\"]"
     )
     assert "as a list" in message("long " * 1000)

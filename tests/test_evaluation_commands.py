@@ -106,7 +106,10 @@ def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, cap
         (["--reward", "Brightness", "--prompts", "one.txt"], "one.txt has 1 prompts for 4 pictures"),
         (["--reward", "Brightness", "--device", "cuda:99"], "device='cuda:99' cannot be used"),
         (["--reward", "Brightness", "--eval_rewards+=Brightness"], "every reward needs a name of its own"),
-        (["--reward", "CLIPScore", "--reward.pretrained", "./absent"], "CLIPScore: pretrained='absent' has no config"),
+        (
+            ["--reward", "CLIPScore", "--reward.pretrained", "./absent"],
+            "CLIPScore: pretrained='absent' is not a folder",
+        ),
         (["--reward", "Brightness", "--bach_size", "3"], "bach_size"),
     ],
 )
@@ -253,7 +256,7 @@ def test_what_is_measured_may_change_when_a_run_continues(predict, tiny_clip, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--evaluation.features", "./emojis"], "CLIPScore: pretrained='emojis' has no config.json"),
+        (["--evaluation.features", "./emojis"], "CLIPScore: pretrained='./emojis' is not a folder"),
         (["--evaluation.reference", "pictures", "--evaluation.distances", "[fid]"], "pip install 'svdd[fid]'"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_folder_may_be_moved(tmp_path, tiny_clip):
 def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):
     path = tmp_path / "value.safetensors"
     diffusion = StableDiffusion(sd15, 2)
-    GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1)).value.export(path)
+    path.write_bytes(GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1)).value.weights().to_bytes())
     GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1, pretrained=str(path)))
     other = WeightedSum([Compressibility(), Brightness()])
     with pytest.raises(UserError, match=r"reward was .*\[1.0, 0.1\].*, here it is .*\[1.0, 1.0\]"):
@@ -87,9 +87,10 @@ def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):
 
 def test_a_value_on_features_belongs_to_what_it_reads(sd15, tiny_clip, tmp_path):
     path, diffusion = tmp_path / "value.safetensors", StableDiffusion(sd15, 2)
-    GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(tiny_clip, of="x0", width=8)).value.export(path)
-    with pytest.raises(UserError, match="input was 'x0', here it is 'x'"):
-        GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(tiny_clip, of="x", width=8, pretrained=str(path)))
+    value = FeatureValue(tiny_clip, decode_from="x", width=8)
+    path.write_bytes(GuidedDiffusion(Brightness(), diffusion, value=value).value.weights().to_bytes())
+    with pytest.raises(UserError, match="reward was 'Brightness', here it is 'Compressibility'"):
+        GuidedDiffusion(Compressibility(), diffusion, value=FeatureValue(tiny_clip, pretrained=str(path)))
     other = shutil.copytree(tiny_clip, tmp_path / "other-clip")
     with pytest.raises(UserError, match=r"clip was .*, here it is .*other-clip"):
         GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(str(other), width=8, pretrained=str(path)))

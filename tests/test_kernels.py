@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 
-from svdd.diffusion.kernels import known_schedulers, make_kernel
+from svdd.diffusion.kernels import KERNELS, make_kernel
 from tests.tiny_models import SD15_SCHEDULER
 
 CASES = [
@@ -47,7 +47,7 @@ def test_a_scheduler_without_a_gaussian_step_is_refused_with_those_that_have_one
         make_kernel("pndm", SD15_SCHEDULER, 10, 1.0)
     with pytest.raises(ValueError, match="did you mean 'ddim'"):
         make_kernel("dim", SD15_SCHEDULER, 10, 1.0)
-    assert known_schedulers() == ["ddim", "ddpm", "euler_ancestral"]
+    assert list(KERNELS) == ["ddim", "ddpm", "euler_ancestral"]
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,22 @@ from operator import attrgetter
 
 import lightning as L
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 
 from svdd import UserError
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
-from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.losses import MeanLoss, SoftLoss
-from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.pretrained import load_value
 from svdd.values.training.data import RolloutDataModule
+from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache, draw_rollouts
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, bound, run
 
@@ -30,7 +32,7 @@ ALPHA = 0.5
 
 def fit(value, cache, diffusion=None, reward=None, epochs=8, prompts=("0",), **options):
     """Trains a value as the command line does, but for the folder."""
-    model = GuidedDiffusion(reward or Linear(B), diffusion or GaussianDiffusion(4), value=value)
+    model = ValueFitting(reward or Linear(B), diffusion or GaussianDiffusion(4), value)
     defaults = {"num_rollouts": 4096, "batch_size": 512, "rollout_batch_size": 2048, "cache": str(cache)}
     data = RolloutDataModule(list(prompts), **defaults | options)
     trainer = L.Trainer(
@@ -161,7 +163,7 @@ def test_an_untrained_value_says_what_to_do():
 def test_a_training_that_diverged_is_said(trained):
     broken = network()
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), broken)
-    broken.adopt(trained.value.own_state(), "here")
+    broken.load_weights(trained.value.weights(), "here")
     next(broken.parameters()).data.fill_(math.nan)
     with pytest.raises(UserError, match="LatentConvValue returned NaN or infinity at step 1: its training may have"):
         model.sample([""])
@@ -185,21 +187,22 @@ def test_the_prompt_is_part_of_the_input_where_it_shall_be(sd15, tmp_path, use_p
     assert (apple != panda) == use_prompt
 
 
-@pytest.mark.parametrize("of", ["x", "x0"])
-def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip, tmp_path, of):
+@pytest.mark.parametrize("decode_from", ["x", "x0"])
+def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip, tmp_path, decode_from):
     from svdd.diffusion.stable_diffusion import StableDiffusion
     from svdd.rewards.jpeg import Compressibility
 
-    value = FeatureValue(tiny_clip, of=of, width=16)
-    model, _, _ = fit(
-        value, tmp_path, StableDiffusion(sd15, 3), Compressibility(), 2, ["panda"], num_rollouts=16, batch_size=16
-    )
-    names = set(model.value.own_state())
+    value = FeatureValue(tiny_clip, decode_from=decode_from, width=16)
+    diffusion, reward = StableDiffusion(sd15, 3), Compressibility()
+    fit(value, tmp_path, diffusion, reward, 2, ["panda"], num_rollouts=16, batch_size=16)
+    names = set(value.trained_state())
     assert not any(name.startswith("clip.") for name in names)
     assert {"network.0.weight", "mean", "std", "trained"} <= names
-    model.sampler = SVDD(4)
+    path = tmp_path / "value.safetensors"
+    path.write_bytes(value.weights().to_bytes())
+    model = GuidedDiffusion(reward, diffusion, SVDD(4), load_value(str(path)))
     ledger = model.draw(["panda"], [0]).context.ledger
-    assert ledger.denoiser_rows == (1 + 4 * 2 if of == "x0" else 3)
+    assert ledger.denoiser_rows == (1 + 4 * 2 if decode_from == "x0" else 3)
     assert ledger.decoded_images == 4 * 2 + 4  # candidates at two steps by the value, and the ends by the reward
 
 
@@ -225,7 +228,6 @@ def filled(tmp_path):
     cache = RolloutCache(tmp_path, {"steps": [1, 2]}, 150)
     for k, part in enumerate(cache.shards):
         cache.write(k, draw_rollouts(diffusion, [""] * len(part), list(part), [1, 2], attrgetter("x")))
-    cache.seal()
     return cache
 
 
@@ -237,16 +239,13 @@ def test_a_whole_cache_lacks_nothing(filled):
         (64, 2, 1, 1, 2),
         (22, 2, 1, 1, 2),
     ]
-    settings = json.loads((filled.path / "manifest.json").read_text())
-    assert settings["settings"] == {"steps": [1, 2]}
+    with safetensors.safe_open(filled.path / "rollouts-00000.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["rollouts"])["settings"] == {"steps": [1, 2]}
 
 
-@pytest.mark.parametrize("sealed", [True, False])
-def test_a_torn_shard_is_found(filled, sealed):
+def test_a_torn_shard_is_found(filled):
     path = filled.path / "rollouts-00001.safetensors"
     whole = path.read_bytes()
-    if not sealed:
-        (filled.path / "manifest.json").unlink()
     path.write_bytes(whole[: len(whole) // 2])
     assert filled.missing() == [1]
     path.write_bytes(b"")
@@ -276,7 +275,7 @@ def test_what_is_held_out_is_compared_with_rewards_even_where_training_bootstrap
     model, data, _ = fit(network(loss=MeanLoss(bootstrap=True)), cache, epochs=1, num_rollouts=256)
     batch = data.held_out.__getitems__(range(len(data.held_out)))
     with torch.no_grad():
-        estimates = model.value.standard(batch["x"], batch["step"])
+        estimates = model.value.predict_standardized(batch["x"], batch["step"])
         held_out = float(model._loss(batch, bootstrap=False)[0])
     rewards = (batch["reward"] - model.value.mean) / model.value.std
     assert held_out == pytest.approx(float((estimates - rewards).square().mean()), rel=1e-5)
@@ -368,8 +367,6 @@ def test_what_cannot_be_learned_is_said(tmp_path, cache):
         fit(network(), cache, reward=Constant())
     with pytest.raises(UserError, match="reward Broken returned NaN or infinity for"):
         fit(network(), cache, reward=Broken())
-    with pytest.raises(UserError, match="value PosteriorMean has nothing to train; choose one that learns"):
-        fit(PosteriorMean(), cache)
     with pytest.raises(UserError, match=r"loss.bootstrap needs every step of the rollouts, got data.keep_every=2"):
         fit(network(loss=MeanLoss(bootstrap=True)), tmp_path, keep_every=2)
     with pytest.raises(UserError, match="num_inference_steps=1 has no step between noise and image"):
@@ -381,11 +378,37 @@ def test_what_cannot_be_learned_is_said(tmp_path, cache):
 
 def test_exported_weights_come_back(trained, tmp_path):
     path = tmp_path / "value.safetensors"
-    trained.value.export(path)
-    again = GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=network(pretrained=str(path)))
+    path.write_bytes(trained.value.weights().to_bytes())
+    checkpoint = {"state_dict": {}}
+    trained.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "best.ckpt")
     state = GaussianDiffusion(4).start([""] * 5, range(5)).propose().propose()
-    with torch.no_grad():
-        torch.testing.assert_close(again.value(state), trained.value(state), rtol=1e-2, atol=1e-2)
+    for value, tolerance in (
+        (load_value(str(path)), 1e-2),  # half precision
+        (LatentConvValue(pretrained=str(path)), 1e-2),
+        (LatentConvValue(dropout=0.5, pretrained=str(path)), 1e-2),
+        (load_value(str(tmp_path / "best.ckpt")), 0),
+    ):
+        value.bind(Linear(B), GaussianDiffusion(4))
+        value.eval()
+        assert (value.channels, value.num_blocks) == (32, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(value(state), trained.value(state), rtol=tolerance, atol=tolerance)
+
+
+def test_a_class_of_ones_own_is_found_where_it_is_imported(trained, tmp_path):
+    path, weights = tmp_path / "value.safetensors", trained.value.weights()
+    path.write_bytes(weights._replace(identity=weights.identity | {"value": "Mine"}).to_bytes())
+    with pytest.raises(UserError, match=r"holds a value of class 'Mine', which is not imported; name the class"):
+        load_value(str(path))
+
+    class Mine(LatentConvValue):
+        """Nothing new."""
+
+    value = load_value(str(path))
+    value.bind(Linear(B), GaussianDiffusion(4))
+    assert type(value) is Mine
+    assert value.num_blocks == 1
 
 
 @pytest.mark.parametrize(
@@ -402,28 +425,28 @@ def test_exported_weights_come_back(trained, tmp_path):
 )
 def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffusion, difference):
     path = tmp_path / "value.safetensors"
-    trained.value.export(path)
+    path.write_bytes(trained.value.weights().to_bytes())
     with pytest.raises(UserError, match=f"was trained for something else: .*{difference}"):
         GuidedDiffusion(reward, diffusion, value=network(pretrained=str(path)))
     checkpoint = {"state_dict": {}}
     trained.on_save_checkpoint(checkpoint)
-    model = GuidedDiffusion(reward, diffusion, BestOfN(2), network())
     with pytest.raises(UserError, match=f"the checkpoint was trained for something else: .*{difference}"):
-        model.on_load_checkpoint(checkpoint)
+        ValueFitting(reward, diffusion, network()).on_load_checkpoint(checkpoint)
 
 
 def test_weights_of_another_size_or_none_at_all_are_refused(trained, tmp_path):
     path = tmp_path / "value.safetensors"
-    trained.value.export(path)
-    larger = LatentConvValue(channels=64, num_blocks=1, pretrained=str(path))
-    with pytest.raises(
-        UserError, match=r"does not fit LatentConvValue: .* give the arguments that it was trained with"
-    ):
+    path.write_bytes(trained.value.weights().to_bytes())
+    larger = LatentConvValue(channels=64, pretrained=str(path))
+    with pytest.raises(UserError, match=r"does not fit LatentConvValue: channels was 32, here it is 64"):
         GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=larger)
-    path.write_bytes(path.read_bytes()[:100])
-    for broken in (path, tmp_path / "none.safetensors"):
-        with pytest.raises(UserError, match=r"cannot be loaded: .*; expected a file that `svdd fit` wrote"):
-            GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=network(pretrained=str(broken)))
+    whole, foreign = path.read_bytes(), safetensors.torch.save({"x": torch.ones(2)})
+    for data, message in ((whole[:100], "not a weights file, or a damaged one"), (foreign, "holds no value of svdd")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"{message}; expected value.safetensors, best.ckpt or last.ckpt"):
+            GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=network(pretrained=str(path)))
+    with pytest.raises(UserError, match=r"cannot be read: No such file or directory; expected value.safetensors"):
+        load_value(str(tmp_path / "none.safetensors"))
 
 
 def test_a_checkpoint_holds_the_value_alone(trained):
@@ -431,12 +454,15 @@ def test_a_checkpoint_holds_the_value_alone(trained):
     trained.on_save_checkpoint(checkpoint)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"value"}
     assert checkpoint["svdd_value"] == {
-        "value": "LatentConvValue",
-        "input": "x",
-        "reward": "Linear",
-        "diffusion": "GaussianDiffusion",
-        "num_inference_steps": 4,
-        "latent_shape": [1, 1, 2],
+        "identity": {
+            "value": "LatentConvValue",
+            "input": "x",
+            "reward": "Linear",
+            "diffusion": "GaussianDiffusion",
+            "num_inference_steps": 4,
+            "latent_shape": [1, 1, 2],
+        },
+        "arguments": {"channels": 32, "num_blocks": 1, "use_prompt": True, "dropout": 0.0, "mirror": False},
     }
-    with pytest.raises(UserError, match="was not written by `svdd fit`"):
+    with pytest.raises(UserError, match=r"holds no value of svdd; expected value.safetensors, best.ckpt or last.ckpt"):
         trained.on_load_checkpoint({"state_dict": {}})

@@ -37,7 +37,7 @@ def by_hand(folder, scheduler, prompts, seeds, steps, guidance_scale, eta, negat
 def ours(folder, sampler, scheduler, prompts, seeds, steps, guidance_scale, eta, negatives=None) -> np.ndarray:
     diffusion = StableDiffusion(folder, steps, guidance_scale, eta, scheduler)
     value = PosteriorMean()
-    value.bind(Compressibility())
+    value.bind(Compressibility(), diffusion)
     with torch.no_grad():
         final = sampler.sample(diffusion.start(prompts, seeds, sampler.start_particles, negatives), value)
         return final.images.permute(0, 2, 3, 1).numpy()

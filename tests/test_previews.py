@@ -78,8 +78,6 @@ def test_flowing_to_the_end_is_the_chain_without_noise():
 
 
 def test_looking_no_step_ahead_is_the_posterior_mean_bit_for_bit():
-    for value in (PosteriorMean(), Lookahead(0)):
-        value.bind(Linear(B))
     diffusion = GaussianDiffusion(5)
     first, second = (run(diffusion, SVDD(4, 0.3), bound(v, Linear(B)), 4) for v in (PosteriorMean(), Lookahead(0)))
     assert torch.equal(first.x, second.x)
@@ -87,7 +85,7 @@ def test_looking_no_step_ahead_is_the_posterior_mean_bit_for_bit():
 
 
 @pytest.mark.parametrize("steps", [5, 6, 100])
-def test_looking_to_the_end_foretells_a_chain_without_noise(steps):
+def test_looking_to_the_end_predicts_a_chain_without_noise(steps):
     diffusion = GaussianDiffusion(6, eta=0.0)
     state, value = diffusion.start([""] * 4, range(4)), bound(Lookahead(steps), Linear(B))
     end = run(diffusion, Unguided(), value, 4).scores(Linear(B))
@@ -231,7 +229,7 @@ def test_a_decoder_that_does_not_fit_is_refused(sd15, tiny_decoder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no config.json; expected `tiny`, a folder written by"):
         diffusion.load_decoder(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="cannot be loaded as an AutoencoderTiny"):
+    with pytest.raises(UserError, match=r"decoder=.* cannot be loaded"):
         diffusion.load_decoder("nobody/has-this")
     with pytest.raises(UserError, match="is for latents of 4 channels; this model has 16"):
         StableDiffusion("emoji", 2).load_decoder(tiny_decoder)

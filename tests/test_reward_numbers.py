@@ -132,9 +132,7 @@ def test_open_clips_preprocessing_is_followed(prepared, wants, size):
 
 @pytest.mark.parametrize("wants", [{"resize_mode": "longest"}, {"size": [32, 48]}], ids=str)
 def test_preprocessing_of_open_clip_that_is_not_followed_is_refused(prepared, wants):
-    with pytest.raises(
-        UserError, match=r"prepares pictures of size .* with resize_mode .*; expected a square"
-    ) as caught:
+    with pytest.raises(UserError, match=r"prepares images of size .* with resize_mode .*; expected a square") as caught:
         CLIPScore(architecture=prepared(**wants)).load()
     assert "\n" not in str(caught.value)
 
@@ -150,7 +148,7 @@ def test_the_centre_is_torchvisions_where_the_authors_use_it(tiny_clip, tiny_hea
 
 
 def test_a_revision_of_an_open_clip_is_refused():
-    with pytest.raises(UserError, match=r"revision='main' is for models of transformers; open_clip takes the newest"):
+    with pytest.raises(UserError, match=r"revision='main' is for models of transformers; open_clip loads the latest"):
         CLIPScore("openai", "ViT-B-32", revision="main")
 
 
@@ -162,13 +160,13 @@ def test_local_files_only_keeps_open_clip_from_the_network(monkeypatch, architec
     asked = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address) or [])
-    with pytest.raises(UserError, match=f"open_clip cannot load '{architecture}'") as caught:
+    with pytest.raises(UserError, match=f"'{architecture}' of open_clip cannot be loaded") as caught:
         CLIPScore("laion2b_s34b_b79k", architecture, local_files_only=True).load()
     assert "\n" not in str(caught.value)
     assert asked == []
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: {"url": "https://elsewhere"})
-    with pytest.raises(UserError, match="local_files_only cannot be kept; give a file of weights"):
+    with pytest.raises(UserError, match="local_files_only cannot be kept; give a weights file"):
         CLIPScore("laion2b_s34b_b79k", "ViT-B-32", local_files_only=True).load()
 
 
@@ -186,7 +184,7 @@ def test_hps_loads_its_weights_over_the_architecture(tiny_open_clip, tmp_path):
 
 
 def test_open_clip_names_what_it_knows(tiny_open_clip):
-    with pytest.raises(UserError, match="open_clip knows no architecture 'ViT-Z-99'"):
+    with pytest.raises(UserError, match="open_clip has no model 'ViT-Z-99'"):
         OpenClipModel("ViT-Z-99", "openai")
     with pytest.raises(UserError, match=r"has no weights 'mine' for ViT-B-32; known: openai"):
         OpenClipModel("ViT-B-32", "mine")
@@ -383,7 +381,7 @@ def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
         "my_scores": "names no module",
         "my_scores.missing": "my_scores has no 'missing'",
         "absent_file.f": "cannot be imported: No module named 'absent_file'",
-        "my_scores.NUMBER": "is a int; expected something that can be called",
+        "my_scores.NUMBER": "is a int; expected a function",
     }.items():
         with pytest.raises(UserError, match=message):
             FunctionReward(name)
@@ -456,10 +454,10 @@ def test_z_scores_refuse_what_says_nothing(tmp_path):
             ZScored(Brightness(), **arguments)
     with pytest.raises(ValueError, match="std must be > 0, got 0"):
         ZScored(Brightness(), mean=0, std=0)
-    with pytest.raises(UserError, match="is no summary of a run"):
+    with pytest.raises(UserError, match="is not the summary of a run"):
         ZScored(Brightness(), statistics=str(tmp_path))
     (tmp_path / "summary.json").write_text(json.dumps({"sampler": "SVDD", "rewards": {"A": {"mean": 0, "std": 1}}}))
-    with pytest.raises(UserError, match=r"knows A, not Brightness; measure it: --model.eval_rewards\+=Brightness"):
+    with pytest.raises(UserError, match=r"has A, not Brightness; measure it: --model.eval_rewards\+=Brightness"):
         ZScored(Brightness(), statistics=str(tmp_path))
     (tmp_path / "summary.json").write_text(
         json.dumps({"sampler": "SVDD", "rewards": {"Brightness": {"mean": 0, "std": 1}}})

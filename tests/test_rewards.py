@@ -326,7 +326,7 @@ def test_a_folder_without_preprocessor_uses_openais_numbers(tiny_clip, tmp_path)
 
 
 def test_what_is_no_clip_is_refused(tmp_path, sd15):
-    with pytest.raises(UserError, match=r"'.*/nowhere' has no config\.json; expected `emoji`"):
+    with pytest.raises(UserError, match=r"'.*/nowhere' is not a folder; expected `emoji`"):
         CLIPScore(str(tmp_path / "nowhere")).load()
     with pytest.raises(UserError, match=r"has no config\.json"):
         CLIPScore(str(tmp_path)).load()

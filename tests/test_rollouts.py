@@ -11,9 +11,9 @@ import yaml
 from svdd import UserError
 from svdd.__main__ import main
 from svdd.commands.fit import _HARMLESS
-from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import differences
 from svdd.values.training.data import RolloutDataModule
+from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache
 from tests.analytic import GaussianDiffusion, Linear
 from tests.test_learned_values import B, fit, network
@@ -119,7 +119,6 @@ def test_a_training_goes_on_only_with_the_prompts_and_settings_it_began_with(com
         ("data.num_rollouts", True),
         ("data.prompts_sha256", True),
         ("seed_everything", True),
-        ("model.sampler", False),
         ("model.value", True),
         ("model.diffusion.init_args.chunk_size", False),
         ("model.diffusion.init_args.eta", True),
@@ -173,11 +172,11 @@ def test_features_of_prompts_do_not_depend_on_the_blocks(sd15, monkeypatch):
     from svdd.diffusion.stable_diffusion import StableDiffusion
     from svdd.rewards.jpeg import Compressibility
 
-    model, texts = GuidedDiffusion(Compressibility(), StableDiffusion(sd15, 3), value=network()), list("abcde")
-    model.learn_prompts(texts)
+    model, texts = ValueFitting(Compressibility(), StableDiffusion(sd15, 3), network()), list("abcde")
+    model.encode_prompts(texts)
     whole = model._prompt_features
-    monkeypatch.setattr("svdd.values.training.fitting._PROMPTS_AT_ONCE", 2)
-    model.learn_prompts(texts)
+    monkeypatch.setattr("svdd.values.training.fitting._PROMPTS_PER_BLOCK", 2)
+    model.encode_prompts(texts)
     torch.testing.assert_close(model._prompt_features, whole)
 
 
@@ -185,7 +184,7 @@ def test_negative_prompts_of_the_file_are_used(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text("prompt,negative_prompt\n0.1,blurred\n0.2,\n")
     diffusion = GaussianDiffusion(3)
-    model = GuidedDiffusion(Linear(B), diffusion, value=network())
+    model = ValueFitting(Linear(B), diffusion, network())
     trainer().fit(model, RolloutDataModule(str(path), 8, cache=str(tmp_path / "cache")))
     assert diffusion.encoded[0] == [("0.1", "blurred"), ("0.2", None)]
 
@@ -194,7 +193,7 @@ def test_one_data_module_serves_one_model_after_the_other(tmp_path):
     """The second has units and prompts of its own, and what another reward says."""
     data = RolloutDataModule(["0", "1"], 8, cache=str(tmp_path))
     for b in (B, [2 * entry for entry in B]):
-        model = GuidedDiffusion(Linear(b), GaussianDiffusion(3), value=network())
+        model = ValueFitting(Linear(b), GaussianDiffusion(3), network())
         trainer().fit(model, data)
         assert model.value.trained
         assert float(model.value.mean) == pytest.approx(float(data.training.rewards[:7].mean()), rel=1e-5)

@@ -523,7 +523,7 @@ def test_arguments_out_of_range_are_refused(build, message):
 
 
 def test_a_value_without_a_reward_says_what_to_do():
-    with pytest.raises(UserError, match=r"PosteriorMean has no reward yet: call value.bind\(reward\)"):
+    with pytest.raises(UserError, match=r"PosteriorMean has no reward yet: call value.bind\(reward, diffusion\)"):
         run(GaussianDiffusion(2), SVDD(2), PosteriorMean(), 1)
 
 

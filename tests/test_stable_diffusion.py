@@ -83,9 +83,9 @@ def test_x0_and_the_mean_follow_the_papers(folder, guidance_scale):
             t = int(diffusion.kernel.timesteps[i])
             assert t == 250 * (3 - i) + 1  # leading spacing, offset 1
             positive, negative = state.context.conditioning
-            output = diffusion.unet(state.x, t, positive).sample.double()
+            output = diffusion.unet(state.x, t, positive["states"]).sample.double()
             if guidance_scale > 1:
-                unconditional = diffusion.unet(state.x, t, negative).sample.double()
+                unconditional = diffusion.unet(state.x, t, negative["states"]).sample.double()
                 output = (1 - guidance_scale) * unconditional + guidance_scale * output
             betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
             levels = (1 - betas).cumprod(0)
@@ -133,7 +133,7 @@ def test_guidance_doubles_the_network_rows(sd15, guidance_scale, factor):
 def test_without_guidance_a_negative_prompt_is_not_encoded(sd15):
     assert StableDiffusion(sd15, 2, guidance_scale=1.0).encode(["a"], ["b"])[1] is None
     positive, negative = StableDiffusion(sd15, 2, negative_prompt="blurry").encode(["blurry", "a"], [None, "a"])
-    assert torch.equal(positive, negative)  # None is the model's own, a given one goes first
+    assert torch.equal(positive["states"], negative["states"])  # None is the model's own, a given one goes first
 
 
 def test_images_need_not_be_square(sd15):
@@ -166,7 +166,7 @@ def test_a_prompt_that_is_cut_is_named_with_what_it_loses(sd15):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole, _ = diffusion.encode(["x" * 75], [None])
-    torch.testing.assert_close(cut[0], whole[0])
+    torch.testing.assert_close(cut["states"][0], whole["states"][0])
 
 
 def test_a_negative_prompt_that_is_cut_is_named_where_it_counts(sd15):

@@ -1,4 +1,4 @@
-"""Weights from a folder, a single file or the hub, read only as data."""
+"""Model weights from a folder, a single file or the hub; files are read as data, code in them is never run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +10,58 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from svdd import UserError
+from svdd import UserError, first_line
 
-__all__ = ["LOAD_ERRORS", "find_file", "fit_weights", "is_local", "offline", "read_weights"]
+__all__ = ["ASSETS", "find_file", "fit_weights", "is_local", "loading", "locate", "offline", "read_weights"]
 
-LOAD_ERRORS = (OSError, KeyError, ValueError, RuntimeError, ImportError, SafetensorError)  # of a model's folder
+ASSETS = Path(__file__).parent  # the models that ship with svdd
+_LOAD_ERRORS = (OSError, KeyError, TypeError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
 def is_local(source: str) -> bool:
-    """Whether a name means a folder of this machine rather than `owner/name` on a hub."""
-    return Path(source).expanduser().exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    """Returns whether a name means a path on this machine rather than `owner/name` on the hub."""
+    return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
+
+
+def locate(argument: str, source: str, marker: str, expected: str) -> str:
+    """Returns the folder that a name means, with `~` expanded, or a hub name unchanged.
+
+    Args:
+        argument: The name of the constructor argument, for messages.
+        source: A folder or a hub name.
+        marker: A file that such a folder holds, for example `config.json`.
+        expected: What the argument takes, for messages.
+
+    Raises:
+        UserError: If it is a path but no folder with that file.
+    """
+    if not is_local(source):
+        return source
+    folder = Path(source).expanduser()
+    if not (folder / marker).is_file():
+        problem = f"has no {marker}" if folder.is_dir() else "is not a folder"
+        raise UserError(f"{argument}={source!r} {problem}; expected {expected}")
+    return str(folder)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns the errors of libraries that load models into a UserError of one line.
+
+    Args:
+        what: Names the model, for example `pretrained='owner/name'`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Lets the hub's client find what the disk holds, and reach nothing else."""
+    """Restricts the hub's client to its local cache."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -35,29 +72,28 @@ def offline() -> Iterator[None]:
 
 
 def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """Returns a file of weights: a path of this machine, or `owner/name/file` on the hub, through its cache.
+    """Returns a weights file: a local path, or `owner/name/file` on the hub, downloaded to its cache.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no such file.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    if source.startswith((".", "/", "~")) or source.count("/") < 2:
+    *repository, file = source.split("/", 2)
+    if is_local("/".join(repository)):
         raise UserError(f"there is no file {source!r}; expected a path, or owner/name/file of a model on the hub")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    owner, name, file = source.split("/", 2)
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", file, revision=revision, local_files_only=local_files_only))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source!r} is not on this machine and cannot be fetched: {reason}") from error
+        options: Any = {"revision": revision, "local_files_only": local_files_only}
+        return Path(hf_hub_download("/".join(repository), file, **options))
+    except (OSError, ValueError) as error:  # the client's own errors derive from these
+        raise UserError(f"{source!r} is not on this machine and cannot be fetched: {first_line(error)}") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict from safetensors, or from a checkpoint of torch without running anything in it.
+    """Reads a state dict from a safetensors file or a PyTorch checkpoint.
 
     A checkpoint may hold it under `state_dict`, and its names may begin with `module.`.
 
@@ -70,8 +106,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip and file errors of many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{str(path)!r} cannot be read as weights: {reason}") from error
+        raise UserError(f"{str(path)!r} cannot be read as weights: {first_line(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -79,27 +114,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def fit_weights(network: nn.Module, state: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
-    """Loads weights, after checking that every name and shape is the network's.
+def fit_weights(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads a state dict after checking names and shapes; `position_ids` are computed, so they may be missing or extra.
 
     Args:
-        network: What they are loaded into.
+        network: The network to load the weights into.
         state: The weights by name.
-        source: Where they come from, for the message.
-        ignore: Ends of names that need not be there and may be there: buffers that are computed.
+        source: Where the weights come from, for messages.
 
     Raises:
-        UserError: If a name is missing, unknown, or has another shape.
+        UserError: If a name is missing or unknown, or has another shape.
     """
     own = network.state_dict()
-    state = {name: tensor for name, tensor in state.items() if name in own or not name.endswith(ignore or ("\0",))}
-    wrong = {name for name in own.keys() ^ state.keys() if not (ignore and name.endswith(ignore))}
+    wrong = {name for name in own.keys() ^ state.keys() if not name.endswith("position_ids")}
     wrong |= {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
     if wrong:
-        first = sorted(wrong)[0]
-        shapes = [list(part[first].shape) if first in part else "missing" for part in (state, own)]
+        first = min(wrong)
+        there, expected = (list(part[first].shape) if first in part else "missing" for part in (state, own))
         raise UserError(
             f"{source!r} holds weights of another architecture: {len(wrong)} names differ, first {first} "
-            f"(there {shapes[0]}, expected {shapes[1]})"
+            f"(there {there}, expected {expected})"
         )
     network.load_state_dict(state, strict=False)

@@ -1,51 +1,63 @@
-"""What the commands on LightningCLI share: processes, registry names, class defaults and errors in one line."""
+"""The base of the commands on LightningCLI: predict, fit and calibrate."""
 
+import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import lightning as L
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from svdd import Stopped, UserError
-from svdd.commands.checkpoints import checkpoint_digest
-from svdd.commands.parser import explain
+from svdd import Stopped
+from svdd.commands.parser import Parser, as_user_errors
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
+from svdd.values.pretrained import learned_class
 
-__all__ = ["ModelCLI", "Parser", "refusals"]
-
-
-class Parser(LightningArgumentParser):
-    """Reports a bad argument as the error that `svdd` prints in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(explain(message))
+__all__ = ["ModelCLI"]
 
 
 class ModelCLI(LightningCLI):
-    """A command that builds a `GuidedDiffusion` from a configuration.
+    """A command that builds a LightningModule, its data and a Trainer from a configuration.
 
     Attributes:
-        ckpt_sha256: The SHA-256 of the checkpoint, where one is given.
+        builds: The classes of module, data module and Trainer.
         group: The processes of this command; None for one.
     """
 
-    ckpt_sha256: str | None
+    builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
     group: Group | None
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the folder of the run, and the classes whose arguments can be given without naming them."""
-        parser.set_defaults(
-            {
-                "model.diffusion": {"class_path": "svdd.diffusion.stable_diffusion.StableDiffusion"},
-                "model.sampler": {"class_path": "svdd.samplers.svdd.SVDD"},
-                "model.value": {"class_path": "svdd.values.posterior_mean.PosteriorMean"},
-            }
+    def __init__(self, words: Sequence[str] | None) -> None:
+        """Runs the command.
+
+        Args:
+            words: The command line, beginning with the command's name; the process's own by default.
+        """
+        module, data, trainer = self.builds
+        super().__init__(
+            module,
+            data,
+            trainer_class=trainer,
+            save_config_callback=None,
+            seed_everything_default=False,
+            trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            args=None if words is None else list(words),
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the output folder, and the classes whose arguments can be given without naming them."""
+        defaults = {
+            "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
+            "sampler": "svdd.samplers.svdd.SVDD",
+            "value": "svdd.values.posterior_mean.PosteriorMean",
+        }
+        known = inspect.signature(self.builds[0]).parameters
+        parser.set_defaults({f"model.{k}": {"class_path": path} for k, path in defaults.items() if k in known})
         parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
         parser.add_argument(
@@ -56,7 +68,7 @@ class ModelCLI(LightningCLI):
         """Starts or joins the other processes as soon as the Trainer's settings are known."""
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
-        with refusals():
+        with as_user_errors():
             self.group = join(config.trainer, config.max_restarts, sys.argv[1:] if args is None else args)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -81,22 +93,18 @@ class ModelCLI(LightningCLI):
         return plain
 
     def _parse_ckpt_path(self) -> None:
-        """Looks at the checkpoint, where Lightning would take settings out of it, which ours do not hold."""
-        path = self.config[self.config["subcommand"]].get("ckpt_path")
-        self.ckpt_sha256 = None if path is None else checkpoint_digest(path)
+        """Makes `--ckpt_path FILE` select the value in the file, where Lightning would read settings from it."""
+        config = self.config[self.config["subcommand"]]
+        path = config.get("ckpt_path")
+        if path is None:
+            return
+        known = learned_class(path)  # also refuses what is not a checkpoint
+        config["ckpt_path"] = None
+        if "pretrained" not in config.model.value.get("init_args", {}):
+            config.model.value = Namespace(class_path=f"{known.__module__}.{known.__name__}", init_args=Namespace())
+        config.model.value.init_args.pretrained = path
 
     def instantiate_classes(self) -> None:
-        """Builds everything; what a constructor refuses is the user's to repair."""
-        with refusals():
+        """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
+        with as_user_errors():
             super().instantiate_classes()
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Turns what a constructor says about its arguments into the user's error."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise UserError(explain(str(error))) from error

@@ -1,5 +1,8 @@
-"""`svdd calibrate`: how well a value foretells the reward, step by step."""
+"""`svdd calibrate`: how well a value predicts the reward, step by step."""
 
+import inspect
+import sys
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +10,15 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.commands.base import ModelCLI
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import differences
 from svdd.runs.files import RunError, explained
-from svdd.values.training.calibration import FILES, check_counts, plot, read_config, write
+from svdd.runs.prompts import PromptDataModule
+from svdd.values.training.calibration import FILES, Calibration, check_counts, plot, read_config, write
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
+
+_UNUSED = inspect.signature(GuidedDiffusion).parameters.keys() - inspect.signature(Calibration).parameters.keys()
 
 
 class CalibrationTrainer(L.Trainer):
@@ -19,11 +26,13 @@ class CalibrationTrainer(L.Trainer):
 
     def calibrate(self, model: Any, datamodule: Any, ckpt_path: str | None = None) -> None:
         """Runs the test loop without its own table."""
-        self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+        self.test(model, datamodule=datamodule, verbose=False)
 
 
 class CalibrateCLI(ModelCLI):
-    """Draws fresh unguided chains for the prompts and writes table and plot into the output folder."""
+    """Draws new unguided chains for the prompts and writes table and plot into the output folder."""
+
+    builds = (Calibration, PromptDataModule, CalibrationTrainer)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -31,38 +40,45 @@ class CalibrateCLI(ModelCLI):
         return {"calibrate": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds an output folder of its own: the folder of a run or a training is theirs."""
+        """Adds the output folder, and accepts the settings of `svdd predict` that a shared configuration holds."""
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"output": "runs/calibration"})
+        for name in _UNUSED:
+            parser.add_argument(f"--model.{name}", type=Any, default=None, help=SUPPRESS)
 
     def before_instantiate_classes(self) -> None:
-        """Looks at the output folder, which costs nothing, before weights are loaded, which does."""
+        """Names the settings that have no effect, and checks the output folder before weights are loaded."""
         config = self.config["calibrate"]
+        unused = [f"model.{name}" for name in sorted(_UNUSED) if config.model.pop(name, None) is not None]
+        if unused:
+            print(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", file=sys.stderr)
         self.folder = Path(config.output)
         with explained(self.folder):
             self._check_folder(config.overwrite)
 
     def before_calibrate(self) -> None:
         """Refuses too few steps or chains before any is drawn."""
-        chains = self.datamodule.num_prompts * self.model.images_per_prompt
-        check_counts(self.model.diffusion.num_inference_steps, chains)
+        check_counts(self.model.diffusion.num_inference_steps, self._chains)
 
     def after_calibrate(self) -> None:
-        """Writes what was measured and says where."""
+        """Writes the results and prints the paths."""
         if not self.trainer.is_global_zero:
             return
-        folder, table = self.folder, self.model.calibration
-        name = type(self.model.value).__name__
-        chains = self.datamodule.num_prompts * self.model.images_per_prompt
-        about = {"value": name, "reward": self.model.reward.name, "chains": chains, "config": self.resolved()}
+        folder, table = self.folder, self.model.table
+        name, reward = type(self.model.value).__name__, self.model.reward.name
+        about = {"value": name, "reward": reward, "chains": self._chains, "config": self.resolved()}
         print(write(folder, table, about))
-        drawn = plot(folder / "calibration.png", {name: table}, f"{name} for {self.model.reward.name}, {chains} chains")
-        print(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if drawn else ''}")
-        if not drawn:
+        plotted = plot(folder / FILES[2], {name: table}, f"{name} for {reward}, {self._chains} chains")
+        print(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
+        if not plotted:
             print("no plot: it needs matplotlib (pip install 'svdd[plot]')")
 
+    @property
+    def _chains(self) -> int:
+        return self.datamodule.num_prompts * self.model.images_per_prompt
+
     def _check_folder(self, overwrite: bool) -> None:
-        """The same calibration may be repeated where it was, another one only takes its place when told to."""
+        """Allows the same calibration again; another one replaces it only with `--overwrite`."""
         recorded = self.folder / FILES[0]
         if not recorded.exists():
             if self.folder.exists() and any(self.folder.iterdir()):

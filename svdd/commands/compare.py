@@ -1,5 +1,6 @@
 """`svdd compare`: the same prompts of several runs side by side, with their rewards, as one picture."""
 
+import argparse
 import io
 import json
 from collections.abc import Sequence
@@ -11,13 +12,28 @@ from PIL import Image, ImageDraw, ImageFont
 from svdd import UserError
 from svdd.runs.tar import read_image
 
-__all__ = ["compare"]
+__all__ = ["compare", "draw"]
 
 _MARGIN, _LINE, _LEAST_TILE = 12, 18, 128
 _INK, _FAINT = (20, 20, 20), (110, 110, 110)
 
 
-def compare(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
+def compare(words: Sequence[str]) -> None:
+    """Runs `svdd compare`.
+
+    Args:
+        words: The command line after `svdd compare`.
+    """
+    parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one column each")
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
+    parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
+    options = parser.parse_args(words)
+    print(draw(options.runs, options.output, max(1, options.limit)))
+    print(f"wrote {options.output}")
+
+
+def draw(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
     """Writes a picture with one row per image and one column per run, and returns a table of mean rewards.
 
     Args:

@@ -7,33 +7,38 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
-from svdd.commands.base import ModelCLI, refusals
+from svdd.commands.base import ModelCLI
+from svdd.commands.parser import as_user_errors
 from svdd.runs.config import HEADER, differences, dump_config, load_config
 from svdd.runs.files import RunError, explained, lock, write_atomically
 from svdd.runs.processes.group import is_rank_zero
 from svdd.values.losses import MeanLoss
 from svdd.values.training.data import RolloutDataModule
+from svdd.values.training.fitting import ValueFitting
+from svdd.values.weights import read_weights
 
 __all__ = ["FitCLI"]
 
-# What does not change the training but for its length, beyond float rounding: where it runs, what is watched and kept.
+# Settings that may change when a training continues: they affect its length, device, logging or speed.
 _HARMLESS = re.compile(
     r"trainer(\.(?!(precision|plugins|accumulate_grad_batches|gradient_clip_val|gradient_clip_algorithm|sync_batchnorm"
     r"|limit_train_batches|overfit_batches|fast_dev_run|use_distributed_sampler|reload_dataloaders_every_n_epochs)"
     r"(\.|$)).*)?"
-    r"|(output|overwrite|max_restarts|data\.(cache|rollout_batch_size))(\..*)?"
-    r"|model\.(on_error|sampler|eval_rewards|images_per_prompt|budget|seed|diffusion\.(chunk_size|compile))(\..*)?"
+    r"|(output|overwrite|max_restarts|data\.(cache|rollout_batch_size)|model\.diffusion\.(chunk_size|compile))(\..*)?"
 )
 
-_BEFORE_A_CHECKPOINT = {".lock", "config.yaml", "config.yaml.tmp", "logs"}  # a training of no more binds nobody
+_BEFORE_A_CHECKPOINT = {".lock", "config.yaml", "config.yaml.tmp", "logs"}  # with only these, settings may still change
 
 
 class FitCLI(ModelCLI):
     """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
+
+    builds = (ValueFitting, RolloutDataModule, L.Trainer)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as self._around:
@@ -41,20 +46,15 @@ class FitCLI(ModelCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Training; where it continues from is found in the output folder."""
+        """Training; the checkpoint to continue from is found in the output folder."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the output folder, and a value that can be trained."""
+        """Adds the output folder, and defaults of a training."""
         super().add_arguments_to_parser(parser)
-        parser.set_defaults(
-            {
-                "model.value": {"class_path": "svdd.values.latent_conv.LatentConvValue"},
-                "output": "runs/fit",
-                "trainer.max_epochs": 20,
-                "trainer.num_sanity_val_steps": 0,
-            }
-        )
+        value = {"class_path": "svdd.values.latent_conv.LatentConvValue"}
+        trainer = {"trainer.max_epochs": 20, "trainer.num_sanity_val_steps": 0}
+        parser.set_defaults({"model.value": value, "output": "runs/fit", **trainer})
 
     def before_instantiate_classes(self) -> None:
         """Claims the output folder for this configuration, until the end."""
@@ -62,14 +62,14 @@ class FitCLI(ModelCLI):
         self.folder = Path(config.output)
         if is_rank_zero():
             settings = self.resolved()
-            with refusals():
+            with as_user_errors():
                 settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest
             with explained(self.folder):
                 self._claim(settings, config.overwrite)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds checkpoints after every epoch and, unless another logger is configured, metrics.csv."""
-        checkpoints = ModelCheckpoint(
+        self._checkpoints = ModelCheckpoint(
             self.folder / "checkpoints",
             filename="best",
             monitor="val_loss",
@@ -79,25 +79,22 @@ class FitCLI(ModelCLI):
         if self._get(self.config_init, "trainer.logger", default=False) in (False, None, True):
             kwargs["logger"] = CSVLogger(self.folder, name="logs")
         trainer: Any = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(checkpoints)
-        self._checkpoints = checkpoints
+        trainer.callbacks.append(self._checkpoints)
         return trainer
 
     def after_fit(self) -> None:
-        """Exports the best weights, which `--model.value.pretrained` takes, and says where everything is."""
-        import torch
-
+        """Exports the best weights, which `--model.value.pretrained` takes, and prints the paths."""
         best = Path(self._checkpoints.best_model_path or self.folder / "checkpoints" / "last.ckpt")
-        if self.trainer.is_global_zero and best.is_file():
-            self.model.on_load_checkpoint(torch.load(best, map_location="cpu", weights_only=True))
-            weights = self.folder / "value.safetensors"
-            self.model.learned_value.export(weights)
-            score = self._checkpoints.best_model_score
-            print(f"{type(self.model.value).__name__} for {self.model.reward.name} in {self.folder}")
-            if score is not None:
-                known = " (1 is that of the mean reward)" if isinstance(self.model.learned_value.loss, MeanLoss) else ""
-                print(f"best held-out loss {float(score):.4g}{known}, {best}")
-            print(f"use it: svdd predict ... --ckpt_path {best}  or  --model.value.pretrained {weights}")
+        if not self.trainer.is_global_zero or not best.is_file():
+            return
+        file, value = self.folder / "value.safetensors", self.model.value
+        with explained(self.folder):
+            write_atomically(file, read_weights(str(best)).to_bytes())
+        print(f"{type(value).__name__} for {self.model.reward.name} in {self.folder}")
+        if (score := self._checkpoints.best_model_score) is not None:
+            known = " (1 is that of the mean reward)" if isinstance(value.loss, MeanLoss) else ""
+            print(f"best held-out loss {float(score):.4g}{known}, {best}")
+        print(f"use it: svdd predict ... --ckpt_path {file}")
 
     def _claim(self, config: dict[str, Any], overwrite: bool) -> None:
         recorded = self.folder / "config.yaml"

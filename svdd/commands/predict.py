@@ -5,25 +5,30 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd import Incomplete, UserError
-from svdd.commands.base import ModelCLI, refusals
+from svdd.commands.base import ModelCLI
+from svdd.commands.parser import as_user_errors
 from svdd.commands.progress import StepProgress
 from svdd.evaluation.baseline import against, over_optimised, warning
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
-from svdd.values.learned import weights_file
+from svdd.values.weights import weights_file
 
 __all__ = ["PredictCLI"]
 
 
 class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
+
+    builds = (GuidedDiffusion, PromptDataModule, L.Trainer)
 
     writer: RunWriter
     finished: set[int]
@@ -55,7 +60,7 @@ class PredictCLI(ModelCLI):
     def before_instantiate_classes(self) -> None:
         """Checks prompts and run folder, which is fast, before weights are loaded, which is slow."""
         config = self.config["predict"]
-        with refusals():
+        with as_user_errors():
             self.stop = StopOnSignal(self.group, config.patience)
             prompts = PromptDataModule(**config.data.as_dict())
             self.evaluation = Evaluation(**config.evaluation.as_dict())
@@ -64,9 +69,7 @@ class PredictCLI(ModelCLI):
         prompts.teardown("predict")
         plain = self.resolved()
         plain["data"]["prompts_sha256"] = digest
-        if self.ckpt_sha256 is not None:
-            plain["ckpt_sha256"] = self.ckpt_sha256
-        with refusals():
+        with as_user_errors():
             plain |= _value_digest(plain["model"].get("value"))
             self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self._around.callback(self.writer.close)

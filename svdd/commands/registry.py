@@ -7,13 +7,15 @@ name. Built-in classes and those of plug-ins are imported alike; `catalogue` tel
 import ast
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-__all__ = ["KINDS", "Entry", "catalogue", "import_all", "names_of"]
+from svdd import UserError
+
+__all__ = ["KINDS", "Entry", "catalogue", "import_all", "names_of", "show"]
 
 PLUGIN_GROUP = "svdd.plugins"
 KINDS = {  # kind: (package of the built-ins, base class)
@@ -67,6 +69,27 @@ def catalogue() -> list[Entry]:
         known = {(entry.kind, entry.name) for entry in entries}
         entries += [entry for entry in _imported() if (entry.kind, entry.name) not in known]
     return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry.name))
+
+
+def show(words: Sequence[str]) -> None:
+    """Runs `svdd list`.
+
+    Args:
+        words: The kinds to list; all by default.
+
+    Raises:
+        UserError: If a kind is unknown.
+    """
+    if unknown := [word for word in words if word not in KINDS]:
+        raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
+    entries = [entry for entry in catalogue() if not words or entry.kind in words]
+    width = max(len(entry.name) for entry in entries)
+    for kind in words or KINDS:
+        print(f"{kind}:")
+        for entry in entries:
+            if entry.kind == kind:
+                source = "" if entry.package == "svdd" else f"  [{entry.package}]"
+                print(f"  {entry.name:<{width}}  {entry.description}{source}")
 
 
 def names_of(kind: str) -> list[str]:

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 
 from svdd import UserError
-from svdd.commands.base import refusals
-from svdd.commands.parser import explain
+from svdd.commands.parser import Parser, as_user_errors
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
@@ -24,11 +22,6 @@ from svdd.runs.prompts import PromptDataset
 __all__ = ["score"]
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise UserError(explain(message))
-
-
 def score(words: Sequence[str]) -> None:
     """Scores the pictures of a folder or of a run, prints the statistics, and writes them where asked to.
 
@@ -38,7 +31,7 @@ def score(words: Sequence[str]) -> None:
     Raises:
         UserError: If an argument, a picture or a prompt is wrong, or a reward fails.
     """
-    parser = _Parser(prog="svdd score", description="Scores existing pictures with any reward.")
+    parser = Parser(prog="svdd score", description="Scores existing pictures with any reward.")
     parser.add_argument("--config", action="config", help="YAML file with these settings.")
     parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
     parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
@@ -54,7 +47,7 @@ def score(words: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
-    with refusals():
+    with as_user_errors():
         settings = parser.instantiate_classes(parser.parse_args(list(words)))
     rewards = [settings.reward, *settings.eval_rewards]
     device = _device(settings.device)
@@ -115,7 +108,7 @@ def _with_prompts(pictures: list[Picture], folder: Path, file: str | None) -> li
         return pictures
     if (folder / "results.jsonl").is_file():
         raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
-    with refusals():
+    with as_user_errors():
         dataset = PromptDataset(file)
     texts = [dataset[k].text for k in range(len(dataset))]
     dataset.close()

@@ -1,3 +1,4 @@
 from .base import Denoised as Denoised
 from .base import Diffusion as Diffusion
+from .latent import LatentDiffusion as LatentDiffusion
 from .stable_diffusion import StableDiffusion as StableDiffusion

@@ -17,7 +17,7 @@ __all__ = ["Denoised", "Diffusion"]
 
 
 class Denoised(NamedTuple):
-    """What one denoiser evaluation tells about a latent.
+    """The result of one denoiser evaluation.
 
     Args:
         x0: Posterior mean E[x_0 | x_i], [n, c, h, w].
@@ -31,21 +31,24 @@ class Denoised(NamedTuple):
 class Diffusion(nn.Module, ABC):
     """The reverse chain of a pretrained model, from noise (step i = 0) to the latent of an image (i = T).
 
-    The index i counts denoising steps: it runs the other way than the paper's t. `x0` is always the clean latent.
-    A subclass says how to encode prompts, denoise and decode; `start` and the states it returns do the rest.
+    The index i counts denoising steps, in the opposite direction to the paper's t. `x0` is always the clean latent.
+    A subclass encodes prompts, denoises and decodes, and sets `latent_shape`.
 
     Args:
         num_inference_steps: T, the number of denoising steps.
-        chunk_size: Rows that go through the network, the decoder or a reward at once, or `auto`.
+        chunk_size: Rows that the network, the decoder or a reward processes at once, or `auto`.
 
     Raises:
         ValueError: If `num_inference_steps` is below 1.
 
     Attributes:
-        guidance_scale: Weight of classifier-free guidance; None where the family has none.
+        latent_shape: Shape of one latent, (c, h, w).
+        guidance_scale: Weight of classifier-free guidance; None if the family has none.
     """
 
+    latent_shape: tuple[int, ...]
     guidance_scale: float | None = None
+    anchor: Tensor
 
     def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
         super().__init__()
@@ -53,30 +56,27 @@ class Diffusion(nn.Module, ABC):
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
         self.num_inference_steps = num_inference_steps
         self.chunker = Chunker(chunk_size)
+        # A buffer follows the module to its device and precision.
+        self.register_buffer("anchor", torch.zeros((), dtype=torch.float32), persistent=False)
 
     @property
-    @abstractmethod
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent, (c, h, w)."""
-
-    @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The floating-point type that latents have."""
+        """The floating-point type of latents."""
+        return self.anchor.dtype
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
-        """The device that latents live on."""
+        """The device of latents."""
+        return self.anchor.device
 
     @property
     def network_rows_per_row(self) -> int:
-        """Network evaluations behind one denoiser row: 2 with classifier-free guidance."""
+        """Network evaluations per denoiser row: 2 with classifier-free guidance."""
         return 1
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a value that was learned on this chain depends on, as plain numbers and strings."""
+        """Everything that a value learned on this chain depends on, as numbers and strings."""
         return {
             "diffusion": type(self).__name__,
             "num_inference_steps": self.num_inference_steps,
@@ -85,24 +85,24 @@ class Diffusion(nn.Module, ABC):
 
     @property
     def prompt_features_size(self) -> int:
-        """Width of what `prompt_features` returns; 0 where it returns None."""
+        """Width of `prompt_features`; 0 if there are none."""
         return 0
 
     def prompt_features(self, conditioning: Any) -> Tensor | None:
-        """Returns one vector for each encoded prompt, [p, d], for learned values; None if there are none.
+        """Returns one vector per encoded prompt for learned values, [p, d], or None.
 
         Args:
-            conditioning: What `encode` returned.
+            conditioning: The result of `encode`.
         """
         return None
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
-        """Returns the conditioning of `len(prompts)` prompts; opaque to everyone but `denoise`.
+        """Returns the conditioning of distinct (prompt, negative prompt) pairs; only this class reads it.
 
         Args:
-            prompts: Distinct (prompt, negative prompt) pairs, first half.
-            negative_prompts: The second half; None means the model's own default.
+            prompts: The prompt of each pair.
+            negative_prompts: The negative prompt of each pair; None means the model's default.
         """
 
     @abstractmethod
@@ -116,20 +116,20 @@ class Diffusion(nn.Module, ABC):
         Args:
             x: Latents at step i, [n, c, h, w].
             i: Step index, 0 .. T - 1.
-            conditioning: What `encode` returned.
+            conditioning: The result of `encode`.
             row: Index of each latent's prompt in the conditioning, int64 [n].
         """
 
     @abstractmethod
     def std(self, i: int) -> float:
-        """Standard deviation of the reverse kernel from step i to i + 1; 0 where the step is deterministic."""
+        """Returns the standard deviation of the reverse kernel from step i to i + 1; 0 for a deterministic step."""
 
     @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """Moves latents from step i to i + 1 without noise, as if x0 were right (a DDIM step with eta = 0).
+        """Moves latents from step i to i + 1 without noise: a DDIM step with eta = 0.
 
         Args:
             x: Latents at step i, [n, c, h, w].
@@ -137,12 +137,12 @@ class Diffusion(nn.Module, ABC):
             i: Step index, 0 .. T - 1.
 
         Raises:
-            UserError: If the family does not say how.
+            UserError: If the family does not implement it.
         """
         raise UserError(f"{type(self).__name__} has no deterministic step, which Lookahead needs: implement `flow`")
 
     def preview(self, x: Tensor, i: int, conditioning: Any, row: Tensor, guidance_scale: float) -> Tensor:
-        """Returns x0 under another weight of classifier-free guidance, [n, c, h, w]; arguments as in `denoise`.
+        """Returns x0 at another weight of classifier-free guidance, [n, c, h, w]; arguments as in `denoise`.
 
         Raises:
             UserError: If the family has no such guidance.
@@ -150,14 +150,14 @@ class Diffusion(nn.Module, ABC):
         raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")
 
     def preview_network_rows(self, guidance_scale: float) -> int:
-        """Network evaluations behind one preview: 2 where that scale needs the unconditional half."""
+        """Returns the network evaluations per preview: 2 if that scale needs the unconditional half."""
         return 2 if guidance_scale > 1 else 1
 
     def load_decoder(self, name: str) -> nn.Module:
-        """Returns a decoder from latents [n, c, h, w] to images float32 [n, 3, H, W] in [0, 1], for previews.
+        """Returns a decoder for previews, from latents [n, c, h, w] to images float32 [n, 3, H, W] in [0, 1].
 
         Args:
-            name: `tiny` for the small one that fits this model, a folder, or a hub name.
+            name: `tiny` for the small decoder of this model, a folder, or a hub name.
 
         Raises:
             UserError: If there is none, or it does not fit.
@@ -166,7 +166,7 @@ class Diffusion(nn.Module, ABC):
 
     @property
     def stochastic(self) -> bool:
-        """Whether any step draws noise; without it, candidates of one parent would all be the same."""
+        """Whether any step draws noise; otherwise all candidates of a parent are the same."""
         return any(self.std(i) > 0 for i in range(self.num_inference_steps))
 
     def start(

@@ -1,4 +1,4 @@
-"""Bounds how many rows a device works on at once."""
+"""Limits how many rows a device processes at once."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,15 +9,14 @@ from torch import Tensor
 
 __all__ = ["Chunker"]
 
-Rows = TypeVar("Rows", bound=Tensor | tuple[Tensor, ...])
+Rows = TypeVar("Rows", bound=Tensor | tuple[Tensor, ...] | dict[str, Tensor])
 
 
 class Chunker:
-    """Applies a row-wise function to row chunks and joins the results.
+    """Applies a row-wise function to chunks of rows and joins the results.
 
     Args:
-        size: Rows at once, or `auto`: everything, halved whenever the device runs out of memory. The halved size is
-            kept, so that a run pays for it once.
+        size: Rows at once, or `auto`: all, halved whenever memory runs out; the smaller size is kept.
 
     Raises:
         ValueError: If `size` is neither `auto` nor an integer of at least 1.
@@ -33,9 +32,9 @@ class Chunker:
         """Returns `function(*arguments)`, computed on slices of at most the current limit.
 
         Args:
-            function: Takes slices of the arguments, returns a tensor, or a named tuple of tensors, with one row per
-                row of the slice.
-            count: Rows in all, at least 1.
+            function: Takes slices of the arguments; returns a tensor, or a named tuple or dictionary of tensors, with
+                one row per row of the slice.
+            count: Number of rows, at least 1.
             arguments: Tensors or sequences of `count` rows.
 
         Raises:
@@ -64,7 +63,9 @@ class Chunker:
 
 
 def _join(parts: list[Any]) -> Any:
-    """Joins tensors, or named tuples of tensors field by field, along the first dimension."""
+    """Joins tensors along the first dimension, or named tuples and dictionaries of tensors field by field."""
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
+    if isinstance(parts[0], dict):
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return type(parts[0])._make(torch.cat(fields) for fields in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""A short identifier of a network's weights."""
+"""A short hash of a network's weights."""
 
 import hashlib
 
@@ -11,10 +11,9 @@ _NUMBERS = 16  # of each parameter
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """Returns a few letters that tell weights apart, whatever file they come from.
+    """Returns a hash of some numbers of every parameter; training changes all of them.
 
-    A few numbers of every parameter are enough, for training moves them all. They are compared in half precision, so
-    that the half-precision files of a model count as the same.
+    The numbers are rounded to half precision, so a model's half-precision files have the same fingerprint.
     """
     found = hashlib.sha256()
     for module in modules:

@@ -1,21 +1,22 @@
 """The reverse step of a scheduler as a Gaussian kernel N(mean, std^2 I).
 
-Schedulers return samples, not means; these classes repeat their arithmetic in the same order, so that drawing from the
-kernel equals `scheduler.step` to the last bit in float32. Only one-step solvers have such a kernel: a multistep solver
-(PNDM, DPM-Solver++ 2M, UniPC, ...) is not Markov in x.
+Schedulers return samples, not means. These classes repeat their arithmetic in the same order, so a draw from the kernel
+equals `scheduler.step` bit for bit in float32. Only one-step solvers have such a kernel: a multistep solver (PNDM,
+DPM-Solver++ 2M, UniPC, ...) is not Markov in x.
 """
 
 from abc import ABC, abstractmethod
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
+from svdd import nearest
 from svdd.diffusion.base import Denoised
 
-__all__ = ["DDIMKernel", "DDPMKernel", "EulerAncestralKernel", "Kernel", "known_schedulers", "make_kernel"]
+__all__ = ["KERNELS", "DDIMKernel", "DDPMKernel", "EulerAncestralKernel", "Kernel", "find_kernel", "make_kernel"]
 
 _NEGLIGIBLE_STD = 1e-8
 
@@ -26,19 +27,23 @@ class Kernel(ABC):
     Args:
         config: A diffusers scheduler configuration, of any scheduler of the same training noise.
         num_inference_steps: T.
-        eta: Share of the DDPM noise that each step adds; schedulers with a noise of their own ignore it.
+        eta: Fraction of the DDPM noise that each step adds; only DDIM uses it.
 
     Raises:
-        ValueError: If the configuration asks for what has no Gaussian kernel.
+        ValueError: If the configuration has no Gaussian kernel.
     """
 
-    scheduler_class: Any
+    scheduler_class: ClassVar[Any]
+    allowed: ClassVar[dict[str, tuple[str, ...]]]  # values of the configuration that the kernel implements
 
     def __init__(self, config: dict[str, Any], num_inference_steps: int, eta: float) -> None:
         self.scheduler = self.scheduler_class.from_config(config)
         self.config = self.scheduler.config
         if self.config.get("thresholding"):
             raise ValueError("a scheduler with thresholding=true has no Gaussian kernel; set it to false in its config")
+        for name, known in self.allowed.items():
+            if self.config[name] not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {self.config[name]!r}")
         self.scheduler.set_timesteps(num_inference_steps)
         self.timesteps: Tensor = self.scheduler.timesteps
         self.eta = eta
@@ -48,7 +53,7 @@ class Kernel(ABC):
         return noise * self.scheduler.init_noise_sigma
 
     def scale_input(self, x: Tensor, i: int) -> Tensor:
-        """Scales latents at step i to what the network was trained on."""
+        """Scales latents at step i for the network."""
         return x
 
     @abstractmethod
@@ -57,19 +62,21 @@ class Kernel(ABC):
 
     @abstractmethod
     def std(self, i: int) -> float:
-        """Standard deviation of step i."""
+        """Returns the standard deviation of step i."""
 
     @abstractmethod
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """Moves x from step i to i + 1 without noise, along the straight line that its x0 foretells (eta = 0)."""
+        """Moves x from step i to i + 1 without noise (eta = 0)."""
 
 
 class _AlphaKernel(Kernel):
     """A kernel in the variance-preserving coordinates of DDPM: x_t = sqrt(a) x_0 + sqrt(1 - a) noise."""
 
+    allowed: ClassVar = {"prediction_type": ("epsilon", "v_prediction", "sample")}
+
+    @abstractmethod
     def alphas(self, i: int) -> tuple[Tensor, Tensor]:
         """Returns the cumulative signal variance a before and after step i."""
-        raise NotImplementedError
 
     def split(self, x: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the predicted x_0 and the predicted noise."""
@@ -80,22 +87,17 @@ class _AlphaKernel(Kernel):
         elif kind == "v_prediction":
             x0 = alpha**0.5 * x - beta**0.5 * output
             epsilon = alpha**0.5 * output + beta**0.5 * x
-        else:  # "sample": the constructors refuse everything else
+        else:  # "sample"
             x0, epsilon = output, (x - alpha**0.5 * output) / beta**0.5
         if self.config.get("clip_sample"):
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return x0, epsilon
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """Returns sqrt(a') x0 + sqrt(1 - a') epsilon, with the epsilon that x and x0 imply."""
+        """Returns sqrt(a') x0 + sqrt(1 - a') epsilon with epsilon = (x - sqrt(a) x0) / sqrt(1 - a)."""
         alpha, alpha_next = self.alphas(i)
         epsilon = (x - alpha**0.5 * x0) / (1 - alpha) ** 0.5
         return alpha_next**0.5 * x0 + (1 - alpha_next) ** 0.5 * epsilon
-
-    def _require_prediction_type(self) -> None:
-        known = ("epsilon", "v_prediction", "sample")
-        if self.config.prediction_type not in known:
-            raise ValueError(f"prediction_type must be one of {', '.join(known)}, got {self.config.prediction_type!r}")
 
 
 class DDIMKernel(_AlphaKernel):
@@ -105,7 +107,6 @@ class DDIMKernel(_AlphaKernel):
 
     def __init__(self, config: dict[str, Any], num_inference_steps: int, eta: float) -> None:
         super().__init__(config, num_inference_steps, eta)
-        self._require_prediction_type()
         self._stds = [float(eta * self._variance(i) ** 0.5) for i in range(len(self.timesteps))]
 
     def alphas(self, i: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ class DDIMKernel(_AlphaKernel):
         return Denoised(x0, alpha_next**0.5 * x0 + direction)
 
     def std(self, i: int) -> float:
-        """Eta times the standard deviation of the DDPM posterior."""
+        """Returns eta times the standard deviation of the DDPM posterior."""
         return self._stds[i]
 
     def _variance(self, i: int) -> Tensor:
@@ -136,13 +137,7 @@ class DDPMKernel(_AlphaKernel):
     """Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239, formulas (6) and (7)."""
 
     scheduler_class = DDPMScheduler
-
-    def __init__(self, config: dict[str, Any], num_inference_steps: int, eta: float) -> None:
-        super().__init__(config, num_inference_steps, eta)
-        self._require_prediction_type()
-        kinds = ("fixed_small", "fixed_large")
-        if self.config.variance_type not in kinds:
-            raise ValueError(f"variance_type must be one of {', '.join(kinds)}, got {self.config.variance_type!r}")
+    allowed: ClassVar = _AlphaKernel.allowed | {"variance_type": ("fixed_small", "fixed_large")}
 
     def alphas(self, i: int) -> tuple[Tensor, Tensor]:
         """Returns the cumulative signal variance before and after step i."""
@@ -160,7 +155,7 @@ class DDPMKernel(_AlphaKernel):
         return Denoised(x0, weight_x0 * x0 + weight_x * x)
 
     def std(self, i: int) -> float:
-        """The posterior's standard deviation, or sqrt(beta) where the configuration says `fixed_large`."""
+        """Returns the posterior's standard deviation, or sqrt(beta) for `fixed_large`."""
         if int(self.timesteps[i]) == 0:
             return 0.0
         alpha, alpha_next = self.alphas(i)
@@ -175,12 +170,7 @@ class EulerAncestralKernel(Kernel):
     """Ancestral sampling with Euler steps in variance-exploding coordinates: x = x_0 + sigma noise (k-diffusion)."""
 
     scheduler_class = EulerAncestralDiscreteScheduler
-
-    def __init__(self, config: dict[str, Any], num_inference_steps: int, eta: float) -> None:
-        super().__init__(config, num_inference_steps, eta)
-        known = ("epsilon", "v_prediction")
-        if self.config.prediction_type not in known:
-            raise ValueError(f"prediction_type must be one of {', '.join(known)}, got {self.config.prediction_type!r}")
+    allowed: ClassVar = {"prediction_type": ("epsilon", "v_prediction")}
 
     def scale_input(self, x: Tensor, i: int) -> Tensor:
         """Divides by sqrt(sigma^2 + 1)."""
@@ -200,7 +190,7 @@ class EulerAncestralKernel(Kernel):
         return Denoised(x0.to(x.dtype), (wide + derivative * (down - sigma)).to(x.dtype))
 
     def std(self, i: int) -> float:
-        """Sigma_up of the step."""
+        """Returns sigma_up of the step."""
         return float(self._up(i))
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -213,30 +203,34 @@ class EulerAncestralKernel(Kernel):
         return (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
 
 
-_KERNELS: dict[str, type[Kernel]] = {"ddim": DDIMKernel, "ddpm": DDPMKernel, "euler_ancestral": EulerAncestralKernel}
+KERNELS: dict[str, type[Kernel]] = {"ddim": DDIMKernel, "ddpm": DDPMKernel, "euler_ancestral": EulerAncestralKernel}
 
 
-def known_schedulers() -> list[str]:
-    """Returns the names that `make_kernel` takes."""
-    return list(_KERNELS)
+def find_kernel(name: str, known: Mapping[str, type[Kernel]]) -> type[Kernel]:
+    """Returns the kernel class of a scheduler.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in known:
+        near = nearest(name, list(known))
+        raise ValueError(
+            f"scheduler {name!r} has no Gaussian one-step kernel here (multistep solvers are not Markov); known: "
+            f"{', '.join(known)}" + (f"; did you mean {near!r}?" if near else "")
+        )
+    return known[name]
 
 
 def make_kernel(name: str, config: dict[str, Any], num_inference_steps: int, eta: float) -> Kernel:
     """Builds the kernel of a scheduler from a model's scheduler configuration.
 
     Args:
-        name: One of `known_schedulers()`.
+        name: One of `KERNELS`.
         config: The configuration that the model was saved with.
         num_inference_steps: T.
-        eta: Noise of DDIM, 0 (deterministic) .. 1 (as DDPM).
+        eta: Noise of DDIM, 0 (deterministic) to 1 (as much as DDPM).
 
     Raises:
-        ValueError: If the scheduler has no Gaussian one-step kernel, or the configuration rules it out.
+        ValueError: If the scheduler or the configuration has no Gaussian one-step kernel.
     """
-    if name not in _KERNELS:
-        near = get_close_matches(name.lower(), _KERNELS, n=1)
-        raise ValueError(
-            f"scheduler {name!r} has no Gaussian one-step kernel here (multistep solvers are not Markov); known: "
-            f"{', '.join(_KERNELS)}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    return _KERNELS[name](dict(config), num_inference_steps, eta)
+    return find_kernel(name, KERNELS)(dict(config), num_inference_steps, eta)

@@ -1,7 +1,7 @@
-"""The LAION aesthetic score: what people find beautiful, 1 to 10, read off a CLIP embedding.
+"""The LAION aesthetic score: human ratings of beauty, 1 to 10, predicted from a CLIP embedding.
 
-Source: Schuhmann et al., LAION-5B, 2022, arXiv 2210.08402, and their improved-aesthetic-predictor (a stack of linear
-layers on the normalised embedding of CLIP ViT-L/14, trained on SAC, Logos and AVA), Apache-2.0.
+Source: Schuhmann et al., LAION-5B, 2022, arXiv 2210.08402, and their improved-aesthetic-predictor (linear layers on the
+normalised embedding of CLIP ViT-L/14, trained on SAC, Logos and AVA), Apache-2.0.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svdd.assets.hub import find_file, fit_weights, read_weights
 from svdd.rewards.models.auto_models import read_model
-from svdd.rewards.models.clip_models import locate, processor_statistics
+from svdd.rewards.models.clip_models import find_clip, processor_statistics
 from svdd.rewards.models.pixels import fit_square, normalise
 from svdd.rewards.pretrained import PretrainedReward
 
@@ -24,13 +24,13 @@ class Aesthetic(PretrainedReward):
     """LAION aesthetic score v2 of the image alone, about 1 (poor) to 10 (beautiful).
 
     Args:
-        pretrained: The CLIP whose image embedding is judged: a folder or a hub name.
-        head: Weights of the head on top of it: a file, or owner/name/file on the hub.
+        pretrained: The CLIP that embeds the image: a folder or a hub name.
+        head: Weights of the linear layers: a file, or owner/name/file on the hub.
         revision: Branch, tag or commit of the CLIP on the hub.
-        local_files_only: Never ask the hub; use what the disk holds.
+        local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If the model or the head cannot be loaded, or they do not fit each other.
+        UserError: If the model or the head cannot be loaded, or their widths differ.
     """
 
     differentiable = True
@@ -42,13 +42,12 @@ class Aesthetic(PretrainedReward):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(revision, local_files_only)
         self.pretrained, self.head = pretrained, head
-        self.options = {"revision": revision, "local_files_only": local_files_only}
 
     def read(self) -> nn.Module:
         """Returns the image encoder and the head."""
-        head = find_file(self.head, local_files_only=bool(self.options["local_files_only"]))
+        head = find_file(self.head, local_files_only=self.options["local_files_only"])
         return _Judge(self.pretrained, self.options, read_weights(head), str(head))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -57,10 +56,9 @@ class Aesthetic(PretrainedReward):
 
 
 class AestheticHead(nn.Module):
-    """Linear layers d-1024-128-64-16-1 without activations; their dropouts work in training only.
+    """Linear layers d-1024-128-64-16-1 without activations, with dropout in training.
 
-    Half precision would round away what tells good pictures from better ones, so they stay in float32 where the module
-    around them is halved.
+    The layers stay in float32 in a half-precision module, whose rounding would exceed the differences between images.
 
     Args:
         width: d, the length of the embedding.
@@ -80,17 +78,17 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns the score of each embedding; [n, d] of any length to [n]."""
+        """Returns the score of each embedding, [n], from embeddings [n, d] of any length."""
         with torch.autocast(features.device.type, enabled=False):
             features = F.normalize(features.to(next(self.parameters()).dtype), dim=-1)
             return self.layers(features)[:, 0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AestheticHead":
-        def kept(tensor: Tensor) -> Tensor:
+        def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
 
-        return super()._apply(kept, recurse)
+        return super()._apply(at_least_float32, recurse)
 
 
 class _Judge(nn.Module):
@@ -100,7 +98,7 @@ class _Judge(nn.Module):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        source, options = locate(pretrained, options)
+        source, options = find_clip(pretrained, options)
         self.clip: Any = read_model(CLIPVisionModelWithProjection, source, torch.float32, **options)
         self.head = AestheticHead(self.clip.config.projection_dim)
         fit_weights(self.head, head, head_name)

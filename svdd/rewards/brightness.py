@@ -1,4 +1,4 @@
-"""How bright a picture is."""
+"""The brightness of an image."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What an image classifier thinks of one of its labels, as in classifier guidance.
+"""The probability of a label under an image classifier, as in classifier guidance.
 
 Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv 2105.05233.
 """
@@ -12,29 +12,26 @@ from torch import Tensor, nn
 
 from svdd import UserError, nearest
 from svdd.rewards.models.auto_models import read_auto, read_model
-from svdd.rewards.models.image_processing import read_preprocessing
+from svdd.rewards.models.image_processing import Preprocessing
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["Classifier"]
 
 
 class Classifier(PretrainedReward):
-    """Log-probability of a label under an image classifier of transformers; the prompt is not read.
+    """Log-probability of a label under an image classifier of transformers; the prompt is not used.
 
-    Where the classifier's labels do not exclude each other (`multi_label_classification`), the log-probability is that
-    of the label alone.
+    In a `multi_label_classification` model each label has its own probability.
 
     Args:
         pretrained: A folder, or a hub name such as `google/vit-base-patch16-224`.
-        label: The label's name, in small or capital letters, or one of the names between commas that it has; or its
-            index.
-        logit: Score with the logit, which has no bound, instead of the log-probability.
+        label: The label's name or one of its comma-separated names, in upper or lower case; or its index.
+        logit: Return the logit, which is unbounded, instead of the log-probability.
         revision: Branch, tag or commit of a hub model.
-        local_files_only: Never ask the hub; use what the disk holds.
+        local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If the model cannot be loaded, prepares images in a way that svdd does not follow, or does not know
-            the label.
+        UserError: If the model cannot be loaded, its preprocessing does not work on tensors, or it has no such label.
     """
 
     differentiable = True
@@ -47,14 +44,13 @@ class Classifier(PretrainedReward):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(revision, local_files_only)
         self.pretrained, self.label, self.logit = pretrained, label, logit
-        self.options = {"revision": revision, "local_files_only": local_files_only}
         self.range = (-math.inf, math.inf if logit else 0.0)
 
     @property
     def name(self) -> str:
-        """`Classifier` and the label."""
+        """`Classifier`, followed by the label."""
         return f"Classifier-{self.label}"
 
     def read(self) -> nn.Module:
@@ -65,9 +61,9 @@ class Classifier(PretrainedReward):
         self.index = find_label(self.label, network.config.id2label)
         self.independent = network.config.problem_type == "multi_label_classification"
         if network.config.num_labels == 1 and not (self.logit or self.independent):
-            raise UserError(f"pretrained={self.pretrained!r} has one label, which is always certain; set logit")
+            raise UserError(f"pretrained={self.pretrained!r} has one label, whose probability is always 1; set logit")
         processor = read_auto(AutoImageProcessor, self.pretrained, **self.options)
-        self.preprocess = read_preprocessing(processor, self.pretrained)
+        self.preprocess = Preprocessing(processor, self.pretrained)
         return network
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -83,7 +79,7 @@ def find_label(label: int | str, names: dict[int, str]) -> int:
     """Returns the index of a label.
 
     Raises:
-        UserError: If there is none, or more than one of that name.
+        UserError: If no label or several labels have that name.
     """
     wanted = str(label).strip().lower()
     exact = [k for k, name in names.items() if (label == k if isinstance(label, int) else name.lower() == wanted)]

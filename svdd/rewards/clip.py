@@ -1,8 +1,8 @@
-"""Agreement of image and prompt: the cosine between their CLIP embeddings.
+"""Alignment of image and prompt: the cosine of their CLIP embeddings.
 
 Sources: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021, arXiv 2103.00020;
-Hessel et al., CLIPScore, 2021, arXiv 2104.08718 (without its factor 2.5 and its cut at 0); Cherti et al., Reproducible
-scaling laws for contrastive language-image learning, 2022, arXiv 2212.07143 (open_clip).
+Hessel et al., CLIPScore, 2021, arXiv 2104.08718 (without its factor 2.5 and its clipping at 0); Cherti et al.,
+Reproducible scaling laws for contrastive language-image learning, 2022, arXiv 2212.07143 (open_clip).
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ class CLIPScore(PretrainedReward):
     """Cosine similarity of image and prompt under a CLIP model, -1 .. 1.
 
     Args:
-        pretrained: `emoji` (the small CLIP that ships with svdd), `emoji-judge` (a second one, trained apart, for
+        pretrained: `emoji` (the small CLIP that ships with svdd), `emoji-judge` (a second one, trained separately, for
             held-out evaluation), a folder, or a hub name such as `openai/clip-vit-large-patch14`. With an
-            architecture: one of open_clip's tags for it, such as `laion2b_s32b_b79k`, or a file of weights.
+            architecture: one of open_clip's tags for it, such as `laion2b_s32b_b79k`, or a weights file.
         architecture: A model of open_clip, such as `ViT-H-14`, `hf-hub:owner/name` or `local-dir:/folder`; by default
-            the model is one of transformers.
-        revision: Branch, tag or commit of a hub model of transformers.
-        local_files_only: Never ask the hub; use what the disk holds.
+            the model is loaded by transformers.
+        revision: Branch, tag or commit of a hub model; not with an architecture.
+        local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If the model cannot be loaded, is no CLIP, or a revision is asked for where there is none.
+        UserError: If the model cannot be loaded or is not a CLIP, or a revision is given with an architecture.
     """
 
     differentiable = True
@@ -43,17 +43,16 @@ class CLIPScore(PretrainedReward):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(revision, local_files_only)
         if architecture is not None and revision is not None:
             raise UserError(
-                f"revision={revision!r} is for models of transformers; open_clip takes the newest of {architecture!r}"
+                f"revision={revision!r} is for models of transformers; open_clip loads the latest {architecture!r}"
             )
         self.pretrained, self.architecture = pretrained, architecture
-        self.options = {"revision": revision, "local_files_only": local_files_only}
 
     @property
     def name(self) -> str:
-        """`CLIPScore`, with the model's name where it is not the embedded one."""
+        """`CLIPScore`, followed by the model's name unless it is the embedded one."""
         label = self.pretrained.removeprefix("emoji").lstrip("-") if self.pretrained in EMBEDDED else self.pretrained
         if self.architecture is not None:
             label = Path(self.architecture.split(":")[-1]).name
@@ -62,13 +61,12 @@ class CLIPScore(PretrainedReward):
     def read(self) -> ClipModel:
         """Returns the model."""
         if self.architecture is not None:
-            return OpenClipModel(self.architecture, self.pretrained, bool(self.options["local_files_only"]))
+            return OpenClipModel(self.architecture, self.pretrained, self.options["local_files_only"])
         return TransformersClip(self.pretrained, self.options)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns the cosine of each image with its own prompt, float [n]."""
-        features = self.image_features(images)
-        return (features * self.network.text_features(prompts).to(features)).sum(-1)
+        """Returns the cosine of each image with its own prompt, float32 [n]."""
+        return self.network.cosines(images, prompts)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Returns the embedding of each image, of length 1, float32 [n, d]."""

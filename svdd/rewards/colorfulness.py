@@ -1,4 +1,4 @@
-"""How colourful a picture is.
+"""The colourfulness of an image.
 
 Source: Hasler and Suesstrunk, Measuring colourfulness in natural images, 2003.
 """
@@ -18,8 +18,7 @@ _TINY = 1e-12  # keeps the gradient of a square root finite at 0
 class Colorfulness(Reward):
     """Hasler and Suesstrunk's colourfulness: 0 is grey, 45 averagely, 82 highly and 109 extremely colourful.
 
-    With rg = R - G and yb = (R + G) / 2 - B on 0 .. 255: the root of their summed variances, plus 0.3 times the root of
-    their summed squared means.
+    With rg = R - G and yb = (R + G) / 2 - B on 0 .. 255: sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2).
     """
 
     differentiable = True

@@ -1,4 +1,4 @@
-"""Any function as a reward."""
+"""Any Python function as a reward."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -9,23 +9,24 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.rewards.base import Reward
-from svdd.rewards.models.pictures import as_pictures
+from svdd.rewards.models.pixels import to_pil
 
 __all__ = ["FunctionReward"]
 
 
 class FunctionReward(Reward):
-    """A Python function of your own as a reward, named as `my_file.my_function`.
+    """A Python function of your own as a reward, `my_file.my_function`.
 
     Args:
         function: Dotted name of `function(images, prompts)`, which takes float [n, 3, h, w] in [0, 1] and a list of n
             texts, and returns n numbers: a tensor, an array or a list.
-        one_by_one: Call `function(image, prompt)` for each image instead, a PIL image and a text, for one number.
-        differentiable: Whether gradients flow from what it returns to `images`.
-        higher_is_better: Whether more is better.
+        one_by_one: Call `function(image, prompt)` once per image, with a PIL image and a text, for one number.
+        differentiable: Whether gradients flow from the result to `images`.
+        higher_is_better: Whether a higher score is better.
 
     Raises:
-        UserError: If the name leads to nothing that can be called.
+        UserError: If the name is not that of a function.
+        ValueError: If it is both `one_by_one` and `differentiable`.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class FunctionReward(Reward):
 
     @property
     def name(self) -> str:
-        """The function's own."""
+        """The function's name."""
         return self.label
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns what the function says of each image, float32 [n]."""
+        """Returns the function's score of each image, float32 [n]."""
         if self.one_by_one:
-            pairs = zip(as_pictures(images), prompts, strict=True)
+            pairs = zip(to_pil(images), prompts, strict=True)
             scores: Any = [float(self.function(picture, prompt)) for picture, prompt in pairs]
         else:
             scores = self.function(images, list(prompts))
@@ -64,9 +65,9 @@ def _find(name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        raise UserError(f"function={name!r} cannot be imported: {error}; own files are sought here first") from error
+        raise UserError(f"function={name!r} cannot be imported: {error}") from error
     except AttributeError as error:
         raise UserError(f"function={name!r}: {module} has no {attribute!r}") from error
     if not callable(found):
-        raise UserError(f"function={name!r} is a {type(found).__name__}; expected something that can be called")
+        raise UserError(f"function={name!r} is a {type(found).__name__}; expected a function")
     return found

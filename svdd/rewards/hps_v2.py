@@ -16,18 +16,17 @@ __all__ = ["HPSv2"]
 
 
 class HPSv2(PretrainedReward):
-    """Cosine under a CLIP ViT-H/14 tuned on human preferences; about 0.2 to 0.35.
+    """Cosine under a CLIP ViT-H/14 fine-tuned on human preferences; about 0.2 to 0.35.
 
-    Needs `pip install 'svdd[open-clip]'`. Pictures that are not square lose their margins; the authors' code pads
-    them in some versions.
+    Images that are not square are cropped to the centre; some versions of the authors' code pad them instead.
 
     Args:
-        pretrained: The tuned weights: a file, or owner/name/file on the hub.
-        architecture: The model of open_clip that they are for.
-        local_files_only: Never ask the hub; use what the disk holds.
+        pretrained: The fine-tuned weights: a file, or owner/name/file on the hub.
+        architecture: The model of open_clip that they belong to.
+        local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If open_clip is missing, or the weights cannot be loaded or are another model's.
+        UserError: If the weights cannot be loaded or belong to another model.
     """
 
     differentiable = True
@@ -39,15 +38,14 @@ class HPSv2(PretrainedReward):
         architecture: str = "ViT-H-14",
         local_files_only: bool = False,
     ) -> None:
-        super().__init__()
-        self.pretrained, self.architecture, self.local_files_only = pretrained, architecture, local_files_only
+        super().__init__(local_files_only=local_files_only)
+        self.pretrained, self.architecture = pretrained, architecture
 
     def read(self) -> ClipModel:
         """Returns the CLIP."""
-        weights = find_file(self.pretrained, local_files_only=self.local_files_only)
-        return OpenClipModel(self.architecture, str(weights), self.local_files_only)
+        weights = find_file(self.pretrained, **self.options)
+        return OpenClipModel(self.architecture, str(weights), self.options["local_files_only"])
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns the cosine of each image with its own prompt, float [n]."""
-        features = self.network.image_features(images)
-        return (features * self.network.text_features(prompts).to(features)).sum(-1)
+        """Returns the cosine of each image with its own prompt, float32 [n]."""
+        return self.network.cosines(images, prompts)

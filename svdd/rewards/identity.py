@@ -1,4 +1,4 @@
-"""What the results of an object depend on, as plain data that files can keep and compare."""
+"""The settings of an object as plain data that files can store and compare."""
 
 import inspect
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["settings"]
 
-_HARMLESS = {
+_NO_EFFECT = {  # arguments that do not change the result
     "api_key_env",
     "backoff",
     "batch_size",
@@ -21,18 +21,17 @@ _HARMLESS = {
 
 
 def settings(thing: Any) -> dict[str, Any]:
-    """Returns the constructor's arguments, as far as attributes of the same names hold plain data.
+    """Returns the constructor's arguments whose attributes of the same name hold plain data.
 
-    Folders and files count by their last part, so that they can be moved; things that have an `identity`, by that.
-    Arguments that change how something is computed and not what comes of it are left out.
+    Folders and files are reduced to their last part, so that they can be moved, and objects with an `identity` to it.
     """
-    names = [name for name in inspect.signature(type(thing).__init__).parameters if name not in _HARMLESS]
+    names = [name for name in inspect.signature(type(thing).__init__).parameters if name not in _NO_EFFECT]
     found = {name: _plain(getattr(thing, name)) for name in names if name != "self" and hasattr(thing, name)}
     return {name: value for name, value in found.items() if value is not ...}
 
 
 def _plain(value: Any) -> Any:
-    """Returns the value as JSON has it; an ellipsis where it is something else."""
+    """Returns the value as JSON data, or an ellipsis if it is none."""
     if hasattr(value, "identity"):
         return value.identity
     if value is None or isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""Human preference, learned from ranked pictures of the same prompt.
+"""Human preference, learned from ranked images of the same prompt.
 
 Source: Xu et al., ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation, 2023,
 arXiv 2304.05977.
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 from svdd import UserError
-from svdd.assets.hub import LOAD_ERRORS, find_file, read_weights
+from svdd.assets.hub import find_file, loading, read_weights
 from svdd.rewards.models.blip import GroundedText, read_grounded_text
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["ImageReward"]
 
-_MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the head's numbers over the authors' validation pictures
+_MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the authors' validation images
 _TOKENS = 35
 
 
 class ImageReward(PretrainedReward):
-    """ImageReward of image and prompt: (head - 0.167) / 1.033, about -2.3 .. 2 and near 0 on average.
+    """ImageReward of image and prompt, about -2.3 .. 2 with mean near 0.
 
     Args:
-        pretrained: The weights: `owner/name/file` on the hub, or a file of this machine.
+        pretrained: The weights: a file, or owner/name/file on the hub.
         tokenizer: A BERT tokenizer: a hub name or a folder.
         revision: Branch, tag or commit of the weights on the hub.
-        local_files_only: Never ask the hub; use what the disk holds.
+        local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If the weights or the tokenizer cannot be loaded, or are another model's.
+        UserError: If the weights or the tokenizer cannot be loaded, or belong to another model.
     """
 
     differentiable = True
@@ -43,23 +43,19 @@ class ImageReward(PretrainedReward):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(revision, local_files_only)
         self.pretrained, self.tokenizer_name = pretrained, tokenizer
-        self.revision, self.local_files_only = revision, local_files_only
 
     def read(self) -> GroundedText:
         """Returns BLIP with the head."""
         from transformers import BertTokenizer
 
-        try:
-            tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name, local_files_only=self.local_files_only)
-        except LOAD_ERRORS as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"tokenizer={self.tokenizer_name!r} cannot be loaded: {reason}") from error
-        path = find_file(self.pretrained, self.revision, self.local_files_only)
-        network = read_grounded_text(read_weights(path), self.pretrained)
+        with loading(f"tokenizer={self.tokenizer_name!r}"):
+            local = self.options["local_files_only"]
+            tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name, local_files_only=local)
+        network = read_grounded_text(read_weights(find_file(self.pretrained, **self.options)), self.pretrained)
         words = network.text.config.vocab_size
-        if not words - 2 <= len(tokenizer) <= words:  # the weights have two special words more
+        if not words - 2 <= len(tokenizer) <= words:  # the weights have two more special words
             raise UserError(f"tokenizer={self.tokenizer_name!r} has {len(tokenizer)} words; expected {words - 2}")
         self.tokenizer = tokenizer
         return network

@@ -1,4 +1,4 @@
-"""How many kilobytes an image takes as a JPEG file.
+"""The size of an image as a JPEG file.
 
 Source: the compressibility rewards of Black et al., Training Diffusion Models with Reinforcement Learning, 2023,
 arXiv 2305.13301: quality 95, 1 kB = 1000 bytes.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svdd.rewards.base import Reward
-from svdd.rewards.models.pictures import as_pictures
+from svdd.rewards.models.pixels import to_pil
 
 __all__ = ["Compressibility", "Incompressibility"]
 
@@ -22,7 +22,7 @@ _QUALITY = 95
 def _kilobytes(images: Tensor) -> Tensor:
     """Returns the JPEG size of each image in units of 1000 bytes, float32 [n]."""
     sizes = []
-    for picture in as_pictures(images):
+    for picture in to_pil(images):
         buffer = io.BytesIO()
         picture.save(buffer, format="JPEG", quality=_QUALITY)
         sizes.append(buffer.tell() / 1000)
@@ -30,7 +30,7 @@ def _kilobytes(images: Tensor) -> Tensor:
 
 
 class Compressibility(Reward):
-    """Minus the JPEG file size in kB (quality 95): simple, smooth pictures score high."""
+    """Minus the JPEG file size in kB (quality 95): simple, smooth images score high."""
 
     range = (-math.inf, 0.0)
 
@@ -40,7 +40,7 @@ class Compressibility(Reward):
 
 
 class Incompressibility(Reward):
-    """The JPEG file size in kB (quality 95): busy, detailed pictures score high."""
+    """The JPEG file size in kB (quality 95): busy, detailed images score high."""
 
     range = (0.0, math.inf)
 

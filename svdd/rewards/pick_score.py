@@ -1,4 +1,4 @@
-"""PickScore: which of two pictures people would pick for a prompt.
+"""PickScore: which of two images people prefer for a prompt.
 
 Source: Kirstain et al., Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation, 2023,
 arXiv 2305.01569.
@@ -15,18 +15,18 @@ __all__ = ["PickScore"]
 
 
 class PickScore(PretrainedReward):
-    """The logit scale times the cosine of a CLIP ViT-H/14 tuned on human choices; about 16 to 26.
+    """The logit scale times the cosine of a CLIP ViT-H/14 fine-tuned on human choices; about 16 to 26.
 
-    exp(PickScore) is the strength of a picture: A is preferred to B with probability sigmoid(A - B).
+    Image A is preferred to image B with probability sigmoid(PickScore(A) - PickScore(B)).
 
     Args:
         pretrained: A folder or a hub name.
-        processor: Where tokenizer and image processor come from; null for `pretrained` itself.
+        processor: Folder or hub name of the tokenizer and the image processor; null for `pretrained` itself.
         revision: Branch, tag or commit of the model on the hub.
-        local_files_only: Never ask the hub; use what the disk holds.
+        local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If the model cannot be loaded or is no CLIP.
+        UserError: If the model cannot be loaded or is not a CLIP.
     """
 
     differentiable = True
@@ -38,16 +38,13 @@ class PickScore(PretrainedReward):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(revision, local_files_only)
         self.pretrained, self.processor = pretrained, processor
-        self.options = {"revision": revision, "local_files_only": local_files_only}
 
     def read(self) -> TransformersClip:
         """Returns the CLIP."""
         return TransformersClip(self.pretrained, self.options, self.processor)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns the score of each image for its own prompt, float [n]."""
-        features = self.network.image_features(images)
-        cosines = (features * self.network.text_features(prompts).to(features)).sum(-1)
-        return self.network.scale * cosines
+        """Returns the score of each image for its own prompt, float32 [n]."""
+        return self.network.scale * self.network.cosines(images, prompts)

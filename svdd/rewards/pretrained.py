@@ -1,4 +1,4 @@
-"""Rewards with weights of their own: read when they are first needed, and only as data."""
+"""Rewards with a pretrained network, loaded at first use."""
 
 from abc import abstractmethod
 from typing import Any
@@ -13,16 +13,24 @@ __all__ = ["PretrainedReward"]
 
 
 class PretrainedReward(Reward):
-    """A reward whose network is read at the first use, onto the device and into the precision of the module.
+    """A reward whose network is loaded at first use, onto the module's device and into its precision.
 
-    A subclass implements `read`, and uses `network`.
+    A subclass implements `read` and uses `network`.
+
+    Args:
+        revision: Branch, tag or commit of a hub model.
+        local_files_only: Use local files and the hub's cache only.
+
+    Attributes:
+        options: Both arguments, as `from_pretrained` takes them.
     """
 
     anchor: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, revision: str | None = None, local_files_only: bool = False) -> None:
         super().__init__()
-        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # moves with the module
+        self.options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows the module's device and precision
         self.pretrained_network: Any = None
 
     @abstractmethod
@@ -35,9 +43,9 @@ class PretrainedReward(Reward):
 
     @property
     def network(self) -> Any:
-        """The network: frozen, in evaluation mode, where the module is."""
+        """The network: frozen, in evaluation mode, on the module's device."""
         if self.pretrained_network is None:
-            with torch.inference_mode(False):  # weights made in inference mode could never carry a gradient
+            with torch.inference_mode(False):  # inference tensors could never carry a gradient
                 try:
                     network = self.read()
                 except UserError as error:
@@ -46,5 +54,5 @@ class PretrainedReward(Reward):
         return self.pretrained_network
 
     def load(self) -> None:
-        """Reads the weights now."""
+        """Loads the weights now."""
         _ = self.network

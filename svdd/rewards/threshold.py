@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from svdd.rewards.base import Reward
@@ -11,17 +10,17 @@ __all__ = ["Threshold"]
 
 
 class Threshold(Reward):
-    """A constraint: 0 while the reward lies within the limits, minus what it lacks outside.
+    """A constraint: 0 while the reward lies within the limits, else minus the distance to them.
 
-    As a part of a `WeightedSum` with a large weight it keeps a reward from falling while others climb.
+    With a large weight in a `WeightedSum` it keeps a reward from falling while others rise.
 
     Args:
-        reward: What is limited.
-        at_least: The lowest score that costs nothing.
-        at_most: The highest score that costs nothing.
+        reward: The reward to constrain.
+        at_least: The lower limit.
+        at_most: The upper limit.
 
     Raises:
-        ValueError: If there is no limit, or the two leave nothing between them.
+        ValueError: If there is no limit, or `at_least` exceeds `at_most`.
     """
 
     def __init__(self, reward: Reward, at_least: float | None = None, at_most: float | None = None) -> None:
@@ -36,15 +35,10 @@ class Threshold(Reward):
 
     @property
     def name(self) -> str:
-        """`Threshold-` and the reward's."""
+        """`Threshold-`, followed by the reward's name."""
         return f"Threshold-{self.reward.name}"
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns minus the distance to the limits for each image, float32 [n]."""
         scores = self.reward.score(images, prompts)
-        lack = torch.zeros_like(scores)
-        if self.at_least is not None:
-            lack = lack + (self.at_least - scores).clamp(min=0)
-        if self.at_most is not None:
-            lack = lack + (scores - self.at_most).clamp(min=0)
-        return -lack
+        return -(scores - scores.clamp(self.at_least, self.at_most)).abs()

@@ -1,4 +1,4 @@
-"""A vision-language model asked whether the image shows the prompt: the log-odds of yes against no.
+"""A vision-language model's log-odds of yes against no when asked whether the image shows the prompt.
 
 Sources: Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, arXiv 2404.01291
 (the probability of "yes" as a score); Black et al., Training Diffusion Models with Reinforcement Learning, 2023,
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.rewards.models.http_service import Service
-from svdd.rewards.models.pictures import as_pictures
+from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Endpoint
 from svdd.rewards.models.vlm_local import LocalVLM
 from svdd.rewards.pretrained import PretrainedReward
@@ -24,27 +24,26 @@ __all__ = ["VLMJudge"]
 class VLMJudge(PretrainedReward):
     """Log-odds of "yes" against "no" when a vision-language model is asked about the image.
 
-    The model runs here, with transformers, or behind an endpoint that speaks OpenAI's chat API, such as one of vLLM.
+    The model runs locally with transformers, or behind an endpoint with OpenAI's chat API, such as a vLLM server.
 
     Args:
-        pretrained: An image-text-to-text model of transformers: a folder or a hub name. By default, where there is no
-            endpoint, `Qwen/Qwen2-VL-2B-Instruct`.
-        question: What is asked; `{prompt}` stands for the prompt.
-        batch_size: How many images the model here looks at together.
+        pretrained: An image-text-to-text model of transformers: a folder or a hub name. Without an endpoint the default
+            is `Qwen/Qwen2-VL-2B-Instruct`.
+        question: The question; `{prompt}` stands for the prompt.
+        batch_size: Images per batch of a local model.
         endpoint: Address of the API, such as `http://localhost:8000/v1`, instead of `pretrained`.
         model: The endpoint's name for the model.
-        api_key_env: The name of the environment variable that holds the endpoint's key; the key is sent, and kept and
-            shown nowhere.
+        api_key_env: Name of the environment variable that holds the endpoint's key. The key is never stored or shown.
         timeout: Seconds to wait for the endpoint's answer.
-        retries: How often a request is sent again after no answer, too many requests, or an error of the server.
-        backoff: Seconds before it is sent again; twice as many each time.
-        concurrency: How many requests wait for answers at the same time.
+        retries: How often a request is repeated after a time-out, too many requests, or a server error.
+        backoff: Seconds before the first repetition; doubled each time.
+        concurrency: Number of simultaneous requests.
         revision: Branch, tag or commit of a hub model.
-        local_files_only: Never ask the hub; use what the disk holds.
+        local_files_only: Use local files and the hub's cache only.
 
     Raises:
         UserError: If the model cannot be loaded, or the arguments contradict each other.
-        RewardError: If the endpoint does not answer, or not with probabilities.
+        RewardError: If the endpoint does not answer, or without probabilities.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class VLMJudge(PretrainedReward):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(revision, local_files_only)
         if batch_size < 1:
             raise UserError(f"batch_size must be >= 1, got {batch_size}")
         if endpoint is None and (model is not None or api_key_env is not None):
@@ -71,12 +70,11 @@ class VLMJudge(PretrainedReward):
             raise UserError("an endpoint needs model, its name for the model, and takes no pretrained")
         self.question, self.batch_size, self.api_key_env = question, batch_size, api_key_env
         self.pretrained = pretrained or "Qwen/Qwen2-VL-2B-Instruct"
-        self.options = {"revision": revision, "local_files_only": local_files_only}
         service = None if endpoint is None else Service(endpoint, timeout, retries, backoff)
         self.endpoint = Endpoint(service, model, concurrency) if service and model else None
 
     def read(self) -> nn.Module:
-        """Returns the model, or nothing where an endpoint has it."""
+        """Returns the local model, or an empty module for an endpoint."""
         if self.endpoint is None:
             return LocalVLM(self.pretrained, self.anchor.dtype, self.options)
         self.key()
@@ -85,7 +83,7 @@ class VLMJudge(PretrainedReward):
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the log-odds for each image and its own prompt, float32 [n]."""
-        pictures = as_pictures(images)
+        pictures = to_pil(images)
         questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
         if self.endpoint is not None:
             return images.new_tensor(self.endpoint.log_odds(pictures, questions, self.key()), dtype=torch.float32)
@@ -93,10 +91,10 @@ class VLMJudge(PretrainedReward):
         return torch.cat([self.network(pictures[chunk], questions[chunk]) for chunk in chunks])
 
     def key(self) -> str | None:
-        """Returns the endpoint's key, which is read anew each time and kept nowhere.
+        """Returns the endpoint's key, read from the environment each time.
 
         Raises:
-            UserError: If the variable is not set, or could not be sent.
+            UserError: If the variable is not set or holds unprintable characters.
         """
         if self.api_key_env is None:
             return None

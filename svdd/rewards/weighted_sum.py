@@ -1,7 +1,7 @@
 """Several rewards at once.
 
-A sum of rewards in their own units is ruled by the one that varies most: `ZScored` brings each to the spread that it
-has on unguided images, and `Threshold` turns one into a constraint that costs nothing while it holds.
+The reward with the largest spread dominates a plain sum. `ZScored` divides each by its standard deviation on unguided
+images, and `Threshold` turns a reward into a constraint.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ __all__ = ["WeightedSum"]
 
 
 class WeightedSum(Reward):
-    """Several rewards at once: the sum of each times its weight.
+    """A weighted sum of rewards.
 
     Args:
-        rewards: What is added up; they may be of any kind, `ZScored` and `Threshold` among them.
-        weights: One factor for each, 1 by default; a negative one where less is better.
+        rewards: The rewards to add.
+        weights: One factor for each, by default 1; negative if lower is better.
 
     Raises:
         ValueError: If there is no reward, or not one finite weight for each.
@@ -45,4 +45,4 @@ class WeightedSum(Reward):
         """Returns the sum for each image, float32 [n]."""
         scores = [reward.score(images, prompts) for reward in self.rewards]
         total = sum((w * s for w, s in zip(self.weights, scores, strict=True)), torch.zeros_like(scores[0]))
-        return total if self.differentiable else total.detach()  # a part of a gradient would mislead
+        return total if self.differentiable else total.detach()  # the gradient of some parts would mislead

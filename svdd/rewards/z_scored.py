@@ -1,4 +1,4 @@
-"""A reward in units of its own spread."""
+"""A reward in units of its standard deviation."""
 
 import json
 import warnings
@@ -15,21 +15,21 @@ __all__ = ["ZScored"]
 
 
 class ZScored(Reward):
-    """A reward in units of its spread: (reward - mean) / std.
+    """A standardised reward: (reward - mean) / std.
 
     Mean and std are given, or read from the summary of an unguided run that measured the same reward: `svdd predict
     --model.sampler Unguided --model.images_per_prompt 4 --output runs/plain`, then `statistics: runs/plain`. With
-    several images per prompt the spread is that within a prompt, which is what a sampler can choose by.
+    several images per prompt, std is the one within prompts, since a sampler chooses among images of one prompt.
 
     Args:
-        reward: What is measured.
-        mean: Where 0 is.
-        std: How much is 1.
+        reward: The reward to standardise.
+        mean: Its mean.
+        std: Its standard deviation.
         statistics: A run folder or its summary.json, instead of mean and std.
 
     Raises:
-        ValueError: If neither `statistics` nor both numbers are given, or std is not above 0.
-        UserError: If the summary cannot be read or does not know the reward.
+        ValueError: Unless either `statistics` or both numbers are given and std > 0.
+        UserError: If the summary cannot be read or lacks the reward.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ZScored(Reward):
 
     @property
     def name(self) -> str:
-        """`ZScored-` and the reward's."""
+        """`ZScored-`, followed by the reward's name."""
         return f"ZScored-{self.reward.name}"
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -67,17 +67,15 @@ def _read_statistics(path: Path, name: str) -> tuple[float, float]:
         known = summary["rewards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"statistics={str(path)!r} is no summary of a run ({type(error).__name__}); expected the folder of a "
+            f"statistics={str(path)!r} is not the summary of a run ({type(error).__name__}); expected the folder of a "
             "finished `svdd predict`"
         ) from error
     if name not in known:
         raise UserError(
-            f"statistics={str(path)!r} knows {', '.join(known)}, not {name}; measure it: --model.eval_rewards+={name}"
+            f"statistics={str(path)!r} has {', '.join(known)}, not {name}; measure it: --model.eval_rewards+={name}"
         )
     if summary.get("sampler", "Unguided") != "Unguided":
-        warnings.warn(
-            f"{path} is of a run guided by {summary['sampler']}: its spread is not the model's own", stacklevel=3
-        )
+        warnings.warn(f"{path} belongs to a run guided by {summary['sampler']}, which changes the spread", stacklevel=3)
     entry = known[name]
-    within = entry.get("std_within")  # null where every prompt had one image
+    within = entry.get("std_within")  # null if every prompt had one image
     return float(entry["mean"]), float(entry["std"] if within is None else within)

@@ -10,6 +10,7 @@ import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
 from svdd import UserError
@@ -255,6 +256,8 @@ def open_source(prompts: Sequence[str] | str, prompt_column: str) -> tuple[str, 
         return "prompts", _read_list(prompts)
     name = prompts if prompts.isprintable() else shorten.repr(prompts)
     path = os.path.expanduser(prompts)
+    if prompts == "emoji" and not os.path.exists(path):  # the list that ships with svdd
+        path = str(files("svdd") / "assets" / "emoji_prompts.txt")
     suffixes = ", ".join(_READERS)
     if os.path.isdir(path):
         raise PromptError(f"{name}: is a directory, expected a file ending in one of {suffixes}")
@@ -263,7 +266,8 @@ def open_source(prompts: Sequence[str] | str, prompt_column: str) -> tuple[str, 
         if os.path.exists(path):
             raise PromptError(f"{name}: unknown kind of file, expected a name ending in one of {suffixes}")
         raise PromptError(
-            f"prompts must be a list of prompts or a file ending in one of {suffixes}, got {shorten.repr(prompts)};"
+            f"prompts must be a list of prompts, 'emoji' (the shipped list) or a file ending in one of {suffixes}, got "
+            f"{shorten.repr(prompts)};"
             ' write a single prompt as a list: ["a red apple"]'
         )
     try:

@@ -183,11 +183,12 @@ class PromptDataModule(LightningDataModule):
     The whole source is checked before the first image is made. Blank prompts are skipped with one warning.
 
     Args:
-        prompts: A list of prompts, or a file: .txt (one prompt a line), .csv or .tsv (with a header row), .json (an
-            array), .jsonl (one JSON value a line) or .parquet (needs `pip install 'svdd[parquet]'`). JSON items are
-            strings or objects. Optional columns (or JSON keys) are `negative_prompt` and `seed`; all others are copied
-            into the results. Files are UTF-8. Any size is read in constant memory, except .json, which is read whole:
-            use .jsonl for very large sets. A single prompt is written as a list, '["a red apple"]'.
+        prompts: A list of prompts, `emoji` (a list that ships with svdd), or a file: .txt (one prompt a line), .csv or
+            .tsv (with a header row), .json (an array), .jsonl (one JSON value a line) or .parquet (needs `pip install
+            'svdd[parquet]'`). JSON items are strings or objects. Optional columns (or JSON keys) are `negative_prompt`
+            and `seed`; all others are copied into the results. Files are UTF-8. Any size is read in constant memory,
+            except .json, which is read whole: use .jsonl for very large sets. A single prompt is written as a list,
+            '["a red apple"]'.
         batch_size: Number of prompts handed to the sampler at once, on each device.
         num_workers: Number of processes that read prompts; 0 reads them in the main process, which is fast enough.
         prompt_column: Name of the column, or JSON key, that holds the prompt.

@@ -7,3 +7,4 @@ from .losses import MeanLoss as MeanLoss
 from .losses import SoftLoss as SoftLoss
 from .losses import ValueLoss as ValueLoss
 from .posterior_mean import PosteriorMean as PosteriorMean
+from .pretrained import load_value as load_value

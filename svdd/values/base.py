@@ -1,4 +1,4 @@
-"""What every value is."""
+"""The interface of every value."""
 
 from abc import ABC, abstractmethod
 
@@ -13,27 +13,25 @@ __all__ = ["Value"]
 
 
 class Value(nn.Module, ABC):
-    """Estimates the soft value v_i(x_i) = alpha log E[exp(r(x) / alpha) given x_i] of every row.
+    """Estimates the soft value v_i(x_i) = alpha log E[exp(r(x_0) / alpha) given x_i] of every row.
 
-    A value is bound to the guide reward once, by whoever owns both, so that the reward exists once, and prepared for
-    the diffusion that it will be asked about.
+    A subclass implements `estimate`. Call `bind` once before the first evaluation; `GuidedDiffusion` does.
 
     Attributes:
-        most_rows: The most denoiser rows that the evaluation of one row costs, and what its next step needs with it.
+        most_rows: Maximum denoiser rows per evaluation of one row.
+        differentiable: Whether gradients flow from the estimate to the latents.
     """
 
     most_rows: int = 1
+    differentiable: bool = False
 
     def __init__(self) -> None:
         super().__init__()
         self._bound: tuple[Reward, ...] = ()  # a tuple, so that the reward is not registered a second time
 
-    def bind(self, reward: Reward) -> None:
-        """Sets the reward whose value this is."""
+    def bind(self, reward: Reward, diffusion: Diffusion) -> None:
+        """Sets the guide reward. Subclasses extend it to build or load what depends on the diffusion model."""
         self._bound = (reward,)
-
-    def prepare(self, diffusion: Diffusion) -> None:
-        """Builds or loads what depends on the diffusion; called once, before any state is evaluated."""
 
     @property
     def reward(self) -> Reward:
@@ -43,18 +41,17 @@ class Value(nn.Module, ABC):
             UserError: If none was bound.
         """
         if not self._bound:
-            raise UserError(f"{type(self).__name__} has no reward yet: call value.bind(reward) first")
+            raise UserError(f"{type(self).__name__} has no reward yet: call value.bind(reward, diffusion) first")
         return self._bound[0]
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether gradients flow from the estimate to the latents."""
-        return False
 
     def describe(self) -> str:
         """Names the value for an error message."""
         return f"value {type(self).__name__}"
 
     @abstractmethod
+    def estimate(self, state: State) -> Tensor:
+        """Returns one estimate per row, float32 [n]; only called before the end of the chain, i < T."""
+
     def forward(self, state: State) -> Tensor:
-        """Returns one estimate per row, float32 [n]; at the end of the chain it must be the reward itself."""
+        """Returns one estimate per row, float32 [n]; at the end of the chain the reward itself."""
+        return state.scores(self.reward) if state.done else self.estimate(state)

@@ -19,21 +19,22 @@ __all__ = ["FeatureValue"]
 class FeatureValue(LearnedValue):
     """Time-conditioned network on CLIP features of the decoded latent, or of its decoded x0.
 
-    Decodes every candidate; reads x without a denoiser row, as the paper's code does, or x0, which costs one and is far
-    easier to judge.
+    Decodes every candidate. Reading x, as the authors' code does, costs no denoiser row; x0 costs one and is far more
+    informative.
 
     Args:
-        pretrained_clip: The CLIP: `emoji`, a folder or a hub name.
-        of: What is decoded: `x0` or `x`.
+        pretrained_clip: The CLIP model: `emoji`, a folder or a hub name.
+        decode_from: What is decoded: `x0` or `x`.
         width: Width of the network.
-        use_prompt: Whether the network sees the prompt's text features.
+        use_prompt: Whether the network reads the prompt's text features.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
-        learning_rate: Peak step size of AdamW, cosine to 0.
-        pretrained: Trained weights: a safetensors file that `svdd fit` wrote.
+        learning_rate: Peak learning rate of AdamW, cosine to 0.
+        pretrained: Trained weights: a file that `svdd fit` wrote. Arguments above that are left at their defaults are
+            taken from the file.
 
     Raises:
         ValueError: If an argument is out of range.
-        UserError: If the CLIP cannot be loaded.
+        UserError: If the CLIP model cannot be loaded.
     """
 
     decodes = True
@@ -41,7 +42,7 @@ class FeatureValue(LearnedValue):
     def __init__(
         self,
         pretrained_clip: str = "emoji",
-        of: Literal["x", "x0"] = "x0",
+        decode_from: Literal["x", "x0"] = "x0",
         width: int = 256,
         use_prompt: bool = True,
         loss: ValueLoss | None = None,
@@ -51,21 +52,20 @@ class FeatureValue(LearnedValue):
         super().__init__(loss, learning_rate, pretrained)
         if width < 1:
             raise ValueError(f"width must be >= 1, got {width}")
-        if of not in ("x", "x0"):
-            raise ValueError(f"of must be x or x0, got {of!r}")
-        self.pretrained_clip, self.of, self.width, self.use_prompt = pretrained_clip, of, width, use_prompt
-        self.input = of
-        self.clip = CLIPScore(pretrained_clip)
+        if decode_from not in ("x", "x0"):
+            raise ValueError(f"decode_from must be x or x0, got {decode_from!r}")
+        self.pretrained_clip, self.decode_from = pretrained_clip, decode_from
+        self.width, self.use_prompt = width, use_prompt
 
     def build(self, diffusion: Diffusion) -> None:
-        """Makes the network for the features' widths."""
+        """Loads the CLIP model and creates the network for the features' widths."""
+        self.input, self.clip = self.decode_from, CLIPScore(self.pretrained_clip)
         self._decoder = (diffusion,)  # a tuple, so that the model is not registered a second time
-        image = self.clip.network.width
         text = diffusion.prompt_features_size if self.use_prompt else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.network = nn.Sequential(
-                nn.Linear(image + text + 3, self.width),
+                nn.Linear(self.clip.network.width + text + 3, self.width),
                 nn.SiLU(),
                 nn.Linear(self.width, self.width),
                 nn.SiLU(),
@@ -74,15 +74,15 @@ class FeatureValue(LearnedValue):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Which CLIP's features it reads."""
+        """The CLIP model's identity."""
         return {"clip": self.clip.identity}
 
-    def own_state(self) -> dict[str, Tensor]:
-        """Returns the state without the frozen CLIP."""
+    def trained_state(self) -> dict[str, Tensor]:
+        """Returns the state without the frozen CLIP model."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("clip.")}
 
-    def estimate(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
-        """Returns the estimates in units of the rewards' spread, [n]; `x` comes in units of its own."""
+    def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
+        """Returns predictions in units of the rewards' spread, [n]; `x` is not rescaled."""
         features = self.clip.image_features(self._decoder[0].decode(x)) * 10  # entries of about unit size
         waves = torch.stack([progress, (torch.pi * progress).sin(), (torch.pi * progress).cos()], 1)
         parts = [features.to(waves), waves]
@@ -90,6 +90,6 @@ class FeatureValue(LearnedValue):
             parts.append(text)
         return self.network(torch.cat(parts, 1))[:, 0]
 
-    def observe(self, rewards: Tensor, spread: Tensor) -> None:
-        """Sets the units of the rewards; what is decoded keeps its own."""
-        super().observe(rewards, torch.ones_like(spread))
+    def set_units(self, rewards: Tensor, spread: Tensor) -> None:
+        """Sets the units of the rewards; the decoder needs latents in their own units."""
+        super().set_units(rewards, torch.ones_like(spread))

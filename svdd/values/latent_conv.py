@@ -1,4 +1,4 @@
-"""A small convolutional network on the noisy latents: it never decodes, and never asks the denoiser."""
+"""A small convolutional network on the noisy latents, which needs neither decoder nor denoiser."""
 
 import math
 
@@ -19,20 +19,19 @@ _FREQUENCIES = 16
 class LatentConvValue(LearnedValue):
     """Time-conditioned residual convolutions on the noisy latents: no denoiser row, no decoding.
 
-    With it SVDD costs T denoiser rows per image however many candidates it draws. What the network says of each
-    position is averaged, and no norm runs over positions: how strong a pattern is, and how much of it there is, is
-    what many rewards depend on.
+    SVDD then costs T denoiser rows per image for any number of candidates. The output is averaged over positions, and
+    no norm runs over positions: the strength and area of a pattern matter to many rewards.
 
     Args:
         channels: Width of the network.
         num_blocks: Residual blocks at each resolution; the latent is halved until its side is at most 8.
-        use_prompt: Whether the network sees the prompt's text features.
-        dropout: Share of the features that is dropped while training: states of one rollout are much alike.
-        mirror: Show the states of half of the rows mirrored while training, for rewards that do not tell left from
-            right: the network sees twice as many pictures.
+        use_prompt: Whether the network reads the prompt's text features.
+        dropout: Dropout rate in training: states of one rollout are strongly correlated.
+        mirror: Mirror half of the training states at random, for rewards that are symmetric in left and right.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
-        learning_rate: Peak step size of AdamW, cosine to 0.
-        pretrained: Trained weights: a safetensors file that `svdd fit` wrote, or the name of one that ships with svdd.
+        learning_rate: Peak learning rate of AdamW, cosine to 0.
+        pretrained: Trained weights: a file that `svdd fit` wrote, or the name of a value that ships with svdd.
+            Arguments above that are left at their defaults are taken from the file.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -56,14 +55,14 @@ class LatentConvValue(LearnedValue):
             raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.channels, self.num_blocks, self.use_prompt, self.dropout = channels, num_blocks, use_prompt, dropout
-        self.mirror = mirror
+        self.channels, self.num_blocks = channels, num_blocks
+        self.use_prompt, self.dropout, self.mirror = use_prompt, dropout, mirror
 
     def build(self, diffusion: Diffusion) -> None:
-        """Makes the network for the latents' shape and the prompt features' width."""
+        """Creates the network for the latents' shape and the prompt features' width."""
         depth, height, width = diffusion.latent_shape
         halvings = max(0, math.ceil(math.log2(max(height, width) / _SMALLEST_SIDE)))
-        with torch.random.fork_rng(devices=[]):  # the same start in every process, whatever was drawn before
+        with torch.random.fork_rng(devices=[]):  # the same initial weights in every process
             torch.manual_seed(0)
             hidden = 2 * self.channels
             self.entry = nn.Conv2d(depth, self.channels, 3, padding=1)
@@ -77,11 +76,11 @@ class LatentConvValue(LearnedValue):
             )
             self.exit = nn.Sequential(nn.Linear(self.channels, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
-    def estimate(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
-        """Returns the estimates in units of the rewards' spread, [n]."""
+    def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
+        """Returns predictions in units of the rewards' spread, [n]."""
         if self.training and self.mirror:
-            turned = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(turned, x.flip(-1), x)
+            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
         frequencies = math.pi * torch.arange(1, _FREQUENCIES + 1, device=x.device, dtype=x.dtype)
         angles = progress[:, None] * frequencies
         condition = self.time(torch.cat([angles.sin(), angles.cos()], 1))

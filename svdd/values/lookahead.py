@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from svdd.diffusion.base import Diffusion
+from svdd.rewards.base import Reward
 from svdd.state.state import State
 from svdd.values.base import Value
 
@@ -12,11 +13,11 @@ __all__ = ["Lookahead"]
 class Lookahead(Value):
     """The reward of the decoded x0 after k DDIM steps without noise; k = 0 is `PosteriorMean`.
 
-    Costs 1 + min(k, T - 1 - i) denoiser rows for a row at step i, of which the next step reuses the first. It sees a
-    sharper picture early on, at the price of as many candidates.
+    Costs 1 + min(k, T - 1 - i) denoiser rows for a row at step i; the next step reuses the first of them. Early
+    predictions are sharper, and fewer candidates fit into the same budget.
 
     Args:
-        steps: k, how far to look ahead.
+        steps: k, the number of steps.
         decoder: A smaller decoder for previews: `tiny`, a folder or a hub name of an AutoencoderTiny.
 
     Raises:
@@ -27,31 +28,27 @@ class Lookahead(Value):
         super().__init__()
         if steps < 0:
             raise ValueError(f"steps must be >= 0, got {steps}")
-        self.steps, self.decoder = steps, decoder
-        self.most_rows = 1 + steps
+        self.steps, self.decoder, self.most_rows = steps, decoder, 1 + steps
         self.preview_decoder: nn.Module | None = None
 
-    def prepare(self, diffusion: Diffusion) -> None:
-        """Loads the smaller decoder."""
-        if self.decoder is not None:
-            self.preview_decoder = diffusion.load_decoder(self.decoder)
+    def bind(self, reward: Reward, diffusion: Diffusion) -> None:
+        """Sets the reward and loads the smaller decoder."""
+        super().bind(reward, diffusion)
+        self.preview_decoder = None if self.decoder is None else diffusion.load_decoder(self.decoder)
 
     @property
-    def differentiable(self) -> bool:
-        """Whether the reward is."""
+    def differentiable(self) -> bool:  # type: ignore[override]
+        """Whether the reward is differentiable."""
         return self.reward.differentiable
 
     def describe(self) -> str:
-        """Names the reward: it is what may lack a gradient."""
+        """Names the reward, which decides whether there is a gradient."""
         return f"reward {self.reward.name}"
 
-    def forward(self, state: State) -> Tensor:
-        """Returns the reward of what each row runs towards, float32 [n]; at the end of the chain that of its image."""
-        if state.done:
-            return state.scores(self.reward)
-        ahead = state
+    def estimate(self, state: State) -> Tensor:
+        """Returns the reward of each row's image k steps ahead, float32 [n]."""
         for _ in range(self.steps):
-            if ahead.done:
+            if state.done:
                 break
-            ahead = ahead.flow()
-        return ahead.scores(self.reward, decode=self.preview_decoder)
+            state = state.flow()
+        return state.scores(self.reward, decode=self.preview_decoder)

@@ -1,8 +1,8 @@
-"""What a learned value is trained on: which target a state has, and which average of it the value becomes.
+"""The losses of a learned value.
 
-A state x_i of a rollout ended in an image of reward r. Regressing on r with a square makes the value the mean
-E[r | x_i]; the soft value alpha log E[exp(r / alpha) | x_i] needs another loss. Both may bootstrap: regress on the
-value of the next state instead, and on r only at the end of the chain.
+A state x_i of a rollout ended in an image of reward r. Regressing on r with a squared error gives the mean
+E[r | x_i]; the soft value alpha log E[exp(r / alpha) | x_i] needs another loss. Both can bootstrap: the target is then
+the value of the next state, and r only at the end of the chain.
 """
 
 import math
@@ -13,16 +13,16 @@ from torch import Tensor
 
 __all__ = ["MeanLoss", "SoftLoss", "ValueLoss"]
 
-_LARGEST_EXPONENT = 12.0  # beyond, the loss goes on along its tangent: no state counts for more than 160,000 others
-_LARGEST_MEAN = 4.0  # of exp(u) in a batch, 1 at the soft value: beyond, the gradient of the batch is scaled down
+_LARGEST_EXPONENT = 12.0  # the loss continues along its tangent beyond: a state weighs at most 160,000 times another
+_LARGEST_MEAN = 4.0  # of exp(u) over a batch, 1 at the soft value: beyond, the batch's gradient is scaled down
 
 
 class ValueLoss(ABC):
-    """Compares estimates with targets.
+    """Compares predictions with targets.
 
     Args:
-        bootstrap: Take the value of the next state of the rollout as the target (temporal difference), the reward only
-            for the last one. Needs every step of the rollouts.
+        bootstrap: Use the value of the rollout's next state as the target (temporal difference), and the reward only
+            for the last state. Needs every step of the rollouts.
     """
 
     def __init__(self, bootstrap: bool = False) -> None:
@@ -33,7 +33,7 @@ class ValueLoss(ABC):
         """Returns the mean loss of a batch, a scalar.
 
         Args:
-            values: Estimates in units of `scale`, [n].
+            values: Predictions in units of `scale`, [n].
             targets: Rewards, or values of the next states, in the same units, [n].
             scale: The rewards' standard deviation, in units of the reward.
         """
@@ -43,27 +43,25 @@ class MeanLoss(ValueLoss):
     """(target - value)^2: the value becomes E[r | x_i] (Li et al., 2024, arXiv 2408.08252, Algorithm 3)."""
 
     def __call__(self, values: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """Returns the mean square."""
+        """Returns the mean squared error."""
         return (targets - values).square().mean()
 
 
 class SoftLoss(ValueLoss):
     """exp(u) - u - 1 with u = (target - value) / alpha: the value becomes alpha log E[exp(r / alpha) | x_i].
 
-    The expectation of its derivative vanishes where E[exp((r - v) / alpha)] = 1. No exponential of a reward is ever
-    formed, only of a residual. The loss goes on linearly beyond u = 12, and a batch in which exp(u) averages more than
-    4 has its gradient, not its loss, scaled to what it is at 4: the gradients of a batch, which a low temperature would
-    else begin with orders of magnitude more, add up to 10 alpha / scale at most.
+    Its expected derivative vanishes where E[exp((r - v) / alpha)] = 1. The loss is linear beyond u = 12. Where exp(u)
+    averages more than 4 over a batch, the batch's gradient is scaled down, so that its entries sum to at most
+    10 alpha / scale; the value of the loss is not scaled.
 
-    How low alpha may be depends on s, the spread of the targets that is left once x_i is known. The soft value of
-    normal targets lies s^2 / (2 alpha) above their mean. In batches of 256 the value comes to lie as far above it down
-    to alpha = s / 2, but 96 % as far at s / 3, 88 % at s / 4 and 50 % at s / 10, on the side of the mean. An average
-    over samples without any bound does little better: 97 % at s / 4 and 65 % at s / 10 with 100,000 of them.
+    The lower alpha is relative to s, the spread of the targets given x_i, the more the value falls short of the soft
+    value. For normal targets in batches of 256 it covers the whole distance from the mean down to alpha = s / 2, 96 %
+    at s / 3, 88 % at s / 4 and 50 % at s / 10.
 
     Source: the linear-exponential loss of Garg et al., Extreme Q-Learning, 2023, arXiv 2301.02328.
 
     Args:
-        alpha: Temperature in units of the reward, above 0: that of the sampler that will use the value.
+        alpha: Temperature in units of the reward, above 0; use the sampler's.
         bootstrap: As in every loss.
 
     Raises:
@@ -77,7 +75,7 @@ class SoftLoss(ValueLoss):
         self.alpha = alpha
 
     def __call__(self, values: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """Returns the mean, float32 or wider, in units in which it is the square for a high alpha."""
+        """Returns the mean, float32 or wider, scaled so that it is the squared error for a high alpha."""
         exact = torch.promote_types(values.dtype, torch.float32)
         u = (targets.to(exact) - values.to(exact)) * (scale / self.alpha)
         near = u.clamp(max=_LARGEST_EXPONENT)

@@ -8,6 +8,7 @@ import math
 from torch import Tensor, nn
 
 from svdd.diffusion.base import Diffusion
+from svdd.rewards.base import Reward
 from svdd.state.state import State
 from svdd.values.base import Value
 
@@ -20,10 +21,10 @@ class PosteriorMean(Value):
     Needs no training. Costs one denoiser row per evaluated row, which the state keeps for the next step.
 
     Args:
-        decoder: A smaller decoder for previews: `tiny`, a folder or a hub name of an AutoencoderTiny. The end of the
-            chain is decoded by the model's own.
-        guidance_scale: Another weight of classifier-free guidance for previews; 1 leaves out the unconditional half.
-            What is kept is then evaluated again in full: one more row for each.
+        decoder: A smaller decoder for previews: `tiny`, a folder or a hub name of an AutoencoderTiny. Finished images
+            are decoded by the model's own decoder.
+        guidance_scale: Another weight of classifier-free guidance for previews; 1 saves the unconditional half. Each
+            selected row is then denoised again at the model's own scale: one more denoiser row.
 
     Raises:
         ValueError: If `guidance_scale` is not finite.
@@ -37,25 +38,23 @@ class PosteriorMean(Value):
         self.most_rows = 1 if guidance_scale is None else 2
         self.preview_decoder: nn.Module | None = None
 
-    def prepare(self, diffusion: Diffusion) -> None:
-        """Loads the smaller decoder."""
-        if self.decoder is not None:
-            self.preview_decoder = diffusion.load_decoder(self.decoder)
+    def bind(self, reward: Reward, diffusion: Diffusion) -> None:
+        """Sets the reward and loads the smaller decoder."""
+        super().bind(reward, diffusion)
+        self.preview_decoder = None if self.decoder is None else diffusion.load_decoder(self.decoder)
 
     @property
-    def differentiable(self) -> bool:
-        """Whether the reward is; a preview without guidance is no function of the prediction that gradients need."""
+    def differentiable(self) -> bool:  # type: ignore[override]
+        """Whether the reward is; a preview at another guidance scale does not depend on the model's own prediction."""
         return self.reward.differentiable and self.guidance_scale is None
 
     def describe(self) -> str:
-        """Names what may lack a gradient."""
+        """Names what lacks a gradient."""
         if self.reward.differentiable:
             return f"value {type(self).__name__} with guidance_scale={self.guidance_scale}"
         return f"reward {self.reward.name}"
 
-    def forward(self, state: State) -> Tensor:
-        """Returns the reward of each row's decoded x0, float32 [n]; at the end of the chain that of its image."""
-        if state.done:
-            return state.scores(self.reward)
+    def estimate(self, state: State) -> Tensor:
+        """Returns the reward of each row's decoded x0, float32 [n]."""
         x0 = None if self.guidance_scale is None else state.preview(self.guidance_scale)
         return state.scores(self.reward, x0, self.preview_decoder)

@@ -8,7 +8,6 @@ import pytest
 
 from tests.faults.harness import Case, listens, until
 
-
 SEVERAL = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
 
 

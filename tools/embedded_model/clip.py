@@ -1,4 +1,4 @@
-"""Trains the two CLIPs: the one whose text tower conditions the diffusion model, and the judge that never meets it."""
+"""Trains the two CLIPs: the one whose text tower conditions the diffusion model, and an independent judge."""
 
 import argparse
 import json

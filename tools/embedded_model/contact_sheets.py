@@ -1,4 +1,4 @@
-"""Draws the model card's two sheets of 40 prompts: objects as they were seen, and combinations that never were."""
+"""Draws the model card's two contact sheets of 40 prompts: training objects, and unseen combinations."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Assembles what training left into the folders that ship: emoji-sd, emoji-clip and emoji-judge, fp16 on disk."""
+"""Assembles the trained parts into the folders that ship: emoji-sd, emoji-clip and emoji-judge, fp16 on disk."""
 
 import argparse
 import json
@@ -75,7 +75,7 @@ def _weights(checkpoint: Path) -> dict:
 
 
 def _declare_float32(folder: Path) -> None:
-    """Transformers loads a model in the type its configuration names; the fp16 is only how the disk holds it."""
+    """Names float32 in the configuration, so that transformers loads the fp16 file in float32."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):

@@ -54,7 +54,7 @@ class Scenes:
 
 
 def _tint(sprite: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Keeps a drawing's light and shade and gives it one colour."""
+    """Recolours a drawing, keeping its shading."""
     luminance = sprite[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     solid = sprite[..., 3] > 128
     mean = luminance[solid].mean() if solid.any() else 0.5
@@ -66,7 +66,7 @@ def _tint(sprite: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator) -> tuple[np.ndarray, str, float]:
-    """Returns a background [64, 64, 3] in 0 .. 255, its words, and how often a caption says them."""
+    """Returns a background [64, 64, 3] in 0 .. 255, its description, and the probability that a caption names it."""
     kind = rng.random()
     if kind < 0.38:
         return np.full((SIDE, SIDE, 3), 255, np.float32), "a white background", 0.25

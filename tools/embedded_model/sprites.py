@@ -26,7 +26,7 @@ SIZES = (50, 53, 56, 59)
 
 
 def load_sprites(work: Path) -> dict[str, list[list[np.ndarray]]]:
-    """Returns for each object its drawings: `sprites[name][drawing][size]`, uint8 [side, side, 4].
+    """Returns the drawings of each object: `sprites[name][drawing][size]`, uint8 [side, side, 4].
 
     The first call downloads and renders (about a minute), later ones read `work/sprites.npz`.
 
@@ -89,7 +89,7 @@ def _render_all(modules: Path) -> dict[str, np.ndarray]:
 
 
 def _crop(image: Image.Image) -> Image.Image:
-    """Cuts to the drawn pixels and pads to a square, so that every drawing fills its frame alike."""
+    """Cuts to the drawn pixels and pads to a square, so that all drawings fill the frame equally."""
     box = image.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox()
     left, top, right, bottom = box or (0, 0, *image.size)
     side = max(right - left, bottom - top)

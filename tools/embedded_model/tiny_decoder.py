@@ -1,4 +1,4 @@
-"""Trains a tiny decoder for previews: it copies what the model's own decoder draws, at a fraction of the work."""
+"""Trains a tiny decoder for previews: it imitates the model's own decoder at a fraction of the cost."""
 
 import argparse
 from pathlib import Path
@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parents[2] / "svdd" / "assets"
 
 
 def make_tiny() -> AutoencoderTiny:
-    """Returns an AutoencoderTiny of the embedded model's shapes; nobody uses its encoder, so that is minimal."""
+    """Returns an AutoencoderTiny of the embedded model's shapes; its unused encoder is minimal."""
     return AutoencoderTiny(
         latent_channels=16,
         encoder_block_out_channels=(4, 4, 4, 4),
@@ -32,7 +32,7 @@ def make_tiny() -> AutoencoderTiny:
 
 
 class TinyDecoderTraining(L.LightningModule):
-    """L1 and gradient error to the big decoder's picture, on latents of scenes and on mixtures of two.
+    """L1 and gradient error against the full decoder's image, on latents of scenes and on mixtures of two.
 
     Mixtures stand in for posterior means, which are averages of what may come.
 

@@ -1,4 +1,4 @@
-"""What the three training runs share: an endless scene data set, a resumable trainer, a learning-rate shape."""
+"""Shared by the training runs: an endless scene data set, a resumable trainer, a learning-rate shape."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ __all__ = ["SceneBatches", "fit", "hold_then_cosine", "to_unit"]
 
 
 class SceneBatches(IterableDataset):
-    """An endless stream of (images uint8 [n, 64, 64, 3], captions), its own on every rank and at every resumption.
+    """An endless stream of (images uint8 [n, 64, 64, 3], captions), different on every rank and after every resumption.
 
     Args:
         work: Folder of the sprites.

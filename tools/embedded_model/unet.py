@@ -39,7 +39,7 @@ SCHEDULER = {
 
 @torch.no_grad()
 def precompute(work: Path) -> None:
-    """Writes what training reads memory-mapped, each file once.
+    """Writes the memory-mapped training files, unless they exist.
 
     `latents.npy` [POOL, 16, 8, 8], `text_index.npy` [POOL] with `captions.json`, and `texts.npy` [captions, 16, 192];
     the first caption is the empty one.
@@ -81,7 +81,7 @@ def _precompute_texts(work: Path) -> None:
 
 
 class _Latents(IterableDataset):
-    """Endless batches (latents, text states) from the precomputed pool, other ones on every rank."""
+    """Endless batches (latents, text states) from the precomputed pool, different on every rank."""
 
     def __init__(self, work: Path, batch_size: int) -> None:
         self.work, self.batch_size = work, batch_size

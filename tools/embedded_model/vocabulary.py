@@ -1,4 +1,4 @@
-"""What the embedded model can draw: the objects, the colours, and the words for both.
+"""The vocabulary of the embedded model: the objects, the colours, and the words for both.
 
 An object is a well-known thing with a silhouette that survives 64 pixels. The key is the name that a prompt uses, the
 value the name that Unicode gives the emoji.
@@ -90,7 +90,7 @@ OBJECTS: dict[str, str] = {
     "fire": "fire",
     "snowman": "snowman without snow",
     "umbrella": "umbrella",
-    # things that move
+    # vehicles
     "rocket": "rocket",
     "car": "automobile",
     "bus": "oncoming bus",

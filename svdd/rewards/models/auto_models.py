@@ -1,18 +1,17 @@
-"""Models that transformers finds by their configuration, read strictly."""
+"""Models of transformers from a folder or the hub, with all of their weights."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from svdd import UserError
-from svdd.assets.hub import LOAD_ERRORS, is_local
+from svdd.assets.hub import loading, locate
 
 __all__ = ["read_auto", "read_model"]
 
 
 def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
-    """Returns what `auto.from_pretrained` makes of a folder or hub name; code that comes with it is never run.
+    """Returns `auto.from_pretrained` of a folder or a hub name; code in it is never run.
 
     Args:
         auto: A class of transformers with `from_pretrained`.
@@ -22,34 +21,27 @@ def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
     Raises:
         UserError: If it cannot be loaded.
     """
-    source = str(Path(pretrained).expanduser()) if is_local(pretrained) else pretrained
-    if is_local(pretrained) and not (Path(source) / "config.json").is_file():
-        raise UserError(
-            f"pretrained={pretrained!r} has no config.json; expected a folder saved by save_pretrained or a hub name"
-        )
-    try:
+    source = locate("pretrained", pretrained, "config.json", "a folder saved by save_pretrained or a hub name")
+    with loading(f"pretrained={pretrained!r}"):
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except LOAD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"pretrained={pretrained!r} cannot be loaded: {reason}") from error
 
 
 def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Returns a model all of whose weights were in the files.
+    """Returns a model, after checking that the files hold all of its weights.
 
     Args:
-        auto: One of the AutoModel classes, or a class of models.
+        auto: An AutoModel class or a model class.
         pretrained: A folder or a hub name.
-        dtype: Of the weights.
+        dtype: The type of the weights.
         options: Passed on.
 
     Raises:
         UserError: If it cannot be loaded, is another kind of model, or weights are missing.
     """
-    model, told = read_auto(auto, pretrained, dtype=dtype, output_loading_info=True, **options)
-    if missing := sorted(told["missing_keys"]):
+    model, info = read_auto(auto, pretrained, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"pretrained={pretrained!r} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}; "
-            "expected a model trained for this"
+            "expected a model trained for this task"
         )
     return model

@@ -1,9 +1,10 @@
-"""BLIP's image-grounded text encoder with a head of linear layers, from weights under the names of BLIP's authors.
+"""BLIP's image-grounded text encoder with a head of linear layers, from the authors' weights.
 
-Source: Li et al., BLIP: Bootstrapping Language-Image Pre-training, 2022, arXiv 2201.12086. The network is made of the
-parts in transformers, whose names differ; its sizes are read from the weights.
+Source: Li et al., BLIP: Bootstrapping Language-Image Pre-training, 2022, arXiv 2201.12086. The parts are those of
+transformers, which have other parameter names; the sizes are read from the weights.
 """
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -14,27 +15,28 @@ from svdd.assets.hub import fit_weights
 
 __all__ = ["GroundedText", "read_grounded_text", "rename"]
 
-_HEAD_WIDTH = 64  # of an attention head, in every BERT and ViT that BLIP was trained with
-_PARTS = {"blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.layers.": "head."}
-_VISION = {  # beginnings, then parts of a block
-    "vision.cls_token": "vision.embeddings.class_embedding",
-    "vision.pos_embed": "vision.embeddings.position_embedding",
-    "vision.patch_embed.proj.": "vision.embeddings.patch_embedding.",
-    "vision.blocks.": "vision.encoder.layers.",
-    "vision.norm.": "vision.post_layernorm.",
-    ".norm1.": ".layer_norm1.",
-    ".norm2.": ".layer_norm2.",
-    ".attn.qkv.": ".self_attn.qkv.",
-    ".attn.proj.": ".self_attn.projection.",
+_HEAD_WIDTH = 64  # of an attention head, in every BERT and ViT of BLIP
+_NAMES = {  # the authors' names, as regular expressions, and ours; in this order
+    r"^blip\.visual_encoder\.": "vision.",
+    r"^blip\.text_encoder\.": "text.",
+    r"^mlp\.layers\.": "head.",
+    r"^vision\.cls_token": "vision.embeddings.class_embedding",
+    r"^vision\.pos_embed": "vision.embeddings.position_embedding",
+    r"^vision\.patch_embed\.proj": "vision.embeddings.patch_embedding",
+    r"^vision\.blocks": "vision.encoder.layers",
+    r"^vision\.norm": "vision.post_layernorm",
+    r"^(vision\..*)\.norm(\d)\.": r"\1.layer_norm\2.",
+    r"^(vision\..*)\.attn\.qkv\.": r"\1.self_attn.qkv.",
+    r"^(vision\..*)\.attn\.proj\.": r"\1.self_attn.projection.",
 }
 
 
 class GroundedText(nn.Module):
-    """ViT, BERT with cross-attention to it, and linear layers on BERT's first token.
+    """A ViT, a BERT with cross-attention to it, and linear layers on BERT's first token.
 
     Args:
-        vision: Configuration of the ViT.
-        text: Configuration of the BERT.
+        vision: Arguments of BlipVisionConfig.
+        text: Arguments of BlipTextConfig.
     """
 
     def __init__(self, vision: dict[str, Any], text: dict[str, Any]) -> None:
@@ -47,12 +49,12 @@ class GroundedText(nn.Module):
         self.head = nn.ModuleDict(dict(zip("02467", layers, strict=True)))  # 1, 3 and 5 are dropouts
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Returns the head's number for each image and text, [n].
+        """Returns the head's output for each image and text, [n].
 
         Args:
             pixels: Normalised, [n, 3, side, side].
             input_ids: Tokens, [n, length].
-            attention_mask: 1 where there is a token, 0 where there is padding, [n, length].
+            attention_mask: 1 for tokens, 0 for padding, [n, length].
         """
         seen = self.vision(pixels).last_hidden_state
         read = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=seen, is_decoder=False)
@@ -63,47 +65,47 @@ class GroundedText(nn.Module):
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights that are used, under the names of `GroundedText`."""
+    """Returns the weights that the score uses, under the names of `GroundedText`."""
     renamed = {}
     for name, tensor in state.items():
-        for old, new in _PARTS.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                for authors, ours in _VISION.items() if new == "vision." else ():
-                    name = name.replace(authors, ours)
-                renamed[name] = tensor
-                break
-    return renamed
+        for pattern, new in _NAMES.items():
+            name = re.sub(pattern, new, name)
+        renamed[name] = tensor
+    return {name: tensor for name, tensor in renamed.items() if name.startswith(("vision.", "text.", "head."))}
 
 
 def read_grounded_text(state: dict[str, Tensor], source: str) -> GroundedText:
-    """Returns the network whose sizes and weights these are.
+    """Returns the network with these weights; its sizes are read from their shapes.
 
     Args:
         state: The weights under the authors' names.
-        source: Where they come from, for messages.
+        source: Where the weights come from, for messages.
 
     Raises:
-        UserError: If they are another network's.
+        UserError: If they belong to another network.
     """
     state = rename(state)
 
-    def shape(name: str, dimensions: int) -> list[int]:
-        if name not in state or state[name].dim() != dimensions:
-            raise UserError(f"{source!r} holds weights of another architecture; expected the file ImageReward.pt")
-        return list(state[name].shape)
-
-    def layers(stem: str) -> int:
+    def depth(stem: str) -> int:
         return len({name.removeprefix(stem).split(".")[0] for name in state if name.startswith(stem)})
 
-    width, _, patch, _ = shape("vision.embeddings.patch_embedding.weight", 4)
-    places = shape("vision.embeddings.position_embedding", 3)[1]
-    words, text_width = shape("text.embeddings.word_embeddings.weight", 2)
+    try:
+        width, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
+        _, places, _ = state["vision.embeddings.position_embedding"].shape
+        words, text_width = state["text.embeddings.word_embeddings.weight"].shape
+        vision_inner, _ = state["vision.encoder.layers.0.mlp.fc1.weight"].shape
+        text_inner, _ = state["text.encoder.layer.0.intermediate.dense.weight"].shape
+        longest, _ = state["text.embeddings.position_embeddings.weight"].shape
+    except (KeyError, ValueError) as error:
+        message = f"{source!r} holds weights of another architecture; expected the file ImageReward.pt"
+        raise UserError(message) from error
+    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH:
+        raise UserError(f"{source!r} has widths {width} and {text_width}; expected multiples of {_HEAD_WIDTH}")
     vision = {
         "hidden_size": width,
-        "intermediate_size": shape("vision.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": layers("vision.encoder.layers."),
-        "num_attention_heads": max(1, width // _HEAD_WIDTH),
+        "intermediate_size": vision_inner,
+        "num_hidden_layers": depth("vision.encoder.layers."),
+        "num_attention_heads": width // _HEAD_WIDTH,
         "image_size": patch * round((places - 1) ** 0.5),
         "patch_size": patch,
     }
@@ -111,13 +113,11 @@ def read_grounded_text(state: dict[str, Tensor], source: str) -> GroundedText:
         "vocab_size": words,
         "hidden_size": text_width,
         "encoder_hidden_size": width,
-        "intermediate_size": shape("text.encoder.layer.0.intermediate.dense.weight", 2)[0],
-        "num_hidden_layers": layers("text.encoder.layer."),
-        "num_attention_heads": max(1, text_width // _HEAD_WIDTH),
-        "max_position_embeddings": shape("text.embeddings.position_embeddings.weight", 2)[0],
+        "intermediate_size": text_inner,
+        "num_hidden_layers": depth("text.encoder.layer."),
+        "num_attention_heads": text_width // _HEAD_WIDTH,
+        "max_position_embeddings": longest,
     }
-    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH:
-        raise UserError(f"{source!r} has widths {width} and {text_width}; expected multiples of {_HEAD_WIDTH}")
     network = GroundedText(vision, text)
-    fit_weights(network, state, source, ignore=("position_ids",))
+    fit_weights(network, state, source)
     return network

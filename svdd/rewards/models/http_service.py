@@ -1,45 +1,36 @@
-"""A service that takes JSON over HTTP, asked with patience, and a key that is never shown."""
+"""JSON requests to an HTTP service, with retries; API keys are never shown or redirected."""
 
-import http.client
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from svdd import UserError
+import httpx
 
-__all__ = ["Service", "ServiceError", "first_line"]
+from svdd import UserError, first_line
 
-_LONGEST_WAIT = 30.0  # seconds between two attempts
+__all__ = ["Service", "ServiceError"]
+
+_MAX_WAIT = 30.0  # seconds between two attempts
 _TRANSIENT = (408, 429)
 
 
 class ServiceError(ValueError):
-    """There was no answer, or a refusal; the message is one line without keys."""
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """Lets a redirection be an error: the key belongs to one host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Returns nothing, which makes it an error."""
+    """The service did not answer or refused; the message is one line without keys."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """Where requests are posted to.
+    """The address of a service and how long to wait for it.
 
     Args:
-        address: What all paths begin with.
+        address: The common start of all paths.
         timeout: Seconds to wait for an answer.
-        retries: How often a request is sent again.
-        backoff: Seconds before it is sent again; twice as many each time.
+        retries: How often a request is repeated.
+        backoff: Seconds before the first repetition; doubled each time.
 
     Raises:
-        UserError: If one of them is out of its range.
+        UserError: If an argument is out of range.
     """
 
     address: str
@@ -49,12 +40,12 @@ class Service:
 
     def __post_init__(self) -> None:
         try:
-            parts = urlsplit(self.address)
-            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            good = good and not (parts.query or parts.fragment)
+            url = urlsplit(self.address)
+            valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+            valid = valid and not (url.query or url.fragment or "@" in self.address)
         except ValueError:
-            good = False
-        if not good or "@" in self.address:  # the message does not repeat what may be a password
+            valid = False
+        if not valid:  # the address may contain a password, so the message does not repeat it
             raise UserError(
                 "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password (they "
                 "would be written into the run's files); api_key_env names a variable that holds a key"
@@ -67,56 +58,45 @@ class Service:
 
     @property
     def shown(self) -> str:
-        """The address without a slash at its end."""
+        """The address without a final slash."""
         return self.address.rstrip("/")
 
     def post(self, path: str, body: Any, key: str | None) -> bytes:
-        """Returns the answer to a body sent as JSON.
+        """Sends a body as JSON and returns the answer; a redirect is an error, since the key belongs to one host.
 
         Raises:
-            ServiceError: If there is none after all attempts, or a refusal.
+            ServiceError: If there is no answer after all attempts, or a refusal.
         """
-        headers = {"Content-Type": "application/json", "User-Agent": "svdd"}
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        request = Request(self.shown + path, json.dumps(body).encode(), headers)
-        opener = build_opener(_NoRedirect)
+        headers = {"User-Agent": "svdd"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         for attempt in range(self.retries + 1):
-            wait = self.backoff * 2**attempt
+            wait, transient = self.backoff * 2**attempt, True
             try:
-                with opener.open(request, timeout=self.timeout) as answer:
-                    return answer.read()
-            except HTTPError as error:
-                problem, transient = refusal(error, key), error.code in _TRANSIENT or error.code >= 500
-                asked = error.headers.get("Retry-After", "")
-                wait = float(asked) if asked.isdigit() else wait
-                error.close()
-            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                reason = getattr(error, "reason", error)
-                late = isinstance(reason, TimeoutError)
-                problem, transient = f"no answer within {self.timeout:g} s" if late else first_line(reason), True
+                answer = httpx.post(self.shown + path, json=body, headers=headers, timeout=self.timeout)
+                if answer.is_success:
+                    return answer.content
+                problem, transient = _refusal(answer, key), answer.status_code in _TRANSIENT or answer.is_server_error
+                after = answer.headers.get("Retry-After", "")
+                wait = float(after) if after.isdigit() else wait
+            except httpx.TimeoutException:
+                problem = f"no answer within {self.timeout:g} s"
+            except (httpx.HTTPError, OSError) as error:
+                problem = first_line(error)
             if not transient or attempt == self.retries:
                 break
-            time.sleep(min(wait, _LONGEST_WAIT))
+            time.sleep(min(wait, _MAX_WAIT))
         raise ServiceError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
 
 
-def refusal(error: HTTPError, key: str | None) -> str:
-    """Returns what the service says is wrong; nothing that it says about a key."""
-    said = ""
-    if error.code not in (401, 403, 407):
+def _refusal(answer: httpx.Response, key: str | None) -> str:
+    """Returns the status and the service's message, except for messages about a key."""
+    message = ""
+    if answer.status_code not in (401, 403, 407):
         try:
-            told = json.loads(error.read(65536))
+            told = answer.json()
             told = told.get("error", told.get("detail", told.get("message", "")))
-            said = str(told.get("message", "") if isinstance(told, dict) else told)
-        except (ValueError, AttributeError, OSError, http.client.HTTPException):
-            said = ""
-    said = said.replace(key, "***") if key else said
-    name = f"{error.code} {http.client.responses.get(error.code, '')}".strip()
-    return f"{name}: {first_line(said)}" if said.strip() else name
-
-
-def first_line(text: object) -> str:
-    """Returns the first line of a message, cut to a length that can be read."""
-    lines = str(text).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
+            message = str(told.get("message", "") if isinstance(told, dict) else told).strip()
+        except (ValueError, AttributeError):
+            pass
+    message = message.replace(key, "***") if key else message
+    status = f"{answer.status_code} {answer.reason_phrase}".strip()
+    return f"{status}: {first_line(message)[:300]}" if message else status

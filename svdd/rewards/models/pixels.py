@@ -1,25 +1,27 @@
-"""What image models want of pixels, as tensor work that gradients flow through."""
+"""Pixel operations of image models, on tensors so that gradients flow, and PIL images for the rest."""
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise", "to_pil"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def fit_square(images: Tensor, side: int, whole: bool = False, mode: str = "bicubic", rounded: bool = False) -> Tensor:
-    """Resizes the shorter side, antialiased, and cuts the centre square, as the processors of CLIP models do.
+    """Resizes the shorter side, antialiased, and crops the centre square, as the processors of CLIP models do.
 
     Args:
         images: float [n, 3, h, w] in [0, 1].
         side: Width and height of the result.
-        whole: Squeeze the whole picture into the square instead of cutting.
+        whole: Squeeze the whole image into the square instead of cropping.
         mode: `bicubic` or `bilinear`.
-        rounded: Where half a pixel is left at each side, round it as torchvision does, to the even number, instead of
-            dropping it as transformers does.
+        rounded: If the margin is an odd number of pixels, round its half as torchvision does (to even) instead of down
+            as transformers does.
 
     Returns:
         float [n, 3, side, side] in [0, 1].
@@ -44,3 +46,9 @@ def luma(images: Tensor) -> Tensor:
     """Returns the luma of ITU-R BT.601, float32 [n, h, w] in [0, 1]."""
     images = images.float()
     return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Returns 8-bit PIL images; values are clamped to [0, 1] and rounded."""
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(array) for array in pixels.cpu().numpy()]

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from svdd import RewardError, UserError
-from svdd.rewards.models.http_service import Service, first_line
+from svdd.rewards.models.http_service import Service
 
 __all__ = ["Endpoint"]
 
@@ -23,11 +23,11 @@ class Endpoint:
 
     Args:
         service: The API, up to `/v1`.
-        model: Its name for the model.
-        concurrency: How many requests wait for answers at the same time.
+        model: The endpoint's name for the model.
+        concurrency: Number of simultaneous requests.
 
     Raises:
-        UserError: If there would be no request at a time.
+        UserError: If `concurrency` is below 1.
     """
 
     service: Service
@@ -40,38 +40,37 @@ class Endpoint:
 
     @property
     def identity(self) -> str:
-        """What its answers depend on."""
+        """The model, on which the answers depend."""
         return self.model
 
-    def log_odds(self, pictures: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
-        """Returns log p(yes) - log p(no) for each picture and question.
+    def log_odds(self, images: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
+        """Returns log p(yes) - log p(no) for each image and question.
 
         Raises:
-            RewardError: If there is no answer, or one that is of no use.
+            RewardError: If an answer is missing or unusable.
         """
         failed: list[RewardError] = []
 
-        def ask(picture: Image.Image, question: str) -> float:
-            if failed:  # no more requests after one of no use
+        def ask(image: Image.Image, question: str) -> float:
+            if failed:  # send no more requests
                 raise failed[0]
             try:
-                body = request_body(self.model, picture, question)
+                body = request_body(self.model, image, question)
                 return read_log_odds(self.service.post("/chat/completions", body, key))
             except ValueError as error:
-                place = f"endpoint {self.service.shown}, model {self.model!r}"
-                failed.append(RewardError(f"{place}: {first_line(error)}"))
+                failed.append(RewardError(f"endpoint {self.service.shown}, model {self.model!r}: {error}"))
                 raise failed[0] from None
 
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(ask, pictures, questions))
+            return list(pool.map(ask, images, questions))
 
 
-def request_body(model: str, picture: Image.Image, question: str) -> dict[str, Any]:
-    """Returns a request for the likeliest first tokens of the answer."""
+def request_body(model: str, image: Image.Image, question: str) -> dict[str, Any]:
+    """Returns a request for the most likely first tokens of the answer."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": question}]
+    image.save(buffer, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     return {
         "model": model,
         "messages": [{"role": "user", "content": content}],
@@ -83,27 +82,27 @@ def request_body(model: str, picture: Image.Image, question: str) -> dict[str, A
 
 
 def read_log_odds(answer: bytes) -> float:
-    """Returns log p(yes) - log p(no) from an answer; the least of its log-probabilities bounds one that is missing.
+    """Returns log p(yes) - log p(no); for a missing word, the lowest log-probability in the answer is the bound.
 
     Raises:
         ValueError: If the answer has no probabilities, or neither yes nor no is among them.
     """
     try:
-        said = json.loads(answer)
+        content = json.loads(answer)
     except ValueError:
-        raise ValueError("the answer is no JSON; is this the address of the API, with its /v1?") from None
+        raise ValueError("the answer is not JSON; is this the address of the API, with its /v1?") from None
     try:
-        first = said["choices"][0]["logprobs"]["content"][0]
-        given = [(str(token["token"]), float(token["logprob"])) for token in first["top_logprobs"] or [first]]
+        first = content["choices"][0]["logprobs"]["content"][0]
+        tokens = [(str(token["token"]), float(token["logprob"])) for token in first["top_logprobs"] or [first]]
     except (KeyError, IndexError, TypeError, ValueError):
         raise ValueError("the answer has no logprobs; the model must be served with top_logprobs") from None
-    given = [(token.strip(" \n▁Ġ").lower(), max(logprob, -1e4)) for token, logprob in given]
-    if not {token for token, _ in given} & {"yes", "no"}:
-        raise ValueError(f"neither yes nor no is among the {len(given)} likeliest tokens; first {given[0][0]!r}")
-    least = min(logprob for _, logprob in given)
-    return _log_sum(given, "yes", least) - _log_sum(given, "no", least)
+    tokens = [(token.strip(" \n▁Ġ").lower(), max(logprob, -1e4)) for token, logprob in tokens]
+    if not {token for token, _ in tokens} & {"yes", "no"}:
+        raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
+    lowest = min(logprob for _, logprob in tokens)
 
+    def log_sum(word: str) -> float:
+        found = [logprob for token, logprob in tokens if token == word] or [lowest]
+        return max(found) + math.log(sum(math.exp(logprob - max(found)) for logprob in found))
 
-def _log_sum(given: list[tuple[str, float]], word: str, least: float) -> float:
-    found = [logprob for token, logprob in given if token == word] or [least]
-    return max(found) + math.log(sum(math.exp(logprob - max(found)) for logprob in found))
+    return log_sum("yes") - log_sum("no")

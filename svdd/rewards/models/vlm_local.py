@@ -15,15 +15,15 @@ __all__ = ["LocalVLM"]
 
 
 class LocalVLM(nn.Module):
-    """Log-odds of yes against no for the token that follows an image and a question.
+    """Log-odds of yes against no for the first token of the answer to a question about an image.
 
     Args:
         pretrained: A folder or a hub name.
-        dtype: Of the weights.
+        dtype: The type of the weights.
         options: `revision` and `local_files_only`.
 
     Raises:
-        UserError: If it cannot be loaded, or has no single token for yes and for no.
+        UserError: If it cannot be loaded, or has no single token for yes or for no.
     """
 
     def __init__(self, pretrained: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -32,26 +32,26 @@ class LocalVLM(nn.Module):
 
         self.model = read_model(AutoModelForImageTextToText, pretrained, dtype, **options)
         if self.model.config.is_encoder_decoder:
-            raise UserError(f"pretrained={pretrained!r} has an encoder and a decoder; expected a decoder alone")
+            raise UserError(f"pretrained={pretrained!r} is an encoder-decoder model; expected a decoder only")
         self.processor = read_auto(AutoProcessor, pretrained, **options)
         if not hasattr(self.processor, "tokenizer"):
-            raise UserError(f"pretrained={pretrained!r} has no processor of images and text")
+            raise UserError(f"pretrained={pretrained!r} has no processor for images and text")
         self.answers = [self.tokens_of(word) for word in ("yes", "no")]
         if not all(self.answers):
             raise UserError(f"pretrained={pretrained!r} has no single token for yes, or none for no")
         self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def tokens_of(self, word: str) -> list[int]:
-        """Returns the tokens that are this word by themselves, in small or capital letters, after a space or not."""
+        """Returns the tokens that are exactly this word, in lower or upper case, with or without a leading space."""
         tokenizer = self.processor.tokenizer
         variants = {start + form for start in ("", " ") for form in (word, word.capitalize(), word.upper())}
         coded = [tokenizer.encode(variant, add_special_tokens=False) for variant in variants]
         return sorted({ids[0] for ids in coded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id})
 
     def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-        """Returns what the model reads: one turn of a chat where the model has a template, else image and question."""
-        own = hasattr(self.processor, "num_query_tokens")  # BLIP-2 puts the image before the text by itself
-        place = "" if own else f"{getattr(self.processor, 'image_token', '')}\n"
+        """Returns the model's inputs: one chat turn if the model has a template, else image and question."""
+        inserts_image = hasattr(self.processor, "num_query_tokens")  # as BLIP-2's processor does
+        place = "" if inserts_image else f"{getattr(self.processor, 'image_token', '')}\n"
         texts = [place + question for question in questions]
         options: dict[str, Any] = {}
         if getattr(self.processor, "chat_template", None) is not None:
@@ -60,16 +60,16 @@ class LocalVLM(nn.Module):
             texts = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             start = self.processor.tokenizer.bos_token
             options = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
-        self.processor.tokenizer.padding_side = "right"  # then every position is that of a text alone
+        self.processor.tokenizer.padding_side = "right"  # positions are those of unpadded texts
         images = [[picture] for picture in pictures]
         return self.processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
 
     def forward(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Tensor:
-        """Returns log p(yes) - log p(no) for each picture and question, float32 [n]."""
+        """Returns log p(yes) - log p(no) for each image and question, float32 [n]."""
         inputs = self.inputs(pictures, questions).to(self.model.device, self.model.dtype)
         mask = inputs["attention_mask"]
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [n]
-        if self.keeps:  # a row of logits is as long as the vocabulary
+        if self.keeps:  # saves memory: a row of logits is as long as the vocabulary
             kept, place = last.unique(return_inverse=True)
             logits = self.model(**inputs, logits_to_keep=kept).logits
         else:

@@ -1,4 +1,4 @@
-"""How well a value foretells the reward, step by step, on fresh chains of the pretrained model."""
+"""How well a value predicts the reward, step by step, on new chains of the pretrained model."""
 
 import csv
 import io
@@ -13,34 +13,62 @@ from torchmetrics.functional.regression import explained_variance, pearson_corrc
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from svdd import UserError
+from svdd.diffusion.base import Diffusion
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.rewards.base import Reward
 from svdd.runs.files import explained, write_atomically
 from svdd.runs.prompts import Prompt
+from svdd.values.base import Value
+from svdd.values.posterior_mean import PosteriorMean
 
-__all__ = ["FILES", "ValueCalibration", "check_counts", "measure", "plot", "read_config", "write"]
+__all__ = ["FILES", "Calibration", "check_counts", "measure", "plot", "read_config", "write"]
 
 FILES = ("calibration.json", "calibration.csv", "calibration.png")
 
 _FEWEST_CHAINS = 3  # two always lie on a line
 
+Table = list[dict[str, float]]
 
-class ValueCalibration(L.LightningModule):
-    """Draws unguided chains in `test_step`, asks the value at every step, and measures it against the rewards."""
 
-    diffusion: Any
-    value: Any
-    reward: Any
-    images_per_prompt: int
-    seed: int
-    calibration: list[dict[str, float]]
+class Calibration(L.LightningModule):
+    """Draws unguided chains, evaluates the value at every step, and compares it with the final rewards.
 
-    def on_test_epoch_start(self) -> None:
-        """Forgets an earlier calibration."""
+    Args:
+        reward: The reward that the value predicts.
+        diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
+        value: The value to measure; by default `PosteriorMean`.
+        images_per_prompt: Chains for each prompt.
+        seed: As in `svdd predict`: the chains are those of its unguided images.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        diffusion: Diffusion | None = None,
+        value: Value | None = None,
+        images_per_prompt: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
+        self.reward = reward
+        self.diffusion = diffusion if diffusion is not None else StableDiffusion()
+        self.value = value if value is not None else PosteriorMean()
+        self.value.bind(reward, self.diffusion)
+        self.images_per_prompt, self.seed = images_per_prompt, seed
+        self.table: Table = []
         self._seen: list[Tensor] = []
-        self.calibration = []
+
+    def configure_model(self) -> None:
+        """Loads the reward's weights; Lightning calls it on every process."""
+        self.reward.load()
 
     @torch.no_grad()
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
-        """Runs `images_per_prompt` chains for each prompt of the batch, with the seeds of `predict_step`."""
+        """Runs `images_per_prompt` chains for each prompt of the batch."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [
             (self.seed + prompt.index * self.images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
@@ -57,28 +85,25 @@ class ValueCalibration(L.LightningModule):
         self._seen.append(torch.cat([key.double(), torch.stack(columns, 1).double()], 1))
 
     def on_test_epoch_end(self) -> None:
-        """Gathers all processes' chains, of which some may have drawn none, in the order of prompts, and measures."""
+        """Gathers the chains of all processes, some of which may have none, orders them by prompt, and measures."""
         none = torch.empty(0, 2 + self.diffusion.num_inference_steps, dtype=torch.float64, device=self.device)
-        own = torch.cat([none, *self._seen])
-        everything = torch.cat(gather_all_tensors(own) if self.trainer.world_size > 1 else [own]).cpu()
-        everything = everything[(everything[:, 0] * self.images_per_prompt + everything[:, 1]).argsort()]
-        self.calibration = measure(everything[:, 2:-1], everything[:, -1], everything[:, 0].long())
+        own, self._seen = torch.cat([none, *self._seen]), []
+        chains = torch.cat(gather_all_tensors(own) if self.trainer.world_size > 1 else [own]).cpu()
+        chains = chains[(chains[:, 0] * self.images_per_prompt + chains[:, 1]).argsort()]
+        self.table = measure(chains[:, 2:-1], chains[:, -1], chains[:, 0].long())
 
 
 def check_counts(num_inference_steps: int, num_chains: int) -> None:
-    """Refuses what no correlation can be measured on.
+    """Raises UserError where a calibration is impossible: without an inner step, or with fewer than three chains.
 
     Args:
-        num_inference_steps: T; the value is asked at the steps 1 .. T - 1.
+        num_inference_steps: T; the value is evaluated at the steps 1 .. T - 1.
         num_chains: Prompts times images per prompt.
-
-    Raises:
-        UserError: If there is no step between noise and image, or fewer than three chains.
     """
     if num_inference_steps < 2:
         raise UserError(
-            f"num_inference_steps={num_inference_steps} has no step between noise and image to ask the value at; "
-            "use at least 2"
+            f"num_inference_steps={num_inference_steps} has no step between noise and image at which to evaluate the "
+            "value; use at least 2"
         )
     if num_chains < _FEWEST_CHAINS:
         raise UserError(
@@ -87,58 +112,56 @@ def check_counts(num_inference_steps: int, num_chains: int) -> None:
         )
 
 
-def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> list[dict[str, float]]:
+def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
     """Returns one row per step.
 
     Args:
-        values: Estimates at the steps 1 .. T - 1, float64 [n, T - 1].
-        rewards: What the chains ended in, float64 [n].
+        values: Predictions at the steps 1 .. T - 1, float64 [n, T - 1].
+        rewards: Final reward of each chain, float64 [n].
         prompts: Index of each chain's prompt, int64 [n].
 
     Returns:
         For each step: `spearman` and `pearson` correlation of value and reward, `spearman_within` (of their deviations
-        from the prompt's mean: what a sampler can choose by; NaN with one chain per prompt), `bias` (mean of value -
-        reward), `rmse`, and `explained_variance` (1 - var(reward - value) / var(reward)).
+        from the prompt's mean, which is what a sampler selects by; NaN with one chain per prompt), `bias` (mean of
+        value - reward), `rmse`, and `explained_variance` (1 - var(reward - value) / var(reward)).
 
     Raises:
-        UserError: If there are too few steps or chains, or all rewards are the same.
+        UserError: If there are too few steps or chains, or all rewards are equal.
     """
     check_counts(values.shape[1] + 1, len(rewards))
     if not rewards.var() > 0:
         raise UserError(
-            f"the rewards of {len(rewards)} chains do not differ, so there is nothing to foretell; "
+            f"the rewards of {len(rewards)} chains do not differ, so there is nothing to predict; "
             "draw more chains or use another reward"
         )
     several = bool((torch.bincount(prompts) > 1).any())
-    table = []
-    for i, v in enumerate(values.unbind(1), start=1):
-        row: dict[str, Any] = {
+    within = _within(rewards, prompts)
+    return [
+        {
             "step": i,
-            "spearman": spearman_corrcoef(v, rewards),
-            "spearman_within": spearman_corrcoef(_within(v, prompts), _within(rewards, prompts))
-            if several
-            else torch.tensor(torch.nan),
-            "pearson": pearson_corrcoef(v, rewards),
-            "bias": (v - rewards).mean(),
-            "rmse": (v - rewards).square().mean().sqrt(),
-            "explained_variance": explained_variance(v, rewards),
+            "spearman": float(spearman_corrcoef(v, rewards)),
+            "spearman_within": float(spearman_corrcoef(_within(v, prompts), within)) if several else torch.nan,
+            "pearson": float(pearson_corrcoef(v, rewards)),
+            "bias": float((v - rewards).mean()),
+            "rmse": float((v - rewards).square().mean().sqrt()),
+            "explained_variance": float(torch.as_tensor(explained_variance(v, rewards))),
         }
-        table.append({name: number if name == "step" else float(number) for name, number in row.items()})
-    return table
+        for i, v in enumerate(values.unbind(1), start=1)
+    ]
 
 
 def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
-    """Returns the deviation of each number from the mean of its prompt's."""
+    """Returns the deviation of each number from the mean of its prompt."""
     counts = torch.bincount(prompts).clamp(min=1)
     means = torch.zeros(len(counts), dtype=numbers.dtype).scatter_add_(0, prompts, numbers) / counts
     return numbers - means[prompts]
 
 
-def write(folder: Path, table: list[dict[str, float]], about: dict[str, Any]) -> str:
+def write(folder: Path, table: Table, about: dict[str, Any]) -> str:
     """Writes `calibration.json` and `calibration.csv`, removes an earlier plot, and returns the table as text.
 
     Args:
-        folder: The run folder.
+        folder: The output folder.
         table: What `measure` returned.
         about: What was measured, for the JSON file.
     """
@@ -152,12 +175,8 @@ def write(folder: Path, table: list[dict[str, float]], about: dict[str, Any]) ->
         write_atomically(folder / FILES[0], json.dumps({**about, "steps": plain}, indent=2).encode() + b"\n")
         write_atomically(folder / FILES[1], buffer.getvalue().encode())
         (folder / FILES[2]).unlink(missing_ok=True)
-    names = list(table[0])
-    lines = ["".join(f"{name:>20}" for name in names)]
-    lines += [
-        "".join(f"{row[name]:>20.0f}" if name == "step" else f"{row[name]:>20.4f}" for name in names) for row in table
-    ]
-    return "\n".join(lines)
+    numbers = [[f"{row['step']:.0f}", *(f"{number:.4f}" for number in list(row.values())[1:])] for row in table]
+    return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *numbers))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -169,43 +188,34 @@ def read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def plot(path: Path, tables: dict[str, list[dict[str, float]]], title: str) -> bool:
-    """Draws rank correlation and explained variance over the steps; one line per table.
+def plot(path: Path, tables: dict[str, Table], title: str) -> bool:
+    """Plots rank correlation and explained variance over the steps, with one line per table.
 
     Args:
         path: The PNG file.
         tables: What `measure` returned, by the name of the value.
-        title: Above the picture.
+        title: The figure's title.
 
     Returns:
-        Whether matplotlib is there to draw it.
+        False if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for ax, key, label in (
-        (axes[0], "spearman", "Spearman correlation"),
-        (axes[1], "explained_variance", "explained variance"),
-    ):
-        for name, table in tables.items():
-            (line,) = ax.plot([row["step"] for row in table], [row[key] for row in table], label=name)
-            within = [row["spearman_within"] for row in table]
-            if key == "spearman" and within[0] == within[0]:
-                ax.plot(
-                    [row["step"] for row in table],
-                    within,
-                    "--",
-                    color=line.get_color(),
-                    label=f"{name}, within prompts",
-                )
-        ax.set_xlabel("step i (1: noise)")
-        ax.set_ylabel(label)
-        ax.set_ylim(max(-1.0, min(0.0, ax.get_ylim()[0])), 1.02)
-        ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    left, right = figure.subplots(1, 2)
+    for name, table in tables.items():
+        columns = {key: [row[key] for row in table] for key in table[0]}
+        (line,) = left.plot(columns["step"], columns["spearman"], label=name)
+        right.plot(columns["step"], columns["explained_variance"], color=line.get_color())
+        if columns["spearman_within"][0] == columns["spearman_within"][0]:  # not NaN
+            style = {"color": line.get_color(), "label": f"{name}, within prompts"}
+            left.plot(columns["step"], columns["spearman_within"], "--", **style)
+    for axes, label in ((left, "Spearman correlation"), (right, "explained variance")):
+        axes.set(xlabel="step i (1: noise)", ylabel=label, ylim=(max(-1.0, min(0.0, axes.get_ylim()[0])), 1.02))
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
     return True

@@ -1,4 +1,4 @@
-"""How a learned value is trained, as a part of the LightningModule."""
+"""Training of a learned value."""
 
 import math
 from typing import Any
@@ -9,87 +9,88 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from svdd import UserError
+from svdd.diffusion.base import Diffusion
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.rewards.base import Reward
+from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import LearnedValue
+from svdd.values.weights import Weights
 
 __all__ = ["ValueFitting"]
 
 _WEIGHT_DECAY = 1e-4
 _WARM_UP = 0.05  # of all steps
-_PROMPTS_AT_ONCE = 64
+_PROMPTS_PER_BLOCK = 64
 
 
 class ValueFitting(L.LightningModule):
-    """Trains `self.value` on batches of `RolloutDataModule`; everything else stays as it was pretrained."""
+    """Trains a value on batches of `RolloutDataModule`; the diffusion model and the reward are frozen.
 
-    value: Any
-    diffusion: Any
-    rewards: Any
+    Args:
+        reward: The reward that the value predicts.
+        diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
+        value: The value to train; by default `LatentConvValue`.
+    """
 
-    @property
-    def learned_value(self) -> LearnedValue:
-        """The value, which must be one that learns.
+    def __init__(self, reward: Reward, diffusion: Diffusion | None = None, value: LearnedValue | None = None) -> None:
+        super().__init__()
+        self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
+        self.reward = reward
+        self.diffusion = diffusion if diffusion is not None else StableDiffusion()
+        self.value = value if value is not None else LatentConvValue()
+        self.value.bind(reward, self.diffusion)
+        self._prompt_features: Tensor | None = None
+        self._held_out: list[tuple[Tensor, Tensor, Tensor]] = []
 
-        Raises:
-            UserError: If it has nothing to train.
-        """
-        if not isinstance(self.value, LearnedValue):
-            raise UserError(
-                f"value {type(self.value).__name__} has nothing to train; choose one that learns, such as "
-                "LatentConvValue (`svdd list value` shows all)"
-            )
-        return self.value
+    def configure_model(self) -> None:
+        """Loads the reward's weights; Lightning calls it on every process."""
+        self.reward.load()
 
     def train(self, mode: bool = True) -> "ValueFitting":
-        """Sets the mode of the value alone: the pretrained model and the rewards never train."""
+        """Sets the mode of the value; the frozen models stay in evaluation mode."""
         super().train(mode)
-        for module in (self.diffusion, *self.rewards.values()):
-            module.eval()
+        self.diffusion.eval()
+        self.reward.eval()
         return self
 
     def setup(self, stage: str) -> None:
-        """Keeps the pretrained weights out of the gradient, for which DDP would wait: before DDP looks."""
+        """Excludes frozen weights from the gradient before DDP is set up, which would wait for theirs."""
         for name, parameter in self.named_parameters() if stage == "fit" else ():
             if not name.startswith("value."):
                 parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def learn_prompts(self, texts: list[str]) -> None:
-        """Keeps the features of the prompts that batches refer to by index; encodes a block of them at once."""
+    def encode_prompts(self, texts: list[str]) -> None:
+        """Keeps the features of the prompts, which batches refer to by index; encodes them in blocks."""
         parts = []
-        for start in range(0, len(texts), _PROMPTS_AT_ONCE):
-            block = texts[start : start + _PROMPTS_AT_ONCE]
+        for start in range(0, len(texts), _PROMPTS_PER_BLOCK):
+            block = texts[start : start + _PROMPTS_PER_BLOCK]
             features = self.diffusion.prompt_features(self.diffusion.encode(block, [None] * len(block)))
             parts += [] if features is None else [features]
         self._prompt_features = torch.cat(parts) if parts else None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""
-        loss = self._loss(batch, self.learned_value.loss.bootstrap)[0]
+        loss = self._loss(batch, self.value.loss.bootstrap)[0]
         count = len(batch["step"])
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Collects the estimates of held-out states; their loss is against the rewards even where training bootstraps.
+        """Logs the loss of held-out states against the rewards, also where training bootstraps.
 
-        Against its own later estimates a value that knows nothing would do best.
+        Against its own later predictions an uninformed value would score best.
         """
-        loss, estimates, rewards = self._loss(batch, bootstrap=False)
+        loss, predictions, rewards = self._loss(batch, bootstrap=False)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["step"]), sync_dist=True)
-        self._held_out.append((batch["step"].cpu(), estimates.float().cpu(), rewards.float().cpu()))
-
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the last epoch's estimates."""
-        self._held_out: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._held_out.append((batch["step"].cpu(), predictions.float().cpu(), rewards.float().cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the rank correlation of estimate and reward, averaged over the steps (of this process's states)."""
-        step, estimates, rewards = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
-        correlations = [
-            spearman_corrcoef(estimates[step == i], rewards[step == i])
-            for i in step.unique()
-            if int((step == i).sum()) > 1
-        ]
+        """Logs the rank correlation of prediction and reward, averaged over the steps (of this process's states)."""
+        step, predictions, rewards = (torch.cat(parts) for parts in zip(*self._held_out, strict=True))
+        self._held_out = []
+        here = [step == i for i in step.unique()]
+        correlations = [spearman_corrcoef(predictions[rows], rewards[rows]) for rows in here if int(rows.sum()) > 1]
         mean = torch.stack(correlations).nanmean() if correlations else torch.tensor(torch.nan)
         self.log("val_spearman", mean.to(self.device), prog_bar=True, sync_dist=True)
 
@@ -97,19 +98,18 @@ class ValueFitting(L.LightningModule):
         """AdamW on the value's own parameters, with a short warm-up and a cosine to 0.
 
         Raises:
-            UserError: If the training has no end that could be known now.
+            UserError: If the length of the training is unknown.
         """
-        value = self.learned_value
-        own = [parameter for parameter in value.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(own, lr=value.learning_rate, weight_decay=_WEIGHT_DECAY)
+        own = [parameter for parameter in self.value.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(own, lr=self.value.learning_rate, weight_decay=_WEIGHT_DECAY)
         if math.isinf(total := self.trainer.estimated_stepping_batches):
             raise UserError(
-                "the learning rate falls to 0 over the whole training, whose length must be known: got neither "
+                "the learning rate falls to 0 over the whole training, so its length must be known: got neither "
                 "trainer.max_epochs nor trainer.max_steps; give one of them (trainer.max_time may end it earlier)"
             )
         total = max(1, int(total))
 
-        def share(step: int) -> float:  # no part of the checkpoint: a longer training may continue a shorter one
+        def share(step: int) -> float:  # not part of the checkpoint: a longer training may continue a shorter one
             rising = min(1.0, (step + 1) / (_WARM_UP * total + 1))
             return rising * (1 + math.cos(math.pi * min(1.0, step / total))) / 2
 
@@ -117,32 +117,26 @@ class ValueFitting(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the value alone, and what it was trained for."""
-        if isinstance(self.value, LearnedValue):
-            checkpoint["state_dict"] = {f"value.{name}": tensor for name, tensor in self.value.own_state().items()}
-            checkpoint["svdd_value"] = self.value.identity
+        """Stores the value alone, and what it was trained for."""
+        checkpoint |= self.value.weights().to_checkpoint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that was made for something else, and loads the value.
+        """Loads the value.
 
         Raises:
-            UserError: If it holds no value of ours, or one of another kind.
+            UserError: If the checkpoint holds no value, or one that was trained for something else.
         """
-        if "svdd_value" not in checkpoint:
-            raise UserError("the checkpoint was not written by `svdd fit`: it names no value")
-        self.learned_value.check_identity(checkpoint["svdd_value"], "the checkpoint")
-        state = {name.removeprefix("value."): tensor for name, tensor in checkpoint["state_dict"].items()}
-        self.learned_value.adopt(state, "the checkpoint")
+        self.value.load_weights(Weights.from_checkpoint(checkpoint, "the checkpoint"), "the checkpoint")
 
     def _loss(self, batch: dict[str, Tensor], bootstrap: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, the estimates and the rewards, both in units of the rewards' spread."""
-        value = self.learned_value
+        """Returns the loss, the predictions and the rewards, both in units of the rewards' spread."""
+        value = self.value
         text = None if self._prompt_features is None else self._prompt_features[batch["prompt"]]
-        estimates = value.standard(batch["x"], batch["step"], text)
+        predictions = value.predict_standardized(batch["x"], batch["step"], text)
         rewards = (batch["reward"] - value.mean) / value.std
         targets = rewards
         if bootstrap:
             with torch.no_grad():
-                ahead = value.standard(batch["next_x"], batch["next_step"].clamp(min=0), text)
+                ahead = value.predict_standardized(batch["next_x"], batch["next_step"].clamp(min=0), text)
             targets = torch.where(batch["next_step"] < 0, rewards, ahead)
-        return value.loss(estimates, targets.to(estimates), float(value.std)), estimates.detach(), rewards
+        return value.loss(predictions, targets.to(predictions), float(value.std)), predictions.detach(), rewards

@@ -1,9 +1,9 @@
-"""Rollouts of the pretrained chain, on disk: what a learned value is fitted to.
+"""Rollouts of the pretrained chain, cached on disk.
 
-A cache folder holds `manifest.json` and shards of a fixed number of rollouts, each a safetensors file with what the
-value reads at the kept steps, `x` [n, steps, c, h, w], and the final latents `end` [n, c, h, w]. It does not depend on
-the reward. A shard is written by one process under a temporary name and renamed; one that is missing, torn, too short
-or not as recorded is drawn again. A rollout depends on nothing but its number, so the head of a longer shard will do.
+A cache folder holds shards of a fixed number of rollouts, each a safetensors file with the value's input at the kept
+steps, `x` [n, steps, c, h, w], the final latents `end` [n, c, h, w], and a checksum of both. It does not depend on the
+reward. A shard is written by one process under a temporary name and renamed; a missing, damaged or short one is drawn
+again. A rollout depends only on its number, so the head of a longer shard can be used.
 """
 
 import hashlib
@@ -36,18 +36,18 @@ def draw_rollouts(
     read: Callable[[State], Tensor],
     negative_prompts: Sequence[str | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Draws unguided chains, exactly as `Unguided` does, and keeps what a value reads of them.
+    """Draws unguided chains, as `Unguided` does, and keeps the inputs of a value.
 
     Args:
         diffusion: The chain.
         prompts: One per rollout.
         seeds: One per rollout.
-        steps: The steps to keep, rising, within 1 .. T - 1.
-        read: What a value is shown of a state, `LearnedValue.read`.
+        steps: The steps to keep, increasing, within 1 .. T - 1.
+        read: Returns the value's input, `LearnedValue.read`.
         negative_prompts: One per rollout, or None for the model's default throughout.
 
     Returns:
-        `x`, what was read, [n, steps, ...], and `end`, the final latents [n, c, h, w]; on the CPU.
+        `x`, the inputs, [n, steps, ...], and `end`, the final latents [n, c, h, w]; on the CPU.
     """
     state, kept = diffusion.start(prompts, seeds, negative_prompts=negative_prompts), []
     while not state.done:
@@ -58,95 +58,74 @@ def draw_rollouts(
 
 
 class RolloutCache:
-    """A folder of rollouts for one setting; another setting has a folder of its own beside it.
+    """The rollouts of one setting, in a folder of their own.
 
     Args:
-        folder: Where caches live.
+        folder: The folder of all caches.
         settings: Everything that the rollouts depend on, as plain numbers and strings.
         count: Number of rollouts.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], count: int) -> None:
-        text = json.dumps(settings, sort_keys=True)
-        self.settings, self.count = settings, count
+        self._settings, text = settings, json.dumps(settings, sort_keys=True)
         self.path = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-        self._manifest = self.path / "manifest.json"
-
-    @property
-    def shards(self) -> list[range]:
-        """The rollouts of each shard."""
-        return [
-            range(start, min(start + ROLLOUTS_PER_SHARD, self.count))
-            for start in range(0, self.count, ROLLOUTS_PER_SHARD)
-        ]
+        starts = range(0, count, ROLLOUTS_PER_SHARD)
+        self.shards = [range(start, min(start + ROLLOUTS_PER_SHARD, count)) for start in starts]
 
     def missing(self) -> list[int]:
-        """Returns the shards that must be drawn: absent, torn, too short or not as recorded."""
+        """Returns the shards that must be drawn: absent, damaged or too short."""
         with explained(self.path, "--data.cache"):
-            recorded = self._recorded()
-            return [k for k in range(len(self.shards)) if not self._is_whole(k, recorded.get(self._file(k).name))]
+            return [k for k in range(len(self.shards)) if not self._is_whole(k)]
 
     @contextmanager
     def filling(self) -> Iterator[list[int]]:
-        """Hands out the missing shards, and keeps other runs from drawing them meanwhile; for one process of a run.
-
-        Where nothing is missing the cache is only read.
+        """Yields the missing shards, and locks the cache if there are any; for one process of a run.
 
         Raises:
             RunError: If another run draws into this cache, or it cannot be written.
         """
-        missing = self.missing()
-        if not missing:
+        if not self.missing():
             yield []
             return
         with explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = lock(
-                self.path / ".lock", f"another run draws rollouts into {self.path}", option="--data.cache"
-            )
+            held = f"another run draws rollouts into {self.path}"
+            descriptor = lock(self.path / ".lock", held, option="--data.cache")
         try:
-            yield self.missing()  # it may have been filled just before
+            for leftover in self.path.glob("*.tmp"):
+                leftover.unlink()
+            yield self.missing()  # another run may have filled it in the meantime
         finally:
             os.close(descriptor)
 
     def write(self, shard: int, rollouts: dict[str, Tensor]) -> None:
-        """Writes one shard, whole or not at all."""
+        """Writes one shard, completely or not at all."""
+        rollouts = {name: tensor.contiguous() for name, tensor in rollouts.items()}
+        header = {"rollouts": json.dumps({"settings": self._settings, "sha256": _checksum(rollouts)})}
         with explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file(shard), save({k: tensor.contiguous() for k, tensor in rollouts.items()}))
-
-    def seal(self) -> None:
-        """Records the settings and the checksum of every shard; for one process, when all are written, in `filling`."""
-        with explained(self.path, "--data.cache"):
-            for leftover in self.path.glob("*.tmp"):
-                leftover.unlink()
-            sums = self._recorded() | {self._file(k).name: self._checksum(k) for k in range(len(self.shards))}
-            text = json.dumps({"settings": self.settings, "sha256": sums}, indent=2)
-            write_atomically(self._manifest, text.encode() + b"\n")
+            write_atomically(self._file(shard), save(rollouts, header))
 
     def load(self) -> list[dict[str, Tensor]]:
-        """Returns the shards, without what is beyond the count; their tensors lie in mapped files, not in memory."""
-        return [
-            {name: tensor[: len(rollouts)] for name, tensor in load_file(self._file(k)).items()}
-            for k, rollouts in enumerate(self.shards)
-        ]
+        """Returns the shards, without rollouts beyond the count; their tensors are memory-mapped."""
+        shards = [(load_file(self._file(k)), len(rollouts)) for k, rollouts in enumerate(self.shards)]
+        return [{name: tensor[:count] for name, tensor in shard.items()} for shard, count in shards]
 
     def _file(self, shard: int) -> Path:
         return self.path / f"rollouts-{shard:05d}.safetensors"
 
-    def _checksum(self, shard: int) -> str:
-        return hashlib.sha256(self._file(shard).read_bytes()).hexdigest()
-
-    def _recorded(self) -> dict[str, str]:
-        try:
-            return dict(json.loads(self._manifest.read_text(encoding="utf-8"))["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-
-    def _is_whole(self, shard: int, recorded: str | None) -> bool:
+    def _is_whole(self, shard: int) -> bool:
         try:
             with safe_open(self._file(shard), "pt") as file:
-                length = file.get_slice("end").get_shape()[0]
-            return length >= len(self.shards[shard]) and recorded in (None, self._checksum(shard))
-        except (OSError, SafetensorError):
+                header = json.loads(file.metadata()["rollouts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return False
+        return header["sha256"] == _checksum(tensors) and len(tensors["end"]) >= len(self.shards[shard])
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""What all latent diffusion models saved by diffusers have in common.
+
+A family is one file with a subclass of `LatentDiffusion`. It names its pipeline and its kernels, and implements three
+methods: `encode_texts`, `network` and `decode`. Loading, LoRA, image sizes, classifier-free guidance, previews and
+identity are inherited.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from svdd import UserError
+from svdd.assets.hub import ASSETS
+from svdd.diffusion.base import Denoised, Diffusion
+from svdd.diffusion.fingerprint import fingerprint
+from svdd.diffusion.kernels import Kernel, find_kernel
+from svdd.diffusion.pipelines import load_lora, load_pipeline, warn_of_cuts
+from svdd.diffusion.tiny_decoder import TinyDecoder
+
+__all__ = ["Conditioning", "LatentDiffusion"]
+
+Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # of prompts, of negative prompts
+
+
+class LatentDiffusion(Diffusion):
+    """A pipeline of diffusers with an autoencoder, text encoders and a network (a UNet or a transformer).
+
+    The pipeline's parts become submodules under its own names: `unet`, `vae`, `text_encoder`, ...
+
+    Args:
+        pretrained: `emoji` for the small model that ships with svdd, a folder, or a hub name such as
+            `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        num_inference_steps: T, the number of denoising steps.
+        guidance_scale: Weight of classifier-free guidance; at 1 or less the unconditional half is not computed.
+        eta: Noise of the DDIM steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
+        scheduler: `ddim`, `ddpm` or `euler_ancestral`: the solvers whose step is a Gaussian kernel.
+        negative_prompt: What to avoid, for prompts without a negative prompt of their own.
+        height: Image height in pixels, a multiple of the autoencoder's factor (8); by default the model's own size.
+        width: Image width in pixels.
+        chunk_size: Latents that go through the network at once, or `auto`: all, halved when memory runs out.
+        compile: Compile network and decoder with torch.compile.
+        lora: Folder, file or hub name of LoRA weights to fuse into the model (needs `pip install 'svdd[lora]'`).
+        revision: Branch, tag or commit of a hub model.
+        variant: Variant of the weight files, for example `fp16`.
+        local_files_only: Use local files and the hub's cache only.
+
+    Raises:
+        UserError: If `pretrained` does not exist or is not a pipeline of this family.
+        ValueError: If an argument is out of range or the scheduler has no Gaussian kernel.
+
+    Attributes:
+        pipeline: Name of the pipeline class in diffusers.
+        kernels: The kernel class of each scheduler.
+        backbone: Name of the network among the pipeline's parts.
+        tiny: Hub name of the family's small decoder.
+    """
+
+    pipeline: ClassVar[str]
+    kernels: ClassVar[Mapping[str, type[Kernel]]]
+    backbone: ClassVar[str] = "unet"
+    tiny: ClassVar[str]
+    guidance_scale: float
+
+    def __init__(
+        self,
+        pretrained: str = "emoji",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        eta: float = 1.0,
+        scheduler: str = "ddim",
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        chunk_size: int | str = "auto",
+        compile: bool = False,
+        lora: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__(num_inference_steps, chunk_size)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        kernel = find_kernel(scheduler, self.kernels)
+        self.pretrained, self.lora, self.scheduler = pretrained, lora, scheduler
+        self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
+        source = str(ASSETS / "emoji-sd") if pretrained == "emoji" else pretrained
+        local = local_files_only or source != pretrained
+        pipeline = load_pipeline(self.pipeline, source, revision=revision, variant=variant, local_files_only=local)
+        if lora is not None:
+            load_lora(pipeline, lora)
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        names = [self.backbone, "vae", *sorted(name for name in parts if name.startswith("text_encoder"))]
+        self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
+        if lora is not None:
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
+        # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
+        for name in names:
+            self.add_module(name, parts[name].eval())
+        self.tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
+        self.kernel = kernel(dict(pipeline.scheduler.config), num_inference_steps, eta)
+        size = self._latent_size({"height": height, "width": width}, pipeline.vae_scale_factor)
+        self.latent_shape = (pipeline.vae.config.latent_channels, *size)
+        if compile:
+            parts[self.backbone].compile()
+            pipeline.vae.decoder.compile()
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Returns what the network reads of each text; every tensor has one row per text."""
+
+    @abstractmethod
+    def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
+        """Evaluates the network.
+
+        Args:
+            x: Latents, scaled by the kernel, [n, c, h, w].
+            t: Timestep, a scalar.
+            texts: The result of `encode_texts`, one row per latent.
+        """
+
+    @property
+    def network_rows_per_row(self) -> int:
+        """2 with classifier-free guidance, else 1."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The model, by name without path and by weights, and the settings of its chain."""
+        return super().identity | {
+            "pretrained": Path(self.pretrained).name,
+            "lora": None if self.lora is None else Path(self.lora).name,
+            "weights": self.weights,
+            "scheduler": self.scheduler,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "eta": self.eta,
+        }
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
+        """Returns the encoded prompts and negative prompts (None without guidance)."""
+        positive = self._encode(list(prompts))
+        if self.guidance_scale <= 1:
+            return positive, None
+        return positive, self._encode([self.negative_prompt if text is None else text for text in negative_prompts])
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """Scales noise to the scheduler's first level."""
+        return self.kernel.initial(noise)
+
+    def denoise(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Denoised:
+        """Evaluates the network with guidance, uncond + w (cond - uncond), and returns x0 and the kernel's mean."""
+        return self.kernel.predict(x, self._guided(x, i, conditioning, row, self.guidance_scale), i)
+
+    def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
+        """Returns x0 at another guidance scale; at 1 or less the unconditional half is not computed."""
+        if guidance_scale > 1 and conditioning[1] is None:
+            raise UserError(
+                f"a preview with guidance_scale={guidance_scale} needs a model with guidance; its own scale is "
+                f"{self.guidance_scale}"
+            )
+        return self.kernel.predict(x, self._guided(x, i, conditioning, row, guidance_scale), i).x0
+
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        """One DDIM step with eta = 0, in the scheduler's coordinates."""
+        return self.kernel.flow(x, x0, i)
+
+    def std(self, i: int) -> float:
+        """Returns the scheduler's noise at step i."""
+        return self.kernel.std(i)
+
+    def load_decoder(self, name: str) -> nn.Module:
+        """Loads an AutoencoderTiny; `tiny` is the one for this model."""
+        tiny = str(ASSETS / "emoji-tiny") if self.pretrained == "emoji" else self.tiny
+        return TinyDecoder(tiny if name == "tiny" else name, self.latent_shape[0], self.dtype)
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        for tokenizer in self.tokenizers.values():
+            warn_of_cuts(tokenizer, texts)
+        return self.chunker.map(self.encode_texts, len(texts), texts)
+
+    def _guided(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
+        positive, negative = conditioning
+        x, t = self.kernel.scale_input(x, i), self.kernel.timesteps[i].to(x.device)
+        if negative is None or guidance_scale <= 1:
+            return self.network(x, t, {name: part[row] for name, part in positive.items()})
+        pairs = {name: torch.cat([negative[name][row], part[row]]) for name, part in positive.items()}
+        unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs).chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _latent_size(self, sizes: dict[str, int | None], factor: int) -> tuple[int, int]:
+        """Returns height and width of a latent for a size in pixels, with `factor` pixels per latent position."""
+        native: Any = getattr(self, self.backbone).config.sample_size
+        result = []
+        for (name, pixels), own in zip(sizes.items(), [native] * 2 if isinstance(native, int) else native, strict=True):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
+            result.append(own if pixels is None else pixels // factor)
+        return result[0], result[1]

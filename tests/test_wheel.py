@@ -1,0 +1,109 @@
+"""The wheel that pip installs: what it holds, and that its configurations work by name in any directory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from svdd import UserError
+from svdd.commands.configs import with_shipped_configs
+from tools.oldest import constraints
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The unpacked wheel of this tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    zipfile.ZipFile(file).extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_code_types_models_configs_and_licences(wheel):
+    assert {path.name for path in wheel.iterdir()} == {"svdd", "svdd-0.1.0.dist-info"}
+    files = {str(path.relative_to(wheel / "svdd")) for path in (wheel / "svdd").rglob("*") if path.is_file()}
+    assert {"py.typed", "samplers/__init__.pyi", "assets/emoji_prompts.txt", "assets/LICENSES.md"} <= files
+    assert {f"assets/configs/{path.name}" for path in CONFIGS.iterdir()} <= files
+    assert {Path(file).suffix for file in files} == {
+        ".py",
+        ".pyi",
+        ".typed",
+        ".safetensors",
+        ".json",
+        ".md",
+        ".txt",
+        ".yaml",
+    }
+    assert {path.name for path in wheel.glob("*.dist-info/licenses/**/*.*")} >= {"LICENSES.md"}
+    metadata = (wheel / "svdd-0.1.0.dist-info" / "METADATA").read_text(encoding="utf-8")
+    for field in (
+        "Author: svdd developers",
+        "Project-URL: Paper",
+        "Classifier: Typing :: Typed",
+        "License-Expression:",
+    ):
+        assert field in metadata
+
+
+@pytest.mark.slow
+def test_shipped_configs_and_prompts_work_by_name_in_any_directory(wheel, tmp_path, read_rows):
+    small = ["--model.diffusion.num_inference_steps", "2", "--model.sampler.num_candidates", "2", "--data.limit", "1"]
+    words = ["predict", "--config", "quickstart", "--data.prompts", "emoji", *small, "--output", "run"]
+    run = subprocess.run(
+        [sys.executable, "-m", "svdd", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    (row,) = read_rows(tmp_path / "run")
+    prompts = (ROOT / "svdd" / "assets" / "emoji_prompts.txt").read_text(encoding="utf-8")
+    assert row["prompt"] == prompts.splitlines()[0]
+    assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["rewards"]) == set(row["rewards"])
+
+
+def test_names_of_shipped_configs_become_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = str(CONFIGS / "smc.yaml")
+    for words in (["--config", "smc"], ["-c", "smc.yaml"]):
+        assert with_shipped_configs(["predict", *words, "--output", "smc"])[2:] == [shipped, "--output", "smc"]
+    assert with_shipped_configs(["--config=smc"]) == [f"--config={shipped}"]
+    for other in ("runs/smc.yaml", "./smc.yaml", "{model: {seed: 1}}", ""):
+        assert with_shipped_configs(["--config", other]) == ["--config", other]
+    assert with_shipped_configs(["predict", "--config"]) == ["predict", "--config"]
+
+
+def test_a_config_in_the_working_directory_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smc.yaml").write_text("model: {}\n")
+    assert with_shipped_configs(["--config", "smc"]) == ["--config", "smc.yaml"]
+    assert with_shipped_configs(["--config", "smc.yaml"]) == ["--config", "smc.yaml"]
+
+
+def test_an_unknown_config_lists_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    message = f"--config quikstart: no such file or shipped configuration; known: {known}; did you mean 'quickstart'?"
+    with pytest.raises(UserError, match=re.escape(message)):
+        with_shipped_configs(["predict", "--config", "quikstart"])
+
+
+def test_constraints_are_the_lower_bounds():
+    project = {
+        "dependencies": ["torch>=2.6.0", "jsonargparse[signatures]>=4.48.0,<4.54", "tqdm"],
+        "optional-dependencies": {"lora": ["peft>=0.18.0"], "dev": ["svdd[lora]", "types-tqdm"]},
+    }
+    assert constraints(project) == ["torch==2.6.0", "jsonargparse==4.48.0", "peft==0.18.0"]
