@@ -57,5 +57,5 @@ def table() -> Iterator[Callable[[str, str, int, int], None]]:
 def write_table(page: Path, rows: list[str]) -> None:
     head, _, rest = page.read_text().partition("<!-- faults -->\n")
     _, _, tail = rest.partition("<!-- end of faults -->")
-    lines = ["| fault | what happened | exit code | images lost |", "|---|---|---|---|", *rows]
+    lines = ["| fault | what happened | exit code | images lost |", "|---|---|---|---|", *dict.fromkeys(rows)]
     page.write_text(f"{head}<!-- faults -->\n" + "\n".join(lines) + f"\n<!-- end of faults -->{tail}")

@@ -37,7 +37,7 @@ def test_all_processes_stop_when_one_is_told_to(case: Case, whole: Case, table: 
     assert [process.exitcode for process in processes] == [143, 143], case.said()
     lost = case.resume(before=before)
     assert case.content() == whole.content()
-    table(f"SIGTERM to task {told} of two under SLURM", "both finished their batch", 143, lost)
+    table("SIGTERM to one task of two under SLURM", "both finished their batch", 143, lost)
 
 
 def test_a_process_that_hangs(case: Case, whole: Case, table: Callable):
@@ -78,7 +78,7 @@ def test_a_process_that_fails(tmp_path, table: Callable, failing: int):
     assert f"images/{2 + failing:06d}-00.png" not in finished
     lost = case.resume("--data.batch_size", "1", before=before)
     assert case.content() == whole.content()
-    table(f"an error in task {failing} of two under SLURM", "the other ended with 1", 2, lost)
+    table("an error in one task of two under SLURM", "the other ended with 1", 2, lost)
 
 
 def test_wrong_devices_under_torchrun(case: Case, whole: Case, table: Callable):
