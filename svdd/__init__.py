@@ -40,6 +40,9 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 
+SUMMARY_FILE = "summary.json"  # in a run folder; rewards may read it, and know nothing else of runs
+
+
 class UserError(ValueError):
     """An error that the user can fix; the message says what came, what was expected and what to do (exit code 2)."""
 

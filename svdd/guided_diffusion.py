@@ -17,6 +17,7 @@ from svdd.rewards.base import Reward
 from svdd.runs.failures import draw_the_rest
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt
+from svdd.runs.rows import ResultRow, result_row
 from svdd.samplers.base import Sampler
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
@@ -167,10 +168,7 @@ class GuidedDiffusion(L.LightningModule):
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         images_per_prompt, returned = self.images_per_prompt, self.sampler.returned
         jobs = [(prompt, k) for prompt in batch for k in range(images_per_prompt)]
-        seeds = [
-            (self.seed + prompt.index * images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
-            for prompt, k in jobs
-        ]
+        seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, images_per_prompt)]
         final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
         count, score = len(final.x), self.diffusion.chunker.map
         scores = {
@@ -181,23 +179,16 @@ class GuidedDiffusion(L.LightningModule):
         weights = None if trace.weights is None else trace.weights.flatten().tolist()
         path_kl = torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs)).tolist()
         rows = [
-            {
-                "prompt_index": prompt.index,
-                "image_index": k * returned + particle,
-                "num_images": images_per_prompt * returned,
-                "prompt": prompt.text,
-                **({} if prompt.negative_prompt is None else {"negative_prompt": prompt.negative_prompt}),
-                **prompt.extra,
-                "seed": seeds[j],
-                **(
-                    {}
-                    if weights is None
-                    else {"particle": particle, "particle_weight": _short(weights[j * returned + particle])}
-                ),
-                "rewards": {name: values[j * returned + particle] for name, values in scores.items()},
-                **({"path_kl": _short(path_kl[j])} if self.sampler.tells_path_kl else {}),
-                "ledger": ledger,
-            }
+            result_row(
+                prompt,
+                image_index=k * returned + particle,
+                num_images=images_per_prompt * returned,
+                seed=seeds[j],
+                rewards={name: values[j * returned + particle] for name, values in scores.items()},
+                ledger=ledger,
+                particle=None if weights is None else (particle, _short(weights[j * returned + particle])),
+                path_kl=_short(path_kl[j]) if self.sampler.tells_path_kl else None,
+            )
             for j, (prompt, k) in enumerate(jobs)
             for particle in range(returned)
         ]
@@ -208,7 +199,7 @@ class GuidedDiffusion(L.LightningModule):
         return Prediction(final.images.cpu(), rows, traces)
 
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
-    def record(self, rows: list[dict[str, Any]]) -> None:
+    def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run feeds what it finds on disk through here."""
         prompts = torch.tensor([row["prompt_index"] for row in rows], dtype=torch.int64)
         for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):

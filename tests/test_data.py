@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from svdd import UserError
 from svdd.runs.prompts import Prompt, PromptDataModule, PromptDataset, PromptError
+from svdd.runs.rows import RESERVED_COLUMNS, ResultRow, result_row
 
 REAL_FILES = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [
@@ -456,7 +457,7 @@ def test_repeated_columns(write, tmp_path):
     assert "schema: column 'prompt' appears more than once" in message(str(tmp_path / "p.parquet"))
 
 
-@pytest.mark.parametrize("column", ["prompt_index", "image_index", "file", "rewards", "ledger", "sha256"])
+@pytest.mark.parametrize("column", sorted(ResultRow.__annotations__.keys() - {"prompt", "negative_prompt", "seed"}))
 def test_columns_with_the_name_of_a_result(write, column):
     expected = f"column '{column}' has the name of a result that svdd writes itself; rename the column"
     assert f"line 1: {expected}" in message(write("p.csv", f"prompt,{column}\na,b\n"))
@@ -476,6 +477,24 @@ def test_parquet_values_that_json_cannot_hold(tmp_path):
         assert "row 1: a column cannot be carried into the results as JSON: " in message(path)
 
 
+def test_no_column_overwrites_a_result():
+    """A source may name the prompt, the negative prompt and the seed, which the row repeats, and nothing else."""
+    allowed = {"negative_prompt", "seed"}
+    assert ResultRow.__annotations__.keys() - allowed == RESERVED_COLUMNS
+    assert {"path_kl", "particle", "particle_weight"} < RESERVED_COLUMNS
+    prompt = Prompt(3, "a", "b", 5, {"tag": "x"})
+    row = result_row(prompt, 1, 2, 6, {"r": 0.5}, {"rows": 4}, particle=(1, 0.25), path_kl=0.1)
+    assert row.keys() | {"file", "sha256"} == ResultRow.__annotations__.keys() | {"tag"}
+    order = ["prompt_index", "image_index", "num_images", "prompt", "negative_prompt", "tag", "seed"]
+    assert list(row) == [*order, "particle", "particle_weight", "rewards", "path_kl", "ledger"]
+
+
+def test_seeds_of_images():
+    assert Prompt(3, "a", None, None, {}).image_seeds(7, 2) == [13, 14]
+    assert Prompt(3, "a", None, 5, {}).image_seeds(7, 2) == [5, 6]
+    assert Prompt(0, "a", None, 2**63 - 1, {}).image_seeds(7, 2) == [2**63 - 1, 0]
+
+
 # The spool
 
 
@@ -485,7 +504,7 @@ def test_the_spool_has_no_name_and_goes_with_close(tmp_path, monkeypatch):
     assert dataset[0].text == "a"
     assert os.listdir(tmp_path) == []
     dataset.close()
-    with pytest.raises(ValueError, match="closed file"):
+    with pytest.raises(ValueError, match="closed"):
         dataset[0]
 
 

@@ -194,7 +194,7 @@ def test_tempering_bears_on_a_sampler_with_temperature_only(examples):
     ],
     ids=["unguided", "best_of_n", "svdd", "svdd_beam"],
 )
-def test_costs_are_those_of_architecture(sampler, rows, decoded, calls, examples):
+def test_costs_are_those_of_the_samplers_page(sampler, rows, decoded, calls, examples):
     from my_diffusion import Tints
     from my_rewards import Redness
 
@@ -333,6 +333,22 @@ def test_the_house_is_seen_at_a_glance():
     assert {path: lines for path in SOURCES if (lines := path.read_text("utf-8").count("\n")) > 300} == {}
 
 
+def test_the_tree_in_architecture_is_that_of_the_code():
+    tree = next(code for language, _, code in blocks(ROOT / "docs" / "architecture.md") if language == "text")
+    drawn, folder = {}, ""
+    for indent, name, text in re.findall(r"^( +)(\S+) *(.*)$", tree, re.M):
+        path = name if len(indent) == 2 else folder + name
+        folder = path if len(indent) == 2 else folder
+        drawn[path] = text
+    packages = {f"{path.parent.relative_to(ROOT / 'svdd')}/": path for path in SOURCES if path.name == "__init__.py"}
+    del packages["./"]
+    files = {path.name for path in (ROOT / "svdd").iterdir() if path.is_file()}
+    assert drawn.keys() == packages.keys() | files
+    assert {path: text for path, text in drawn.items() if path in packages} == {
+        path: ast.get_docstring(tree_of(package)) for path, package in packages.items()
+    }
+
+
 def anchors(page: Path) -> set[str]:
     """Returns the anchors that GitHub gives to a page's headings."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -340,7 +356,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=name_of)
 def test_links_lead_somewhere(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in re.findall(r"\]\(([^)\s]+)", text):

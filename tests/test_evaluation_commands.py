@@ -15,7 +15,7 @@ from PIL import Image
 from svdd import Incomplete
 from svdd.__main__ import main
 from svdd.commands.predict import PredictCLI
-from svdd.runs.pictures import read_rows
+from svdd.runs.folder import RunFolder
 
 PROMPTS = ["red apple", "blue car", "panda", "owl"]
 
@@ -92,7 +92,7 @@ def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, cap
     words = ["score", "--reward", "CLIPScore", "--reward.pretrained", tiny_clip, "--eval_rewards+=Compressibility"]
     assert main([*words, "--images", str(run), "--output", str(tmp_path / "scores"), "--batch_size", "3"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
-    for scored, drawn in zip(rows, read_rows(run), strict=True):
+    for scored, drawn in zip(rows, RunFolder(run).rows(), strict=True):
         assert scored["prompt"] == drawn["prompt"]
         for name, score in drawn["rewards"].items():
             assert scored["rewards"][name] == pytest.approx(score, abs=1e-3)
@@ -108,7 +108,7 @@ def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, cap
         (["--reward", "Brightness", "--eval_rewards+=Brightness"], "every reward needs a name of its own"),
         (
             ["--reward", "CLIPScore", "--reward.pretrained", "./absent"],
-            "CLIPScore: pretrained='absent' is not a folder",
+            "CLIPScore: pretrained='./absent' is not a folder",
         ),
         (["--reward", "Brightness", "--bach_size", "3"], "bach_size"),
     ],
@@ -142,7 +142,7 @@ def test_a_bad_reward_is_skipped_where_it_is_bad(predict, tmp_path, monkeypatch,
     with pytest.raises(Incomplete):
         predict("run", *words, "--model.on_error", "skip", "--data.batch_size", "2")
     run = tmp_path / "run"
-    assert [row["prompt"] for row in read_rows(run)] == ["red apple", "blue car", "owl"]
+    assert [row["prompt"] for row in RunFolder(run).rows()] == ["red apple", "blue car", "owl"]
     (failed,) = [json.loads(line) for line in (run / "failed.jsonl").read_text().splitlines()]
     assert failed["prompt"] == "panda"
     assert failed["error"].startswith("RewardError: ")
@@ -175,9 +175,11 @@ def test_a_sum_reads_its_units_from_an_unguided_run(predict):
         {"rewards": [{"class_path": "ZScored", "init_args": {"reward": "Brightness", "statistics": str(plain)}}]}
     )
     run = predict("run", "--model.reward", json.dumps({"class_path": "WeightedSum", "init_args": json.loads(units)}))
-    entry, scores = summary_of(plain)["rewards"]["Brightness"], [row["rewards"] for row in read_rows(run)]
+    entry, scores = summary_of(plain)["rewards"]["Brightness"], [row["rewards"] for row in RunFolder(run).rows()]
     bright = predict("bright", "--model.reward", "Brightness")
-    for row, same in zip(scores, read_rows(bright), strict=True):  # a standardised reward guides to the same images
+    for row, same in zip(
+        scores, RunFolder(bright).rows(), strict=True
+    ):  # a standardised reward guides to the same images
         assert row["WeightedSum"] == pytest.approx(
             (same["rewards"]["Brightness"] - entry["mean"]) / entry["std"], rel=1e-3
         )

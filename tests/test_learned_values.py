@@ -396,6 +396,17 @@ def test_exported_weights_come_back(trained, tmp_path):
             torch.testing.assert_close(value(state), trained.value(state), rtol=tolerance, atol=tolerance)
 
 
+def test_a_trained_value_keeps_its_weights_when_bound_again(cache):
+    value = fit(network(), cache, epochs=1, num_rollouts=64)[0].value
+    state = GaussianDiffusion(4).start([""] * 5, range(5)).propose()
+    before = value(state)
+    GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), value)
+    value.eval()
+    assert torch.equal(value(state), before)
+    with pytest.raises(UserError, match="this value was trained for something else: num_inference_steps was 4, here"):
+        GuidedDiffusion(Linear(B), GaussianDiffusion(5), SVDD(2), value)
+
+
 def test_a_class_of_ones_own_is_found_where_it_is_imported(trained, tmp_path):
     path, weights = tmp_path / "value.safetensors", trained.value.weights()
     path.write_bytes(weights._replace(identity=weights.identity | {"value": "Mine"}).to_bytes())

@@ -621,7 +621,7 @@ def test_patience_ends():
 
 def test_waits_between_attempts_double(monkeypatch):
     waits = []
-    monkeypatch.setattr("svdd.rewards.models.http_service.time.sleep", waits.append)
+    monkeypatch.setattr("svdd.rewards.models.vlm_endpoint.time.sleep", waits.append)
     with chat_server(lambda body, handler: (503, {}, {})) as (address, _):
         failure(address, retries=8, backoff=0.5, concurrency=1)
     assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]

@@ -378,8 +378,8 @@ def test_a_function_is_found_by_its_name(tmp_path, monkeypatch):
     alone = FunctionReward("my_scores.width", one_by_one=True)
     assert alone.score(pictures(2, 30, 50), ["a", "abc"]).tolist() == [51, 53]
     for name, message in {
-        "my_scores": "names no module",
-        "my_scores.missing": "my_scores has no 'missing'",
+        "my_scores": "is a module; expected a function",
+        "my_scores.missing": "has no attribute 'missing'",
         "absent_file.f": "cannot be imported: No module named 'absent_file'",
         "my_scores.NUMBER": "is a int; expected a function",
     }.items():

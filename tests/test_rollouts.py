@@ -205,7 +205,7 @@ def test_one_data_module_serves_one_model_after_the_other(tmp_path):
 @pytest.fixture
 def locked():
     """Locks a file in another process, until the test ends."""
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
     processes = []
 
     def hold(path):

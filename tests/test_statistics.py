@@ -347,7 +347,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no results\.jsonl"):
         against(one, tmp_path)
     (one / "results.jsonl").write_text("{torn")
-    with pytest.raises(UserError, match="line 1 is no JSON"):
+    with pytest.raises(UserError, match="line 1 is not JSON"):
         against(one, one)
 
 
@@ -425,7 +425,7 @@ def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
 
 def test_a_baseline_that_was_guided_is_pointed_out(tmp_path):
     folder = write_run(tmp_path / "plain", {"a": [1.0]})
-    with pytest.raises(UserError, match=r"has no summary\.json that names its sampler"):
+    with pytest.raises(UserError, match=r"has no readable summary\.json"):
         Evaluation(baseline=str(folder)).check()
     (folder / "summary.json").write_text(json.dumps({"sampler": "SVDD"}))
     with pytest.warns(UserWarning, match="is a run guided by SVDD: .* draw the baseline with --model.sampler Unguided"):

@@ -1,6 +1,8 @@
+import ast
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,10 +18,13 @@ import yaml
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import svdd
 from svdd import UserError
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.runs.config import differences
-from svdd.runs.folder import RunFolder, image_name
+from svdd.runs.files import lock
+from svdd.runs.folder import RunFolder
+from svdd.runs.images import image_name
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
 from svdd.runs.writer import RunError, RunWriter
@@ -920,10 +925,77 @@ def test_many_images_go_to_subfolders(tmp_path):
 
 def test_large_runs_are_read_in_parts(tmp_path):
     folder = tmp_path / "run"
+    parts = []
+
+    class Record(Tiny):
+        def record(self, rows):
+            parts.append([row["prompt_index"] for row in rows])
+            super().record(rows)
+
     writer = RunWriter(folder)
     writer.open()
     lines = [json.dumps({"prompt_index": p, "rewards": {"r": 0.5}, "file": "x"}) for p in range(2500)]
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
-    parts = list(writer.folder.rows(1000))
-    assert [len(part) for part in parts] == [1000, 1000, 500]
-    assert [row["prompt_index"] for part in parts for row in part] == list(range(2500))
+    predict(writer, Record(), [])
+    assert [len(part) for part in parts] == [1024, 1024, 452]
+    assert [index for part in parts for index in part] == list(range(2500))
+
+
+def test_the_names_of_the_files_are_spelled_once():
+    """In the package's code; docstrings aside."""
+    spelled = []
+    for path in Path(svdd.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        docstrings = {id(node.body[0].value) for node in nodes if node.body and isinstance(node.body[0], ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                spelled += re.findall(r"(?:results|trace|failed)\.jsonl|summary\.json|config\.yaml", node.value)
+    assert sorted(spelled) == ["config.yaml", "failed.jsonl", "results.jsonl", "summary.json", "trace.jsonl"]
+
+
+WITHOUT_FCNTL = """
+import importlib, pkgutil, sys
+sys.modules["fcntl"] = None
+import svdd
+for module in pkgutil.walk_packages(svdd.__path__, "svdd."):
+    if module.name != "svdd.__main__":
+        importlib.import_module(module.name)
+assert "svdd.runs.writer" in sys.modules and "svdd.commands.predict" in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_every_module_can_be_imported_without_fcntl():
+    """As on Windows."""
+    root = Path(__file__).parents[1]
+    process = subprocess.run([sys.executable, "-c", WITHOUT_FCNTL], capture_output=True, text=True, cwd=root)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert not [path for path in (root / "svdd").rglob("*.py") if "fcntl" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_lock_is_free_when_its_process_is_killed_though_a_child_lives(tmp_path):
+    code = """
+import os, sys, time
+from pathlib import Path
+from svdd.runs.files import lock
+held = lock(Path(sys.argv[1]), "held")
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(100)
+"""
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(RunError, match=f"held .process {process.pid} on .*; wait for it, or choose another"):
+                lock(path, "held")
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it is alive
+            lock(path, "held").release()
+        finally:
+            os.kill(child, signal.SIGKILL)

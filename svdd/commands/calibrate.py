@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from svdd.commands.base import ModelCLI
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import differences
-from svdd.runs.files import RunError, explained
+from svdd.runs.files import RunError, os_errors_explained
 from svdd.runs.prompts import PromptDataModule
 from svdd.values.training.calibration import FILES, Calibration, check_counts, plot, read_config, write
 
@@ -53,7 +53,7 @@ class CalibrateCLI(ModelCLI):
         if unused:
             print(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", file=sys.stderr)
         self.folder = Path(config.output)
-        with explained(self.folder):
+        with os_errors_explained(self.folder):
             self._check_folder(config.overwrite)
 
     def before_calibrate(self) -> None:

@@ -1,8 +1,7 @@
-"""`svdd compare`: the same prompts of several runs side by side, with their rewards, as one picture."""
+"""`svdd compare`: images and rewards of several runs with the same prompts, in one picture."""
 
 import argparse
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from svdd import UserError
+from svdd.runs.folder import RunFolder
+from svdd.runs.rows import ResultRow
 from svdd.runs.tar import read_image
 
 __all__ = ["compare", "draw"]
@@ -25,7 +26,7 @@ def compare(words: Sequence[str]) -> None:
         words: The command line after `svdd compare`.
     """
     parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one column each")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one row each")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
     parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
     options = parser.parse_args(words)
@@ -34,17 +35,17 @@ def compare(words: Sequence[str]) -> None:
 
 
 def draw(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
-    """Writes a picture with one row per image and one column per run, and returns a table of mean rewards.
+    """Draws one row per run and one column per image, and returns a table of mean rewards.
 
     Args:
-        runs: Finished run folders, in the order of their columns.
+        runs: Folders of finished runs, from top to bottom.
         output: The PNG file to write.
         limit: At most this many images of each run.
 
     Raises:
-        UserError: If a folder is no finished run, or the runs share no image.
+        UserError: If a folder holds no finished run, or the runs share no image.
     """
-    rows = {run: _read(run) for run in runs}
+    rows = {run: {(row["prompt_index"], row["image_index"]): row for row in RunFolder(run).rows()} for run in runs}
     shared = [key for key in rows[runs[0]] if all(key in table for table in rows.values())]
     if not shared:
         raise UserError(f"the runs {', '.join(map(str, runs))} share no prompt; compare runs of the same prompts")
@@ -73,16 +74,8 @@ def draw(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
     return _table(runs, rows, shared, rewards)
 
 
-def _open(run: Path, row: dict[str, Any]) -> Image.Image:
+def _open(run: Path, row: ResultRow) -> Image.Image:
     return Image.open(io.BytesIO(read_image(run, row["file"])))
-
-
-def _read(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    path = run / "results.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run} holds no results.jsonl; give the --output folder of a finished `svdd predict`")
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return {(row["prompt_index"], row["image_index"]): row for row in rows}
 
 
 def _fit(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:

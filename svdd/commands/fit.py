@@ -1,6 +1,5 @@
 """`svdd fit`: trains a learned value on rollouts of the pretrained chain."""
 
-import os
 import re
 import shutil
 from contextlib import ExitStack
@@ -14,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
-from svdd.runs.config import HEADER, differences, dump_config, load_config
-from svdd.runs.files import RunError, explained, lock, write_atomically
+from svdd.runs.config import CONFIG, differences, read_config, write_config
+from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.processes.group import is_rank_zero
 from svdd.values.losses import MeanLoss
 from svdd.values.training.data import RolloutDataModule
@@ -32,7 +31,7 @@ _HARMLESS = re.compile(
     r"|(output|overwrite|max_restarts|data\.(cache|rollout_batch_size)|model\.diffusion\.(chunk_size|compile))(\..*)?"
 )
 
-_BEFORE_A_CHECKPOINT = {".lock", "config.yaml", "config.yaml.tmp", "logs"}  # with only these, settings may still change
+_BEFORE_A_CHECKPOINT = {".lock", CONFIG, f"{CONFIG}.tmp", "logs"}  # with only these, settings may still change
 
 
 class FitCLI(ModelCLI):
@@ -64,7 +63,7 @@ class FitCLI(ModelCLI):
             settings = self.resolved()
             with as_user_errors():
                 settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest
-            with explained(self.folder):
+            with os_errors_explained(self.folder):
                 self._claim(settings, config.overwrite)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -88,7 +87,7 @@ class FitCLI(ModelCLI):
         if not self.trainer.is_global_zero or not best.is_file():
             return
         file, value = self.folder / "value.safetensors", self.model.value
-        with explained(self.folder):
+        with os_errors_explained(self.folder):
             write_atomically(file, read_weights(str(best)).to_bytes())
         print(f"{type(value).__name__} for {self.model.reward.name} in {self.folder}")
         if (score := self._checkpoints.best_model_score) is not None:
@@ -97,23 +96,22 @@ class FitCLI(ModelCLI):
         print(f"use it: svdd predict ... --ckpt_path {file}")
 
     def _claim(self, config: dict[str, Any], overwrite: bool) -> None:
-        recorded = self.folder / "config.yaml"
-        text = recorded.read_text(encoding="utf-8") if recorded.exists() else ""
+        recorded = read_config(self.folder)
         names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        if not text.startswith(HEADER) and names - {".lock", "config.yaml.tmp"}:
+        if recorded is None and names - {".lock", f"{CONFIG}.tmp"}:
             raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._around.callback(os.close, lock(self.folder / ".lock", f"{self.folder} is in use by another run"))
+        self._around.callback(lock(self.folder / ".lock", f"{self.folder} is in use by another run").release)
         if overwrite:
             for name in ("checkpoints", "logs"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / "value.safetensors").unlink(missing_ok=True)
-        elif names - _BEFORE_A_CHECKPOINT and (changed := differences(load_config(text), config, _HARMLESS)):
+        elif names - _BEFORE_A_CHECKPOINT and (changed := differences(recorded or {}, config, _HARMLESS)):
             raise RunError(
                 f"{self.folder} holds a training with other settings: {'; '.join(changed)}. "
                 "Choose another --output, or remove the old one with --overwrite true"
             )
-        write_atomically(recorded, dump_config(config))
+        write_config(self.folder, config)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.folder / "checkpoints" / "last.ckpt"

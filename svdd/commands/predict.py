@@ -103,7 +103,7 @@ class PredictCLI(ModelCLI):
         if self.trainer.is_global_zero and summary:
             failed = self.writer.failed_prompts
             if failed:
-                where = f"see {self.writer.folder.path}/failed.jsonl; the same command tries them again"
+                where = f"see {self.writer.folder.failures}; the same command tries them again"
                 print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
             if failed and not summary["rewards"][summary["guide"]]["count"]:
                 raise UserError("no prompt could be drawn, so no picture was made")

@@ -1,4 +1,4 @@
-"""A progress bar over prompts and, inside it, over denoising steps."""
+"""The progress bars of `svdd predict`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,14 @@ __all__ = ["StepProgress"]
 
 
 class StepProgress(L.Callback):
-    """Shows this device's prompts, the step of the batch at work and the mean value there; only on rank 0."""
+    """Shows the prompts of this process, the current step and the mean value there; only on rank 0."""
 
     def __init__(self) -> None:
         self._prompts: tqdm | None = None
         self._steps: tqdm | None = None
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Opens the bars and listens to the module's steps."""
+        """Opens the bars and registers for the steps of the module."""
         if not trainer.is_global_zero:
             return
         prompts = getattr(trainer.predict_dataloaders.dataset, "num_prompts", None)  # of this device; None: unknown
@@ -43,7 +43,7 @@ class StepProgress(L.Callback):
         self._close(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Closes the bars, so that the error is not written over."""
+        """Closes the bars, so that they do not overwrite the error."""
         self._close(pl_module)
 
     def _show_step(self, i: int, value: float | None) -> None:

@@ -1,7 +1,7 @@
-"""What can be selected by name: the base class is the registry, and this module fills it.
+"""The classes that can be selected by name, and `svdd list`.
 
-Every concrete subclass of `Diffusion`, `Sampler`, `Value` and `Reward` that was imported is selectable by its class
-name. Built-in classes and those of plug-ins are imported alike; `catalogue` tells them without importing the built-ins.
+Every imported concrete subclass of `Diffusion`, `Sampler`, `Value` and `Reward` is selectable by its class name: the
+built-in ones, those of plug-ins, and a user's own.
 """
 
 import ast
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from svdd import UserError
@@ -28,14 +28,7 @@ KINDS = {  # kind: (package of the built-ins, base class)
 
 @dataclass(frozen=True)
 class Entry:
-    """One selectable class.
-
-    Args:
-        kind: A key of `KINDS`.
-        name: The class name, which selects it.
-        description: First line of its docstring.
-        package: The distribution or module that it comes from.
-    """
+    """One selectable class: a key of `KINDS`, its name, the first line of its docstring, and its top-level package."""
 
     kind: str
     name: str
@@ -48,10 +41,10 @@ def import_all() -> None:
     for package, _ in KINDS.values():
         for path in _modules(package):
             import_module(f"{package}.{path.stem}")
-    for plugin in _plugins():
+    for plugin in entry_points(group=PLUGIN_GROUP):
         try:
             plugin.load()
-        except Exception as error:  # a stranger's package may raise anything, and must not stop the rest
+        except Exception as error:  # a third-party package can raise anything, and must not stop the others
             source = plugin.dist.name if plugin.dist else plugin.value
             warnings.warn(
                 f"plug-in {plugin.name!r} of {source} was skipped: {type(error).__name__}: {error}", stacklevel=2
@@ -59,12 +52,9 @@ def import_all() -> None:
 
 
 def catalogue() -> list[Entry]:
-    """Returns all selectable classes, by kind and name.
-
-    The built-ins are read from their source, which takes milliseconds; plug-ins, where there are any, are imported.
-    """
+    """Returns all selectable classes, by kind and name; built-in ones are read from their source, not imported."""
     entries = [entry for kind, (package, base) in KINDS.items() for entry in _read_sources(kind, package, base)]
-    if _plugins():
+    if entry_points(group=PLUGIN_GROUP):
         import_all()
         known = {(entry.kind, entry.name) for entry in entries}
         entries += [entry for entry in _imported() if (entry.kind, entry.name) not in known]
@@ -102,10 +92,6 @@ def _modules(package: str) -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))
 
 
-def _plugins() -> list[EntryPoint]:
-    return list(entry_points(group=PLUGIN_GROUP))
-
-
 def _read_sources(kind: str, package: str, base: str) -> Iterator[Entry]:
     """Yields the concrete classes below `base`, however far, in the files of a package."""
     nodes = [node for path in _modules(package) for node in ast.parse(path.read_text(encoding="utf-8")).body]
@@ -115,14 +101,10 @@ def _read_sources(kind: str, package: str, base: str) -> Iterator[Entry]:
     while below := {name for name, above in parents.items() if above & known} - known:
         known |= below
     for name in known - {base}:
-        if not name.startswith("_") and not any(_is_abstract(part) for part in classes[name].body):
+        methods = [part for part in classes[name].body if isinstance(part, ast.FunctionDef)]
+        abstract = any("abstractmethod" in ast.dump(mark) for part in methods for mark in part.decorator_list)
+        if not name.startswith("_") and not abstract:
             yield Entry(kind, name, _first_line(ast.get_docstring(classes[name])), "svdd")
-
-
-def _is_abstract(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef) and any(
-        isinstance(mark, ast.Name) and mark.id == "abstractmethod" for mark in node.decorator_list
-    )
 
 
 def _imported() -> Iterator[Entry]:

@@ -14,8 +14,8 @@ from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward
-from svdd.runs.files import explained, write_atomically
-from svdd.runs.json_lines import encode
+from svdd.runs.files import os_errors_explained, write_atomically
+from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
 
@@ -23,7 +23,7 @@ __all__ = ["score"]
 
 
 def score(words: Sequence[str]) -> None:
-    """Scores the pictures of a folder or of a run, prints the statistics, and writes them where asked to.
+    """Scores the images of a folder or of a run, prints the statistics, and writes them to `--output` if given.
 
     Args:
         words: The command line after `svdd score`.
@@ -43,7 +43,7 @@ def score(words: Sequence[str]) -> None:
         help="File with the prompt of each picture, in the order of their names (2 before 10); a run folder brings its "
         "own.",
     )
-    parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and summary.json.")
+    parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
@@ -69,8 +69,9 @@ def score(words: Sequence[str]) -> None:
         for name, value in summary.get(key, {}).items():
             print(f"{key}, {name}: {value}")
     if settings.output is not None:
-        _write(Path(settings.output), rows, summary)
-        print(f"wrote {settings.output}/scores.jsonl and summary.json")
+        run = RunFolder(settings.output)
+        _write(run, rows, summary)
+        print(f"wrote {settings.output}/scores.jsonl and {run.summary.name}")
 
 
 @torch.inference_mode()
@@ -106,7 +107,7 @@ def _with_prompts(pictures: list[Picture], folder: Path, file: str | None) -> li
     """Gives the pictures of a folder the prompts of a file, line by line."""
     if file is None:
         return pictures
-    if (folder / "results.jsonl").is_file():
+    if RunFolder(folder).results.is_file():
         raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
     with as_user_errors():
         dataset = PromptDataset(file)
@@ -134,9 +135,9 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _write(folder: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+def _write(run: RunFolder, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    with os_errors_explained(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(folder / "scores.jsonl", lines.encode("utf-8", "backslashreplace"))
-        write_atomically(folder / "summary.json", encode(summary, indent=2) + b"\n")
+        write_atomically(run.path / "scores.jsonl", lines.encode("utf-8", "backslashreplace"))
+        run.write_summary(summary)

@@ -47,6 +47,7 @@ class Kernel(ABC):
         self.scheduler.set_timesteps(num_inference_steps)
         self.timesteps: Tensor = self.scheduler.timesteps
         self.eta = eta
+        self.stds = [self._std(i) for i in range(len(self.timesteps))]
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales standard normal noise to x at i = 0."""
@@ -60,9 +61,12 @@ class Kernel(ABC):
     def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """Turns the network's output at step i into the posterior mean and the kernel's mean."""
 
-    @abstractmethod
     def std(self, i: int) -> float:
         """Returns the standard deviation of step i."""
+        return self.stds[i]
+
+    @abstractmethod
+    def _std(self, i: int) -> float: ...
 
     @abstractmethod
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -75,10 +79,10 @@ class _AlphaKernel(Kernel):
     allowed: ClassVar = {"prediction_type": ("epsilon", "v_prediction", "sample")}
 
     @abstractmethod
-    def alphas(self, i: int) -> tuple[Tensor, Tensor]:
+    def _alphas(self, i: int) -> tuple[Tensor, Tensor]:
         """Returns the cumulative signal variance a before and after step i."""
 
-    def split(self, x: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, x: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the predicted x_0 and the predicted noise."""
         beta = 1 - alpha
         kind = self.config.prediction_type
@@ -95,7 +99,7 @@ class _AlphaKernel(Kernel):
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
         """Returns sqrt(a') x0 + sqrt(1 - a') epsilon with epsilon = (x - sqrt(a) x0) / sqrt(1 - a)."""
-        alpha, alpha_next = self.alphas(i)
+        alpha, alpha_next = self._alphas(i)
         epsilon = (x - alpha**0.5 * x0) / (1 - alpha) ** 0.5
         return alpha_next**0.5 * x0 + (1 - alpha_next) ** 0.5 * epsilon
 
@@ -105,12 +109,7 @@ class DDIMKernel(_AlphaKernel):
 
     scheduler_class = DDIMScheduler
 
-    def __init__(self, config: dict[str, Any], num_inference_steps: int, eta: float) -> None:
-        super().__init__(config, num_inference_steps, eta)
-        self._stds = [float(eta * self._variance(i) ** 0.5) for i in range(len(self.timesteps))]
-
-    def alphas(self, i: int) -> tuple[Tensor, Tensor]:
-        """Returns the cumulative signal variance before and after step i."""
+    def _alphas(self, i: int) -> tuple[Tensor, Tensor]:
         t = int(self.timesteps[i])
         previous = t - self.config.num_train_timesteps // self.scheduler.num_inference_steps
         table = self.scheduler.alphas_cumprod
@@ -118,18 +117,17 @@ class DDIMKernel(_AlphaKernel):
 
     def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """Mean = sqrt(a') x0 + sqrt(1 - a' - std^2) epsilon."""
-        alpha, alpha_next = self.alphas(i)
-        x0, epsilon = self.split(x, output, alpha)
+        alpha, alpha_next = self._alphas(i)
+        x0, epsilon = self._split(x, output, alpha)
         std = self.eta * self._variance(i) ** 0.5
         direction = (1 - alpha_next - std**2) ** 0.5 * epsilon
         return Denoised(x0, alpha_next**0.5 * x0 + direction)
 
-    def std(self, i: int) -> float:
-        """Returns eta times the standard deviation of the DDPM posterior."""
-        return self._stds[i]
+    def _std(self, i: int) -> float:
+        return float(self.eta * self._variance(i) ** 0.5)
 
     def _variance(self, i: int) -> Tensor:
-        alpha, alpha_next = self.alphas(i)
+        alpha, alpha_next = self._alphas(i)
         return ((1 - alpha_next) / (1 - alpha)) * (1 - alpha / alpha_next)
 
 
@@ -139,26 +137,24 @@ class DDPMKernel(_AlphaKernel):
     scheduler_class = DDPMScheduler
     allowed: ClassVar = _AlphaKernel.allowed | {"variance_type": ("fixed_small", "fixed_large")}
 
-    def alphas(self, i: int) -> tuple[Tensor, Tensor]:
-        """Returns the cumulative signal variance before and after step i."""
+    def _alphas(self, i: int) -> tuple[Tensor, Tensor]:
         table = self.scheduler.alphas_cumprod
         last = i + 1 == len(self.timesteps)
         return table[int(self.timesteps[i])], self.scheduler.one if last else table[int(self.timesteps[i + 1])]
 
     def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """The posterior mean of q(x_next | x, x0) at the predicted x0."""
-        alpha, alpha_next = self.alphas(i)
-        x0, _ = self.split(x, output, alpha)
+        alpha, alpha_next = self._alphas(i)
+        x0, _ = self._split(x, output, alpha)
         step_alpha = alpha / alpha_next
         weight_x0 = (alpha_next**0.5 * (1 - step_alpha)) / (1 - alpha)
         weight_x = step_alpha**0.5 * (1 - alpha_next) / (1 - alpha)
         return Denoised(x0, weight_x0 * x0 + weight_x * x)
 
-    def std(self, i: int) -> float:
-        """Returns the posterior's standard deviation, or sqrt(beta) for `fixed_large`."""
+    def _std(self, i: int) -> float:
         if int(self.timesteps[i]) == 0:
             return 0.0
-        alpha, alpha_next = self.alphas(i)
+        alpha, alpha_next = self._alphas(i)
         variance = 1 - alpha / alpha_next
         if self.config.variance_type == "fixed_small":
             variance = (1 - alpha_next) / (1 - alpha) * variance
@@ -189,8 +185,7 @@ class EulerAncestralKernel(Kernel):
         down = (sigma_next**2 - up**2) ** 0.5
         return Denoised(x0.to(x.dtype), (wide + derivative * (down - sigma)).to(x.dtype))
 
-    def std(self, i: int) -> float:
-        """Returns sigma_up of the step."""
+    def _std(self, i: int) -> float:
         return float(self._up(i))
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -222,13 +217,7 @@ def find_kernel(name: str, known: Mapping[str, type[Kernel]]) -> type[Kernel]:
 
 
 def make_kernel(name: str, config: dict[str, Any], num_inference_steps: int, eta: float) -> Kernel:
-    """Builds the kernel of a scheduler from a model's scheduler configuration.
-
-    Args:
-        name: One of `KERNELS`.
-        config: The configuration that the model was saved with.
-        num_inference_steps: T.
-        eta: Noise of DDIM, 0 (deterministic) to 1 (as much as DDPM).
+    """Builds one of `KERNELS` from the scheduler configuration that a model was saved with.
 
     Raises:
         ValueError: If the scheduler or the configuration has no Gaussian one-step kernel.

@@ -4,14 +4,13 @@ A sampler that climbs one reward far enough finds pictures that please the rewar
 reward that was only measured falls while the guide rises (Gao et al., 2022, arXiv 2210.10760).
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svdd import UserError
 from svdd.evaluation.metrics.student_t import standard_error, t_quantile
-from svdd.runs.pictures import read_rows
+from svdd.runs.folder import RunFolder
 
 __all__ = ["against", "over_optimised", "paired", "sampler_of", "warning"]
 
@@ -65,14 +64,13 @@ def sampler_of(run: Path) -> str:
     """Returns the name of the sampler that drew a finished run.
 
     Raises:
-        UserError: If the run has no summary.
+        UserError: If the run has no summary that names it.
     """
-    try:
-        return str(json.loads((run / "summary.json").read_text(encoding="utf-8"))["sampler"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run} has no summary.json that names its sampler; run the same `svdd predict` to its end"
-        ) from error
+    folder = RunFolder(run)
+    summary = folder.read_summary()
+    if "sampler" not in summary:
+        raise UserError(f"{folder.summary} names no sampler; run the same `svdd predict` to its end")
+    return str(summary["sampler"])
 
 
 def over_optimised(
@@ -117,7 +115,7 @@ def warning(comparison: Mapping[str, Mapping[str, float]], guide: str, fallen: l
 def _means(run: Path) -> dict[int, tuple[str, dict[str, float]]]:
     """Returns the text and the mean rewards of every prompt, by its index."""
     sums: dict[int, tuple[str, dict[str, float], int]] = {}
-    for row in read_rows(run):
+    for row in RunFolder(run).rows():
         text, total, count = sums.get(row["prompt_index"], (row["prompt"], {}, 0))
         rewards = row["rewards"]
         total = {name: total.get(name, 0.0) + rewards[name] for name in rewards}

@@ -12,6 +12,7 @@ from svdd import UserError
 from svdd.evaluation.baseline import sampler_of
 from svdd.evaluation.metrics import CMMD, Diversity
 from svdd.rewards.clip import CLIPScore
+from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 
 __all__ = ["Evaluation"]
@@ -68,8 +69,8 @@ class Evaluation:
         """
         for folder in {self.baseline, self.reference if self.distances else None} - {None}:
             assert folder is not None
-            if folder == self.baseline and not (folder / "results.jsonl").is_file():
-                raise UserError(f"evaluation.baseline={str(folder)!r} is no finished run: it holds no results.jsonl")
+            if folder == self.baseline and not RunFolder(folder).results.is_file():
+                raise UserError(f"evaluation.baseline={str(folder)!r} is no finished run: it holds no result rows")
             find_pictures(folder)
         if self.baseline is not None and (sampler := sampler_of(self.baseline)) != "Unguided":
             warnings.warn(

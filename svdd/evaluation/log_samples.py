@@ -5,7 +5,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from svdd.runs.pictures import pixels_of, read_rows
+from svdd.runs.folder import RunFolder
+from svdd.runs.pictures import pixels_of
 
 __all__ = ["report"]
 
@@ -24,7 +25,7 @@ def report(loggers: Iterable[Any], found: Mapping[str, Any], run: Path) -> None:
     for logger in loggers:
         if numbers:
             logger.log_metrics(numbers)
-        rows = list(islice(read_rows(run), _SAMPLES))
+        rows = list(islice(RunFolder(run).rows(), _SAMPLES))
         captions = [f"{row['prompt']} ({', '.join(f'{k} {v:.3g}' for k, v in row['rewards'].items())})" for row in rows]
         if hasattr(logger, "log_image"):
             logger.log_image("samples", [pixels_of(run, row["file"]) for row in rows], caption=captions)

@@ -1,7 +1,7 @@
 """Any Python function as a reward."""
 
-import importlib
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -59,15 +59,10 @@ class FunctionReward(Reward):
 
 
 def _find(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.replace(":", ".").rpartition(".")
-    if not module:
-        raise UserError(f"function={name!r} names no module; expected my_file.my_function")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise UserError(f"function={name!r} cannot be imported: {error}") from error
-    except AttributeError as error:
-        raise UserError(f"function={name!r}: {module} has no {attribute!r}") from error
+        found = resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"function={name!r} cannot be imported: {error}; expected my_file.my_function") from error
     if not callable(found):
         raise UserError(f"function={name!r} is a {type(found).__name__}; expected a function")
     return found

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.rewards.models.http_service import Service
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Endpoint
 from svdd.rewards.models.vlm_local import LocalVLM
@@ -70,8 +69,9 @@ class VLMJudge(PretrainedReward):
             raise UserError("an endpoint needs model, its name for the model, and takes no pretrained")
         self.question, self.batch_size, self.api_key_env = question, batch_size, api_key_env
         self.pretrained = pretrained or "Qwen/Qwen2-VL-2B-Instruct"
-        service = None if endpoint is None else Service(endpoint, timeout, retries, backoff)
-        self.endpoint = Endpoint(service, model, concurrency) if service and model else None
+        self.endpoint: Endpoint | None = None
+        if endpoint is not None and model:
+            self.endpoint = Endpoint(endpoint, model, timeout, retries, backoff, concurrency)
 
     def read(self) -> nn.Module:
         """Returns the local model, or an empty module for an endpoint."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from svdd import UserError
+from svdd import SUMMARY_FILE, UserError
 from svdd.rewards.base import Reward
 
 __all__ = ["ZScored"]
@@ -25,7 +25,7 @@ class ZScored(Reward):
         reward: The reward to standardise.
         mean: Its mean.
         std: Its standard deviation.
-        statistics: A run folder or its summary.json, instead of mean and std.
+        statistics: A run folder or its summary, instead of mean and std.
 
     Raises:
         ValueError: Unless either `statistics` or both numbers are given and std > 0.
@@ -61,7 +61,7 @@ class ZScored(Reward):
 
 def _read_statistics(path: Path, name: str) -> tuple[float, float]:
     """Returns mean and standard deviation of a reward from a run's summary."""
-    path = path / "summary.json" if path.is_dir() else path
+    path = path / SUMMARY_FILE if path.is_dir() else path
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known = summary["rewards"]

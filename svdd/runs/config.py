@@ -5,20 +5,38 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["HEADER", "differences", "dump_config", "load_config", "plain"]
+from svdd.runs.files import write_atomically
 
+__all__ = ["CONFIG", "HEADER", "differences", "dump_config", "load_config", "plain", "read_config", "write_config"]
+
+CONFIG = "config.yaml"
 HEADER = "# svdd run"
 
-# What does not change the images and rows of a run, beyond float rounding.
+# Settings that do not change a run's images and rows, beyond float rounding.
 _HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
     r"|(output|overwrite|patience|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
     r"|model\.(on_error|diffusion\.(chunk_size|compile))(\..*)?"
 )
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Records a configuration in a run folder."""
+    write_atomically(folder / CONFIG, dump_config(config))
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Returns the configuration that a run folder records; None if svdd recorded none there."""
+    path = folder / CONFIG
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return load_config(text) if text.startswith(HEADER) else None
 
 
 def dump_config(config: Mapping[str, Any]) -> bytes:
@@ -28,7 +46,7 @@ def dump_config(config: Mapping[str, Any]) -> bytes:
 
 
 def load_config(text: str) -> dict[str, Any]:
-    """Decodes what `dump_config` wrote; a file that was edited into something else reads as an empty one."""
+    """Decodes what `dump_config` returned; a file that was edited into something else reads as an empty one."""
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -39,12 +57,12 @@ def load_config(text: str) -> dict[str, Any]:
 def differences(
     recorded: Mapping[str, Any], config: Mapping[str, Any], harmless: re.Pattern[str] = _HARMLESS
 ) -> list[str]:
-    """Lists the settings that differ and bear on what a run makes, with both values.
+    """Lists the settings that differ and affect the result, with both values.
 
     Args:
-        recorded: What `load_config` returned.
-        config: The configuration now.
-        harmless: Matches the dotted keys that bear on nothing; by default those of a run that draws images.
+        recorded: The recorded configuration.
+        config: The present configuration.
+        harmless: Matches the dotted keys that may differ; by default those of a run that draws images.
     """
     there, now = (dict(_leaves(load_config(dump_config(tree).decode()))) for tree in (recorded, config))
     return [
@@ -55,11 +73,11 @@ def differences(
 
 
 def plain(value: Any, finite: bool = False) -> Any:
-    """Reduces a value to dicts, lists, strings, numbers, booleans and None, as YAML and JSON know them.
+    """Reduces a value to dicts, lists, strings, numbers, booleans and None, as in YAML and JSON.
 
     Args:
-        value: Anything; tensors and arrays become (lists of) numbers, what is unknown becomes its string.
-        finite: Replace NaN and infinities by None, as strict JSON asks for.
+        value: Anything; tensors and arrays become (lists of) numbers, unknown objects become strings.
+        finite: Replace NaN and infinities by None, as strict JSON requires.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -79,7 +97,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted key and the value of each leaf; `init_args` is left out of the key."""
+    """Yields the dotted key and the value of each leaf, without `init_args` in the key."""
     if isinstance(tree, dict) and tree:
         for name, branch in tree.items():
             yield from _leaves(branch, key if name == "init_args" else f"{key}.{name}".lstrip("."))

@@ -1,7 +1,6 @@
-"""Files that are whole or absent, locks, and file system errors that a user can act on."""
+"""Atomic writes, locks, and file system errors as messages that a user can act on."""
 
 import errno
-import fcntl
 import os
 import socket
 import warnings
@@ -9,22 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from svdd import UserError
 
-__all__ = ["RunError", "explained", "lock", "sync_folder", "write_atomically"]
+__all__ = ["RunError", "lock", "os_errors_explained", "sync_folder", "write_atomically"]
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunError(UserError):
-    """The run folder cannot be used, or no longer."""
+    """The run folder cannot be used."""
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
-    """Writes a temporary file and renames it: the file is old or new, never in between.
+    """Writes a temporary file and renames it, so that the file is always either old or new.
 
     Args:
         path: The file to replace.
-        data: All of its bytes.
-        durable: Also wait until the folder's new entry is on disk; else call `sync_folder` later.
+        data: Its new content.
+        durable: Also wait until the rename is on disk; if False, call `sync_folder` later.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -37,50 +40,54 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames and new files in a folder durable, where the file system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    with suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
+    """Makes renames and new files in a folder durable, where the system can."""
+    with suppress(OSError):  # Windows cannot open a folder, and some file systems cannot sync one
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def lock(path: Path, held: str, flags: int = 0, option: str = "--output") -> int:
-    """Opens a file and locks it for the life of this process; forked children do not inherit the lock.
+def lock(path: Path, held: str, option: str = "--output") -> FileLock:
+    """Locks a file until `release` is called or this process ends, however it ends; children do not inherit the lock.
 
     Args:
-        path: The file; it is created if absent.
-        held: The message if another process holds it.
-        flags: Further flags of `os.open`.
-        option: What names the folder on the command line.
-
-    Returns:
-        The file descriptor; closing it gives up the lock.
+        path: The lock file; it is created if absent and names the process that holds it.
+        held: The error message if another process holds it.
+        option: The command-line option that names the folder.
 
     Raises:
         RunError: If another process holds the lock.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    file_lock = FileLock(path, timeout=0, thread_local=False, on_acquired=_write_owner)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file_lock.acquire()
+    except Timeout:
+        owner = ""
+        with suppress(OSError):
+            owner = path.read_text(encoding="utf-8", errors="replace")
+        raise RunError(f"{held}{owner and f' ({owner})'}; wait for it, or choose another {option}") from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = os.pread(descriptor, 200, 0).decode("utf-8", "replace") if path.name == ".lock" else ""
-            os.close(descriptor)
-            raise RunError(f"{held}{f' ({owner})' if owner else ''}; wait for it, or choose another {option}") from None
+        if error.errno not in _NO_LOCKS:
+            raise
         warnings.warn(f"{path} cannot be locked ({error}): do not start a second run in this folder", stacklevel=2)
-    if path.name == ".lock":
+    return file_lock
+
+
+def _write_owner(descriptor: int) -> None:
+    with suppress(OSError):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 @contextmanager
-def explained(path: Path, option: str = "--output") -> Iterator[None]:
-    """Turns an error of the file system into one that names the path, the cause and the way out."""
+def os_errors_explained(path: Path, option: str = "--output") -> Iterator[None]:
+    """Turns an error of the file system into a RunError that names the path, the cause and what to do."""
     try:
         yield
     except OSError as error:
         raise RunError(
             f"cannot write the run to {error.filename or path}: {error.strerror or error}; "
-            f"what is finished is kept: repair the cause and start the same command again, or choose another {option}"
+            f"what is finished is kept: fix the cause and start the same command again, or choose another {option}"
         ) from error

@@ -1,51 +1,56 @@
-"""A file of JSON lines, each about one image, that several processes write and a crash at any point cannot harm.
+"""A file of JSON lines, each about one image, that several processes write and that survives a crash at any point.
 
-Each process appends to a shard of its own, `results-00000.jsonl`, and one process folds the shards into
-`results.jsonl`, sorted and without doubles. Only whole lines count, so an interrupted fold is simply done again.
+Each process appends to a shard of its own, such as `results-00000.jsonl`. One process merges the shards into one file,
+sorted and without duplicates. Only complete lines count, so an interrupted merge can simply be repeated.
 """
 
 import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from io import FileIO
+from itertools import islice, repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from svdd.runs.config import plain
-from svdd.runs.files import lock, sync_folder
-from svdd.runs.index import Key, Places, is_key
+from svdd.runs.files import sync_folder
+from svdd.runs.index import RowIndex, image_key
 
-__all__ = ["Key", "Places", "ShardedFile", "encode"]
+__all__ = ["ShardedFile", "encode"]
+
+Entries = list[dict[str, Any]]
+
+_LINES = 64  # parsed at once
 
 
 class ShardedFile:
-    """The file that the shards are folded into, and the shards beside it.
+    """A merged file and the shards beside it.
 
     Args:
-        path: The folded file, `.../results.jsonl`.
-        is_entry: Whether a line's content is an entry; it may raise KeyError or TypeError where it is not.
+        path: The merged file.
+        is_entry: Whether the content of a line is valid; it may raise KeyError or TypeError if not.
     """
 
     def __init__(self, path: Path, is_entry: Callable[[dict[str, Any]], bool] = lambda entry: True) -> None:
         self.path = path
         self._is_entry = is_entry
-        self._own_name = re.compile(rf"{re.escape(path.stem)}-\d+\.jsonl")
-        self._shard: int | None = None
-        self._shard_path = path
+        self._shard_name = re.compile(rf"{re.escape(path.stem)}-\d+\.jsonl")
+        self._shard: FileIO | None = None
 
     def shards(self) -> list[Path]:
-        """Returns the shards that are there."""
+        """Returns the existing shards."""
         folder = self.path.parent
         names = folder.iterdir() if folder.is_dir() else ()
-        return sorted(path for path in names if self._own_name.fullmatch(path.name))
+        return sorted(path for path in names if self._shard_name.fullmatch(path.name))
 
     def open(self, rank: int) -> None:
-        """Opens the shard to which the process of this rank appends, and locks it, unless that is done."""
+        """Opens the shard of this rank, unless it is open."""
         if self._shard is None:
-            self._shard_path = self.path.with_name(f"{self.path.stem}-{rank:05d}.jsonl")
-            self._shard = lock(self._shard_path, f"another process writes {self._shard_path}", os.O_APPEND)
+            self._shard = FileIO(self.path.with_name(f"{self.path.stem}-{rank:05d}.jsonl"), "a")
             sync_folder(self.path.parent)
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
@@ -53,9 +58,9 @@ class ShardedFile:
 
         Raises:
             ValueError: If an entry could not be read back.
-            OSError: If the disk is full or cannot be written; a torn line is dropped by the next fold.
+            OSError: If the disk is full or cannot be written; the next merge drops an incomplete line.
         """
-        assert self._shard is not None, "open comes first"
+        assert self._shard is not None, "call open first"
         lines = []
         for entry in entries:
             lines.append(encode(entry) + b"\n")
@@ -66,44 +71,43 @@ class ShardedFile:
                     f"num_images > image_index >= 0, got {given}"
                 )
         data = b"".join(lines)
-        if os.write(self._shard, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._shard_path))
-        os.fsync(self._shard)
+        if os.write(self._shard.fileno(), data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._shard.name))
+        os.fsync(self._shard.fileno())
 
     def close(self) -> None:
         """Closes this process's shard, if it is open."""
         if self._shard is not None:
-            os.close(self._shard)
+            self._shard.close()
             self._shard = None
 
-    def scan(self, accept: Callable[[Key, dict[str, Any]], bool]) -> tuple[Places, int]:
+    def scan(self, accept: Callable[[Entries], Iterable[bool]] = lambda entries: repeat(True)) -> tuple[RowIndex, int]:
         """Returns where the newest accepted entry of each image begins, and the number of lines read.
 
-        Shards are read first: entries only ever move from them to the folded file, so that none is missed meanwhile.
-        """
-        shards = self.shards()
-        places = Places([self.path, *shards])
-        lines = 0
-        for number, path in (*enumerate(shards, 1), (0, self.path)):
-            with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb") as file:
-                offset = 0
-                for line in file:
-                    entry = self._parse(line)
-                    if entry is not None:
-                        key = (entry["prompt_index"], entry["image_index"])
-                        if accept(key, entry):
-                            places.add(key, number, offset, entry.get("num_images", 0))
-                    offset += len(line)
-                    lines += 1
-        places.settle()
-        return places, lines
+        Shards are read first: entries only ever move from them to the merged file, so none is missed meanwhile.
 
-    def fold(self, places: Places) -> None:
-        """Replaces the folded file by the given entries in order, and then removes the shards."""
+        Args:
+            accept: Says of each of a list of entries whether it counts.
+        """
+        files = [self.path, *self.shards()]
+        found, count = array("q"), 0
+        for number in (*range(1, len(files)), 0):
+            for lines, offsets in _read(files[number]):
+                parsed = zip([self._parse(line) for line in lines], offsets, strict=True)
+                entries = [(entry, offset) for entry, offset in parsed if entry is not None]
+                accepted = accept([entry for entry, _ in entries])
+                for (entry, offset), good in zip(entries, accepted, strict=False):
+                    if good:
+                        found.extend((cast(int, image_key(entry)), number, offset, entry.get("num_images", 0)))
+                count += len(lines)
+        return RowIndex.newest(files, found), count
+
+    def merge(self, index: RowIndex) -> None:
+        """Replaces the merged file by the given entries in order, then removes the shards."""
         temporary = self.path.with_suffix(".jsonl.tmp")
         with ExitStack() as stack, open(temporary, "wb") as output:
             sources: dict[Path, IO[bytes]] = {}
-            for path, offset in places:
+            for path, offset in index:
                 if path not in sources:
                     sources[path] = stack.enter_context(open(path, "rb"))
                 sources[path].seek(offset)
@@ -116,21 +120,32 @@ class ShardedFile:
             shard.unlink()
 
     def remove(self) -> None:
-        """Removes the folded file and the shards."""
+        """Removes the merged file and the shards."""
         for path in (*self.shards(), self.path):
             path.unlink(missing_ok=True)
 
     def _parse(self, line: bytes) -> dict[str, Any] | None:
-        """Returns the entry in a whole line, else None."""
+        """Returns the entry in a complete line, else None."""
         with suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            named = is_key(entry["prompt_index"], entry["image_index"])
-            if named and line.endswith(b"\n") and self._is_entry(entry):
+            if image_key(entry) is not None and line.endswith(b"\n") and self._is_entry(entry):
                 return entry
         return None
 
 
+def _read(path: Path) -> Iterator[tuple[list[bytes], list[int]]]:
+    """Yields the lines of a file in lists, and the offset of each."""
+    with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb") as file:
+        offset = 0
+        while lines := list(islice(file, _LINES)):
+            offsets = []
+            for line in lines:
+                offsets.append(offset)
+                offset += len(line)
+            yield lines, offsets
+
+
 def encode(value: Any, indent: int | None = None) -> bytes:
-    """Encodes as strict JSON; a lone surrogate, which UTF-8 has not, becomes its JSON escape."""
+    """Encodes as strict JSON; a lone surrogate, which UTF-8 cannot hold, becomes its JSON escape."""
     text = json.dumps(plain(value, finite=True), ensure_ascii=False, allow_nan=False, indent=indent)
     return text.encode("utf-8", "backslashreplace")

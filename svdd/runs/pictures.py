@@ -1,12 +1,10 @@
-"""Pictures on disk: those of a run folder, or all of any folder, with what is known about each."""
+"""Pictures read from a run folder or any other folder, with their prompts where these are known."""
 
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from svdd import UserError
+from svdd.runs.folder import RunFolder
 from svdd.runs.tar import read_image
 
-__all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures", "read_rows"]
+__all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -26,10 +25,10 @@ class Picture:
     """A picture on disk.
 
     Args:
-        folder: The folder that was asked for.
-        file: The file in it, or a member of one of its tar shards.
-        prompt_index: The index of its prompt; where prompts are unknown, its own position.
-        prompt: The prompt's text; empty where it is unknown.
+        folder: The folder in which it was found.
+        file: Its path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`.
+        prompt_index: The index of its prompt; without prompts, its own position.
+        prompt: The prompt's text; empty if it is unknown.
     """
 
     folder: Path
@@ -39,51 +38,35 @@ class Picture:
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """The full path."""
         return self.folder / self.file
 
 
 def find_pictures(folder: Path) -> list[Picture]:
-    """Returns the pictures of a run, in the order of its rows, or those of any folder, by name, with its subfolders.
+    """Returns the pictures of a run in the order of its rows, or those of any folder and its subfolders by name.
 
     Numbers in names count as numbers: 2.png comes before 10.png.
 
     Raises:
         UserError: If there are none.
     """
-    if (folder / "results.jsonl").is_file():
-        found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in read_rows(folder)]
+    run = RunFolder(folder)
+    if run.results.is_file():
+        found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in run.rows()]
     elif folder.is_dir():
         paths = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES]
         files = sorted((str(path.relative_to(folder)) for path in paths), key=_natural)
         found = [Picture(folder, file, k) for k, file in enumerate(files)]
     else:
-        raise UserError(f"{folder} is no folder; expected a run folder or one of pictures")
+        raise UserError(f"{folder} is no folder; expected a run folder or a folder of pictures")
     if not found:
         raise UserError(f"{folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
     return found
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Returns the texts and numbers that a name alternates between, text first; equal ones are in order of the name."""
+    """Returns the alternating texts and numbers of a name, text first; then the name, for equal ones."""
     return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))], name
-
-
-def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a finished run.
-
-    Raises:
-        UserError: If the folder is no finished run.
-    """
-    path = folder / "results.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no results.jsonl; give the --output folder of a finished `svdd predict`")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is no JSON; run the same `svdd predict` again") from error
 
 
 def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[list[Picture], Tensor]]:
@@ -106,11 +89,7 @@ def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[lis
 
 
 def pixels_of(folder: Path, file: str) -> np.ndarray:
-    """Returns a picture's pixels, uint8 [h, w, 3].
-
-    Args:
-        folder: A run folder, or any other.
-        file: The file in it, or a member of a tar shard, as a row's `file` says.
+    """Returns the pixels of the picture with this `Picture.file` in a folder, uint8 [h, w, 3].
 
     Raises:
         UserError: If it is no picture.

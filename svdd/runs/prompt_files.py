@@ -1,7 +1,6 @@
 """Reads prompts out of lists and files, and says by line what is wrong with them."""
 
 import csv
-import difflib
 import itertools
 import json
 import math
@@ -9,28 +8,18 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from svdd import UserError
+from svdd import UserError, nearest
+from svdd.runs.rows import RESERVED_COLUMNS
 
-__all__ = ["PromptError", "Row", "open_source", "shorten", "to_record"]
+__all__ = ["PromptError", "Row", "located", "open_source", "shorten", "to_record"]
 
 _MAX_LINE = 2**24  # characters; a longer line means a binary file
 _MAX_SEED = 2**63 - 1
-_RESERVED = {
-    "prompt",
-    "prompt_index",
-    "image_index",
-    "num_images",
-    "particle",
-    "particle_weight",
-    "file",
-    "rewards",
-    "ledger",
-    "sha256",
-}
 _UNDECODED = re.compile(r"[\x00\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _BREAKS = re.compile(r"[\t\r\n\u2028\u2029]+")
@@ -42,6 +31,15 @@ shorten.maxstring = shorten.maxother = shorten.maxlong = 60
 
 class PromptError(UserError):
     """A prompt source that cannot be used; the message is one line and names the file and the place in it."""
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Puts a place in front of the message of a PromptError."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"{place}: {error}") from None
 
 
 Row = tuple[str, Any]  # a place such as "line 3", and what stands there: a prompt, or a dict of columns
@@ -182,28 +180,24 @@ _READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
 
 def _check_columns(columns: Collection[str], prompt_column: str) -> None:
     if prompt_column not in columns:
-        folded = {name.casefold(): name for name in columns}
-        near = difflib.get_close_matches(prompt_column.casefold(), folded, n=1)
+        near = nearest(prompt_column, list(columns))
         shown = ", ".join(map(shorten.repr, itertools.islice(columns, 20))) or "none"
         more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-        hint = f", did you mean {folded[near[0]]!r}?" if near else ""
+        hint = f", did you mean {near!r}?" if near else ""
         raise PromptError(
             f"no column {prompt_column!r} among the columns {shown}{more}{hint};"
             " say with prompt_column which one holds the prompts"
         )
-    taken = sorted(_RESERVED.intersection(columns) - {prompt_column})
+    taken = sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column})
     if taken:
         raise PromptError(f"column {taken[0]!r} has the name of a result that svdd writes itself; rename the column")
 
 
 def _check_header(header: list[str], prompt_column: str, place: str) -> None:
-    try:
+    with located(place):
         _check_columns(header, prompt_column)
-    except PromptError as error:
-        raise PromptError(f"{place}: {error}") from None
-    repeated = next((name for name in header if header.count(name) > 1), None)
-    if repeated is not None:
-        raise PromptError(f"{place}: column {repeated!r} appears more than once; rename one of them")
+        if (repeated := next((name for name in header if header.count(name) > 1), None)) is not None:
+            raise PromptError(f"column {repeated!r} appears more than once; rename one of them")
 
 
 def _clean(value: Any, column: str, max_length: int) -> str:

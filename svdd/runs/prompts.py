@@ -1,4 +1,4 @@
-"""Prompts: read, checked and spooled in one pass before any model work, then served in batches."""
+"""Prompts: read and checked in one pass before any model work, then served in batches."""
 
 import hashlib
 import json
@@ -6,51 +6,27 @@ import mmap
 import os
 import signal
 import tempfile
-import weakref
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
-from multiprocessing import context, reduction
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, cast
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from svdd.runs.prompt_files import PromptError, Row, open_source, shorten, to_record
+from svdd.runs.prompt_files import PromptError, located, open_source, shorten, to_record
+from svdd.runs.rows import Prompt
 
 __all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError"]
-
-
-class Prompt(NamedTuple):
-    """One prompt and what its source says about it.
-
-    Attributes:
-        index: Position in the source, from 0, counting the prompts that were kept.
-        text: The prompt, on one line.
-        negative_prompt: What the image should not show; None where the source gives none.
-        seed: The seed of the prompt's first image; None where the source gives none.
-        extra: All other columns of the source, carried into the results.
-    """
-
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
-    text: str
-    negative_prompt: str | None
-    seed: int | None
-    extra: dict[str, Any]
-
-
-def _new_spool() -> IO[bytes]:
-    """Open a temporary file that has no name and goes when its last descriptor is closed."""
-    return tempfile.TemporaryFile(prefix="svdd-")
 
 
 class PromptDataset(Dataset[Prompt]):
     """The prompts of a source, checked in one pass and kept in an unnamed temporary file.
 
-    Memory holds eight bytes a prompt, whatever their length. Reading is safe from threads, forked and spawned
-    processes. The file has no name, so nothing is left behind even by a killed process.
+    Memory holds eight bytes a prompt, whatever their length. Reading is safe from threads and other processes. The
+    file has no name, so even a killed process leaves nothing behind.
 
     Attributes:
         digest: SHA-256 of all prompts and their columns.
@@ -73,45 +49,27 @@ class PromptDataset(Dataset[Prompt]):
         max_prompt_length: int = 2000,
     ) -> None:
         name, rows = open_source(prompts, prompt_column)
-        self._ends = array("Q", [0])  # line i of the spool is the bytes ends[i] .. ends[i + 1]
-        self._hold(_new_spool())
-        self.digest = ""
-        try:
-            self._fill(rows, name, prompt_column, limit, max_prompt_length)
-        except PromptError as error:
-            self.close()
-            raise PromptError(f"{name}: {error}") from None
-        except BaseException:
-            self.close()
-            raise
-
-    def _hold(self, spool: IO[bytes]) -> None:
-        self._spool = spool
-        weakref.finalize(self, spool.close)
-
-    def _fill(
-        self, rows: Iterable[Row], name: str, prompt_column: str, limit: int | None, max_prompt_length: int
-    ) -> None:
+        self._ends = array("Q", [0])  # record i is the bytes ends[i] .. ends[i + 1]
         num_blank, first_blank, digest = 0, "", hashlib.sha256()
-        for place, row in rows:
-            try:
-                record = to_record(row, prompt_column, max_prompt_length)
-            except PromptError as error:
-                raise PromptError(f"{place}: {error}") from None
-            if record is None:
-                num_blank += 1
-                first_blank = first_blank or place
-                continue
-            self._spool.write(record)
-            digest.update(record)
-            self._ends.append(self._ends[-1] + len(record))
-            if len(self) == limit:
-                break
-        self._spool.flush()
+        with located(name), tempfile.TemporaryFile(prefix="svdd-") as file:
+            for place, row in rows:
+                with located(place):
+                    record = to_record(row, prompt_column, max_prompt_length)
+                if record is None:
+                    num_blank += 1
+                    first_blank = first_blank or place
+                    continue
+                file.write(record)
+                digest.update(record)
+                self._ends.append(self._ends[-1] + len(record))
+                if len(self) == limit:
+                    break
+            if not len(self):
+                blank = f" ({num_blank} blank)" if num_blank else ""
+                raise PromptError(f"holds no prompt{blank}, expected at least one")
+            file.flush()
+            self._content: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.digest = digest.hexdigest()
-        if not len(self):
-            blank = f" ({num_blank} blank)" if num_blank else ""
-            raise PromptError(f"holds no prompt{blank}, expected at least one")
         if num_blank:
             count = f"{num_blank} blank prompts" if num_blank > 1 else "a blank prompt"
             rank_zero_warn(f"{name}: skipped {count}, the first at {first_blank}")
@@ -121,36 +79,22 @@ class PromptDataset(Dataset[Prompt]):
 
     def __getitem__(self, index: int) -> Prompt:
         index = range(len(self))[index]
-        start, end = self._ends[index], self._ends[index + 1]
-        text, negative_prompt, seed, extra = json.loads(os.pread(self._spool.fileno(), end - start, start))
-        return Prompt(index, text, negative_prompt, seed, extra)
+        return Prompt(index, *json.loads(self._content[self._ends[index] : self._ends[index + 1]]))
 
     def __getstate__(self) -> dict[str, Any]:
-        descriptor = self._spool.fileno()
-        if context.get_spawning_popen() is not None:  # a process is being started: it inherits the file itself
-            return {**self.__dict__, "_spool": reduction.DupFd(descriptor)}
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content:
-            return {**self.__dict__, "_spool": content.read()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(state["_spool"], bytes):
-            self._hold(_new_spool())
-            self._spool.write(state["_spool"])
-            self._spool.flush()
-        else:
-            self._hold(os.fdopen(state["_spool"].detach(), "rb"))
+        return {**self.__dict__, "_content": self._content[:]}
 
     def close(self) -> None:
-        """Remove the spool; the prompts cannot be read afterwards."""
-        self._spool.close()
+        """Frees the prompts, which cannot be read afterwards."""
+        if isinstance(self._content, mmap.mmap):
+            self._content.close()
 
 
 class _Share(IterableDataset[list[Prompt]]):
     """One process's share of the unfinished prompts, in batches: every n-th, so that shares differ by one at most.
 
-    It says no length on purpose. Lightning then neither keeps the indices of every batch, which would grow with the
-    run, nor leaves out the hooks of a process without a prompt, on which the others would wait.
+    It has no length, so that Lightning neither keeps the indices of every batch, which would grow with the run, nor
+    skips the hooks of a process without a prompt, for which the others would wait.
 
     Args:
         dataset: All prompts.
@@ -212,32 +156,28 @@ class PromptDataModule(LightningDataModule):
         super().__init__()
         if isinstance(prompts, os.PathLike):
             prompts = os.fspath(prompts)
-        if not isinstance(prompts, (str, list, tuple)):
+        if not isinstance(prompts, str | list | tuple):
             raise TypeError(f"prompts must be a list of strings or the path of a file, got {shorten.repr(prompts)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be >= 0, got {num_workers}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be >= 1, got {limit}")
-        if max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be >= 1, got {max_prompt_length}")
+        for name, number, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("limit", 1 if limit is None else limit, 1),
+            ("max_prompt_length", max_prompt_length, 1),
+        ):
+            if number < least:
+                raise ValueError(f"{name} must be >= {least}, got {number}")
         if prompt_column in ("negative_prompt", "seed"):
             raise ValueError(f"prompt_column must name the column of the prompts, got {prompt_column!r}")
-        self.prompts = prompts
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.prompt_column = prompt_column
-        self.limit = limit
-        self.max_prompt_length = max_prompt_length
+        self.prompts, self.prompt_column, self.limit = prompts, prompt_column, limit
+        self.batch_size, self.num_workers, self.max_prompt_length = batch_size, num_workers, max_prompt_length
         self._dataset: PromptDataset | None = None
         self._finished = bytearray()  # one flag a prompt
 
     def setup(self, stage: str = "predict") -> None:
-        """Read and check the source, unless that is already done.
+        """Reads and checks the source, unless that is already done.
 
         Args:
-            stage: Lightning's name of what is about to run; the prompts are the same for all.
+            stage: Lightning's name of the loop that will run; the prompts are the same for all.
 
         Raises:
             PromptError: If the source cannot be used.
@@ -247,16 +187,18 @@ class PromptDataModule(LightningDataModule):
             self._finished = bytearray(len(self._dataset))
 
     def teardown(self, stage: str = "predict") -> None:
-        """Remove the spool and forget what was skipped; `setup` reads the source anew.
+        """Frees the prompts and forgets which were skipped; `setup` reads the source anew.
 
         Args:
-            stage: Lightning's name of what has run.
+            stage: Lightning's name of the loop that has run.
         """
         if self._dataset is not None:
             self._dataset.close()
             self._dataset = None
 
-    def _ready(self) -> PromptDataset:
+    @property
+    def dataset(self) -> PromptDataset:
+        """The prompts, read on first use, the skipped ones included."""
         self.setup()
         assert self._dataset is not None
         return self._dataset
@@ -264,19 +206,19 @@ class PromptDataModule(LightningDataModule):
     @property
     def num_prompts(self) -> int:
         """Number of prompts in the source (at most `limit`), the skipped ones included."""
-        return len(self._ready())
+        return len(self.dataset)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the prompts as they are used, which tells an edited file from the one that a run began with."""
-        return self._ready().digest
+        """SHA-256 of the prompts as they are used, which tells whether their file has changed since a run began."""
+        return self.dataset.digest
 
     def skip(self, indices: Collection[int]) -> None:
-        """Leave finished prompts out of the loader; the others keep their index. Calls add up until `teardown`.
+        """Leaves finished prompts out of the loader; the others keep their index. Calls add up until `teardown`.
 
         Args:
-            indices: Values of `Prompt.index`; those past the end are ignored. Where several processes share the
-                prompts, those that rank 0 skips are the ones that count.
+            indices: Values of `Prompt.index`; those past the end are ignored. With several processes, those that rank
+                0 skips are the ones that count.
 
         Raises:
             ValueError: If an index is negative.
@@ -289,28 +231,27 @@ class PromptDataModule(LightningDataModule):
                 self._finished[index] = 1
 
     def test_dataloader(self) -> DataLoader[Prompt]:
-        """Return what `predict_dataloader` does: other loops than prediction read the same prompts."""
+        """Returns `predict_dataloader()`, for loops other than prediction."""
         return self.predict_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
-        """Return a loader of `list[Prompt]`: this process's share of the prompts that are not skipped, in order.
+        """Returns a loader of `list[Prompt]`: this process's share of the prompts that are not skipped, in order.
 
         The shares of all processes differ by one prompt at most, and some may be empty.
 
         Raises:
             PromptError: If the source cannot be used, or differs between the processes.
         """
-        dataset = self._ready()
+        dataset, trainer = self.dataset, self.trainer
         finished: bytes | bytearray = self._finished
-        trainer = self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         if trainer is not None and world_size > 1 and distributed.is_available() and distributed.is_initialized():
             digest, finished = trainer.strategy.broadcast((dataset.digest, finished))
             if digest != dataset.digest:
                 raise PromptError(
-                    f"the prompts of process {rank} are not those of process 0; give every node the same file"
+                    f"the prompts of process {rank} differ from those of process 0; give every node the same file"
                 )
-        if not finished.count(0):  # every process sees it: Lightning leaves the loop out
+        if not finished.count(0):  # seen by every process; Lightning then leaves the loop out
             return DataLoader(dataset=cast(Any, ()), batch_size=None)
         share = _Share(dataset, finished, self.batch_size, rank, world_size)
         start = _ignore_signals if self.num_workers else None
@@ -318,7 +259,7 @@ class PromptDataModule(LightningDataModule):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leaves a signal that a terminal or a job sends to all processes to the one that draws, which ends its workers."""
-    signal.set_wakeup_fd(-1)  # a forked process has inherited what the parent listens to
+    """Ignores signals sent to all processes: the main process ends its workers itself."""
+    signal.set_wakeup_fd(-1)  # a forked process inherits the parent's
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,93 +1,86 @@
-"""Images in tar shards as WebDataset reads them, instead of a file each; a crash at any point harms one batch.
+"""Images in tar shards that WebDataset can read, instead of a file each; a crash at any point harms one batch at most.
 
-A shard holds `000012-00.png` and `000012-00.json`, the image's row, for each image. Every process writes shards of its
-own, `images/00003-000000.tar`, and begins a new one whenever a run continues, so that no image is ever appended to what
-a crash may have torn. When the run continues, a torn end is cut off, and a shard that holds images without a row is
-written anew.
+A shard holds `000012-00.png` and `000012-00.json`, the image's row, for each image. Every process writes its own
+shards, `images/00003-000000.tar`, and begins a new one whenever a run continues, so that no image is ever appended to
+an incomplete file. When the run continues, incomplete ends are cut off, and images without a row are removed.
 """
 
 import errno
-import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path, PurePosixPath
 
 from svdd.runs.files import sync_folder
 
-__all__ = ["OWN_SHARD", "TarWriter", "digests", "is_in_shard", "member_of", "read_image", "repair"]
+__all__ = ["SHARD_NAME", "TarWriter", "member_of", "read_image", "repair"]
 
-OWN_SHARD = re.compile(r"\d{5,}-\d{6,}\.tar")
+SHARD_NAME = re.compile(r"\d{5,}-\d{6,}\.tar")
 
 _END = bytes(2 * tarfile.BLOCKSIZE)
+_one_reader = threading.Lock()  # several threads would read the same headers
+
+Members = dict[str, tuple[int, int]]  # offset and size of the data, by name
 
 
 class TarWriter:
     """The shards that one process writes.
 
     Args:
-        folder: Where they go.
+        folder: The folder of the shards.
         rank: This process.
-        images_per_shard: A shard with so many images is closed.
+        images_per_shard: Number of images at which a shard is closed.
     """
 
     def __init__(self, folder: Path, rank: int, images_per_shard: int = 1000) -> None:
         self._folder, self._rank, self._limit = folder, rank, images_per_shard
-        taken = [int(path.stem.split("-")[1]) for path in folder.glob(f"{rank:05d}-*.tar") if _is_own(path)]
+        taken = [int(path.stem.split("-")[1]) for path in _shards(folder) if path.name.startswith(f"{rank:05d}-")]
         self._next = max(taken, default=-1) + 1
-        self._path: Path | None = None
-        self._descriptor = -1
+        self._file: FileIO | None = None
         self._count = 0
 
     def shard(self) -> str:
-        """Returns the name of the shard that takes the next batch, and opens it."""
-        if self._path is None:
-            self._path = self._folder / f"{self._rank:05d}-{self._next:06d}.tar"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-            self._descriptor = os.open(self._path, flags, 0o666)
+        """Returns the name of the shard for the next batch, and opens it."""
+        if self._file is None:
+            path = self._folder / f"{self._rank:05d}-{self._next:06d}.tar"
+            self._file = FileIO(path, "x")
             self._next, self._count = self._next + 1, 0
-        return self._path.name
+        return Path(str(self._file.name)).name
 
     def append(self, members: Iterable[tuple[str, bytes]], images: int) -> None:
-        """Appends the members of a batch in one write, and returns when they are on disk.
+        """Appends the members of a batch in one write, and returns when they are on disk; `shard` comes first.
 
         Raises:
-            OSError: If the disk is full or cannot be written; the next run drops what is torn.
+            OSError: If the disk is full or cannot be written; the next run drops what is incomplete.
         """
-        self._write(b"".join(_encode(name, data) for name, data in members))
+        assert self._file is not None, "call shard first"
+        self._write(self._file, b"".join(_encode(name, data) for name, data in members))
         sync_folder(self._folder)
         self._count += images
         if self._count >= self._limit:
             self.close()
 
     def close(self) -> None:
-        """Ends the shard at work, if there is one."""
-        if self._path is not None:
-            try:
-                with suppress(OSError):  # a shard without its end can be read too
-                    self._write(_END)
-            finally:
-                os.close(self._descriptor)
-                self._path = None
+        """Ends the open shard, if there is one."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with file, suppress(OSError):  # a shard without its end can be read too
+                self._write(file, _END)
 
-    def _write(self, data: bytes) -> None:
-        if os.write(self._descriptor, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        os.fsync(self._descriptor)
-
-
-def is_in_shard(file: str, name: str) -> bool:
-    """Whether a row's `file` names the member `name` of a shard, `images/00003-000000.tar/000012-00.png`."""
-    folder, _, rest = file.partition("/")
-    shard, _, member = rest.partition("/")
-    return folder == "images" and OWN_SHARD.fullmatch(shard) is not None and member == name
+    @staticmethod
+    def _write(file: FileIO, data: bytes) -> None:
+        if os.write(file.fileno(), data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+        os.fsync(file.fileno())
 
 
 def member_of(file: str) -> tuple[str, str] | None:
-    """Splits a row's `file` into the path of a shard and a member's name; None where it is no shard's."""
+    """Splits a row's `file` into the path of a shard and a member's name; None if the image is a file of its own."""
     path = PurePosixPath(file)
     return (str(path.parent), path.name) if path.parent.suffix == ".tar" else None
 
@@ -97,63 +90,54 @@ def read_image(run: Path, file: str) -> bytes:
 
     Args:
         run: The run folder.
-        file: What the image's row says.
+        file: The `file` of the image's row.
 
     Raises:
-        OSError: If it is not there.
+        OSError: If the image is missing or incomplete.
     """
     inside = member_of(file)
     if inside is None:
         return (run / file).read_bytes()
     shard, name = run / inside[0], inside[1]
     status = shard.stat()
-    members = _members(shard, status.st_size, status.st_mtime_ns)
-    place = members.get(name)
-    if place is None or f"{name.partition('.')[0]}.json" not in members:  # written last: without it the image is torn
+    with _one_reader:
+        members = _members(shard, status.st_size, status.st_mtime_ns)
+    if name not in members or f"{Path(name).stem}.json" not in members:  # the row is written after its image
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+    offset, size = members[name]
     with open(shard, "rb") as content:
-        content.seek(place[0])
-        return content.read(place[1])
-
-
-def digests(shard: Path) -> Iterator[tuple[str, str]]:
-    """Yields the name and the SHA-256 of each whole image of a shard, in the order in which they stand there."""
-    members = _scan(shard, shard.stat().st_size)
-    with open(shard, "rb") as content:
-        for name, (at, size) in members.items():
-            if name.endswith(".png") and f"{name.partition('.')[0]}.json" in members:
-                content.seek(at)
-                yield name, hashlib.sha256(content.read(size)).hexdigest()
+        content.seek(offset)
+        return content.read(size)
 
 
 def repair(folder: Path, wanted: dict[str, set[str]]) -> None:
-    """Leaves the wanted images in the shards, and no others; a shard without any is removed.
+    """Removes all images but the wanted ones from the shards, and the shards without any.
 
     Args:
-        folder: Where the shards are.
-        wanted: The names, without their ending, of the images in each shard.
+        folder: The folder of the shards.
+        wanted: The names, without suffix, of the images in each shard.
     """
-    for shard in sorted(path for path in folder.glob("*.tar") if _is_own(path)):
+    for shard in _shards(folder):
         names = wanted.get(shard.name, set())
         if not names:
             shard.unlink()
             continue
         size = shard.stat().st_size
         members = _scan(shard, size)
-        if {name.partition(".")[0] for name in members} != names:
-            _rewrite(shard, {name: place for name, place in members.items() if name.partition(".")[0] in names})
+        if {Path(name).stem for name in members} != names:
+            _rewrite(shard, {name: place for name, place in members.items() if Path(name).stem in names})
             continue
-        end = max(-(-(at + length) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for at, length in members.values())
+        end = max(-(-(offset + length) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, length in members.values())
         if end + len(_END) != size:
             _cut(shard, end)
 
 
-def _rewrite(shard: Path, members: dict[str, tuple[int, int]]) -> None:
-    """Replaces a shard by one with some of its members, which are copied one by one."""
+def _rewrite(shard: Path, members: Members) -> None:
+    """Replaces a shard by one with some of its members, copied one by one."""
     temporary = shard.with_name(shard.name + ".tmp")
     with open(shard, "rb") as content, open(temporary, "wb") as output:
-        for name, (at, size) in members.items():
-            content.seek(at)
+        for name, (offset, size) in members.items():
+            content.seek(offset)
             output.write(_encode(name, content.read(size)))
         output.write(_END)
         output.flush()
@@ -163,7 +147,7 @@ def _rewrite(shard: Path, members: dict[str, tuple[int, int]]) -> None:
 
 
 def _cut(shard: Path, end: int) -> None:
-    """Ends a shard behind its last member, which stays where it is."""
+    """Ends a shard after its last member, without moving anything."""
     with open(shard, "r+b") as content:
         content.truncate(end)
         content.seek(end)
@@ -172,8 +156,8 @@ def _cut(shard: Path, end: int) -> None:
         os.fsync(content.fileno())
 
 
-def _is_own(path: Path) -> bool:
-    return OWN_SHARD.fullmatch(path.name) is not None
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if SHARD_NAME.fullmatch(path.name))
 
 
 def _encode(name: str, data: bytes) -> bytes:
@@ -183,13 +167,13 @@ def _encode(name: str, data: bytes) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _members(shard: Path, size: int, stamp: int) -> dict[str, tuple[int, int]]:
-    """Remembers what `_scan` has found; the two numbers tell an edited shard."""
+def _members(shard: Path, size: int, modified: int) -> Members:
+    """Caches what `_scan` returns until the shard changes."""
     return _scan(shard, size)
 
 
-def _scan(shard: Path, size: int) -> dict[str, tuple[int, int]]:
-    """Returns where the data of each whole member begins and how long it is."""
+def _scan(shard: Path, size: int) -> Members:
+    """Returns the complete members of a shard."""
     members = {}
     with suppress(tarfile.TarError), tarfile.open(shard, "r:", ignore_zeros=False) as archive:
         for member in archive:

@@ -1,4 +1,4 @@
-"""The callback that leaves a run on disk while it is under way, and lets an interrupted one continue."""
+"""The callback that writes a run to disk while it is under way, so that an interrupted run can continue."""
 
 import io
 import json
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +25,12 @@ from svdd.runs.files import RunError
 from svdd.runs.folder import RunFolder
 from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
+from svdd.runs.rows import ResultRow
 
 __all__ = ["RunError", "RunWriter"]
 
-_MOST_FAILURES = 20  # in a row; so many are no prompt's fault
+_MOST_FAILURES = 20  # in a row; then the prompts are not the cause
+_ROWS_AT_ONCE = 1024
 
 
 class RunWriter(L.Callback):
@@ -38,10 +41,10 @@ class RunWriter(L.Callback):
     its statistics in `summary` after its own `on_predict_epoch_end`.
 
     Args:
-        output: The run folder; one that was begun with the same settings is continued.
-        config: The resolved configuration, kept as config.yaml and compared with that of an earlier run.
+        output: The run folder; a run with the same settings continues.
+        config: The resolved configuration, recorded and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
-        num_prompts: Prompts of the whole run, for its images to go to subfolders where there are too many for one.
+        num_prompts: Prompts of the whole run, which decides whether its images need subfolders.
         tar: Write the images into tar shards, which WebDataset reads, instead of a file each.
     """
 
@@ -68,9 +71,9 @@ class RunWriter(L.Callback):
         Only the process of rank 0 changes anything, and it holds the folder until the prediction ends.
 
         Args:
-            scan: Whether the other processes look for themselves. Without it they return the empty set, and what rank
-                0 has found must be handed to them, as `PromptDataModule` does.
-            hold: Hold the folder beyond the prediction, until `close`.
+            scan: Whether the other processes look for themselves. Otherwise they return the empty set, and need the
+                result of rank 0, which `PromptDataModule` broadcasts.
+            hold: Hold the folder after the prediction, until `close`.
 
         Raises:
             RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
@@ -83,12 +86,12 @@ class RunWriter(L.Callback):
         return finished
 
     def close(self) -> None:
-        """Gives the folder free."""
+        """Releases the folder."""
         self.folder.close()
         self._started = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Opens the folder if nobody has; then it must be new, for its prompts would be drawn again.
+        """Opens the folder if it is not open; it must then be new, as its prompts would be drawn again.
 
         Raises:
             RunError: If the folder cannot be used, or already holds finished prompts.
@@ -101,14 +104,14 @@ class RunWriter(L.Callback):
             )
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens this process's own file of rows."""
+        """Opens this process's shards."""
         self._drawn = True
         self.folder.open_shard(trainer.global_rank)
         if trainer.is_global_zero:
             self.folder.remove_summary()
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hands the rows of an earlier run to the module, after its own `on_predict_start`."""
+        """Gives the rows of an earlier run to the module, after its own `on_predict_start`."""
         self._recall(trainer, pl_module)
 
     def on_predict_batch_end(
@@ -126,7 +129,7 @@ class RunWriter(L.Callback):
             ValueError: If `outputs` is not a `Prediction` with as many rows as images in [0, 1], or a row or a trace
                 could not be read back.
             RunError: If the disk is full or cannot be written.
-            UserError: If so many prompts in a row have failed that it is no prompt's fault.
+            UserError: If 20 prompts in a row have failed.
         """
         if not isinstance(outputs, Prediction):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
@@ -139,21 +142,21 @@ class RunWriter(L.Callback):
         if self._failures >= _MOST_FAILURES:
             raise UserError(
                 f"{self._failures} prompts in a row could not be drawn, the last with {outputs.failures[-1]['error']}; "
-                "finished images are kept: repair the cause and start the same command again"
+                "finished images are kept: fix the cause and start the same command again"
             )
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Folds the files of all processes together and writes the summary that the module has computed by now."""
+        """Merges the files of all processes and writes the summary that the module has computed by now."""
         self.folder.close_shard()
         trainer.strategy.barrier("svdd.RunWriter")
         if trainer.is_global_zero:
             self._conclude(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives the folder free; where no prompt was left to draw, computes the summary, and writes a missing one.
+        """Releases the folder; if no prompt was left to draw, computes the summary, and writes it if it is missing.
 
-        Without a batch Lightning calls none of the hooks above. All rows are on disk, so that rank 0 needs nobody else,
-        and by now the module is where collectives cannot reach it.
+        Without a batch Lightning calls none of the hooks above. All rows are on disk, so rank 0 works alone; the
+        module is already on the CPU, where it could not take part in NCCL's collectives.
         """
         if stage != "predict" or self._started is None:
             return
@@ -166,13 +169,14 @@ class RunWriter(L.Callback):
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives the folder free; what is written stays for the next run."""
+        """Releases the folder; what is written stays for the next run."""
         self._release()
 
     def _recall(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            for rows in self.folder.rows():
-                cast(Any, pl_module).record(rows)
+        if trainer.is_global_zero and self.folder.results.exists():
+            rows = self.folder.rows()
+            while part := list(islice(rows, _ROWS_AT_ONCE)):
+                cast(Any, pl_module).record(part)
 
     def _conclude(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None
@@ -192,15 +196,15 @@ class RunWriter(L.Callback):
 
 @contextmanager
 def _alone(module: L.LightningModule) -> Iterator[None]:
-    """Keeps the metrics of a module from asking other processes."""
+    """Keeps the metrics of a module from gathering from other processes."""
     metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
-    asked = [metric.distributed_available_fn for metric in metrics]
+    previous = [metric.distributed_available_fn for metric in metrics]
     for metric in metrics:
         metric.distributed_available_fn = lambda: False
     try:
         yield
     finally:
-        for metric, function in zip(metrics, asked, strict=True):
+        for metric, function in zip(metrics, previous, strict=True):
             metric.distributed_available_fn = function
 
 
@@ -215,7 +219,7 @@ def _to_uint8(images: Tensor) -> np.ndarray:
     return (values.clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
 
 
-def _encode_png(pixels: np.ndarray, row: dict[str, Any]) -> bytes:
+def _encode_png(pixels: np.ndarray, row: ResultRow) -> bytes:
     """Encodes uint8 [h, w, 3] with the prompt, the seed, the rewards and the versions as text chunks."""
     info = PngInfo()
     rewards = json.dumps(plain(row["rewards"], finite=True), ensure_ascii=False)

@@ -86,9 +86,11 @@ class LearnedValue(Value):
         return {k: getattr(self, k) for k in names if k not in inspect.signature(LearnedValue).parameters}
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
-        """Sets the reward, builds the network, and loads its weights if `pretrained` is given."""
+        """Sets the reward, builds the network, and loads the weights: its own if it is trained, or `pretrained`."""
         super().bind(reward, diffusion)
-        weights = None if self.pretrained is None else read_weights(self.pretrained)
+        weights, source = self.weights() if self.trained else None, "this value"
+        if weights is None and self.pretrained is not None:
+            weights, source = read_weights(self.pretrained), f"pretrained={self.pretrained!r}"
         for name, recorded in (weights.arguments if weights else {}).items():
             if name in self.arguments and getattr(self, name) == inspect.signature(type(self)).parameters[name].default:
                 setattr(self, name, recorded)
@@ -100,7 +102,7 @@ class LearnedValue(Value):
         own = {"value": type(self).__name__, "input": self.input, **self.settings}
         self.identity = own | {"reward": reward.identity} | diffusion.identity
         if weights is not None:
-            self.load_weights(weights, f"pretrained={self.pretrained!r}")
+            self.load_weights(weights, source)
 
     def estimate(self, state: State) -> Tensor:
         """Returns one prediction per row, float32 [n].
@@ -149,11 +151,7 @@ class LearnedValue(Value):
         return self.network_output((x / spread).to(dtype), progress.to(dtype), None if text is None else text.to(dtype))
 
     def set_units(self, rewards: Tensor, spread: Tensor) -> None:
-        """Sets the units of rewards and inputs, which are part of the weights.
-
-        Args:
-            rewards: The rewards of the rollouts, [n].
-            spread: Standard deviation of the inputs at step i, [T].
+        """Sets the units, which are part of the weights: mean and spread of the rewards [n], spread of the inputs [T].
 
         Raises:
             UserError: If all rewards are equal.
@@ -178,25 +176,19 @@ class LearnedValue(Value):
         return Weights(self.identity, self.arguments, self.trained_state())
 
     def load_weights(self, weights: Weights, source: str) -> None:
-        """Loads trained weights.
-
-        Args:
-            weights: What `weights` returned, or a file holds.
-            source: Names the file in messages.
+        """Loads trained weights, which messages call `source`.
 
         Raises:
             UserError: If they were trained for something else, with every difference, or have other shapes.
         """
         if differences := _differences(weights.identity, json.loads(json.dumps(self.identity))):
             raise UserError(f"{source} was trained for something else: {'; '.join(differences)}")
-        own, tensors = self.trained_state(), weights.tensors
-        wrong = sorted(
-            k for k in own.keys() | tensors if k not in own or k not in tensors or own[k].shape != tensors[k].shape
-        )
-        if wrong:
-            causes = _differences(weights.arguments, self.arguments) or [f"other tensors, such as {wrong[0]}"]
+        own = self.trained_state()
+        shapes, expected = ({k: list(v.shape) for k, v in state.items()} for state in (weights.tensors, own))
+        if wrong := _differences(shapes, expected):
+            causes = _differences(weights.arguments, self.arguments) or wrong[:1]
             raise UserError(f"{source} does not fit {type(self).__name__}: {'; '.join(causes)}")
-        self.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}, strict=False)
+        self.load_state_dict({name: v.to(own[name].dtype) for name, v in weights.tensors.items()}, strict=False)
 
 
 def _differences(recorded: dict[str, Any], own: dict[str, Any]) -> list[str]:

@@ -242,7 +242,7 @@ def test_a_full_disk(case: Case, whole: Case, table: Callable):
     process.join(60)
     assert process.exitcode == 2
     assert "No space left on device" in case.said() or "File too large" in case.said()
-    assert "what is finished is kept: repair the cause and start the same command again" in case.said()
+    assert "what is finished is kept: fix the cause and start the same command again" in case.said()
     assert 0 < len(before) <= len(case.finished()) < case.count
     lost = case.resume(before=before)
     assert case.content() == whole.content()

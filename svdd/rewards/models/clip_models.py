@@ -150,18 +150,24 @@ class OpenClipModel(ClipModel):
         import open_clip
         from open_clip.transform import PreprocessCfg
 
-        tag: str | None = None
-        file: Path | None = None
-        if not architecture.startswith(("hf-hub:", "local-dir:")):
-            if architecture not in open_clip.list_models():
-                raise UserError(f"open_clip has no model {architecture!r}; `open_clip.list_models()` lists them")
-            file = Path(pretrained).expanduser()
-            if not file.is_file():
-                tag, file = self._check_tag(architecture, pretrained, local_files_only), None
+        includes_weights = architecture.startswith(("hf-hub:", "local-dir:"))
+        if not includes_weights and architecture not in open_clip.list_models():
+            raise UserError(f"open_clip has no model {architecture!r}; `open_clip.list_models()` lists them")
+        file = Path(pretrained).expanduser()
+        own_file = file.is_file() and not includes_weights
+        tag = None if own_file or includes_weights else pretrained
+        if tag and tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
+            known = ", ".join(tags) or "none"
+            raise UserError(f"open_clip has no weights {tag!r} for {architecture}; known: {known}; or a weights file")
+        if tag and local_files_only and not open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub"):
+            raise UserError(
+                f"open_clip downloads {tag!r} for {architecture} from outside the hub, so local_files_only cannot be "
+                "kept; give a weights file"
+            )
         with loading(f"{architecture!r} of open_clip"), offline() if local_files_only else nullcontext():
-            self.clip = open_clip.create_model(architecture, tag, load_weights=file is None, precision="fp32")
+            self.clip = open_clip.create_model(architecture, tag, load_weights=not own_file, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(architecture)
-        if file is not None:
+        if own_file:
             fit_weights(self.clip, read_weights(file), str(file))
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.clip))
         sides = {config.size} if isinstance(config.size, int) else set(config.size)
@@ -173,22 +179,6 @@ class OpenClipModel(ClipModel):
         self.side, self.whole = int(sides.pop()), config.resize_mode == "squash"
         self.mean, self.std = config.mean, config.std
         self.mode = "bilinear" if config.interpolation == "bilinear" else "bicubic"
-
-    @staticmethod
-    def _check_tag(architecture: str, tag: str, local_files_only: bool) -> str:
-        import open_clip
-
-        if tag not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):
-            raise UserError(
-                f"open_clip has no weights {tag!r} for {architecture}; known: {', '.join(tags) or 'none'}; or give a "
-                "weights file"
-            )
-        if local_files_only and not open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub"):
-            raise UserError(
-                f"open_clip downloads {tag!r} for {architecture} from outside the hub, so local_files_only cannot be "
-                "kept; give a weights file"
-            )
-        return tag
 
     @property
     def width(self) -> int:

@@ -1,20 +1,24 @@
-"""Yes or no from a vision-language model behind OpenAI's chat API."""
+"""Yes or no from a vision-language model behind OpenAI's chat API; keys are never shown or redirected."""
 
 import base64
 import io
 import json
 import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 from PIL import Image
 
-from svdd import RewardError, UserError
-from svdd.rewards.models.http_service import Service
+from svdd import RewardError, UserError, first_line
 
 __all__ = ["Endpoint"]
+
+_MAX_WAIT = 30.0  # seconds between two attempts
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,41 @@ class Endpoint:
     """A model behind `/chat/completions`.
 
     Args:
-        service: The API, up to `/v1`.
+        address: The API, up to `/v1`.
         model: The endpoint's name for the model.
+        timeout: Seconds to wait for an answer.
+        retries: How often a request is repeated.
+        backoff: Seconds before the first repetition; doubled each time.
         concurrency: Number of simultaneous requests.
 
     Raises:
-        UserError: If `concurrency` is below 1.
+        UserError: If an argument is out of range.
     """
 
-    service: Service
+    address: str
     model: str
+    timeout: float
+    retries: int
+    backoff: float
     concurrency: int
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise UserError(f"concurrency must be >= 1, got {self.concurrency}")
+        try:
+            url = urlsplit(self.address)
+            valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+            valid = valid and not (url.query or url.fragment or "@" in self.address)
+        except ValueError:
+            valid = False
+        if not valid:  # the address may contain a password, so the message does not repeat it
+            raise UserError(
+                "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password (they "
+                "would be written into the run's files); api_key_env names a variable that holds a key"
+            )
+        for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise UserError(f"timeout must be > 0, got {self.timeout}")
 
     @property
     def identity(self) -> str:
@@ -47,7 +71,7 @@ class Endpoint:
         """Returns log p(yes) - log p(no) for each image and question.
 
         Raises:
-            RewardError: If an answer is missing or unusable.
+            RewardError: If an answer is missing or unusable; the message is one line without the key.
         """
         failed: list[RewardError] = []
 
@@ -55,14 +79,51 @@ class Endpoint:
             if failed:  # send no more requests
                 raise failed[0]
             try:
-                body = request_body(self.model, image, question)
-                return read_log_odds(self.service.post("/chat/completions", body, key))
+                return read_log_odds(self._post(request_body(self.model, image, question), key))
             except ValueError as error:
-                failed.append(RewardError(f"endpoint {self.service.shown}, model {self.model!r}: {error}"))
+                place = f"endpoint {self.address.rstrip('/')}, model {self.model!r}"
+                failed.append(RewardError(f"{place}: {error}"))
                 raise failed[0] from None
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(ask, images, questions))
+
+    def _post(self, body: Any, key: str | None) -> bytes:
+        """Returns the answer; raises ValueError if there is none after all attempts, or a refusal or redirect."""
+        headers = {"User-Agent": "svdd"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        address = self.address.rstrip("/") + "/chat/completions"
+        for attempt in range(self.retries + 1):
+            wait, transient = self.backoff * 2**attempt, True
+            try:
+                answer = httpx.post(address, json=body, headers=headers, timeout=self.timeout)
+                if answer.is_success:
+                    return answer.content
+                problem, transient = _refusal(answer, key), answer.status_code in (408, 429) or answer.is_server_error
+                after = answer.headers.get("Retry-After", "")
+                wait = float(after) if after.isdigit() else wait
+            except httpx.TimeoutException:
+                problem = f"no answer within {self.timeout:g} s"
+            except (httpx.HTTPError, OSError) as error:
+                problem = first_line(error)
+            if not transient or attempt == self.retries:
+                break
+            time.sleep(min(wait, _MAX_WAIT))
+        raise ValueError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
+
+
+def _refusal(answer: httpx.Response, key: str | None) -> str:
+    """Returns the status and the service's message, except for messages about a key."""
+    message = ""
+    if answer.status_code not in (401, 403, 407):
+        try:
+            told = answer.json()
+            told = told.get("error", told.get("detail", told.get("message", "")))
+            message = str(told.get("message", "") if isinstance(told, dict) else told).strip()
+        except (ValueError, AttributeError):
+            pass
+    message = message.replace(key, "***") if key else message
+    status = f"{answer.status_code} {answer.reason_phrase}".strip()
+    return f"{status}: {first_line(message)[:300]}" if message else status
 
 
 def request_body(model: str, image: Image.Image, question: str) -> dict[str, Any]:
@@ -71,14 +132,9 @@ def request_body(model: str, image: Image.Image, question: str) -> dict[str, Any
     image.save(buffer, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    return {
-        "model": model,
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": 1,
-        "temperature": 0,
-        "logprobs": True,
-        "top_logprobs": 20,
-    }
+    messages = [{"role": "user", "content": content}]
+    options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    return {"model": model, "messages": messages, **options}
 
 
 def read_log_odds(answer: bytes) -> float:

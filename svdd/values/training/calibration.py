@@ -1,7 +1,5 @@
 """How well a value predicts the reward, step by step, on new chains of the pretrained model."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from svdd import UserError
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
-from svdd.runs.files import explained, write_atomically
+from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.prompts import Prompt
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
@@ -70,10 +68,7 @@ class Calibration(L.LightningModule):
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Runs `images_per_prompt` chains for each prompt of the batch."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
-        seeds = [
-            (self.seed + prompt.index * self.images_per_prompt + k if prompt.seed is None else prompt.seed + k) % 2**63
-            for prompt, k in jobs
-        ]
+        seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
         texts, negatives = [prompt.text for prompt, _ in jobs], [prompt.negative_prompt for prompt, _ in jobs]
         state, columns = self.diffusion.start(texts, seeds, 1, negatives), []
         while not state.done:
@@ -94,12 +89,7 @@ class Calibration(L.LightningModule):
 
 
 def check_counts(num_inference_steps: int, num_chains: int) -> None:
-    """Raises UserError where a calibration is impossible: without an inner step, or with fewer than three chains.
-
-    Args:
-        num_inference_steps: T; the value is evaluated at the steps 1 .. T - 1.
-        num_chains: Prompts times images per prompt.
-    """
+    """Raises UserError if there is no step between noise and image, or fewer than three chains."""
     if num_inference_steps < 2:
         raise UserError(
             f"num_inference_steps={num_inference_steps} has no step between noise and image at which to evaluate the "
@@ -121,9 +111,9 @@ def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
         prompts: Index of each chain's prompt, int64 [n].
 
     Returns:
-        For each step: `spearman` and `pearson` correlation of value and reward, `spearman_within` (of their deviations
-        from the prompt's mean, which is what a sampler selects by; NaN with one chain per prompt), `bias` (mean of
-        value - reward), `rmse`, and `explained_variance` (1 - var(reward - value) / var(reward)).
+        Correlation of value and reward (`spearman`, `pearson`), of their deviations from the prompt's mean, which a
+        sampler selects by (`spearman_within`; NaN with one chain per prompt), `bias` (mean of value - reward), `rmse`,
+        and `explained_variance` (1 - var(reward - value) / var(reward)).
 
     Raises:
         UserError: If there are too few steps or chains, or all rewards are equal.
@@ -158,22 +148,13 @@ def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
 
 
 def write(folder: Path, table: Table, about: dict[str, Any]) -> str:
-    """Writes `calibration.json` and `calibration.csv`, removes an earlier plot, and returns the table as text.
-
-    Args:
-        folder: The output folder.
-        table: What `measure` returned.
-        about: What was measured, for the JSON file.
-    """
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(table[0]))
-    writer.writeheader()
-    writer.writerows(table)
+    """Writes `calibration.json`, with `about`, and `calibration.csv`; removes an earlier plot; returns a text table."""
+    lines = "".join(",".join(map(str, cells)) + "\r\n" for cells in ([*table[0]], *(row.values() for row in table)))
     plain = [{name: None if number != number else number for name, number in row.items()} for row in table]
-    with explained(folder):
+    with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / FILES[0], json.dumps({**about, "steps": plain}, indent=2).encode() + b"\n")
-        write_atomically(folder / FILES[1], buffer.getvalue().encode())
+        write_atomically(folder / FILES[1], lines.encode())
         (folder / FILES[2]).unlink(missing_ok=True)
     numbers = [[f"{row['step']:.0f}", *(f"{number:.4f}" for number in list(row.values())[1:])] for row in table]
     return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *numbers))
@@ -189,16 +170,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def plot(path: Path, tables: dict[str, Table], title: str) -> bool:
-    """Plots rank correlation and explained variance over the steps, with one line per table.
-
-    Args:
-        path: The PNG file.
-        tables: What `measure` returned, by the name of the value.
-        title: The figure's title.
-
-    Returns:
-        False if matplotlib is not installed.
-    """
+    """Plots rank correlation and explained variance over the steps, one line per value; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

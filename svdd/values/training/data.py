@@ -129,12 +129,12 @@ class RolloutDataModule(L.LightningDataModule):
         self.texts, self.negatives = [prompt.text for prompt in used], [prompt.negative_prompt for prompt in used]
         self.digest = dataset.digest
         dataset.close()
-        self.training: StateDataset | None = None
-        self.held_out: StateDataset | None = None
+        self.setup("fit")
 
     def setup(self, stage: str) -> None:
         """Discards the data of an earlier training, whose model may have been another."""
-        self.training = self.held_out = None
+        self.training: StateDataset | None = None
+        self.held_out: StateDataset | None = None
 
     def generate(self) -> None:
         """Draws what the cache lacks, computes the rewards, and sets the value's units; every process calls it.

@@ -8,7 +8,6 @@ again. A rollout depends only on its number, so the head of a longer shard can b
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.runs.files import explained, lock, write_atomically
+from svdd.runs.files import lock, os_errors_explained, write_atomically
 from svdd.state.state import State
 
 __all__ = ["RolloutCache", "draw_rollouts"]
@@ -74,7 +73,7 @@ class RolloutCache:
 
     def missing(self) -> list[int]:
         """Returns the shards that must be drawn: absent, damaged or too short."""
-        with explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, "--data.cache"):
             return [k for k in range(len(self.shards)) if not self._is_whole(k)]
 
     @contextmanager
@@ -87,22 +86,22 @@ class RolloutCache:
         if not self.missing():
             yield []
             return
-        with explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
             held = f"another run draws rollouts into {self.path}"
-            descriptor = lock(self.path / ".lock", held, option="--data.cache")
+            file_lock = lock(self.path / ".lock", held, option="--data.cache")
         try:
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
             yield self.missing()  # another run may have filled it in the meantime
         finally:
-            os.close(descriptor)
+            file_lock.release()
 
     def write(self, shard: int, rollouts: dict[str, Tensor]) -> None:
         """Writes one shard, completely or not at all."""
         rollouts = {name: tensor.contiguous() for name, tensor in rollouts.items()}
         header = {"rollouts": json.dumps({"settings": self._settings, "sha256": _checksum(rollouts)})}
-        with explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, "--data.cache"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(shard), save(rollouts, header))
 
