@@ -17,11 +17,11 @@ Steer text-to-image diffusion models with any reward, at inference time.
 
 commands:
   predict    draw guided images for a list of prompts:
-             svdd predict --config configs/quickstart.yaml --output runs/first
+             svdd predict --config quickstart --output runs/first
   fit        train a learned value on rollouts of the pretrained model:
-             svdd fit --config configs/fit_value_compressibility.yaml --output runs/value
+             svdd fit --config fit_value_compressibility --output runs/value
   calibrate  measure how well a value predicts the reward, step by step:
-             svdd calibrate --config configs/quickstart.yaml --output runs/calibration
+             svdd calibrate --config quickstart --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
   compare    put runs of the same prompts side by side in one picture:
