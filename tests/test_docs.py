@@ -207,7 +207,7 @@ def test_costs_are_those_of_the_samplers_page(sampler, rows, decoded, calls, exa
 def test_a_plugin_is_listed_with_its_source(installed):
     entry = next(entry for entry in catalogue() if entry.name == "Warmth")
     assert (entry.kind, entry.package) == ("reward", "svdd_warmth")
-    assert entry.description == "Mean of red minus the mean of blue: pictures in warm light score high."
+    assert entry.description == "Mean of red minus the mean of blue: images in warm light score high."
 
 
 def test_a_broken_plugin_is_skipped_with_a_warning(installed):
