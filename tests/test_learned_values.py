@@ -415,12 +415,16 @@ def test_a_class_of_ones_own_is_found_where_it_is_imported(trained, tmp_path):
         load_value(str(path))
 
     class Mine(LatentConvValue):
-        """Nothing new."""
+        """Some arguments of its own, one of which is no plain data."""
+
+        def __init__(self, channels=16, layer=torch.nn.Identity, pretrained=None):
+            super().__init__(channels, 1, pretrained=pretrained)
+            self.layer = layer
 
     value = load_value(str(path))
     value.bind(Linear(B), GaussianDiffusion(4))
     assert type(value) is Mine
-    assert value.num_blocks == 1
+    assert value.weights().arguments == {"channels": 32}
 
 
 @pytest.mark.parametrize(
