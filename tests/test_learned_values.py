@@ -399,7 +399,7 @@ def test_exported_weights_come_back(trained, tmp_path):
 
 def test_a_trained_value_keeps_its_weights_when_bound_again(cache):
     value = fit(network(), cache, epochs=1, num_rollouts=64)[0].value
-    state = GaussianDiffusion(4).start([""] * 5, range(5)).propose()
+    state = State.start(GaussianDiffusion(4), [""] * 5, range(5)).propose()
     before = value(state)
     GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), value)
     value.eval()
