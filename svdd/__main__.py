@@ -1,5 +1,6 @@
 """The `svdd` command: dispatches to `svdd.commands`, which it imports on demand."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ Steer text-to-image diffusion models with any reward, at inference time.
 
 commands:
   predict    draw guided images for a list of prompts:
-             svdd predict --config configs/quickstart.yaml --output runs/first
+             svdd predict --config quickstart --output runs/first
   fit        train a learned value on rollouts of the pretrained model:
-             svdd fit --config configs/fit_value_compressibility.yaml --output runs/value
+             svdd fit --config fit_value_compressibility --output runs/value
   calibrate  measure how well a value predicts the reward, step by step:
-             svdd calibrate --config configs/quickstart.yaml --output runs/calibration
+             svdd calibrate --config quickstart --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
   compare    put runs of the same prompts side by side in one picture:
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; the process's own by default.
     """
+    if arguments is None:
+        _listen()
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
@@ -74,11 +77,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
-        print(f"svdd: error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         return 2
     except BrokenPipeError:  # `svdd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _listen() -> None:
+    """Handles signals from now on, also while libraries are imported, and ends this process with its launcher."""
+    from svdd.runs.processes.signals import die_with_parent, signals
+
+    signals.listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def _report(message: str) -> None:
+    """Prints an error, or hands it to the svdd command that started this process, which prints it once."""
+    from svdd.runs.processes.signals import AGENT
+
+    if AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+            json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
+    else:
+        print(f"svdd: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

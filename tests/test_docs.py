@@ -23,6 +23,7 @@ from svdd.__main__ import main
 from svdd.commands.registry import KINDS, catalogue, import_all
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.budget import count
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import State
@@ -167,7 +168,7 @@ def test_examples_work_on_a_stable_diffusion(examples, sd15):
     assert plain.images.shape == (2, 3, 64, 64)
     expected = 3 * (plain.images[:, 0] - (plain.images[:, 1] + plain.images[:, 2]) / 2).mean((1, 2))
     assert torch.allclose(plain.scores(Redness(weight=3)), expected, atol=1e-5)
-    assert sparse.context.ledger.denoiser_rows == len(prompts) * SparseSVDD(4, 2).rows(4)
+    assert sparse.context.ledger.denoiser_rows == len(prompts) * (4 + 3)
     assert (sparse.scores(Redness()) > plain.scores(Redness())).all()
 
 
@@ -194,20 +195,20 @@ def test_tempering_bears_on_a_sampler_with_temperature_only(examples):
     ],
     ids=["unguided", "best_of_n", "svdd", "svdd_beam"],
 )
-def test_costs_are_those_of_architecture(sampler, rows, decoded, calls, examples):
+def test_costs_are_those_of_the_samplers_page(sampler, rows, decoded, calls, examples):
     from my_diffusion import Tints
     from my_rewards import Redness
 
     ledger = GuidedDiffusion(Redness(), Tints(5), sampler).draw(["red", "wall"], [1, 2]).context.ledger
     spent = (ledger.denoiser_rows, ledger.network_rows, ledger.decoded_images, ledger.reward_calls)
     assert spent == (2 * rows, 2 * rows, 2 * decoded, 2 * calls)
-    assert rows == sampler.rows(5)
+    assert rows == count(sampler, Tints(5), PosteriorMean()).denoiser_rows
 
 
 def test_a_plugin_is_listed_with_its_source(installed):
     entry = next(entry for entry in catalogue() if entry.name == "Warmth")
     assert (entry.kind, entry.package) == ("reward", "svdd_warmth")
-    assert entry.description == "Mean of red minus the mean of blue: pictures in warm light score high."
+    assert entry.description == "Mean of red minus the mean of blue: images in warm light score high."
 
 
 def test_a_broken_plugin_is_skipped_with_a_warning(installed):
@@ -333,6 +334,22 @@ def test_the_house_is_seen_at_a_glance():
     assert {path: lines for path in SOURCES if (lines := path.read_text("utf-8").count("\n")) > 300} == {}
 
 
+def test_the_tree_in_architecture_is_that_of_the_code():
+    tree = next(code for language, _, code in blocks(ROOT / "docs" / "architecture.md") if language == "text")
+    drawn, folder = {}, ""
+    for indent, name, text in re.findall(r"^( +)(\S+) *(.*)$", tree, re.M):
+        path = name if len(indent) == 2 else folder + name
+        folder = path if len(indent) == 2 else folder
+        drawn[path] = text
+    packages = {f"{path.parent.relative_to(ROOT / 'svdd')}/": path for path in SOURCES if path.name == "__init__.py"}
+    del packages["./"]
+    files = {path.name for path in (ROOT / "svdd").iterdir() if path.is_file()}
+    assert drawn.keys() == packages.keys() | files
+    assert {path: text for path, text in drawn.items() if path in packages} == {
+        path: ast.get_docstring(tree_of(package)) for path, package in packages.items()
+    }
+
+
 def anchors(page: Path) -> set[str]:
     """Returns the anchors that GitHub gives to a page's headings."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -340,7 +357,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=name_of)
 def test_links_lead_somewhere(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in re.findall(r"\]\(([^)\s]+)", text):

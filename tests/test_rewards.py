@@ -273,7 +273,7 @@ def test_clip_score_is_what_transformers_says(tiny_clip, size):
     torch.testing.assert_close(
         reward.score(images, PROMPTS), cosines.diagonal(), rtol=0, atol=1.5e-3 if resized else 1e-6
     )
-    assert cosines.std() > 0.1  # another pair's score would be seen
+    assert cosines.std() > 0.03  # 20 tolerances: the score of another pair would fail
 
 
 def test_the_longer_side_is_the_processors(tiny_clip):

@@ -1,1 +1,1 @@
-"""The models that ship with svdd, and `hub.py`, which loads others from a folder, a file or the hub."""
+"""The models and prompts that ship with svdd, and the loader of all other weights."""

@@ -1,1 +1,1 @@
-"""The commands that need a model: one file each."""
+"""The commands: one file each, their parser, and the registry of classes."""

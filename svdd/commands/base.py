@@ -1,6 +1,7 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +10,10 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from svdd import Stopped
 from svdd.commands.parser import Parser, as_user_errors
+from svdd.runs.processes.group import Group
+from svdd.runs.processes.launcher import join
 from svdd.values.pretrained import learned_class
 
 __all__ = ["ModelCLI"]
@@ -20,9 +24,11 @@ class ModelCLI(LightningCLI):
 
     Attributes:
         builds: The classes of module, data module and Trainer.
+        group: The processes of this command; None for one.
     """
 
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
+    group: Group | None
 
     def __init__(self, words: Sequence[str] | None) -> None:
         """Runs the command.
@@ -54,6 +60,31 @@ class ModelCLI(LightningCLI):
         parser.set_defaults({f"model.{k}": {"class_path": path} for k, path in defaults.items() if k in known})
         parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
+        parser.add_argument(
+            "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Starts or joins the other processes as soon as the Trainer's settings are known."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config["subcommand"]]
+        with as_user_errors():
+            self.group = join(config.trainer, config.max_restarts, sys.argv[1:] if args is None else args)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the command; an error because another process has died is left to that process to explain.
+
+        Raises:
+            Stopped: In place of such an error.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if self.group is not None and self.group.is_broken():
+                raise Stopped(1) from error
+            raise
+        if self.group is not None:
+            self.group.leave()
 
     def resolved(self) -> dict[str, Any]:
         """Returns the whole configuration of the command as plain values."""

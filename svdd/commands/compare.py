@@ -1,4 +1,4 @@
-"""`svdd compare`: the same prompts of several runs side by side, with their rewards, as one picture."""
+"""`svdd compare`: images and rewards of several runs with the same prompts, in one picture."""
 
 import argparse
 import io
@@ -26,7 +26,7 @@ def compare(words: Sequence[str]) -> None:
         words: The command line after `svdd compare`.
     """
     parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one column each")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one row each")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
     parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
     options = parser.parse_args(words)
@@ -35,15 +35,15 @@ def compare(words: Sequence[str]) -> None:
 
 
 def draw(runs: Sequence[Path], output: Path, limit: int = 8) -> str:
-    """Writes a picture with one row per image and one column per run, and returns a table of mean rewards.
+    """Draws one row per run and one column per image, and returns a table of mean rewards.
 
     Args:
-        runs: Finished run folders, in the order of their columns.
+        runs: Folders of finished runs, from top to bottom.
         output: The PNG file to write.
         limit: At most this many images of each run.
 
     Raises:
-        UserError: If a folder is no finished run, or the runs share no image.
+        UserError: If a folder holds no finished run, or the runs share no image.
     """
     rows = {run: {(row["prompt_index"], row["image_index"]): row for row in RunFolder(run).rows()} for run in runs}
     shared = [key for key in rows[runs[0]] if all(key in table for table in rows.values())]

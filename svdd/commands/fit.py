@@ -15,8 +15,7 @@ from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
-from svdd.runs.processes.launcher import check_processes
-from svdd.runs.processes.peers import leads
+from svdd.runs.processes.group import is_rank_zero
 from svdd.values.losses import MeanLoss
 from svdd.values.training.data import RolloutDataModule
 from svdd.values.training.fitting import ValueFitting
@@ -29,7 +28,7 @@ _HARMLESS = re.compile(
     r"trainer(\.(?!(precision|plugins|accumulate_grad_batches|gradient_clip_val|gradient_clip_algorithm|sync_batchnorm"
     r"|limit_train_batches|overfit_batches|fast_dev_run|use_distributed_sampler|reload_dataloaders_every_n_epochs)"
     r"(\.|$)).*)?"
-    r"|(output|overwrite|data\.(cache|rollout_batch_size)|model\.diffusion\.(chunk_size|compile))(\..*)?"
+    r"|(output|overwrite|max_restarts|data\.(cache|rollout_batch_size)|model\.diffusion\.(chunk_size|compile))(\..*)?"
 )
 
 _BEFORE_A_CHECKPOINT = {".lock", CONFIG, f"{CONFIG}.tmp", "logs"}  # with only these, settings may still change
@@ -60,8 +59,7 @@ class FitCLI(ModelCLI):
         """Claims the output folder for this configuration, until the end."""
         config = self.config["fit"]
         self.folder = Path(config.output)
-        check_processes(config.trainer)
-        if leads():
+        if is_rank_zero():
             settings = self.resolved()
             with as_user_errors():
                 settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest

@@ -17,9 +17,7 @@ from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.pictures import find_pictures
-from svdd.runs.processes.launcher import check_processes
-from svdd.runs.processes.peers import launched, leads
-from svdd.runs.processes.watch import Watch
+from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
 from svdd.values.weights import weights_file
@@ -33,7 +31,6 @@ class PredictCLI(ModelCLI):
     builds = (GuidedDiffusion, PromptDataModule, L.Trainer)
 
     writer: RunWriter
-    watch: Watch
     finished: set[int]
     evaluation: Evaluation
 
@@ -47,7 +44,7 @@ class PredictCLI(ModelCLI):
         return {"predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds where images go, how long a silent process is waited for, and what is measured on finished pictures."""
+        """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(Evaluation, "evaluation")
         parser.add_argument(
@@ -56,17 +53,15 @@ class PredictCLI(ModelCLI):
         parser.add_argument(
             "--patience",
             type=float,
-            default=25.0,
-            help="Seconds without a sign of life after which a process of several counts as lost, and the run ends.",
+            default=3600.0,
+            help="Seconds that a process which is through waits for others while none of them finishes a batch.",
         )
 
     def before_instantiate_classes(self) -> None:
-        """Checks processes, prompts and run folder, which cost nothing, before weights, which do."""
+        """Checks prompts and run folder, which is fast, before weights are loaded, which is slow."""
         config = self.config["predict"]
         with as_user_errors():
-            self.watch = self._around.enter_context(Watch(config.output, config.patience))
-            check_processes(config.trainer)
-            self.watch.meet(launched(config.trainer.num_nodes))
+            self.stop = StopOnSignal(self.group, config.patience)
             prompts = PromptDataModule(**config.data.as_dict())
             self.evaluation = Evaluation(**config.evaluation.as_dict())
             self.evaluation.check()
@@ -79,25 +74,23 @@ class PredictCLI(ModelCLI):
             self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
-        if leads():
-            self.watch.forget()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the run writer and, where somebody watches, our progress bar in place of Lightning's."""
+        """Adds the run writer and, on a terminal, our progress bar in place of Lightning's."""
         wanted = self._get(self.config_init, "trainer.enable_progress_bar", default=True) is not False
         if self.model.sampler.needs_gradient:
             kwargs["inference_mode"] = False
         trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
-        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else []), self.watch]
-        self.watch.attend(trainer)
+        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else []), self.stop]
         return trainer
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and says what a budget came to."""
         if self.trainer.is_global_zero and self.model.budget is not None:
-            *count, rows = (f"{name}={number}" for name, number in self.model.chosen.items())
-            words = " ".join([type(self.model.sampler).__name__, *(["with", *count] if count else [])])
-            print(f"budget {self.model.budget}: {words}, {rows} per image")
+            chosen = self.model.chosen
+            words = ", ".join(f"{name}={number}" for name, number in chosen.items())
+            backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
+            print(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:

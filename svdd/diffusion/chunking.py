@@ -19,7 +19,7 @@ class Chunker:
         size: Rows at once, or `auto`: all, halved whenever memory runs out; the smaller size is kept.
 
     Raises:
-        ValueError: If `size` is neither `auto` nor an integer of at least 1.
+        ValueError: If `size` is neither `auto` nor an integer >= 1.
     """
 
     def __init__(self, size: int | str = "auto") -> None:

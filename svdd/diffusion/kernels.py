@@ -202,11 +202,7 @@ KERNELS: dict[str, type[Kernel]] = {"ddim": DDIMKernel, "ddpm": DDPMKernel, "eul
 
 
 def find_kernel(name: str, known: Mapping[str, type[Kernel]]) -> type[Kernel]:
-    """Returns the kernel class of a scheduler.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Returns the kernel class of a scheduler; raises ValueError if there is none."""
     if name not in known:
         near = nearest(name, list(known))
         raise ValueError(

@@ -1,8 +1,7 @@
 """What all latent diffusion models saved by diffusers have in common.
 
-A family is one file with a subclass of `LatentDiffusion`. It names its pipeline and its kernels, and implements three
-methods: `encode_texts`, `network` and `decode`. Loading, LoRA, image sizes, classifier-free guidance, previews and
-identity are inherited.
+A family is one file with a subclass of `LatentDiffusion`. It names its pipeline, kernels and small decoder, and
+implements `encode_texts`, `network` and `decode`; the rest is inherited.
 """
 
 import math
@@ -19,7 +18,7 @@ from svdd.assets.hub import ASSETS
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.fingerprint import fingerprint
 from svdd.diffusion.kernels import Kernel, find_kernel
-from svdd.diffusion.pipelines import load_lora, load_pipeline, warn_of_cuts
+from svdd.diffusion.pipelines import load_pipeline, warn_of_cuts
 from svdd.diffusion.tiny_decoder import TinyDecoder
 
 __all__ = ["Conditioning", "LatentDiffusion"]
@@ -28,9 +27,7 @@ Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # of prompts,
 
 
 class LatentDiffusion(Diffusion):
-    """A pipeline of diffusers with an autoencoder, text encoders and a network (a UNet or a transformer).
-
-    The pipeline's parts become submodules under its own names: `unet`, `vae`, `text_encoder`, ...
+    """A pipeline of diffusers: autoencoder, text encoders and network, as submodules under the pipeline's names.
 
     Args:
         pretrained: `emoji` for the small model that ships with svdd, a folder, or a hub name such as
@@ -52,18 +49,12 @@ class LatentDiffusion(Diffusion):
     Raises:
         UserError: If `pretrained` does not exist or is not a pipeline of this family.
         ValueError: If an argument is out of range or the scheduler has no Gaussian kernel.
-
-    Attributes:
-        pipeline: Name of the pipeline class in diffusers.
-        kernels: The kernel class of each scheduler.
-        backbone: Name of the network among the pipeline's parts.
-        tiny: Hub name of the family's small decoder.
     """
 
-    pipeline: ClassVar[str]
-    kernels: ClassVar[Mapping[str, type[Kernel]]]
-    backbone: ClassVar[str] = "unet"
-    tiny: ClassVar[str]
+    pipeline: ClassVar[str]  # name of the class in diffusers
+    kernels: ClassVar[Mapping[str, type[Kernel]]]  # one for each name of a scheduler
+    backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
+    tiny: ClassVar[str]  # hub name of the family's small decoder
     guidance_scale: float
 
     def __init__(
@@ -93,10 +84,11 @@ class LatentDiffusion(Diffusion):
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
         source = str(ASSETS / "emoji-sd") if pretrained == "emoji" else pretrained
         local = local_files_only or source != pretrained
-        pipeline = load_pipeline(self.pipeline, source, revision=revision, variant=variant, local_files_only=local)
-        if lora is not None:
-            load_lora(pipeline, lora)
-        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        options = {"revision": revision, "variant": variant, "local_files_only": local}
+        pipeline = load_pipeline(self.pipeline, source, lora, **options)
+        parts: dict[str, Any] = {
+            name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+        }
         names = [self.backbone, "vae", *sorted(name for name in parts if name.startswith("text_encoder"))]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
         if lora is not None:
@@ -108,7 +100,10 @@ class LatentDiffusion(Diffusion):
             self.add_module(name, parts[name].eval())
         self.tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
         self.kernel = kernel(dict(pipeline.scheduler.config), num_inference_steps, eta)
-        size = self._latent_size({"height": height, "width": width}, pipeline.vae_scale_factor)
+        native = parts[self.backbone].config.sample_size
+        rows, columns = (native, native) if isinstance(native, int) else native
+        factor = pipeline.vae_scale_factor
+        size = (_extent("height", height, factor, rows), _extent("width", width, factor, columns))
         self.latent_shape = (pipeline.vae.config.latent_channels, *size)
         if compile:
             parts[self.backbone].compile()
@@ -116,7 +111,7 @@ class LatentDiffusion(Diffusion):
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Returns what the network reads of each text; every tensor has one row per text."""
+        """Returns the network's text inputs (states, pooled embeddings, ...); each tensor has one row per text."""
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
@@ -164,9 +159,9 @@ class LatentDiffusion(Diffusion):
     def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
         """Returns x0 at another guidance scale; at 1 or less the unconditional half is not computed."""
         if guidance_scale > 1 and conditioning[1] is None:
+            own = self.guidance_scale
             raise UserError(
-                f"a preview with guidance_scale={guidance_scale} needs a model with guidance; its own scale is "
-                f"{self.guidance_scale}"
+                f"a preview at guidance_scale={guidance_scale} needs a model with guidance; its own scale is {own}"
             )
         return self.kernel.predict(x, self._guided(x, i, conditioning, row, guidance_scale), i).x0
 
@@ -197,12 +192,9 @@ class LatentDiffusion(Diffusion):
         unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def _latent_size(self, sizes: dict[str, int | None], factor: int) -> tuple[int, int]:
-        """Returns height and width of a latent for a size in pixels, with `factor` pixels per latent position."""
-        native: Any = getattr(self, self.backbone).config.sample_size
-        result = []
-        for (name, pixels), own in zip(sizes.items(), [native] * 2 if isinstance(native, int) else native, strict=True):
-            if pixels is not None and (pixels < factor or pixels % factor):
-                raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
-            result.append(own if pixels is None else pixels // factor)
-        return result[0], result[1]
+
+def _extent(name: str, pixels: int | None, factor: int, native: int) -> int:
+    """Returns the latent positions of an image side, with `factor` pixels each."""
+    if pixels is not None and (pixels < factor or pixels % factor):
+        raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
+    return native if pixels is None else pixels // factor

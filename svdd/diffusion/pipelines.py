@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,21 +11,22 @@ import torch
 from svdd import UserError
 from svdd.assets.hub import loading, locate
 
-__all__ = ["load_lora", "load_pipeline", "warn_of_cuts"]
+__all__ = ["load_pipeline", "warn_of_cuts"]
 
 _MAX_TOKENS = 10_000
 
 
-def load_pipeline(class_name: str, pretrained: str, **options: Any) -> Any:
-    """Returns a pipeline in float32, without a safety checker.
+def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options: Any) -> Any:
+    """Returns a pipeline in float32, without a safety checker, with its LoRA weights loaded but not fused.
 
     Args:
         class_name: The class of diffusers that the model must have been saved from.
         pretrained: A folder or a hub name.
+        lora: A folder, file or hub name of LoRA weights, or None.
         options: `revision`, `variant`, `local_files_only`.
 
     Raises:
-        UserError: If there is no such pipeline, it is of another class, or parts are missing or damaged.
+        UserError: If the pipeline or the LoRA weights cannot be loaded, are incomplete, or belong to another class.
     """
     import diffusers
 
@@ -44,19 +45,12 @@ def load_pipeline(class_name: str, pretrained: str, **options: Any) -> Any:
     # For missing files transformers builds an empty tokenizer without a length limit.
     if any(part.model_max_length > _MAX_TOKENS for name, part in pipeline.components.items() if "tokenizer" in name):
         raise UserError(f"pretrained={pretrained!r} has no usable tokenizer: its files are missing or incomplete")
+    if lora is not None:
+        if find_spec("peft") is None:
+            raise UserError(f"lora={lora!r} needs the peft package: pip install 'svdd[lora]'")
+        with loading(f"lora={lora!r}"):
+            pipeline.load_lora_weights(lora)
     return pipeline
-
-
-def load_lora(pipeline: Any, lora: str) -> None:
-    """Loads LoRA weights next to the model's own.
-
-    Raises:
-        UserError: If peft is not installed or the weights cannot be loaded.
-    """
-    if find_spec("peft") is None:
-        raise UserError(f"lora={lora!r} needs the peft package: pip install 'svdd[lora]'")
-    with loading(f"lora={lora!r}"):
-        pipeline.load_lora_weights(lora)
 
 
 def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:
@@ -80,14 +74,11 @@ def _quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    verbosity = diffusers_logging.get_verbosity()
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    diffusers_logging.set_verbosity_error()
-    for library in shown:
-        library.disable_progress_bar()
-    try:
+    with ExitStack() as restore:
+        restore.callback(diffusers_logging.set_verbosity, diffusers_logging.get_verbosity())
+        diffusers_logging.set_verbosity_error()
+        for library in (diffusers_logging, transformers_logging):
+            if library.is_progress_bar_enabled():
+                restore.callback(library.enable_progress_bar)
+                library.disable_progress_bar()
         yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        for library in shown:
-            library.enable_progress_bar()

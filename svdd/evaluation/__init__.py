@@ -1,1 +1,1 @@
-"""Measurements of finished images: statistics, diversity, distances, and comparison with an unguided run."""
+"""Measurements of finished images: diversity, distances, comparison with an unguided run."""

@@ -5,6 +5,7 @@ normalised embedding of CLIP ViT-L/14, trained on SAC, Logos and AVA), Apache-2.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Aesthetic(PretrainedReward):
 
 
 class AestheticHead(nn.Module):
-    """Linear layers d-1024-128-64-16-1 without activations, with dropout in training.
+    """Linear layers d-1024-128-64-16-1 without activations.
 
     The layers stay in float32 in a half-precision module, whose rounding would exceed the differences between images.
 
@@ -66,22 +67,16 @@ class AestheticHead(nn.Module):
 
     def __init__(self, width: int = 768) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        layers = [nn.Linear(*widths) for widths in pairwise((width, 1024, 128, 64, 16, 1))]
+        self.layers = nn.ModuleDict(dict(zip("02467", layers, strict=True)))  # 1, 3 and 5 are dropouts
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns the score of each embedding, [n], from embeddings [n, d] of any length."""
         with torch.autocast(features.device.type, enabled=False):
             features = F.normalize(features.to(next(self.parameters()).dtype), dim=-1)
-            return self.layers(features)[:, 0]
+            for layer in self.layers.values():
+                features = layer(features)
+            return features[:, 0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AestheticHead":
         def at_least_float32(tensor: Tensor) -> Tensor:

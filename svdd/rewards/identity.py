@@ -8,16 +8,9 @@ from torch import nn
 
 __all__ = ["settings"]
 
-_NO_EFFECT = {  # arguments that do not change the result
-    "api_key_env",
-    "backoff",
-    "batch_size",
-    "concurrency",
-    "local_files_only",
-    "one_by_one",
-    "retries",
-    "timeout",
-}
+# Arguments that do not change the result.
+_NO_EFFECT = {"batch_size", "local_files_only", "one_by_one"}
+_NO_EFFECT |= {"api_key_env", "backoff", "concurrency", "retries", "timeout"}  # of an endpoint
 
 
 def settings(thing: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from svdd.runs.config import plain
 from svdd.runs.files import RunError
 from svdd.runs.folder import RunFolder
 from svdd.runs.prediction import Prediction
-from svdd.runs.processes.peers import leads
+from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.rows import ResultRow
 
 __all__ = ["RunError", "RunWriter"]
@@ -78,7 +78,7 @@ class RunWriter(L.Callback):
         Raises:
             RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
         """
-        if leads():
+        if is_rank_zero():
             finished = self.folder.claim(self.config, self.overwrite)
         else:
             finished = self.folder.finished() if scan and not self.overwrite else set()

@@ -22,12 +22,14 @@ from svdd.values.weights import Weights, read_weights
 
 __all__ = ["LearnedValue"]
 
+_PLAIN = (bool, int, float, str, list, type(None))
+
 
 class LearnedValue(Value):
     """A network that predicts the value from the noisy latent (or its x0), the step and the prompt.
 
     A subclass implements `build` and `network_output`, and keeps each constructor argument as an attribute of the same
-    name: weights files carry them.
+    name: weights files carry those that are plain data.
 
     Args:
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
@@ -81,9 +83,10 @@ class LearnedValue(Value):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The constructor arguments of the network, without those of its training."""
-        names = [*inspect.signature(type(self)).parameters]
-        return {k: getattr(self, k) for k in names if k not in inspect.signature(LearnedValue).parameters}
+        """The constructor arguments that are plain data, without those of the training."""
+        base, own = (inspect.signature(cls).parameters for cls in (LearnedValue, type(self)))
+        found = {name: getattr(self, name, ...) for name in own if name not in base}
+        return {name: value for name, value in found.items() if isinstance(value, _PLAIN)}
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
         """Sets the reward, builds the network, and loads the weights: its own if it is trained, or `pretrained`."""

@@ -14,7 +14,7 @@ PROMPTS = [f"prompt {k}" for k in range(4)] + ["wait here", "wait there"] + [f"p
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Case:
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
     case = Case(tmp_path_factory.mktemp("whole"), PROMPTS)
     case.resume()
     return case
@@ -27,23 +27,23 @@ def case(tmp_path) -> Case:
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_left() -> Iterator[None]:
+def no_process_is_left() -> Iterator[None]:
     """Ends what a failed test has left, which pytest would wait for."""
     yield
     end_all()
 
 
 @pytest.fixture(scope="session")
-def table() -> Iterator[Callable[[str, str, int], None]]:
-    """Takes a row: the fault, what was done, how many finished images were lost.
+def table() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Takes a row: the fault, what happened, the exit code, how many finished images were lost.
 
     The row must stand in docs/scale.md; with SVDD_WRITE_FAULTS=1 all rows are written there instead.
     """
     rows: list[str] = []
     write = os.environ.get("SVDD_WRITE_FAULTS") == "1"
 
-    def record(fault: str, done: str, lost: int) -> None:
-        row = f"| {fault} | {done} | {lost} |"
+    def record(fault: str, happened: str, code: int, lost: int) -> None:
+        row = f"| {fault} | {happened} | {code} | {lost} |"
         rows.append(row)
         assert write or row in PAGE.read_text().splitlines(), (
             f"write docs/scale.md anew, with SVDD_WRITE_FAULTS=1: {row}"
@@ -57,5 +57,5 @@ def table() -> Iterator[Callable[[str, str, int], None]]:
 def write_table(page: Path, rows: list[str]) -> None:
     head, _, rest = page.read_text().partition("<!-- faults -->\n")
     _, _, tail = rest.partition("<!-- end of faults -->")
-    lines = ["| fault | what was done | finished images lost |", "|---|---|---|", *rows]
+    lines = ["| fault | what happened | exit code | images lost |", "|---|---|---|---|", *dict.fromkeys(rows)]
     page.write_text(f"{head}<!-- faults -->\n" + "\n".join(lines) + f"\n<!-- end of faults -->{tail}")

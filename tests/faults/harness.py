@@ -1,8 +1,7 @@
 """Starts runs as real processes, and looks at what they leave.
 
-Importing everything takes seconds, so most runs are forks of the test process, which has done it: `fork` gives the
-environment of a launcher where several belong together. What concerns Lightning's own launcher, or torchrun, is
-started as a command.
+Importing everything takes seconds, so most runs are forks of the test process, which has done it; `fork` may set the
+variables of a launcher. What torchrun or our own agent starts are commands, as for a user.
 """
 
 import json
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from svdd.__main__ import main
+from svdd.runs.processes.signals import AGENT
 from svdd.runs.tar import read_image
 
 REPOSITORY = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ class Case:
     def fork_ranks(
         self, world_size: int, *options: str, devices: int | None = None, environment: dict[str, str] | None = None
     ) -> list[BaseProcess]:
-        """Starts the processes of one machine as torchrun would; they meet at `port`."""
+        """Starts the processes of one machine with the variables of torchrun; they meet at `port`."""
         self.port = free_port()
         several = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices or world_size)]
         return [
@@ -115,13 +116,13 @@ class Case:
             for rank in range(world_size)
         ]
 
-    def fork_tasks(self, *options: str) -> list[BaseProcess]:
-        """Starts two processes as SLURM would, whose tasks do not look after each other."""
+    def fork_tasks(self, *options: str, environment: dict[str, str] | None = None) -> list[BaseProcess]:
+        """Starts two processes with the variables of SLURM."""
         slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "svdd", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
         slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_STEP_ID": str(len(self.processes))}
         slurm |= {"MASTER_PORT": str(free_port())}
         ranks = ({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2))
-        return [self.fork(*options, environment=slurm | rank) for rank in ranks]
+        return [self.fork(*options, environment={**(environment or {}), **slurm, **rank}) for rank in ranks]
 
     def start(self, *options: str, launcher: tuple[str, ...] = ("-m", "svdd")) -> subprocess.Popen:
         """Starts a run as a command."""
@@ -140,7 +141,7 @@ class Case:
 
     def waiting(self, count: int) -> list[int]:
         """Waits until so many processes have come to a prompt that waits, and returns their ids."""
-        until(lambda: len(list(self.gate.parent.glob("gate.*"))) == count)
+        until(lambda: len(list(self.gate.parent.glob("gate.*"))) == count, 120)
         return [int(path.suffix[1:]) for path in self.gate.parent.glob("gate.*")]
 
     def pids(self) -> list[int]:
@@ -209,12 +210,11 @@ class Case:
             process.kill()
             process.join()
         for command in self.commands:
-            for pid in {command.pid, *self.pids()}:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except OSError:
-                    continue
+            command.kill()
             command.wait()
+        for pid in self.pids():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def listens(port: int) -> bool:
@@ -231,7 +231,7 @@ def free_port() -> int:
 
 def _run(words: list[str], environment: dict[str, str], log: str, disk: int | None) -> None:
     """The body of a fork: what a fresh interpreter would do after its imports."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "SVDD_LEADER"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", AGENT):
         os.environ.pop(name, None)
     os.environ.update(environment)
     rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))
@@ -245,4 +245,6 @@ def _run(words: list[str], environment: dict[str, str], log: str, disk: int | No
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
     os.chdir(REPOSITORY)
-    sys.exit(main(words))
+    os.setsid()
+    sys.argv = ["svdd", *words]
+    sys.exit(main())

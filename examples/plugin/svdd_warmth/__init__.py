@@ -1,16 +1,16 @@
-"""A reward for warm pictures."""
+"""A reward for warm images."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from svdd.rewards.base import Reward
+from svdd.rewards import Reward
 
 __all__ = ["Warmth"]
 
 
 class Warmth(Reward):
-    """Mean of red minus the mean of blue: pictures in warm light score high.
+    """Mean of red minus the mean of blue: images in warm light score high.
 
     Args:
         strength: Factor on the score.

@@ -1,4 +1,4 @@
-"""A reward is tested on pictures whose score is known."""
+"""The reward on images with known scores."""
 
 import torch
 from svdd_warmth import Warmth

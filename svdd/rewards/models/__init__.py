@@ -1,1 +1,1 @@
-"""What several rewards share: CLIP and BLIP models, image preprocessing, remote and local vision-language models."""
+"""What several rewards share: models, image preprocessing, requests to endpoints."""

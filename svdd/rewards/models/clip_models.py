@@ -50,9 +50,9 @@ class ClipModel(nn.Module, ABC):
         """Returns the projected embedding of each text, [n, d]."""
 
     @property
-    @abstractmethod
     def width(self) -> int:
         """Length of an embedding."""
+        return int(self.text_features([""]).shape[-1])
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resizes, crops and normalises images as the model's own processor does."""
@@ -112,11 +112,6 @@ class TransformersClip(ClipModel):
         self.side = int(self.clip.config.vision_config.image_size)
         self.scale: float = self.clip.logit_scale.exp().item()  # read before the weights lose precision
         self.mean, self.std = processor_statistics(source, options)
-
-    @property
-    def width(self) -> int:
-        """Width of the projection."""
-        return int(self.clip.config.projection_dim)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Returns the projected embedding of preprocessed pixels, [n, d]."""
@@ -179,12 +174,6 @@ class OpenClipModel(ClipModel):
         self.side, self.whole = int(sides.pop()), config.resize_mode == "squash"
         self.mean, self.std = config.mean, config.std
         self.mode = "bilinear" if config.interpolation == "bilinear" else "bicubic"
-
-    @property
-    def width(self) -> int:
-        """Width of the text projection."""
-        with torch.no_grad():
-            return int(self.encode_texts([""]).shape[-1])
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Returns the projected embedding of preprocessed pixels, [n, d]."""

@@ -10,7 +10,7 @@ from svdd import UserError, first_line
 
 __all__ = ["Preprocessing"]
 
-_TOLERANCE = 3 / 255  # on images of 8 bits, processors round after each of two passes
+_TOLERANCE = 3 / 255  # for 8-bit images, processors round after each of two passes
 
 
 class Preprocessing:
@@ -21,7 +21,7 @@ class Preprocessing:
         source: Where the processor was loaded from, for messages.
 
     Raises:
-        UserError: If the processor cannot process float tensors, or does so otherwise than 8-bit images.
+        UserError: If the processor cannot process float tensors, or treats them differently from 8-bit images.
     """
 
     def __init__(self, processor: Any, source: str) -> None:
