@@ -423,7 +423,7 @@ def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
         Evaluation("emoji", baseline=str(tmp_path)).check()
     with pytest.raises(UserError, match="is no folder"):
         Evaluation("emoji", reference=str(tmp_path / "absent"), distances=["cmmd"]).check()
-    with pytest.raises(UserError, match=r"pretrained='emojis' has no config\.json"):
+    with pytest.raises(UserError, match=r"pretrained='./emojis' is not a folder"):
         Evaluation("./emojis").check()
 
 
