@@ -86,20 +86,14 @@ class Diffusion(nn.Module, ABC):
         return 0
 
     def prompt_features(self, conditioning: Any) -> Tensor | None:
-        """Returns one vector per encoded prompt for learned values, [p, d], or None.
-
-        Args:
-            conditioning: The result of `encode`.
-        """
+        """Returns one vector per prompt of the conditioning, for learned values, [p, d], or None."""
         return None
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
-        """Returns the conditioning of distinct (prompt, negative prompt) pairs; only this class reads it.
+        """Returns the conditioning of distinct pairs of prompt and negative prompt (None means the model's default).
 
-        Args:
-            prompts: The prompt of each pair.
-            negative_prompts: The negative prompt of each pair; None means the model's default.
+        Only this class reads the result.
         """
 
     @abstractmethod
@@ -126,12 +120,7 @@ class Diffusion(nn.Module, ABC):
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """Moves latents from step i to i + 1 without noise: a DDIM step with eta = 0.
-
-        Args:
-            x: Latents at step i, [n, c, h, w].
-            x0: Their posterior means.
-            i: Step index, 0 .. T - 1.
+        """Moves latents x at step i, with posterior means x0, to step i + 1 without noise (DDIM with eta = 0).
 
         Raises:
             UserError: If the family does not implement it.
