@@ -19,6 +19,7 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 PROMPTS = ALL_PROMPTS[:16]
@@ -34,10 +35,10 @@ def measure(sampler: Sampler, guide: Reward, others: list[Reward], images: int, 
     rows = seconds = 0.0
     for start in range(0, len(PROMPTS), 4):
         prompts = [prompt for prompt in PROMPTS[start : start + 4] for _ in range(images)]
-        state = diffusion.start(prompts, range(start * images, start * images + len(prompts)), sampler.start_particles)
-        ledger = state.context.ledger
-        with ledger.timed("total_seconds", state.x.device):
-            final = sampler.sample(state, value)
+        begin = Start(diffusion, prompts, range(start * images, start * images + len(prompts)))
+        ledger = begin.context.ledger
+        with ledger.timed("total_seconds", diffusion.device):
+            final = sampler(begin, value)
             pictures = final.images
         for reward in (guide, *others):
             scores[reward.name].append(reward.score(pictures, prompts).view(-1, images))

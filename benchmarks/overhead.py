@@ -17,6 +17,7 @@ from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 PROMPTS = ["red apple", "panda on a blue background", "rocket", "house on a green background"]
@@ -35,7 +36,7 @@ def pipeline_seconds(pipeline: StableDiffusionPipeline, steps: int) -> float:
 def unguided_seconds(diffusion: StableDiffusion) -> float:
     """Returns the wall time of `Unguided` on the same prompts."""
     start = time.perf_counter()
-    _ = Unguided().sample(diffusion.start(PROMPTS, SEEDS), PosteriorMean()).images
+    _ = Unguided()(Start(diffusion, PROMPTS, SEEDS), PosteriorMean()).images
     return time.perf_counter() - start
 
 
@@ -44,10 +45,10 @@ def own_share(diffusion: StableDiffusion, reward: object, candidates: int) -> tu
     """Returns the wall time of an SVDD run and the share of it outside network, decoder and reward."""
     value = PosteriorMean()
     value.bind(reward, diffusion)
-    state = diffusion.start(PROMPTS, SEEDS)
-    ledger = state.context.ledger
-    with ledger.timed("total_seconds", state.x.device):
-        _ = SVDD(candidates).sample(state, value).images
+    start = Start(diffusion, PROMPTS, SEEDS)
+    ledger = start.context.ledger
+    with ledger.timed("total_seconds", diffusion.device):
+        _ = SVDD(candidates)(start, value).images
     named = ledger.denoiser_seconds + ledger.decoder_seconds + ledger.reward_seconds
     return ledger.total_seconds, 1 - named / ledger.total_seconds
 

@@ -13,6 +13,7 @@ from benchmarks.paired import PROMPTS, interval
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.samplers.svdd import SVDD
+from svdd.state.state import Start
 from svdd.values.base import Value
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
@@ -60,13 +61,13 @@ def main() -> None:
     for start in range(0, len(prompts), AT_ONCE):  # values alternate, so that background load affects all alike
         part = list(prompts[start : start + AT_ONCE])
         for name, (value, candidates) in table.items():
-            state = diffusion.start(part, range(start, start + len(part)))
+            begin = Start(diffusion, part, range(start, start + len(part)))
             began = time.process_time()
-            final = SVDD(candidates).sample(state, value)
+            final = SVDD(candidates)(begin, value)
             pictures = final.images
             seconds[name] += time.process_time() - began
-            rows[name] += state.context.ledger.denoiser_rows
-            network[name] += state.context.ledger.network_rows
+            rows[name] += final.context.ledger.denoiser_rows
+            network[name] += final.context.ledger.network_rows
             scores[name].append(reward.score(pictures, part)[:, None])
             held_out[name].append(judge.score(pictures, part)[:, None])
     base, n = "PosteriorMean", len(prompts)

@@ -22,6 +22,7 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.budget import fit_budget
 from svdd.samplers.dps import DPS
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
@@ -30,6 +31,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 STEPS, AT_ONCE = 25, 4
@@ -89,12 +91,12 @@ def draw(
     for start in range(0, len(prompts), AT_ONCE // IMAGES):
         texts = [prompt for prompt in prompts[start : start + AT_ONCE // IMAGES] for _ in range(IMAGES)]
         seeds = [1000 * (start + k // IMAGES) + k % IMAGES for k in range(len(texts))]
-        state = diffusion.start(texts, seeds, sampler.start_particles)
+        begin = Start(diffusion, texts, seeds)
         began = time.process_time()
-        final = sampler.sample(state, value)
+        final = sampler(begin, value)
         pictures = final.images
         seconds += time.process_time() - began
-        rows += state.context.ledger.denoiser_rows
+        rows += final.context.ledger.denoiser_rows
         for reward in rewards:
             result["scores"][reward.name] += reward.score(pictures, texts).view(-1, IMAGES).tolist()
         features = clip.image_features(pictures)
@@ -195,7 +197,8 @@ def main() -> None:
                     path = options.kept / (key.replace("/", "--") + ".json")
                     if path.exists():
                         continue
-                    chosen = sampler().within(budget, STEPS) if budget else sampler()
+                    value = PosteriorMean()
+                    chosen = fit_budget(sampler(), budget, diffusion, value) if budget else sampler()
                     path.write_text(json.dumps({key: draw(diffusion, chosen, guide, others)}))
                     print(key, f"{json.loads(path.read_text())[key]['rows']:.0f} rows", flush=True)
     results: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.pretrained import load_value
@@ -35,7 +36,7 @@ def correlations(diffusion: StableDiffusion, values: dict[str, Value], images: i
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in values}
     rewards = []
     for k, prompt in enumerate(PROMPTS):
-        state = diffusion.start([prompt] * images, range(5000 + k * images, 5000 + (k + 1) * images))
+        state = State.start(diffusion, [prompt] * images, range(5000 + k * images, 5000 + (k + 1) * images))
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in values}
         while not state.done:
             if state.i > 0:
@@ -64,13 +65,13 @@ def alternate(
         texts = [prompt for prompt in prompts[start : start + AT_ONCE // images] for _ in range(images)]
         for name, (sampler, value) in samplers.items():
             run = runs[name]
-            state = diffusion.start(texts, [1000 * start + k for k in range(len(texts))], sampler.start_particles)
+            begin = Start(diffusion, texts, [1000 * start + k for k in range(len(texts))])
             began, began_wall = time.process_time(), time.perf_counter()
-            final = sampler.sample(state, value)
+            final = sampler(begin, value)
             pictures = final.images
             run["seconds"] += (time.process_time() - began) / count
             run["wall"] += (time.perf_counter() - began_wall) / count
-            run["rows"] += state.context.ledger.denoiser_rows / count
+            run["rows"] += final.context.ledger.denoiser_rows / count
             run["guide"].append(value.reward.score(pictures, texts).view(-1, images))
             run["clip"].append(clip.score(pictures, texts).view(-1, images))
     return {name: run | {key: torch.cat(run[key]) for key in ("guide", "clip")} for name, run in runs.items()}
@@ -159,7 +160,7 @@ def main() -> None:
         "## Time",
         "",
         f"SVDD, M = {m}, every step, learned value / posterior mean, alternating on {2 * AT_ONCE} images: {wall:.3f} "
-        f"of the wall time, {cpu:.3f} of the CPU time, one thread. Denoiser rows: {STEPS} / {SVDD(m).rows(STEPS)}.",
+        f"of the wall time, {cpu:.3f} of the CPU time, one thread. Denoiser rows: {STEPS} / {1 + m * (STEPS - 1)}.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "diffusion",
     "first_line",
+    "missing_methods",
     "nearest",
     "rewards",
     "samplers",
@@ -57,6 +58,14 @@ class Stopped(SystemExit):
 
 class Incomplete(SystemExit):
     """The run is complete except for prompts that failed; the same command tries them again."""
+
+
+def missing_methods(cls: type) -> str:
+    """Returns one line about the abstract methods that a class does not implement; empty if it implements all."""
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    owners = [next(base.__name__ for base in cls.__mro__ if name in vars(base)) for name in missing]
+    names = ", ".join(f"{owner}.{name}" for owner, name in zip(owners, missing, strict=True))
+    return f"{cls.__name__} does not implement {names}" if names else ""
 
 
 def first_line(error: object) -> str:

@@ -1,6 +1,8 @@
 """The LightningModule that wraps a diffusion model, a sampler, a value and a reward."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import lightning as L
@@ -13,15 +15,16 @@ from svdd import UserError
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.evaluation.metrics import RewardStatistics
-from svdd.rewards.base import Reward
-from svdd.runs.failures import draw_the_rest
+from svdd.rewards.base import Reward, is_device_failure
+from svdd.runs.failures import predict_or_skip
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt
 from svdd.runs.rows import ResultRow, result_row
 from svdd.samplers.base import Sampler
+from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
@@ -32,14 +35,14 @@ class GuidedDiffusion(L.LightningModule):
     """A pretrained diffusion model whose samples are steered towards a reward.
 
     Args:
-        reward: What sampling climbs.
+        reward: The guide reward.
         diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
         sampler: The algorithm; by default `SVDD` with 20 candidates.
-        value: The estimate that the sampler chooses by; by default `PosteriorMean`.
+        value: The estimate that guides the sampler; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
         images_per_prompt: Images for each prompt.
-        budget: Denoiser rows that one returned image may cost. The sampler's count (of candidates, particles or
-            iterations) becomes the largest that stays within it; `chosen` tells which. By default the count is yours.
+        budget: Denoiser rows that one returned image may cost; a backward pass counts as two more. Sets the sampler's
+            count (of candidates, particles or iterations) to the largest within the budget; see `chosen`.
         seed: Image k of prompt p starts from the seed `seed + p * images_per_prompt + k`; a prompt that brings its
             own seed s uses s + k.
         on_error: What happens when a prompt cannot be drawn or scored. `raise` ends the run; `skip` leaves the prompt
@@ -85,9 +88,12 @@ class GuidedDiffusion(L.LightningModule):
         self.eval_rewards = ModuleList(eval_rewards or [])
         self.images_per_prompt, self.budget, self.seed = images_per_prompt, budget, seed
         self.on_error = on_error
-        if budget is not None:
-            self.sampler = self.sampler.within(budget, self.diffusion.num_inference_steps, self.value.most_rows)
         self.sampler.check(self.diffusion, self.value)
+        if budget is not None:
+            self.sampler = fit_budget(self.sampler, budget, self.diffusion, self.value)
+            self.sampler.check(self.diffusion, self.value)
+        with suppress(Uncountable):  # a mistake in a sampler shows here, before anything is drawn
+            count(self.sampler, self.diffusion, self.value)
         if not reward.higher_is_better:
             raise UserError(
                 f"{reward.name} cannot guide: lower scores are better, and sampling climbs; give it a negative weight "
@@ -114,12 +120,11 @@ class GuidedDiffusion(L.LightningModule):
         return {reward.name: reward for reward in (self.reward, *self.eval_rewards)}
 
     @property
-    def chosen(self) -> dict[str, int]:
-        """The count that the budget determined, by its name, and the denoiser rows per image that it costs."""
-        name = self.sampler.budget_argument
-        count = {} if name is None else {name: int(getattr(self.sampler, name))}
-        rows = self.sampler.most_rows(self.diffusion.num_inference_steps, self.value.most_rows)
-        return count | {"denoiser_rows": rows}
+    def chosen(self) -> dict[str, float]:
+        """The sampler's count, by its name, and the rows that a returned image costs with it."""
+        cost = count(self.sampler, self.diffusion, self.value)
+        gradients = {"gradient_rows": cost.gradient_rows} if cost.gradient_rows else {}
+        return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **gradients}
 
     @torch.no_grad()
     def sample(
@@ -150,34 +155,37 @@ class GuidedDiffusion(L.LightningModule):
         self.value.eval()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
-            state = self.diffusion.start(prompts, seeds, self.sampler.start_particles, negative_prompts)
-            state.context.on_step = self.on_step
-            with state.context.ledger.timed("total_seconds", state.x.device):
-                final = self.sampler.sample(state, self.value)
+            start = Start(self.diffusion, prompts, seeds, negative_prompts)
+            start.context.on_step = self.on_step
+            with start.context.ledger.timed("total_seconds", self.diffusion.device):
+                final = self.sampler(start, self.value)
                 _ = final.images
         return final
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Prediction:
-        """Draws and scores the batch, or what can be of it where `on_error` is `skip`, and takes its statistics."""
-        prediction = draw_the_rest(self._predict, batch) if self.on_error == "skip" else self._predict(batch)
+        """Draws and scores the batch and records its statistics; with `on_error: skip`, leaves out failing prompts."""
+        skip = self.on_error == "skip"
+        prediction = predict_or_skip(self._predict, batch, is_device_failure) if skip else self._predict(batch)
         if prediction.rows:
             self.record(prediction.rows)
         return prediction
 
     def _predict(self, batch: list[Prompt]) -> Prediction:
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
-        images_per_prompt, returned = self.images_per_prompt, self.sampler.returned
+        images_per_prompt = self.images_per_prompt
         jobs = [(prompt, k) for prompt in batch for k in range(images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, images_per_prompt)]
         final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
-        count, score = len(final.x), self.diffusion.chunker.map
+        total, returned, score = len(final.x), len(final.x) // len(jobs), self.diffusion.chunker.map
         scores = {
-            name: [_short(s) for s in score(reward.score, count, final.images, final.prompts).tolist()]
+            name: [_short(s) for s in score(reward.score, total, final.images, final.prompts).tolist()]
             for name, reward in self.rewards.items()
         }
-        trace, ledger = final.context.trace, final.context.ledger.per_image(count)
+        trace, ledger = final.context.trace, final.context.ledger.per_image(total)
         weights = None if trace.weights is None else trace.weights.flatten().tolist()
-        path_kl = torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs)).tolist()
+        path_kl = None
+        if trace.path_kl is not None:
+            path_kl = torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs)).tolist()
         rows = [
             result_row(
                 prompt,
@@ -187,7 +195,7 @@ class GuidedDiffusion(L.LightningModule):
                 rewards={name: values[j * returned + particle] for name, values in scores.items()},
                 ledger=ledger,
                 particle=None if weights is None else (particle, _short(weights[j * returned + particle])),
-                path_kl=_short(path_kl[j]) if self.sampler.tells_path_kl else None,
+                path_kl=None if path_kl is None else _short(path_kl[j]),
             )
             for j, (prompt, k) in enumerate(jobs)
             for particle in range(returned)
@@ -205,10 +213,9 @@ class GuidedDiffusion(L.LightningModule):
         for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
             scores = torch.tensor([row["rewards"][name] for row in rows], dtype=torch.float64)
             metric.update(scores, prompts)
-            if self.sampler.returned > 1:
-                weighted.update(scores, torch.tensor([row["particle_weight"] for row in rows], dtype=torch.float64))
-        if self.sampler.tells_path_kl:
-            self.path_kl.update(torch.tensor([row["path_kl"] for row in rows], dtype=torch.float64), prompts)
+            weighted.update(*_pairs((row["rewards"][name], row.get("particle_weight")) for row in rows))
+        divergence, prompts = _pairs((row.get("path_kl"), row["prompt_index"]) for row in rows)
+        self.path_kl.update(divergence, prompts.long())
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
 
@@ -228,18 +235,22 @@ class GuidedDiffusion(L.LightningModule):
             name: {key: value.item() for key, value in metric.compute().items()}
             for name, metric in zip(self.rewards, self.statistics, strict=True)
         }
-        if self.sampler.returned > 1:
-            for entries, metric in zip(statistics.values(), self.weighted, strict=True):
-                entries["weighted_mean"] = _short(metric.compute().item())  # whatever the order of the sum
+        for entries, metric in zip(statistics.values(), self.weighted, strict=True):
+            if not math.isnan(mean := metric.compute().item()):
+                entries["weighted_mean"] = _short(mean)  # the order of the sum changes the last digits
         totals = {name: metric.compute().item() for name, metric in self.spent.items()}
-        divergence = self.path_kl.compute() if self.sampler.tells_path_kl else None
+        divergence = self.path_kl.compute()
         images = next(iter(statistics.values()))["count"]
         self.summary = {
             "guide": self.guide_name,
             "sampler": type(self.sampler).__name__,
             **({} if self.budget is None else {"budget": {"denoiser_rows": self.budget, "chosen": self.chosen}}),
             "rewards": statistics,
-            **({"path_kl": {k: divergence[k].item() for k in ("mean", "standard_error")}} if divergence else {}),
+            **(
+                {"path_kl": {k: divergence[k].item() for k in ("mean", "standard_error")}}
+                if divergence["count"]
+                else {}
+            ),
             "ledger": {
                 name: round(total, 3) if name.endswith("seconds") else round(total) for name, total in totals.items()
             },
@@ -254,6 +265,12 @@ class GuidedDiffusion(L.LightningModule):
     def _reset(self) -> None:
         for metric in (*self.statistics, *self.weighted, self.path_kl, *self.spent.values()):
             metric.reset()
+
+
+def _pairs(pairs: Iterable[tuple[float | None, float | None]]) -> list[Tensor]:
+    """Returns the first and the second numbers of the complete pairs, float64 [n] each."""
+    complete = [pair for pair in pairs if None not in pair]
+    return list(torch.tensor(complete, dtype=torch.float64).view(-1, 2).unbind(1))
 
 
 def _short(score: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.rewards.base import Reward
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 
@@ -199,7 +199,7 @@ def run(diffusion, sampler, value, count=None, prompts=None, seeds=None) -> Stat
     """Samples `count` images of one prompt, or one per prompt given, with seeds 0, 1, ..."""
     prompts = [""] * count if prompts is None else prompts
     seeds = range(len(prompts)) if seeds is None else seeds
-    return sampler.sample(diffusion.start(prompts, list(seeds), sampler.start_particles), value)
+    return sampler(Start(diffusion, prompts, list(seeds)), value)
 
 
 def _number(prompt: str) -> float:

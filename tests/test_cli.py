@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_design_promises(predict, tmp_path, read_rows):
         "num_candidates": 2,
         "alpha": 0.0,
         "num_particles": 1,
-        "weigh_current": False,
+        "score_parent": False,
         "guide_start": 0.0,
         "guide_stop": 1.0,
         "guide_every": 1,
@@ -179,7 +179,7 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
             "resampler: expected one of multinomial, stratified, systematic, residual, ssp, got best",
         ),
         (["--model.sampler", "DPS"], "DPS needs gradients, and reward Compressibility is not differentiable"),
-        (["--model.budget", "2"], "budget=2 is too small: SVDD with num_candidates=1 spends 3 denoiser rows"),
+        (["--model.budget", "2"], "budget=2 is too small: SVDD with num_candidates=1 costs 3 denoiser rows"),
         (["--model.budget", "0"], "budget must be >= 1 denoiser rows per image, got 0"),
         (["--model.images_per_prompt", "0"], "images_per_prompt must be >= 1, got 0"),
         (["--data.batch_size", "0"], "batch_size must be >= 1, got 0"),
@@ -190,6 +190,33 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
 )
 def test_a_bad_setting_is_one_line_and_code_2(refused, arguments, expected):
     assert expected in refused(*arguments)
+
+
+def test_a_mistake_in_a_sampler_of_ones_own_names_class_and_method(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "wrong_samplers.py").write_text(
+        "import torch\n"
+        "from svdd.samplers.base import Sampler\n"
+        "class Forgetful(Sampler):\n"
+        "    def __init__(self, interval: int = 2) -> None: ...\n"
+        "class Early(Sampler):\n"
+        "    def sample(self, start, value):\n"
+        "        return start().propose()\n"
+        "class Global(Sampler):\n"
+        "    def sample(self, start, value):\n"
+        "        state = start()\n"
+        "        while not state.done:\n"
+        "            state = state.propose(mean=state.prediction.mean + torch.randn(()))\n"
+        "        return state\n"
+    )
+    for arguments, expected in (
+        (["Forgetful"], "class 'wrong_samplers.Forgetful' cannot be used: Forgetful does not implement Sampler.sample"),
+        (["Forgetful", "--model.sampler.interval", "3"], "Forgetful does not implement Sampler.sample"),
+        (["Early"], "Early.sample returned a state at step 1 of 3"),
+        (["Global"], "Global.sample draws from a global random generator"),
+    ):
+        assert expected in refused("--model.sampler", f"wrong_samplers.{arguments[0]}", *arguments[1:])
 
 
 @pytest.mark.parametrize(

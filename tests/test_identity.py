@@ -17,6 +17,7 @@ from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
 from svdd.rewards.identity import settings
 from svdd.rewards.jpeg import Compressibility
+from svdd.rewards.pick_score import PickScore
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.vlm_judge import VLMJudge
 from svdd.rewards.weighted_sum import WeightedSum
@@ -48,6 +49,8 @@ class Counting(Reward):
         (Threshold(Brightness(), 0.2), Threshold(Compressibility(), 0.2)),
         (ZScored(Brightness(), 0, 1), ZScored(Brightness(), 0, 2)),
         (CLIPScore("emoji"), CLIPScore("emoji-judge")),
+        (PickScore(revision="a"), PickScore(revision="b")),
+        (PickScore(), PickScore(revision="a")),
         (FunctionReward("math.sin"), FunctionReward("math.cos")),
         (VLMJudge(endpoint="http://localhost/v1", model="a"), VLMJudge(endpoint="http://localhost/v1", model="b")),
         (VLMJudge(question="Is it {prompt}?"), VLMJudge(question="Is it not {prompt}?")),

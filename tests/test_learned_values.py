@@ -17,6 +17,7 @@ from svdd.rewards.base import Reward
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import State
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.losses import MeanLoss, SoftLoss
@@ -79,7 +80,7 @@ def test_a_learned_value_converges_to_the_known_one(cache, loss, soft):
     """The plain loss to E[r | x_i] = b . (A x + c), the soft one to that plus V / (2 alpha)."""
     diffusion = GaussianDiffusion(4)
     model, _, _ = fit(network(loss=loss), cache, diffusion, epochs=10)
-    state = diffusion.start([""] * 400, range(400))
+    state = State.start(diffusion, [""] * 400, range(400))
     exact = bound(ExactSoftValue(ALPHA), Linear(B))
     with torch.no_grad():
         for i in range(1, 4):
@@ -146,11 +147,11 @@ def test_a_value_is_the_reward_at_the_end(trained):
 
 
 def test_estimates_do_not_depend_on_other_rows(trained):
-    state = GaussianDiffusion(4).start([""] * 6, range(6)).propose().propose()
+    state = State.start(GaussianDiffusion(4), [""] * 6, range(6)).propose().propose()
     with torch.no_grad():
         whole = trained.value(state)
         for k in range(6):
-            alone = GaussianDiffusion(4).start([""], [k]).propose().propose()
+            alone = State.start(GaussianDiffusion(4), [""], [k]).propose().propose()
             torch.testing.assert_close(trained.value(alone)[0], whole[k], rtol=1e-5, atol=1e-6)
 
 
@@ -178,7 +179,7 @@ def test_the_prompt_is_part_of_the_input_where_it_shall_be(sd15, tmp_path, use_p
     options = {"num_rollouts": 8, "batch_size": 8}
     value = network(use_prompt=use_prompt)
     fit(value, tmp_path, diffusion, Compressibility(), 1, prompts, **options)
-    state = diffusion.start(prompts, [0, 0]).propose()
+    state = State.start(diffusion, prompts, [0, 0]).propose()
     text = diffusion.prompt_features(state.context.conditioning)
     with torch.no_grad():
         if use_prompt:
@@ -212,7 +213,7 @@ def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip,
 def test_rollouts_are_plain_chains():
     diffusion = GaussianDiffusion(4)
     rollouts = draw_rollouts(diffusion, ["", "1"], [5, 6], [1, 3], attrgetter("x"))
-    state, kept = diffusion.start(["", "1"], [5, 6]), []
+    state, kept = State.start(diffusion, ["", "1"], [5, 6]), []
     while not state.done:
         kept.append(state)
         state = state.propose()
@@ -382,7 +383,7 @@ def test_exported_weights_come_back(trained, tmp_path):
     checkpoint = {"state_dict": {}}
     trained.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "best.ckpt")
-    state = GaussianDiffusion(4).start([""] * 5, range(5)).propose().propose()
+    state = State.start(GaussianDiffusion(4), [""] * 5, range(5)).propose().propose()
     for value, tolerance in (
         (load_value(str(path)), 1e-2),  # half precision
         (LatentConvValue(pretrained=str(path)), 1e-2),
@@ -398,7 +399,7 @@ def test_exported_weights_come_back(trained, tmp_path):
 
 def test_a_trained_value_keeps_its_weights_when_bound_again(cache):
     value = fit(network(), cache, epochs=1, num_rollouts=64)[0].value
-    state = GaussianDiffusion(4).start([""] * 5, range(5)).propose()
+    state = State.start(GaussianDiffusion(4), [""] * 5, range(5)).propose()
     before = value(state)
     GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), value)
     value.eval()

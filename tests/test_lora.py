@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from svdd import UserError
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 peft = pytest.importorskip("peft")
@@ -34,7 +35,7 @@ def lora(sd15, tmp_path) -> str:
 def draw(**settings) -> np.ndarray:
     diffusion = StableDiffusion(num_inference_steps=STEPS, **settings)
     with torch.no_grad():
-        images = Unguided().sample(diffusion.start(["apple"], [7]), PosteriorMean()).images
+        images = Unguided()(Start(diffusion, ["apple"], [7]), PosteriorMean()).images
     return images.permute(0, 2, 3, 1).numpy()
 
 

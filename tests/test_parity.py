@@ -11,6 +11,7 @@ from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 logging.set_verbosity_error()
@@ -39,7 +40,7 @@ def ours(folder, sampler, scheduler, prompts, seeds, steps, guidance_scale, eta,
     value = PosteriorMean()
     value.bind(Compressibility(), diffusion)
     with torch.no_grad():
-        final = sampler.sample(diffusion.start(prompts, seeds, sampler.start_particles, negatives), value)
+        final = sampler(Start(diffusion, prompts, seeds, negatives), value)
         return final.images.permute(0, 2, 3, 1).numpy()
 
 

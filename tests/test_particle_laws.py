@@ -20,6 +20,7 @@ from svdd.samplers.toolbox.weights import POTENTIALS, Weighing, Weights
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, PlaneMixtureDiffusion, Quadratic, bound, run
 from tests.test_samplers import B, assert_mean, assert_variance, rewards, value_of
@@ -68,9 +69,7 @@ WIDE = {"first": 0.6, "eta": 0.7}  # the start keeps 70 % of the end's variance:
         TwistedSMC(400, ALPHA, returns="all", tempering="none", ess_threshold=1.0, resampler="multinomial"),
         TwistedSMC(400, ALPHA, returns="all", tempering="adaptive", guide_start=0.2),
     ],
-    ids=lambda sampler: (
-        f"{type(sampler).__name__}-{getattr(sampler, 'potential', '')}-{sampler.tempering}-{sampler.ess_threshold}"
-    ),
+    ids=lambda sampler: "-".join([type(sampler).__name__, *(f"{k}={v}" for k, v in sampler.arguments[1].items())]),
 )
 def test_weighted_particles_follow_the_tilted_gaussian(sampler):
     """Mean and variance along the reward and across it; each image gives one independent estimate of either."""
@@ -78,7 +77,7 @@ def test_weighted_particles_follow_the_tilted_gaussian(sampler):
     final = run(diffusion, sampler, value_of(), images)
     weights = final.context.trace.weights
     torch.testing.assert_close(weights.sum(1), torch.ones(images, dtype=torch.float64))
-    mean, variance = tilted_gaussian(diffusion, sampler.alpha)
+    mean, variance = tilted_gaussian(diffusion, sampler.weighing.alpha)
     untilted = diffusion.end_law()[0] * 1.4
     for x, centre in ((rewards(final), mean), (final.x.flatten(1) @ ACROSS, untilted)):
         x = x.view(images, -1)
@@ -165,13 +164,13 @@ def test_twisting_leaves_the_estimate_unbiased_and_makes_it_sharper(tempering, e
 def test_incremental_weights_of_the_exact_value_average_one_from_any_state():
     diffusion, children = GaussianDiffusion(5), 20000
     value = bound(ExactSoftValue(ALPHA), Linear(B))
-    state = diffusion.start([""] * 3, range(3))
+    state = State.start(diffusion, [""] * 3, range(3))
     while not state.done:
         weighing = Weighing(ALPHA, "difference", "ssp", 0.0, "none")
         before = Weights.equal(3, children, state.x.device)
         parent = (value(state) / ALPHA).view(-1, 1).expand(-1, children)
         moved = state.propose(children)
-        after = weighing.weigh(before.pay(parent, parent), value(moved).view(3, -1), moved.i / 5)
+        after = weighing.weigh(before.multiply(parent, parent), value(moved).view(3, -1), moved.i / 5)
         for k in range(3):
             assert_mean((after.log_w - parent).exp()[k], 1.0)
         state = state.propose()
@@ -195,7 +194,7 @@ def test_the_bias_of_svdd_falls_as_candidates_grow():
 
 def test_infinite_temperature_leaves_all_chains_alone():
     diffusion = GaussianDiffusion(5)
-    plain = diffusion.start([""] * 3, range(3), 4)
+    plain = State.start(diffusion, [""] * 3, range(3), 4)
     while not plain.done:
         plain = plain.propose()
     for sampler in (SMC(4, math.inf, returns="all"), TwistedSMC(4, math.inf, returns="all")):
@@ -232,7 +231,7 @@ def test_a_beam_is_svdd_at_zero_temperature_and_a_block_of_one_step_is_svdd():
 def test_one_block_is_the_best_of_several_runs_from_one_start():
     diffusion = GaussianDiffusion(5)
     final = run(diffusion, BlockwiseBestOfN(6, 5), value_of(), 4)
-    runs = diffusion.start([""] * 4, range(4)).propose(6)
+    runs = State.start(diffusion, [""] * 4, range(4)).propose(6)
     while not runs.done:
         runs = runs.propose()
     assert torch.equal(rewards(final), rewards(runs).view(4, 6).max(1).values)
@@ -241,7 +240,7 @@ def test_one_block_is_the_best_of_several_runs_from_one_start():
 def test_blocks_are_chosen_by_hand():
     diffusion, b = GaussianDiffusion(4), torch.tensor(B, dtype=torch.float64)
     final = run(diffusion, BlockwiseBestOfN(3, 2), value_of(), 1)
-    state = diffusion.start([""], [0])
+    state = State.start(diffusion, [""], [0])
     for _ in range(2):
         state = state.propose(3).propose()
         ahead = state.x0.flatten(1) @ b
@@ -252,8 +251,8 @@ def test_blocks_are_chosen_by_hand():
 def test_weighing_the_current_x0_follows_the_better_beam():
     """Children score as their parent: of 4 beams the best two are kept, with two children each."""
     diffusion, b = GaussianDiffusion(3), torch.tensor(B, dtype=torch.float64)
-    final = run(diffusion, SVDD(2, num_particles=4, weigh_current=True), value_of(), 1)
-    state = diffusion.start([""], [0], 4)
+    final = run(diffusion, SVDD(2, num_particles=4, score_parent=True), value_of(), 1)
+    state = State.start(diffusion, [""], [0], 4)
     for i in range(3):
         ahead = state.x0.flatten(1) @ b
         candidates = state.propose(2)
@@ -304,7 +303,7 @@ def test_a_gradient_that_cannot_be_is_refused():
 
 def test_gradients_of_two_values_are_two():
     diffusion = GaussianDiffusion(4)
-    state = diffusion.start([""], [0])
+    state = State.start(diffusion, [""], [0])
     along, against = (bound(PosteriorMean(), Linear([b, 0.0])) for b in (1.0, -1.0))
     assert torch.allclose(state.gradient(along)[1], -state.gradient(against)[1])
     assert not torch.equal(state.gradient(along)[1], state.gradient(along, through_denoiser=False)[1])
@@ -321,7 +320,7 @@ def test_gradients_do_not_depend_on_chunks_or_on_the_caller_s_mode():
 
 def test_a_state_knows_its_slope_once_and_hands_it_on():
     diffusion, value = PlaneMixtureDiffusion(4), bound(PosteriorMean(), Quadratic([1.0, -2.0]))
-    state = diffusion.start([""] * 2, [0, 1], 3)
+    state = State.start(diffusion, [""] * 2, [0, 1], 3)
     v, slope = state.gradient(value)
     assert diffusion.denoised_rows == [6]
     for k in range(6):
@@ -388,7 +387,7 @@ def test_a_search_without_success_returns_plain_sampling():
 def test_pruning_keeps_the_chains_that_look_best_on_the_way():
     diffusion, b = GaussianDiffusion(8), torch.tensor(B, dtype=torch.float64)
     final = run(diffusion, ProgressivePruning(4), value_of(), 1)
-    state = diffusion.start([""], [0], 8)
+    state = State.start(diffusion, [""], [0], 8)
     for i in range(8):
         if keep := {2: 4, 4: 2}.get(i):
             state = state.select((state.x0.flatten(1) @ b).argsort(descending=True)[None, :keep])
@@ -398,8 +397,8 @@ def test_pruning_keeps_the_chains_that_look_best_on_the_way():
 
 def test_a_late_pruning_happens_at_the_last_step():
     final = run(GaussianDiffusion(5), ProgressivePruning(4, [(0.0, 2.0), (0.99, 0.25)]), value_of(), 1)
-    assert [len(choice.kept[0]) for choice in final.context.trace.choices] == [1]
-    assert final.context.trace.choices[0].i == 4
+    assert [len(selection.kept[0]) for selection in final.context.trace.selections] == [1]
+    assert final.context.trace.selections[0].i == 4
 
 
 def test_every_sampler_beats_plain_sampling():
@@ -415,7 +414,7 @@ def test_every_sampler_beats_plain_sampling():
         DPS(),
         TwistedSMC(),
         SVDD(guide_every=4),
-        SVDD(2, num_particles=4, weigh_current=True),
+        SVDD(2, num_particles=4, score_parent=True),
     ):
         assert float(rewards(run(diffusion, sampler, value_of(), 200)).mean()) > plain + 0.2
 

@@ -16,6 +16,7 @@ from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import State
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound, run
@@ -67,7 +68,7 @@ def test_the_flow_of_ancestral_steps_is_an_euler_step():
 
 def test_flowing_to_the_end_is_the_chain_without_noise():
     diffusion = GaussianDiffusion(5, eta=0.0)
-    state, end = diffusion.start([""] * 3, range(3)), run(diffusion, Unguided(), None, 3)
+    state, end = State.start(diffusion, [""] * 3, range(3)), run(diffusion, Unguided(), None, 3)
     while not state.done:
         state = state.flow()
     torch.testing.assert_close(state.x, end.x)
@@ -87,7 +88,7 @@ def test_looking_no_step_ahead_is_the_posterior_mean_bit_for_bit():
 @pytest.mark.parametrize("steps", [5, 6, 100])
 def test_looking_to_the_end_predicts_a_chain_without_noise(steps):
     diffusion = GaussianDiffusion(6, eta=0.0)
-    state, value = diffusion.start([""] * 4, range(4)), bound(Lookahead(steps), Linear(B))
+    state, value = State.start(diffusion, [""] * 4, range(4)), bound(Lookahead(steps), Linear(B))
     end = run(diffusion, Unguided(), value, 4).scores(Linear(B))
     while not state.done:
         if state.i > 0 or steps > 5:
@@ -104,12 +105,12 @@ def test_the_rows_of_looking_ahead(k, candidates):
     ahead = sum(1 + min(k, steps - 1 - i) for i in range(1, steps))
     expected = steps if candidates == 1 else 1 + candidates * ahead
     assert final.context.ledger.denoiser_rows == sum(diffusion.denoised_rows) == 3 * expected
-    assert final.context.ledger.denoiser_rows <= 3 * SVDD(candidates).rows(steps) * Lookahead(k).most_rows
+    assert final.context.ledger.denoiser_rows <= 3 * (1 + candidates * (steps - 1)) * Lookahead(k).most_rows
 
 
 def test_looking_ahead_does_not_change_the_noise_or_the_state():
     diffusion = GaussianDiffusion(5)
-    state = diffusion.start([""] * 2, range(2)).propose()
+    state = State.start(diffusion, [""] * 2, range(2)).propose()
     before = [generator.get_state() for generator in state.context.generators]
     bound(Lookahead(3), Linear(B))(state)
     assert all(torch.equal(a.get_state(), b) for a, b in zip(state.context.generators, before, strict=True))
@@ -120,7 +121,7 @@ def test_looking_ahead_does_not_change_the_noise_or_the_state():
 
 def test_a_gradient_flows_from_ahead():
     diffusion, value = GaussianDiffusion(6), bound(Lookahead(2), Linear(B))
-    state = diffusion.start([""], [0]).propose()
+    state = State.start(diffusion, [""], [0]).propose()
     _, slope = state.gradient(value)
     ahead = state.flow().flow()
     shifted = type(state)(state.x + 1e-3 * slope, state.i, state.row, state.origin, state.context)
@@ -167,7 +168,7 @@ def test_a_preview_without_guidance_is_cheaper_and_only_the_kept_one_is_paid_in_
 def test_a_preview_is_the_x0_of_a_model_with_that_scale(sd15):
     own, other = StableDiffusion(sd15, 4, guidance_scale=7.5), StableDiffusion(sd15, 4, guidance_scale=1.0)
     with torch.no_grad():
-        states = [diffusion.start(["panda"], [0]) for diffusion in (own, other)]
+        states = [State.start(diffusion, ["panda"], [0]) for diffusion in (own, other)]
         torch.testing.assert_close(states[0].preview(1.0), states[1].x0)
         assert not torch.allclose(states[0].preview(1.0), states[0].x0)
         torch.testing.assert_close(states[0].preview(7.5), states[0].x0)
@@ -212,7 +213,7 @@ def test_previews_use_it_and_images_do_not(sd15, tiny_decoder):
     with torch.no_grad():
         torch.testing.assert_close(final.images, plain.decode(final.x))
     assert final.context.ledger.decoded_images == 3 * 2
-    assert final.context.ledger.denoiser_rows == SVDD(2).rows(3)
+    assert final.context.ledger.denoiser_rows == 1 + 2 * 2
     assert any(name.startswith("value.preview_decoder.") for name, _ in model.named_parameters())
 
 

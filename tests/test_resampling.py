@@ -161,7 +161,7 @@ def test_the_past_follows_the_particles_and_only_the_poor_share():
     torch.testing.assert_close(after.log_normaliser, weights.log_normaliser)
     torch.testing.assert_close(after.log_w[0], weights.log_normaliser[:1].expand(4))
     assert torch.equal(after.log_w[1], weights.log_w[1])
-    for name in ("paid", "peak", "total"):
+    for name in ("log_potentials", "peak", "total"):
         assert torch.equal(getattr(after, name), getattr(weights, name).gather(1, index))
 
 
@@ -180,7 +180,7 @@ def test_adaptive_tempering_stops_at_the_threshold():
         weights = rule.weigh(weights, v, i / len(values))
         assert (weights.exponent >= last).all()
         assert (weights.exponent <= 1).all()
-        size = weights.effective_sample_size
+        size = effective_sample_size(weights.log_w)
         held = (weights.exponent[:, 0] < 1) & (weights.exponent > last)[:, 0]
         torch.testing.assert_close(size[held], torch.full_like(size[held], 3.0), rtol=1e-5, atol=0)
         last = weights.exponent

@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPVisionModelWithProjection
 from svdd import RewardError, UserError
 from svdd.assets.hub import find_file, read_weights
 from svdd.rewards.aesthetic import Aesthetic, AestheticHead
+from svdd.rewards.base import is_device_failure
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.colorfulness import Colorfulness
@@ -29,7 +30,7 @@ from svdd.rewards.sharpness import Sharpness
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
-from svdd.runs.failures import draw_the_rest
+from svdd.runs.failures import predict_or_skip
 from svdd.runs.prompts import Prompt
 from tests.test_rewards import PROMPTS, as_pil, pictures
 
@@ -418,7 +419,9 @@ def test_a_failing_device_is_not_the_rewards_fault(error):
     assert not isinstance(caught.value, RewardError)
     prompts = [Prompt(k, text, None, None, {}) for k, text in enumerate("ab")]
     with pytest.raises(type(error)):
-        draw_the_rest(lambda batch: FunctionReward(hungry).score(pictures(len(batch)), [""]), prompts)
+        predict_or_skip(
+            lambda batch: FunctionReward(hungry).score(pictures(len(batch)), [""]), prompts, is_device_failure
+        )
 
 
 # ---- rewards of rewards

@@ -1,6 +1,5 @@
 """Samplers against laws in closed form, against each other in their limits, and against their exact cost."""
 
-import inspect
 import math
 from functools import cache
 
@@ -10,6 +9,7 @@ import torch
 
 from svdd import UserError
 from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -18,9 +18,11 @@ from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
+from svdd.samplers.toolbox.window import Window
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.state.state import Start, State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import (
     ExactSoftValue,
@@ -45,10 +47,10 @@ SAMPLERS = [
     SVDD(1, num_particles=3),
     SVDD(4, guide_start=0.3, guide_stop=0.9),
     SVDD(4, num_particles=2, guide_every=2),
-    SVDD(3, num_particles=4, weigh_current=True),
+    SVDD(3, num_particles=4, score_parent=True),
     BeamSearch(3, 2),
     BlockwiseBestOfN(3, 2),
-    BlockwiseBestOfN(3, 2, alpha=0.7, weigh_current=True),
+    BlockwiseBestOfN(3, 2, alpha=0.7, score_parent=True),
     BlockwiseBestOfN(3, 2, guide_start=0.3, guide_stop=0.9),
     SMC(5, alpha=0.7),
     SMC(5, alpha=0.7, ess_threshold=1.0, resampler="multinomial", returns="drawn", guide_every=2),
@@ -65,8 +67,9 @@ SAMPLERS = [
 
 
 def label(sampler) -> str:
-    arguments = [str(getattr(sampler, name)) for name in inspect.signature(type(sampler)).parameters]
-    return type(sampler).__name__ + "-" + "-".join(arguments)
+    positional, named = sampler.arguments
+    words = [*map(str, positional), *(f"{name}={each}" for name, each in named.items())]
+    return "-".join([type(sampler).__name__, *words])
 
 
 def value_of(b=B):
@@ -102,10 +105,10 @@ def largest_of(m: int) -> float:
 def test_the_gaussian_chain_is_the_linear_map_that_the_tests_take_it_for(eta):
     diffusion = GaussianDiffusion(5, eta=eta)
     x = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    nobody = torch.zeros(4, dtype=torch.int64)
+    first_row = torch.zeros(4, dtype=torch.int64)
     for i in range(5):
         factor, constant = diffusion.affine(i)
-        mean = diffusion.denoise(x, i, torch.zeros(1, dtype=torch.float64), nobody).mean
+        mean = diffusion.denoise(x, i, torch.zeros(1, dtype=torch.float64), first_row).mean
         torch.testing.assert_close(mean, factor * x + constant)
 
 
@@ -113,7 +116,7 @@ def test_the_exact_soft_value_is_a_martingale_of_the_kernel():
     """exp(v_i(x) / alpha) = E[exp(v_{i+1} / alpha) | x_i = x], here by quadrature."""
     alpha, diffusion = 0.7, GaussianDiffusion(4, size=1)
     value = bound(ExactSoftValue(alpha), Linear([1.3]))
-    state = diffusion.start([""], [0]).propose()
+    state = State.start(diffusion, [""], [0]).propose()
     z = torch.linspace(-9, 9, 4001, dtype=torch.float64)
     mass = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     children = state.propose(4001)
@@ -287,7 +290,7 @@ def test_a_beam_of_single_candidates_is_best_of_n_bit_for_bit():
 def test_one_step_of_svdd_is_the_best_of_its_candidates():
     diffusion, candidates = GaussianDiffusion(1), 8
     final = run(diffusion, SVDD(candidates), value_of(), 5)
-    ends = diffusion.start([""] * 5, range(5)).propose(candidates)
+    ends = State.start(diffusion, [""] * 5, range(5)).propose(candidates)
     torch.testing.assert_close(rewards(final), rewards(ends).view(5, candidates).max(1).values)
 
 
@@ -296,12 +299,12 @@ def test_an_image_is_the_same_alone_in_a_batch_and_in_another_order(sampler):
     diffusion = GaussianDiffusion(3)
     prompts, seeds = ["1", "-2", "", "0.5"], [7, 0, 2**62, 3]
     together = run(diffusion, sampler, value_of(), prompts=prompts, seeds=seeds)
-    assert together.prompts == [prompt for prompt in prompts for _ in range(sampler.returned)]
-    images = together.x.unflatten(0, (4, sampler.returned))
+    images = together.x.unflatten(0, (4, -1))
+    assert together.prompts == [prompt for prompt in prompts for _ in range(images.shape[1])]
     traces = together.context.trace.per_image(lineage=True)
     order = [2, 0, 3, 1]
     other = run(diffusion, sampler, value_of(), prompts=[prompts[k] for k in order], seeds=[seeds[k] for k in order])
-    assert torch.equal(other.x.unflatten(0, (4, sampler.returned)), images[order])
+    assert torch.equal(other.x.unflatten(0, (4, -1)), images[order])
     for k in range(4):
         alone = run(diffusion, sampler, value_of(), prompts=prompts[k : k + 1], seeds=seeds[k : k + 1])
         assert torch.equal(alone.x, images[k])
@@ -321,49 +324,6 @@ def test_the_global_generator_is_left_alone(sampler):
 # ---- cost
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
-@pytest.mark.parametrize("steps", [1, 2, 5, 8])
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_cost_is_the_promised_one(sampler, steps, count):
-    diffusion = GaussianDiffusion(steps)
-    final = run(diffusion, sampler, value_of(), count)
-    assert final.done
-    assert final.x.shape == (count * sampler.returned, 1, 1, 2)
-    assert final.images.shape == (count * sampler.returned, 3, 1, 2)
-    ledger = final.context.ledger
-    assert ledger.denoiser_rows == count * sampler.rows(steps) == sum(diffusion.denoised_rows)
-    assert ledger.network_rows == ledger.denoiser_rows
-
-
-@pytest.mark.parametrize(
-    ("sampler", "rows"),  # at T = 8, written out
-    [
-        (Unguided(), 8),
-        (BestOfN(4), 4 * 8),
-        (SVDD(5), 1 + 5 * 7),
-        (SVDD(3, num_particles=2), 2 * (1 + 3 * 7)),
-        (SVDD(4, guide_start=0.5), 8 + 3 * 3),  # the steps that leave 4, 5, 6; the last one's candidates are free
-        (SVDD(4, guide_stop=0.5), 8 + 3 * 4),
-        (SVDD(4, guide_every=2), 8 + 3 * 3),  # those that leave 1, 3, 5, and 7
-        (SVDD(3, num_particles=4, weigh_current=True), 4 * 8),
-        (BeamSearch(3, 2), 3 * (1 + 2 * 7)),
-        (BlockwiseBestOfN(3, 4), 1 + 3 * 7),
-        (BlockwiseBestOfN(3, 3), 1 + 3 * 7),
-        (BlockwiseBestOfN(3, 4, weigh_current=True), 2 + 3 * 6),
-        (BlockwiseBestOfN(3, 4, guide_start=0.5), 1 + 4 + 3 * 3),
-        (SMC(5), 5 * 8),
-        (ProgressivePruning(4), 8 * 3 + 4 * 2 + 2 * 3),  # states 0 .. 2, 3 and 4, 5 .. 7
-        (RandomSearch(4), 4 * 8),
-        (ZeroOrderSearch(2, 3), 7 * 8),
-        (DPS(1.0), 8),
-        (TwistedSMC(4), 4 * 8),
-    ],
-    ids=lambda case: label(case) if hasattr(case, "rows") else str(case),
-)
-def test_the_promised_cost_is_the_formulas(sampler, rows):
-    assert sampler.rows(8) == rows
-
-
 @pytest.mark.parametrize(
     ("sampler", "scored"),  # images that the reward sees, at T = 8
     [
@@ -375,7 +335,7 @@ def test_the_promised_cost_is_the_formulas(sampler, rows):
         (SVDD(3, num_particles=2), 2 * 3 * 8),
         (SVDD(1, num_particles=3), 3),
         (SVDD(4, guide_stop=0.5), 4 * 4),
-        (SVDD(3, num_particles=4, weigh_current=True), 4 * 7 + 12),
+        (SVDD(3, num_particles=4, score_parent=True), 4 * 7 + 12),
         (BlockwiseBestOfN(3, 4), 3 * 2),
         (SMC(5), 5 * 8),
         (SMC(5, guide_every=4), 5 * 2),
@@ -384,7 +344,7 @@ def test_the_promised_cost_is_the_formulas(sampler, rows):
         (DPS(1.0), 8),
         (TwistedSMC(4), 4 * 9),
     ],
-    ids=lambda case: label(case) if hasattr(case, "rows") else str(case),
+    ids=lambda case: label(case) if isinstance(case, Sampler) else str(case),
 )
 def test_nothing_is_scored_or_decoded_twice(sampler, scored):
     ledger = run(GaussianDiffusion(8), sampler, value_of(), 3).context.ledger
@@ -399,17 +359,7 @@ def test_nothing_is_scored_or_decoded_twice(sampler, scored):
 
 def sampler_ends_unseen(sampler) -> bool:
     """Whether no image of the last step was asked for: guidance had stopped before."""
-    return getattr(sampler, "guide_stop", 1.0) < 1.0
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
-@pytest.mark.parametrize("steps", [1, 5, 8])
-def test_the_cost_with_a_free_value_is_the_promised_one(sampler, steps):
-    if getattr(sampler, "weigh_current", False) or not getattr(sampler, "through_denoiser", True):
-        pytest.skip("asks for x0 itself")
-    value = bound(ExactSoftValue(0.7), Linear(B))
-    spent = run(GaussianDiffusion(steps), sampler, value, 2).context.ledger.denoiser_rows
-    assert spent == 2 * sampler.rows_of_free_value(steps) == 2 * sampler.most_rows(steps, value_rows=0)
+    return getattr(sampler, "window", Window()).stop < 1.0
 
 
 @pytest.mark.parametrize(("candidates", "particles"), [(5, 1), (3, 2)])
@@ -424,10 +374,10 @@ def test_a_deterministic_last_step_proposes_no_copies():
     diffusion = GaussianDiffusion(4, last=1.0)
     assert diffusion.std(3) == 0.0
     final = run(diffusion, SVDD(5), value_of(), 2)
-    assert final.context.ledger.denoiser_rows == 2 * SVDD(5).rows(4)
+    assert final.context.ledger.denoiser_rows == 2 * (1 + 5 * 3)
     assert final.context.ledger.reward_calls == 2 * 5 * 3
     beam = run(diffusion, SVDD(5, num_particles=3), value_of(), 2)
-    assert beam.context.ledger.denoiser_rows == 2 * SVDD(5, num_particles=3).rows(4)
+    assert beam.context.ledger.denoiser_rows == 2 * 3 * (1 + 5 * 3)
     assert beam.context.ledger.reward_calls == 2 * (15 * 3 + 3)
 
 
@@ -486,14 +436,14 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: BestOfN(0), "num_particles must be >= 1, got 0"),
         (lambda: SVDD(guide_start=0.5, guide_stop=0.5), "guide_start and guide_stop must satisfy"),
         (lambda: SVDD(guide_every=0), "guide_every must be >= 1, got 0"),
-        (lambda: SVDD(weigh_current=True), "weigh_current needs num_particles > 1"),
-        (lambda: SVDD(4, num_particles=4, weigh_current=True), "weigh_current needs num_candidates < num_particles"),
-        (lambda: BeamSearch(weigh_current=True), "weigh_current needs num_candidates < num_particles"),
+        (lambda: SVDD(score_parent=True), "score_parent needs num_particles > 1"),
+        (lambda: SVDD(4, num_particles=4, score_parent=True), "score_parent needs num_candidates < num_particles"),
+        (lambda: BeamSearch(score_parent=True), "score_parent needs num_candidates < num_particles"),
         (lambda: BeamSearch(num_beams=0), "num_beams must be >= 1, got 0"),
         (lambda: BeamSearch(num_candidates=0), "num_candidates must be >= 1, got 0"),
         (lambda: BlockwiseBestOfN(block_size=0), "block_size must be >= 1, got 0"),
         (lambda: BlockwiseBestOfN(alpha=-0.1), "alpha must be >= 0, got -0.1"),
-        (lambda: BlockwiseBestOfN(block_size=1, weigh_current=True), "weigh_current needs block_size > 1"),
+        (lambda: BlockwiseBestOfN(block_size=1, score_parent=True), "score_parent needs block_size > 1"),
         (lambda: SMC(num_particles=0), "num_particles must be >= 1, got 0"),
         (lambda: SMC(alpha=0), "alpha must be > 0, got 0; for the limit of alpha = 0 use SVDD"),
         (lambda: SMC(ess_threshold=1.5), "ess_threshold must lie in 0 .. 1"),
@@ -529,9 +479,9 @@ def test_a_value_without_a_reward_says_what_to_do():
 
 def test_watchers_hear_of_every_step_and_every_mean_value():
     heard = []
-    state = GaussianDiffusion(3).start(["", ""], [0, 1])
-    state.context.on_step = lambda i, value: heard.append((i, value))
-    SVDD(4).sample(state, value_of())
+    start = Start(GaussianDiffusion(3), ["", ""], [0, 1])
+    start.context.on_step = lambda i, value: heard.append((i, value))
+    SVDD(4)(start, value_of())
     assert [i for i, value in heard if value is None] == [1, 2, 3]
     assert [i for i, value in heard if value is not None] == [1, 2, 3]
     assert all(math.isfinite(value) for _, value in heard if value is not None)

@@ -11,6 +11,7 @@ import torch
 from svdd import UserError
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import State
 from tests.analytic import run
 
 
@@ -77,7 +78,7 @@ def _show_bars(library, shown):
 def test_x0_and_the_mean_follow_the_papers(folder, guidance_scale):
     """Guidance in float64, then x0 from epsilon or v, then formula (12) of arXiv 2010.02502, all written out."""
     diffusion = StableDiffusion(folder, 4, guidance_scale, eta=0.6)
-    state = diffusion.start(["a red apple", "blue car"], [0, 1])
+    state = State.start(diffusion, ["a red apple", "blue car"], [0, 1])
     with torch.no_grad():
         for i in range(4):
             t = int(diffusion.kernel.timesteps[i])

@@ -8,6 +8,7 @@ import torch
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.svdd import SVDD
+from svdd.state.state import Start, State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound, run
 
@@ -24,7 +25,7 @@ def diffusion():
 @pytest.fixture
 def state(diffusion):
     """Two images of three particles."""
-    return diffusion.start(["a", "5"], [10, 11], 3)
+    return State.start(diffusion, ["a", "5"], [10, 11], 3)
 
 
 # ---- evaluated when asked, and once
@@ -120,13 +121,13 @@ def test_children_are_consecutive_and_come_from_the_kernel(state):
 
 def test_a_sampler_may_shift_the_mean(state):
     shifted = state.propose(2, mean=state.prediction.mean + 1)
-    other = state.context.diffusion.start(["a", "5"], [10, 11], 3).propose(2)
+    other = State.start(state.context.diffusion, ["a", "5"], [10, 11], 3).propose(2)
     torch.testing.assert_close(shifted.x, other.x + 1)
 
 
 def test_a_deterministic_step_draws_nothing():
     diffusion = GaussianDiffusion(3, eta=0.0)
-    state = diffusion.start(["a"], [1])
+    state = State.start(diffusion, ["a"], [1])
     before = state.context.generators[0].get_state()
     children = state.propose(2)
     assert torch.equal(children.x[0], children.x[1])
@@ -166,7 +167,7 @@ def test_groups_need_not_be_images(state):
 
 
 def test_the_start_is_what_the_images_own_generator_draws(diffusion):
-    state = diffusion.start(["a", "b"], [3, 2**63 - 1], 2)
+    state = State.start(diffusion, ["a", "b"], [3, 2**63 - 1], 2)
     for k, seed in enumerate([3, 2**63 - 1]):
         generator = torch.Generator().manual_seed(seed)
         expected = torch.randn(2, 1, 1, 2, generator=generator, dtype=torch.float64)
@@ -177,17 +178,17 @@ def test_the_start_is_what_the_images_own_generator_draws(diffusion):
 
 
 def test_noise_does_not_depend_on_the_other_images(diffusion):
-    together = diffusion.start(["a", "b", "c"], [4, 5, 6]).propose(2).propose()
+    together = State.start(diffusion, ["a", "b", "c"], [4, 5, 6]).propose(2).propose()
     uniforms = together.uniforms(3)
     for k, (prompt, seed) in enumerate(zip("abc", [4, 5, 6], strict=True)):
-        alone = diffusion.start([prompt], [seed]).propose(2).propose()
+        alone = State.start(diffusion, [prompt], [seed]).propose(2).propose()
         assert torch.equal(alone.x, together.x[2 * k : 2 * k + 2])
         assert torch.equal(alone.uniforms(3)[0], uniforms[k])
 
 
 def test_uniform_numbers_lie_in_their_interval_and_do_not_shift_the_noise(diffusion):
-    quiet = diffusion.start(["a", "b"], [0, 1])
-    asking = diffusion.start(["a", "b"], [0, 1])
+    quiet = State.start(diffusion, ["a", "b"], [0, 1])
+    asking = State.start(diffusion, ["a", "b"], [0, 1])
     first, second = asking.uniforms(500), asking.uniforms(500)
     assert torch.equal(quiet.propose(3).x, asking.propose(3).x)
     assert first.shape == (2, 500)
@@ -208,16 +209,16 @@ def test_images_of_equal_seed_and_prompt_are_equal(diffusion):
 
 
 def test_distinct_prompts_are_encoded_once_and_looked_up_by_row(diffusion):
-    state = diffusion.start(["a", "7", "a", "7"], [0, 1, 2, 3], 2)
+    state = State.start(diffusion, ["a", "7", "a", "7"], [0, 1, 2, 3], 2)
     assert diffusion.encoded == [[("a", None), ("7", None)]]
     assert state.row.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
     assert state.prompts == ["a", "a", "7", "7", "a", "a", "7", "7"]
-    alone = diffusion.start(["7"], [1], 2)
+    alone = State.start(diffusion, ["7"], [1], 2)
     assert torch.equal(state.x0[2:4], alone.x0)  # the prompt moves the prior: the wrong one would show
 
 
 def test_a_prompt_with_two_negative_prompts_is_two_conditions(diffusion):
-    state = diffusion.start(["a", "a", "a"], [0, 1, 2], negative_prompts=["blurry", None, "blurry"])
+    state = State.start(diffusion, ["a", "a", "a"], [0, 1, 2], negative_prompts=["blurry", None, "blurry"])
     assert diffusion.encoded == [[("a", "blurry"), ("a", None)]]
     assert state.row.tolist() == [0, 1, 0]
     assert state.prompts == ["a", "a", "a"]
@@ -229,14 +230,49 @@ def test_a_prompt_with_two_negative_prompts_is_two_conditions(diffusion):
         (([], []), "at least one image, got 0, 0 and 0"),
         ((["a", "b"], [1]), "one entry per image.*got 2, 1 and 2"),
         ((["a"], [1], 1, ["x", "y"]), "got 1, 1 and 2"),
-        ((["a"], [1], 0), "num_particles must be >= 1, got 0"),
+        ((["a"], [1], 0), "a start needs at least 1 row per image, got 0"),
         ((["a", "b"], [1, -3]), r"a seed must lie in 0 \.\. 9223372036854775807, got -3"),
         ((["a"], [2**63]), "a seed must lie in .* got 9223372036854775808"),
     ],
 )
 def test_a_start_that_makes_no_sense_is_refused(diffusion, arguments, message):
     with pytest.raises(ValueError, match=message):
-        diffusion.start(*arguments)
+        State.start(diffusion, *arguments)
+
+
+def test_a_second_start_draws_other_rows_and_encodes_nothing(diffusion):
+    start = Start(diffusion, ["a", "7"], [3, 4])
+    first, second = start(2), start(3)
+    assert diffusion.encoded == [[("a", None), ("7", None)]]
+    assert first.origin.tolist() == [0, 1] * 2
+    assert second.origin.tolist() == [2, 3, 4] * 2
+    together = State.start(diffusion, ["a", "7"], [3, 4], 5)  # the image's stream goes on
+    assert torch.equal(first.join(second).x, together.x)
+    assert torch.equal(first.join(second).origin, together.origin)
+
+
+# ---- divergence
+
+
+def test_what_leaves_the_pretrained_chain_enters_its_divergence(state):
+    trace = state.context.trace
+    assert trace.path_kl == 0.0
+    state = state.propose().select(index([0, 1], [1, 2]), kl=torch.tensor([1.0, 2.0]))
+    state = state.propose(mean=state.prediction.mean + 1, kl=torch.tensor([0.5, 0.25]))
+    assert trace.path_kl.tolist() == [1.5, 2.25]
+    state.select(index([0], [1]))
+    assert trace.path_kl is None
+    state.propose(mean=state.prediction.mean, kl=torch.zeros(2))
+    assert trace.path_kl is None
+
+
+def test_other_starts_and_shifts_without_a_divergence_leave_it_unknown(diffusion):
+    for leave in (lambda s: s.replay(s.x + 1), lambda s: s.propose(mean=s.prediction.mean)):
+        state = State.start(diffusion, ["a"], [0])
+        state.replay(state.x)
+        assert state.context.trace.path_kl == 0.0
+        leave(state)
+        assert state.context.trace.path_kl is None
 
 
 # ---- with a network
@@ -254,4 +290,4 @@ def test_one_row_cannot_see_another(sd15, alpha):
         ]
     assert torch.equal(together.x, torch.cat([state.x for state in alone]))
     assert torch.equal(together.images, torch.cat([state.images for state in alone]))
-    assert together.context.ledger.denoiser_rows == 4 * SVDD(3).rows(3)
+    assert together.context.ledger.denoiser_rows == 4 * (1 + 3 * 2)

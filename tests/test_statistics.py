@@ -13,18 +13,21 @@ from svdd import UserError
 from svdd.evaluation.baseline import against, over_optimised, paired, warning
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import CMMD, Diversity, RewardStatistics
-from svdd.evaluation.metrics.bootstrap import bootstrap_interval, spread_within
-from svdd.evaluation.metrics.bootstrap import clustered as in_clusters
-from svdd.evaluation.metrics.student_t import t_quantile
+from svdd.evaluation.metrics.intervals import bootstrap_interval, spread_within, t_quantile
+from svdd.evaluation.metrics.intervals import clustered as in_clusters
 from svdd.runs.pictures import find_pictures, read_pictures
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
+from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.selection import choice_kl
+from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
+from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.state.state import Start, State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound
 
@@ -219,12 +222,12 @@ def test_the_divergence_of_a_choice_is_that_of_its_law():
     assert float(choice_kl(values, 0.5)[1]) == pytest.approx(0, abs=1e-12)
 
 
-def drawn(sampler, num_steps: int = 6) -> torch.Tensor | float:
+def drawn(sampler, num_steps: int = 6) -> torch.Tensor | float | None:
     value, chain = bound(PosteriorMean(), Linear([1.0, 0.5])), GaussianDiffusion(num_steps)
-    return sampler.sample(chain.start(["0"] * 3, range(3), sampler.start_particles), value).context.trace.path_kl
+    return sampler(Start(chain, ["0"] * 3, range(3)), value).context.trace.path_kl
 
 
-def test_every_sampler_tells_how_far_it_went():
+def test_the_trace_holds_how_far_a_sampler_went():
     best = [math.log(n) - (n - 1) / n for n in (4, 8)]
     assert drawn(Unguided()) == 0
     assert drawn(SVDD(1)) == 0
@@ -235,14 +238,15 @@ def test_every_sampler_tells_how_far_it_went():
     assert drawn(BlockwiseBestOfN(4, block_size=3)).tolist() == pytest.approx([2 * best[0]] * 3)
     soft = drawn(SVDD(4, alpha=1.0))
     assert ((soft > 0) & (soft < guided * math.log(4))).all()
-    assert not SVDD(4, num_particles=2).tells_path_kl
-    assert not SMC().tells_path_kl
+    for unknown in (SVDD(4, num_particles=2), SMC(), ProgressivePruning(), ZeroOrderSearch(), TwistedSMC()):
+        assert drawn(unknown) is None
+    assert drawn(SMC(1)) == 0  # plain sampling
 
 
 def test_the_divergence_of_dps_is_that_of_the_shifted_kernels():
     """A linear reward of the posterior mean has the slope x0 / x; KL = shift^2 / (2 std^2), summed over the steps."""
     value, chain = bound(PosteriorMean(), Linear([1.0, 0.5])), GaussianDiffusion(6)
-    state = chain.start(["0"] * 2, range(2))
+    state = State.start(chain, ["0"] * 2, range(2))
     expected = torch.zeros(2, dtype=torch.float64)
     while not state.done:
         if state.std > 0:
@@ -252,7 +256,7 @@ def test_the_divergence_of_dps_is_that_of_the_shifted_kernels():
             state = state.propose(mean=state.prediction.mean + shift)
         else:
             state = state.propose()
-    again = DPS(scale=2.0).sample(chain.start(["0"] * 2, range(2)), value)
+    again = DPS(scale=2.0)(Start(chain, ["0"] * 2, range(2)), value)
     torch.testing.assert_close(torch.as_tensor(again.context.trace.path_kl), expected)
     assert expected.min() > 0
 
@@ -419,7 +423,7 @@ def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
         Evaluation("emoji", baseline=str(tmp_path)).check()
     with pytest.raises(UserError, match="is no folder"):
         Evaluation("emoji", reference=str(tmp_path / "absent"), distances=["cmmd"]).check()
-    with pytest.raises(UserError, match=r"pretrained='emojis' has no config\.json"):
+    with pytest.raises(UserError, match=r"pretrained='./emojis' is not a folder"):
         Evaluation("./emojis").check()
 
 
@@ -428,7 +432,7 @@ def test_a_baseline_that_was_guided_is_pointed_out(tmp_path):
     with pytest.raises(UserError, match=r"has no readable summary\.json"):
         Evaluation(baseline=str(folder)).check()
     (folder / "summary.json").write_text(json.dumps({"sampler": "SVDD"}))
-    with pytest.warns(UserWarning, match="is a run guided by SVDD: .* draw the baseline with --model.sampler Unguided"):
+    with pytest.warns(UserWarning, match="is a run guided by SVDD, .* draw the baseline with --model.sampler Unguided"):
         Evaluation(baseline=str(folder)).check()
     (folder / "summary.json").write_text(json.dumps({"sampler": "Unguided"}))
     with warnings.catch_warnings():

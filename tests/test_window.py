@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdd.samplers.toolbox.window import Window
-from svdd.state.trace import Choice, Trace, count_distinct
+from svdd.state.trace import Selection, Trace, count_distinct
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_distinct_numbers_are_counted():
     assert count_distinct(groups).tolist() == [1, 2, 3]
 
 
-def test_a_trace_has_one_entry_per_choice():
+def test_a_trace_has_one_entry_per_selection():
     trace = Trace()
     assert trace.per_image() == []
     values, kept = torch.tensor([[1.0, 3.0], [0.0, -2.0]]), torch.tensor([[1], [0]])
-    trace.choices.append(Choice(1, values, kept, torch.tensor([1, 1])))
-    trace.choices.append(
-        Choice(4, values, kept, torch.tensor([1, 1]), torch.tensor([2.0, 1.5]), torch.tensor([0.1, 0.0]))
+    trace.selections.append(Selection(1, values, kept, torch.tensor([1, 1])))
+    trace.selections.append(
+        Selection(4, values, kept, torch.tensor([1, 1]), torch.tensor([2.0, 1.5]), torch.tensor([0.1, 0.0]))
     )
     first, second = trace.per_image(lineage=True)
     assert first == {

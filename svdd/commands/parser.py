@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -11,7 +12,7 @@ import jsonargparse._typehints as typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from svdd import UserError, nearest
+from svdd import UserError, missing_methods, nearest
 from svdd.commands.configs import with_shipped_configs
 from svdd.commands.registry import KINDS, import_all, names_of
 
@@ -66,6 +67,11 @@ def explain(message: str) -> str:
         )
     if unknown := re.search(r"Expected a dot import path string: (\S+)", rest):
         return key + _unknown(name, unknown[1])
+    if " is abstract" in rest and (
+        path := re.search(r"(?:class, but|Given value: (?:{'class_path': ')?)\s*(\w+(?:\.\w+)+)", rest)
+    ):
+        module, _, cls = path[1].rpartition(".")
+        return f"{key}class {path[1]!r} cannot be used: {missing_methods(getattr(import_module(module), cls))}"
     if option := re.search(r"Option '([^']+)' is not accepted", rest):
         return f"{key}no argument {option[1]!r}; `svdd predict --{name}.help NAME` lists what class NAME takes"
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):

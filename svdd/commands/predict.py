@@ -82,9 +82,10 @@ class PredictCLI(ModelCLI):
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and says what a budget came to."""
         if self.trainer.is_global_zero and self.model.budget is not None:
-            *count, rows = (f"{name}={number}" for name, number in self.model.chosen.items())
-            words = " ".join([type(self.model.sampler).__name__, *(["with", *count] if count else [])])
-            print(f"budget {self.model.budget}: {words}, {rows} per image")
+            chosen = self.model.chosen
+            words = ", ".join(f"{name}={number}" for name, number in chosen.items())
+            backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
+            print(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:

@@ -2,16 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.diffusion.chunking import Chunker
-
-if TYPE_CHECKING:
-    from svdd.state.state import State
 
 __all__ = ["Denoised", "Diffusion"]
 
@@ -32,7 +29,7 @@ class Diffusion(nn.Module, ABC):
     """The reverse chain of a pretrained model, from noise (step i = 0) to the latent of an image (i = T).
 
     The index i counts denoising steps, in the opposite direction to the paper's t. `x0` is always the clean latent.
-    A subclass encodes prompts, denoises and decodes, and sets `latent_shape`.
+    A subclass encodes prompts, denoises and decodes, and sets `latent_shape`; `State.start` begins a chain.
 
     Args:
         num_inference_steps: T, the number of denoising steps.
@@ -89,20 +86,14 @@ class Diffusion(nn.Module, ABC):
         return 0
 
     def prompt_features(self, conditioning: Any) -> Tensor | None:
-        """Returns one vector per encoded prompt for learned values, [p, d], or None.
-
-        Args:
-            conditioning: The result of `encode`.
-        """
+        """Returns one vector per prompt of the conditioning, for learned values, [p, d], or None."""
         return None
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
-        """Returns the conditioning of distinct (prompt, negative prompt) pairs; only this class reads it.
+        """Returns the conditioning of distinct pairs of prompt and negative prompt (None means the model's default).
 
-        Args:
-            prompts: The prompt of each pair.
-            negative_prompts: The negative prompt of each pair; None means the model's default.
+        Only this class reads the result.
         """
 
     @abstractmethod
@@ -129,12 +120,7 @@ class Diffusion(nn.Module, ABC):
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """Moves latents from step i to i + 1 without noise: a DDIM step with eta = 0.
-
-        Args:
-            x: Latents at step i, [n, c, h, w].
-            x0: Their posterior means.
-            i: Step index, 0 .. T - 1.
+        """Moves latents x at step i, with posterior means x0, to step i + 1 without noise (DDIM with eta = 0).
 
         Raises:
             UserError: If the family does not implement it.
@@ -168,25 +154,3 @@ class Diffusion(nn.Module, ABC):
     def stochastic(self) -> bool:
         """Whether any step draws noise; otherwise all candidates of a parent are the same."""
         return any(self.std(i) > 0 for i in range(self.num_inference_steps))
-
-    def start(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        num_particles: int = 1,
-        negative_prompts: Sequence[str | None] | None = None,
-    ) -> "State":
-        """Returns the state at i = 0: pure noise, `num_particles` rows for each image.
-
-        Args:
-            prompts: One per image.
-            seeds: One per image; the image depends on it and on nothing else that is random.
-            num_particles: Rows per image.
-            negative_prompts: One per image, or None for the model's default throughout.
-
-        Raises:
-            ValueError: If there are no prompts, lengths differ or `num_particles` is below 1.
-        """
-        from svdd.state.state import start
-
-        return start(self, prompts, seeds, num_particles, negative_prompts)

@@ -15,14 +15,11 @@ __all__ = ["PretrainedReward"]
 class PretrainedReward(Reward):
     """A reward whose network is loaded at first use, onto the module's device and into its precision.
 
-    A subclass implements `read` and uses `network`.
+    A subclass implements `read` and uses `network` and `options`, the two arguments as `from_pretrained` takes them.
 
     Args:
         revision: Branch, tag or commit of a hub model.
         local_files_only: Use local files and the hub's cache only.
-
-    Attributes:
-        options: Both arguments, as `from_pretrained` takes them.
     """
 
     anchor: Tensor
@@ -30,6 +27,8 @@ class PretrainedReward(Reward):
     def __init__(self, revision: str | None = None, local_files_only: bool = False) -> None:
         super().__init__()
         self.options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        if revision is not None:
+            self.revision = revision  # a part of the identity
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows the module's device and precision
         self.pretrained_network: Any = None
 

@@ -1,35 +1,35 @@
-"""Draws a batch in which a prompt may fail: the prompts that fail are named, the others are drawn."""
+"""Draws a batch in which some prompts may fail."""
 
 from collections.abc import Callable
 
 import torch
 
 from svdd import RewardError, UserError
-from svdd.rewards.base import is_device_failure
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt
 
-__all__ = ["draw_the_rest"]
+__all__ = ["predict_or_skip"]
 
 
-def draw_the_rest(predict: Callable[[list[Prompt]], Prediction], batch: list[Prompt]) -> Prediction:
-    """Draws a batch; where it fails, draws its prompts one by one, and leaves out those that fail alone too.
-
-    What would fail for every prompt is no prompt's fault and is raised: a device that is out of memory or broken, and
-    settings that cannot work.
+def predict_or_skip(
+    predict: Callable[[list[Prompt]], Prediction], batch: list[Prompt], is_fatal: Callable[[Exception], bool]
+) -> Prediction:
+    """Draws a batch; if it fails, draws its prompts one by one and skips those that fail alone too.
 
     Args:
         predict: Draws and scores a batch.
         batch: Its prompts.
+        is_fatal: Whether an error would occur for every prompt, such as a device without memory; it is then raised. So
+            is every UserError except a RewardError.
     """
     try:
         return predict(batch)
     except Exception as error:
-        if _concerns_all(error):
+        if is_fatal(error) or (isinstance(error, UserError) and not isinstance(error, RewardError)):
             raise
         failure = error
     if len(batch) > 1:
-        return _join([draw_the_rest(predict, [prompt]) for prompt in batch])
+        return _join([predict_or_skip(predict, [prompt], is_fatal) for prompt in batch])
     row = {
         "prompt_index": batch[0].index,
         "image_index": 0,
@@ -37,13 +37,6 @@ def draw_the_rest(predict: Callable[[list[Prompt]], Prediction], batch: list[Pro
         "error": f"{type(failure).__name__}: {failure}",
     }
     return Prediction(torch.zeros(0, 3, 1, 1), [], failures=[row])
-
-
-def _concerns_all(error: Exception) -> bool:
-    """Whether other prompts would fail in the same way."""
-    if isinstance(error, UserError):
-        return not isinstance(error, RewardError)
-    return is_device_failure(error)
 
 
 def _join(parts: list[Prediction]) -> Prediction:

@@ -1,121 +1,79 @@
-"""What every sampler is."""
+"""The base class of all samplers, and checks that several of them share."""
 
-import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from svdd import UserError
+from svdd import UserError, missing_methods
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.toolbox.selection import effective_sample_size
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import State
-from svdd.state.trace import Choice, count_distinct
+from svdd.state.state import Start, State
+from svdd.state.trace import Selection, count_distinct
 from svdd.values.base import Value
 
-__all__ = ["Sampler", "require_at_least_one", "require_gradient", "require_guided_step", "require_noise"]
+__all__ = ["Sampler", "require_at_least_one", "require_guided_step", "require_noise"]
 
 
 class Sampler(ABC):
-    """Drives a state from noise to the end of the chain, choosing with a value.
+    """Moves particles from noise to the end of the chain; a value decides which of them survive.
 
-    A subclass keeps every constructor argument as an attribute of the same name.
+    A subclass implements `sample`. Its cost needs no declaration: `svdd.samplers.budget` counts it.
 
     Attributes:
-        start_particles: Rows per image of the state that `sample` wants.
-        returned: Rows per image of the state that `sample` returns.
-        needs_value: Whether `sample` asks the value at all.
+        budget_argument: The constructor argument, a count, that a budget may choose; None if there is none.
         needs_gradient: Whether `sample` differentiates the value.
-        budget_argument: The constructor argument, a count, that a budget of denoiser rows determines; None if no
-            argument bears on the cost.
-        asks_on_the_way: Whether `sample` asks the value before the end of the chain.
-        tells_path_kl: Whether `sample` enters into the trace how far it leaves the pretrained chain.
     """
 
-    start_particles: int = 1
-    returned: int = 1
-    needs_value: bool = True
-    needs_gradient: ClassVar[bool] = False
     budget_argument: ClassVar[str | None] = None
-    asks_on_the_way: ClassVar[bool] = True
-    tells_path_kl: bool = False
+    needs_gradient: ClassVar[bool] = False
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Sampler":
+        """Keeps the constructor's arguments, from which a budget builds the same sampler with another count."""
+        if missing := missing_methods(cls):
+            raise UserError(missing)
+        sampler = super().__new__(cls)
+        sampler.arguments = args, kwargs
+        return sampler
 
     @abstractmethod
-    def sample(self, state: State, value: Value) -> State:
-        """Returns the state at the end of the chain, `returned` rows per image.
+    def sample(self, start: Start, value: Value) -> State:
+        """Returns the state at the end of the chain, equally many rows per image.
 
         Args:
-            state: The start, with `start_particles` rows per image.
-            value: Estimates how good a row will turn out; at the end of the chain it is the reward itself.
+            start: `start(n)` returns n rows per image at i = 0.
+            value: Estimates the reward that a row will reach; at the end of the chain it is the reward itself.
         """
 
-    @abstractmethod
-    def rows(self, num_inference_steps: int) -> int:
-        """Returns the denoiser rows that `sample` spends per image of the batch with a posterior-mean value."""
-
-    def rows_of_free_value(self, num_inference_steps: int) -> int:
-        """Returns the denoiser rows per image with a value that needs none; by default as many as `rows`."""
-        return self.rows(num_inference_steps)
-
-    def most_rows(self, num_inference_steps: int, value_rows: int = 1) -> int:
-        """Returns the most denoiser rows that `sample` may spend per image.
-
-        Args:
-            num_inference_steps: T.
-            value_rows: `Value.most_rows`. At 0 and 1 the number is exact.
-        """
-        if value_rows == 0:
-            return self.rows_of_free_value(num_inference_steps)
-        return self.rows(num_inference_steps) * (value_rows if self.asks_on_the_way else 1)
-
-    def check(self, diffusion: Diffusion, value: Value) -> None:  # noqa: B027 (most samplers work with everything)
-        """Raises UserError if the sampler cannot work on this chain or with this value."""
-
-    def within(self, budget: int, num_inference_steps: int, value_rows: int = 1) -> "Sampler":
-        """Returns this sampler with the largest count whose cost does not exceed a budget.
-
-        Where the count does not bear on the cost, it stays as it is.
-
-        Args:
-            budget: Denoiser rows per returned image.
-            num_inference_steps: T.
-            value_rows: `Value.most_rows` of the value that the sampler will ask.
+    def __call__(self, start: Start, value: Value) -> State:
+        """Returns the state that `sample` returns, after checking it.
 
         Raises:
-            UserError: If even the smallest count exceeds the budget, or the budget determines no count.
+            UserError: If it is not at the end of the chain, or has not equally many rows, at least one, per image.
         """
-        name, kind = self.budget_argument, type(self).__name__
-        if self.returned > 1:
-            raise UserError(
-                f"budget={budget} cannot choose {kind}'s {name}: every particle is returned, so each image costs the "
-                "same whatever their number; set it yourself, or return one image"
+        method, images = f"{type(self).__name__}.sample", len(start.context.generators)
+        final = self.sample(start, value)
+        if not isinstance(final, State):
+            wrong = f"a {type(final).__name__}; it must return the State at the end of the chain"
+        elif not final.done:
+            wrong = f"a state at step {final.i} of {final.num_steps}; it must go on until state.done is true"
+        elif not len(final.x) or len(final.x) % images:
+            wrong = (
+                f"{len(final.x)} rows for {images} images; it must return equally many, at least one, for each image"
             )
+        else:
+            return final
+        raise UserError(f"{method} returned {wrong}")
 
-        def with_count(count: int) -> Sampler:
-            if name is None:
-                return self
-            arguments = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
-            return type(self)(**arguments | {name: count})
-
-        def cost(count: int) -> int:
-            return with_count(count).most_rows(num_inference_steps, value_rows)
-
-        if cost(1) > budget:
-            least = f"{kind} with {name}=1" if name else kind
+    def check(self, diffusion: Diffusion, value: Value) -> None:
+        """Raises UserError if the sampler cannot work on this chain or with this value."""
+        if self.needs_gradient and not value.differentiable:
             raise UserError(
-                f"budget={budget} is too small: {least} spends {cost(1)} denoiser rows per image at "
-                f"num_inference_steps={num_inference_steps}; raise the budget or lower num_inference_steps"
+                f"{type(self).__name__} needs gradients, and {value.describe()} is not differentiable; use a "
+                "differentiable reward such as CLIPScore, or a sampler that needs none, such as SVDD or SMC"
             )
-        if name is None or cost(max(2, getattr(self, name))) == cost(1):
-            return self
-        low, high = 1, 2
-        while high <= budget and cost(high) <= budget:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-        return with_count(low)
 
     @staticmethod
     def evaluate(value: Value, state: State) -> Tensor:
@@ -131,25 +89,27 @@ class Sampler(ABC):
         values: Tensor,
         log_w: Tensor | None = None,
         log_normaliser: Tensor | None = None,
+        kl: Tensor | float | None = None,
     ) -> State:
-        """Selects rows of every image, as `State.select` does, and enters the choice into the trace.
+        """Selects rows of every image, as `State.select` does, and enters the selection into the trace.
 
         Args:
-            state: The rows to choose from.
+            state: The candidate rows.
             index: The rows to keep, int64 [images, k].
-            values: What the choice was made by, [images, rows].
-            log_w: The weights behind it, if there are any, [images, rows]: their effective sample size is traced.
-            log_normaliser: What the choice adds to the estimate of log Z, if there is one, [images].
+            values: The values that decided, [images, rows].
+            log_w: Their log-weights, if any, [images, rows]; the trace gets the effective sample size.
+            log_normaliser: Increment of the estimate of log Z, if any, [images].
+            kl: Bound on the divergence that the selection adds, if known, in nats, [images].
         """
-        kept = state.select(index)
+        kept = state.select(index, kl)
         ancestors = count_distinct(kept.origin.view(state.num_images, -1))
         ess = None if log_w is None else effective_sample_size(log_w)
-        state.context.trace.choices.append(Choice(state.i, values, index, ancestors, ess, log_normaliser))
+        state.context.trace.selections.append(Selection(state.i, values, index, ancestors, ess, log_normaliser))
         return kept
 
 
 def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
-    """Raises UserError where several candidates would be copies of one because no step draws noise."""
+    """Raises UserError if a count above 1 would only make copies because no step draws noise."""
     if count > 1 and not diffusion.stochastic:
         raise UserError(
             f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic and all {count} "
@@ -158,22 +118,13 @@ def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
 
 
 def require_guided_step(diffusion: Diffusion, window: Window) -> None:
-    """Raises UserError where no step of a window draws noise, so that there would never be a choice."""
+    """Raises UserError if no step of a window draws noise, so that nothing would be guided."""
     steps = diffusion.num_inference_steps
     if not any(window.guides(i, steps) and diffusion.std(i) > 0 for i in range(steps)):
         raise UserError(
             f"no step would be guided: guide_start={window.start}, guide_stop={window.stop} and guide_every="
             f"{window.every} leave no step with noise at num_inference_steps={steps} (the last step of ddpm and "
             "euler_ancestral has none); widen the window"
-        )
-
-
-def require_gradient(sampler: Sampler, value: Value) -> None:
-    """Raises UserError, by name, where a value has no gradient."""
-    if not value.differentiable:
-        raise UserError(
-            f"{type(sampler).__name__} needs gradients, and {value.describe()} is not differentiable; use a "
-            "differentiable reward such as CLIPScore, or a sampler that needs none, such as SVDD or SMC"
         )
 
 

@@ -8,7 +8,7 @@ Alignment in Diffusion Models, 2025, arXiv 2503.02039.
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.svdd import SVDD
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["BeamSearch"]
@@ -26,11 +26,11 @@ class BeamSearch(Sampler):
     Args:
         num_beams: b, beams kept per image.
         num_candidates: M, candidates of each beam at every guided step.
-        weigh_current: Score candidates by the x0 of their beam instead of their own: b T rows whatever M is. Needs
+        score_parent: Score candidates by the x0 of their beam instead of their own: b T rows for any M. Needs
             num_candidates < num_beams.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
-        guide_every: Guide at every so many steps.
+        guide_every: Guide every k-th step.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -42,29 +42,18 @@ class BeamSearch(Sampler):
         self,
         num_beams: int = 4,
         num_candidates: int = 4,
-        weigh_current: bool = False,
+        score_parent: bool = False,
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,
     ) -> None:
         require_at_least_one(num_beams=num_beams)
-        self.num_beams, self.num_candidates, self.weigh_current = num_beams, num_candidates, weigh_current
-        self.guide_start, self.guide_stop, self.guide_every = guide_start, guide_stop, guide_every
-        self._search = SVDD(num_candidates, 0.0, num_beams, weigh_current, guide_start, guide_stop, guide_every)
-        self.start_particles = num_beams
+        self._search = SVDD(num_candidates, 0.0, num_beams, score_parent, guide_start, guide_stop, guide_every)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if candidates would all be the same."""
+        """Raises UserError if all candidates would be the same."""
         self._search.check(diffusion, value)
 
-    def sample(self, state: State, value: Value) -> State:
+    def sample(self, start: Start, value: Value) -> State:
         """Returns the best end of the beams for each image."""
-        return self._search.sample(state, value)
-
-    def rows(self, num_inference_steps: int) -> int:
-        """B (1 + M (T - 1)) where every step is guided."""
-        return self._search.rows(num_inference_steps)
-
-    def rows_of_free_value(self, num_inference_steps: int) -> int:
-        """B T."""
-        return self._search.rows_of_free_value(num_inference_steps)
+        return self._search.sample(start, value)

@@ -2,7 +2,7 @@
 
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.toolbox.selection import choice_kl, top
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["BestOfN"]
@@ -24,23 +24,17 @@ class BestOfN(Sampler):
     """
 
     budget_argument = "num_particles"
-    asks_on_the_way = False
-    tells_path_kl = True
 
     def __init__(self, num_particles: int = 20) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles = self.start_particles = num_particles
+        self.num_particles = num_particles
 
-    def sample(self, state: State, value: Value) -> State:
+    def sample(self, start: Start, value: Value) -> State:
         """Returns the best end of N chains for each image."""
+        state = start(self.num_particles)
         while not state.done:
             state = state.propose()
         if self.num_particles == 1:
             return state
         v = self.evaluate(value, state)
-        state.context.trace.path_kl = choice_kl(v, alpha=0)
-        return self.keep(state, top(v), v)
-
-    def rows(self, num_inference_steps: int) -> int:
-        """N T."""
-        return self.num_particles * num_inference_steps
+        return self.keep(state, top(v), v, kl=choice_kl(v, alpha=0))

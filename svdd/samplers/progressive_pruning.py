@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.toolbox.selection import top
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["ProgressivePruning"]
@@ -24,11 +24,11 @@ class ProgressivePruning(Sampler):
     2. at each further entry (fraction, survivors): keep the survivors of the highest value
     3. return the end of the highest reward
 
-    A state that is pruned was evaluated. Costs the sum over the steps of the chains alive when the step begins to be
-    evaluated: about N T denoiser rows per image with the default schedule.
+    Costs the sum, over the steps, of the chains alive before pruning (after pruning with a learned value): about N T
+    denoiser rows per image with the default schedule.
 
     Args:
-        num_particles: N, the number of whole chains that the default schedule costs.
+        num_particles: N; the default schedule costs about as much as N whole chains.
         schedule: Pairs (fraction of the chain, survivors as a multiple of N), fractions rising from 0 to below 1,
             survivors falling; a number of chains is rounded down and at least 1.
 
@@ -52,13 +52,12 @@ class ProgressivePruning(Sampler):
             raise ValueError(f"schedule: fractions must rise from 0 to below 1, got {fractions}")
         if min(survivors) <= 0 or not falling:
             raise ValueError(f"schedule: survivors must be positive and must not rise, got {survivors}")
-        self.start_particles = self._count(survivors[0])
 
-    def sample(self, state: State, value: Value) -> State:
+    def sample(self, start: Start, value: Value) -> State:
         """Returns the best end of the surviving chains for each image."""
-        steps = state.context.diffusion.num_inference_steps
+        state = start(self._count(self.schedule[0][1]))
         while not state.done:
-            alive, survivors = len(state.x) // state.num_images, self._survivors(state.i, steps)
+            alive, survivors = len(state.x) // state.num_images, self._survivors(state.i, state.num_steps)
             if survivors < alive:
                 v = self.evaluate(value, state)
                 state = self.keep(state, top(v, survivors), v)
@@ -68,20 +67,9 @@ class ProgressivePruning(Sampler):
         v = self.evaluate(value, state)
         return self.keep(state, top(v), v)
 
-    def rows(self, num_inference_steps: int) -> int:
-        """The chains alive at every step, before those that end there are pruned."""
-        alive = [self.start_particles] + [
-            self._survivors(i, num_inference_steps) for i in range(num_inference_steps - 1)
-        ]
-        return sum(alive)
-
-    def rows_of_free_value(self, num_inference_steps: int) -> int:
-        """The chains that go on from every step."""
-        return sum(self._survivors(i, num_inference_steps) for i in range(num_inference_steps))
-
     def _survivors(self, i: int, steps: int) -> int:
-        """Chains that go on from step i; the first one may be pruned from step 1 on."""
-        last = steps - 1  # a late fraction of a short chain means its last step
+        """Chains that go on from step i; pruning begins at step 1."""
+        last = steps - 1  # in a short chain a late fraction is rounded down to the last step
         return self._count(
             min(s for fraction, s in self.schedule if i >= min(round(fraction * steps), last) and (i or not fraction))
         )

@@ -6,7 +6,7 @@ Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling De
 
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.toolbox.selection import choice_kl, top
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["RandomSearch"]
@@ -29,24 +29,18 @@ class RandomSearch(Sampler):
     """
 
     budget_argument = "num_candidates"
-    asks_on_the_way = False
-    tells_path_kl = True
 
     def __init__(self, num_candidates: int = 8) -> None:
         require_at_least_one(num_candidates=num_candidates)
-        self.num_candidates = self.start_particles = num_candidates
+        self.num_candidates = num_candidates
 
-    def sample(self, state: State, value: Value) -> State:
+    def sample(self, start: Start, value: Value) -> State:
         """Returns the best end of N starts for each image."""
+        state = start(self.num_candidates)
         state = state.replay(state.x)
         while not state.done:
             state = state.propose()
         if self.num_candidates == 1:
             return state
         v = self.evaluate(value, state)
-        state.context.trace.path_kl = choice_kl(v, alpha=0)
-        return self.keep(state, top(v), v)
-
-    def rows(self, num_inference_steps: int) -> int:
-        """N T."""
-        return self.num_candidates * num_inference_steps
+        return self.keep(state, top(v), v, kl=choice_kl(v, alpha=0))

@@ -10,10 +10,10 @@ from typing import Literal
 
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one, require_noise
-from svdd.samplers.returning import finish, number_returned
+from svdd.samplers.toolbox.selection import probabilities
 from svdd.samplers.toolbox.weights import Weighing, Weights
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["SMC"]
@@ -27,7 +27,7 @@ class SMC(Sampler):
     3. if the effective sample size of an image's weights is at most ess_threshold N: resample its particles
     4. at the end return the best, one drawn by weight, or all
 
-    A particle is weighed by its own x0, which its next step needs anyway. Costs N T denoiser rows per image.
+    Particles are weighed by their own x0, which the next step needs anyway. Costs N T denoiser rows per image.
 
     Args:
         num_particles: N, particles of an image.
@@ -35,13 +35,13 @@ class SMC(Sampler):
         potential: `difference` (of the values of a particle and its parent), `max` or `sum` (over its past), or
             `immediate` (its value).
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
-        ess_threshold: Resample at an effective sample size of at most this share of N; 0 is never, 1 is always.
-        tempering: How fast the reward is switched on: `none`, `linear`, `exponential`, or `adaptive` (as far as the
-            effective sample size stays at the threshold).
+        ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
+        tempering: How the reward's weight rises along the chain: `none`, `linear`, `exponential`, or `adaptive` (as
+            far as the effective sample size stays at the threshold).
         returns: `best` by reward, one `drawn` by weight, or `all` with their weights.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
-        guide_stop: Where it ends, as a fraction of the chain; the final weights count the reward all the same.
-        guide_every: Weigh at every so many steps.
+        guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
+        guide_every: Weigh at every k-th step.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,37 +63,31 @@ class SMC(Sampler):
         guide_every: int = 1,
     ) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles = self.start_particles = num_particles
-        self.alpha, self.potential, self.resampler = alpha, potential, resampler
-        self.ess_threshold, self.tempering, self.returns = ess_threshold, tempering, returns
-        self.guide_start, self.guide_stop, self.guide_every = guide_start, guide_stop, guide_every
-        self.weighing = Weighing(alpha, potential, resampler, ess_threshold, tempering)
+        self.num_particles = num_particles
+        self.weighing = Weighing(alpha, potential, resampler, ess_threshold, tempering, returns)
         self.window = Window(guide_start, guide_stop, guide_every)
-        self.returned = number_returned(returns, num_particles)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if copies of a particle would stay the same for ever."""
-        require_noise(diffusion, "num_particles", self.num_particles if self.ess_threshold else 1)
+        """Raises UserError if copies of a particle would stay identical."""
+        require_noise(diffusion, "num_particles", self.num_particles if self.weighing.ess_threshold else 1)
 
-    def sample(self, state: State, value: Value) -> State:
-        """Returns the chosen ends of the chain for each image."""
-        steps = state.context.diffusion.num_inference_steps
+    def sample(self, start: Start, value: Value) -> State:
+        """Returns the ends that `returns` selects for each image."""
+        state = start(self.num_particles)
         weights = Weights.equal(state.num_images, self.num_particles, state.x.device)
         while not state.done:
-            guided = self.window.guides(state.i, steps)
+            guided = self.window.guides(state.i, state.num_steps)
             state = state.propose()
             if self.num_particles == 1 or not (guided or state.done):
                 continue
             v = self.evaluate(value, state)
-            before, weights = weights.log_normaliser, self.weighing.weigh(weights, v, state.i / steps)
-            increment = weights.log_normaliser - before
+            before, weights = weights.log_normaliser, self.weighing.weigh(weights, v, state.i / state.num_steps)
+            log_w, increment = weights.log_w, weights.log_normaliser - before
             if state.done:
-                return finish(self, self.returns, state, v, weights, increment)
-            index, resampled = self.weighing.resample(weights, state.uniforms(self.num_particles))
-            state = self.keep(state, index, v, weights.log_w, increment)
-            weights = resampled
+                index = self.weighing.ends(weights, v, state.uniforms)
+            else:
+                index, weights = self.weighing.resample(weights, state.uniforms(self.num_particles))
+            state = self.keep(state, index, v, log_w, increment)
+        if len(state.x) > state.num_images:
+            state.context.trace.weights = probabilities(weights.log_w)
         return state
-
-    def rows(self, num_inference_steps: int) -> int:
-        """N T."""
-        return self.num_particles * num_inference_steps

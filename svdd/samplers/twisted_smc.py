@@ -11,11 +11,11 @@ from typing import Literal
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_gradient, require_guided_step
-from svdd.samplers.returning import finish, number_returned
+from svdd.samplers.base import Sampler, require_at_least_one, require_guided_step
+from svdd.samplers.toolbox.selection import probabilities
 from svdd.samplers.toolbox.weights import Weighing, Weights
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["TwistedSMC"]
@@ -24,24 +24,24 @@ __all__ = ["TwistedSMC"]
 class TwistedSMC(Sampler):
     """Twisted SMC (TDS, DAS): SMC whose particles are proposed along the gradient of the value.
 
-    1. at each guided step i: v = value(x_i) and its gradient; w <- w exp(lambda_i v_i / alpha - what it paid before)
+    1. at each guided step i: v = value(x_i) and its gradient; w <- w exp(lambda_i v_i / alpha) / (potentials so far)
     2. resample the images whose effective sample size is at most ess_threshold N
     3. x_{i+1} ~ q = N(mean + std^2 lambda_i grad v / alpha, std^2 I), and w <- w p(x_{i+1} | x_i) / q(x_{i+1} | x_i)
-    4. at the end w <- w exp(r / alpha - paid); return the best, one drawn by weight, or all
+    4. at the end w <- w exp(r / alpha) / (potentials so far); return the best, one drawn by weight, or all
 
-    Needs a differentiable value. Costs N T denoiser rows per image, each with a backward pass (about two more).
+    Needs a differentiable value. Costs N T denoiser rows per image, and a backward pass for each at guided steps.
 
     Args:
         num_particles: N, particles of an image.
         alpha: Temperature in units of the reward, above 0.
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
-        ess_threshold: Resample at an effective sample size of at most this share of N; 0 is never, 1 is always.
-        tempering: How fast the reward is switched on: `none`, `linear`, `exponential`, or `adaptive` (as far as the
-            effective sample size stays at the threshold).
+        ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
+        tempering: How the reward's weight rises along the chain: `none`, `linear`, `exponential`, or `adaptive` (as
+            far as the effective sample size stays at the threshold).
         returns: `best` by reward, one `drawn` by weight, or `all` with their weights.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
-        guide_stop: Where it ends, as a fraction of the chain; the final weights count the reward all the same.
-        guide_every: Guide at every so many steps.
+        guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
+        guide_every: Guide every k-th step.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,48 +63,44 @@ class TwistedSMC(Sampler):
         guide_every: int = 1,
     ) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles = self.start_particles = num_particles
-        self.alpha, self.resampler, self.ess_threshold = alpha, resampler, ess_threshold
-        self.tempering, self.returns = tempering, returns
-        self.guide_start, self.guide_stop, self.guide_every = guide_start, guide_stop, guide_every
-        self.weighing = Weighing(alpha, "difference", resampler, ess_threshold, tempering)
+        self.num_particles = num_particles
+        self.weighing = Weighing(alpha, "difference", resampler, ess_threshold, tempering, returns)
         self.window = Window(guide_start, guide_stop, guide_every)
-        self.returned = number_returned(returns, num_particles)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if the value has no gradient, or no step has room for a gradient."""
-        require_gradient(self, value)
+        """Raises UserError if the value has no gradient, or every guided step is without noise."""
+        super().check(diffusion, value)
         require_guided_step(diffusion, self.window)
 
-    def sample(self, state: State, value: Value) -> State:
-        """Returns the chosen ends of the chain for each image."""
-        steps = state.context.diffusion.num_inference_steps
+    def sample(self, start: Start, value: Value) -> State:
+        """Returns the ends that `returns` selects for each image."""
+        state = start(self.num_particles)
         weights = Weights.equal(state.num_images, self.num_particles, state.x.device)
         log_z = weights.log_normaliser
         while not state.done:
-            if not self.window.guides(state.i, steps):
+            if not self.window.guides(state.i, state.num_steps):
                 state = state.propose()
                 continue
             v = state.gradient(value)[0].view(state.num_images, -1)
             state.context.report(state.i, float(v.mean()))
-            weights = self.weighing.weigh(weights, v, state.i / steps)
+            weights = self.weighing.weigh(weights, v, state.i / state.num_steps)
             increment, log_z = weights.log_normaliser - log_z, weights.log_normaliser
             index, resampled = self.weighing.resample(weights, state.uniforms(self.num_particles))
             state = self.keep(state, index, v, weights.log_w, increment)
             state, log_ratio = self._move(state, value, resampled.exponent)
-            weights = resampled.times(log_ratio)
+            weights = resampled.correct(log_ratio)
         rewards = self.evaluate(value, state)
         weights = self.weighing.weigh(weights, rewards, 1.0)
-        return finish(self, self.returns, state, rewards, weights, weights.log_normaliser - log_z)
-
-    def rows(self, num_inference_steps: int) -> int:
-        """N T."""
-        return self.num_particles * num_inference_steps
+        index = self.weighing.ends(weights, rewards, state.uniforms)
+        state = self.keep(state, index, rewards, weights.log_w, weights.log_normaliser - log_z)
+        if self.weighing.returns == "all":
+            state.context.trace.weights = probabilities(weights.log_w)
+        return state
 
     def _move(self, state: State, value: Value, exponent: Tensor) -> tuple[State, Tensor]:
         """Returns the moved state, and log p / q of each move, [images, particles]."""
         _, slope = state.gradient(value)
-        tilt = (exponent / self.alpha).repeat_interleave(self.num_particles, 0).view(-1, 1, 1, 1).to(slope)
+        tilt = (exponent / self.weighing.alpha).repeat_interleave(self.num_particles, 0).view(-1, 1, 1, 1).to(slope)
         shift = state.std**2 * tilt * slope
         mean = state.prediction.mean
         moved = state.propose(mean=mean + shift)

@@ -1,14 +1,14 @@
-"""Plain sampling from the pretrained model: the baseline, and what every sampler becomes in its limit."""
+"""Plain sampling from the pretrained model: the baseline, and the limit of every other sampler."""
 
 from svdd.samplers.base import Sampler
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["Unguided"]
 
 
 class Unguided(Sampler):
-    """Plain sampling: no choice is made.
+    """Plain sampling, without any selection.
 
     1. start from noise
     2. for each step i: x_{i+1} ~ N(mean_i(x_i), std_i^2 I)
@@ -16,16 +16,9 @@ class Unguided(Sampler):
     Costs T denoiser rows per image.
     """
 
-    needs_value = False
-    asks_on_the_way = False
-    tells_path_kl = True
-
-    def sample(self, state: State, value: Value) -> State:
-        """Returns the end of the chain; the value is never asked."""
+    def sample(self, start: Start, value: Value) -> State:
+        """Returns the end of the chain; the value is not used."""
+        state = start()
         while not state.done:
             state = state.propose()
         return state
-
-    def rows(self, num_inference_steps: int) -> int:
-        """T."""
-        return num_inference_steps

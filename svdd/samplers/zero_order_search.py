@@ -8,7 +8,7 @@ import torch
 
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.toolbox.selection import top
-from svdd.state.state import State
+from svdd.state.state import Start, State
 from svdd.values.base import Value
 
 __all__ = ["ZeroOrderSearch"]
@@ -29,7 +29,7 @@ class ZeroOrderSearch(Sampler):
     Args:
         num_iterations: K, moves of the incumbent.
         num_candidates: N, neighbours of each move.
-        radius: Share of new noise in the first neighbours, above 0, at most 1: a start of its own.
+        radius: Share of new noise in the first neighbours, above 0; 1 draws independent starts.
         decay: Factor on the radius after a move that found nothing better, above 0, at most 1.
 
     Raises:
@@ -37,7 +37,6 @@ class ZeroOrderSearch(Sampler):
     """
 
     budget_argument = "num_iterations"
-    asks_on_the_way = False
 
     def __init__(
         self, num_iterations: int = 4, num_candidates: int = 4, radius: float = 0.5, decay: float = 0.7
@@ -46,15 +45,12 @@ class ZeroOrderSearch(Sampler):
         for name, share in (("radius", radius), ("decay", decay)):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must lie above 0 and be at most 1, got {share}")
-        self.num_iterations, self.num_candidates, self.radius, self.decay = (
-            num_iterations,
-            num_candidates,
-            radius,
-            decay,
-        )
+        self.num_iterations, self.num_candidates = num_iterations, num_candidates
+        self.radius, self.decay = radius, decay
 
-    def sample(self, state: State, value: Value) -> State:
+    def sample(self, start: Start, value: Value) -> State:
         """Returns the end of the best start found for each image."""
+        state = start()
         images, n = state.num_images, self.num_candidates
         best_start, best = state.x, self._end(state, state.x)
         best_value = self.evaluate(value, best)
@@ -70,10 +66,6 @@ class ZeroOrderSearch(Sampler):
             best, best_value = self.keep(best.join(ends), index, v), v.gather(1, index)
             radius = torch.where(index[:, :, None, None] == 0, radius * self.decay, radius)
         return best
-
-    def rows(self, num_inference_steps: int) -> int:
-        """(1 + K N) T."""
-        return (1 + self.num_iterations * self.num_candidates) * num_inference_steps
 
     @staticmethod
     def _end(state: State, x: torch.Tensor) -> State:

@@ -1,8 +1,8 @@
-"""What all states of one sampling run share: the chain, the prompts, the random numbers and the books."""
+"""What all states of one batch share: the chain, the prompts, the random numbers, the ledger and the trace."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,21 +11,32 @@ from svdd.diffusion.base import Diffusion
 from svdd.state.ledger import Ledger
 from svdd.state.trace import Trace
 
-__all__ = ["Context"]
+__all__ = ["Context", "Scorer"]
+
+_MAX_SEED = 2**63 - 1
+_SELECTION_STREAM = 0x5DEECE66D  # selections draw from a separate stream, so that they never shift the noise
+
+
+class Scorer(Protocol):
+    """Anything with the scoring method of `svdd.rewards.base.Reward`."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns one finite score per image, float32 [n]."""
 
 
 @dataclass
 class Context:
-    """What all states of one sampling run share.
+    """What all states of one batch share.
 
     Args:
         diffusion: The chain.
-        conditioning: Encoded distinct prompts.
+        conditioning: The encoded distinct prompts.
         prompts: The distinct prompts' texts; `State.row` indexes them.
+        rows: Index of each image's prompt, int64 [images], on the diffusion's device.
         generators: Noise of each image, on the CPU.
         choosers: Random numbers of each image's selections, on the CPU.
-        ledger: What the run has spent.
-        trace: The choices that were made.
+        ledger: Work done so far.
+        trace: Selections made so far.
         on_step: Called with (step index, mean value or None) after every proposal and every evaluated value.
         shared_noise: Whether all rows of an image receive the same noise, so that an end depends on the start alone.
     """
@@ -33,6 +44,7 @@ class Context:
     diffusion: Diffusion
     conditioning: Any
     prompts: list[str]
+    rows: Tensor
     generators: list[torch.Generator]
     choosers: list[torch.Generator]
     ledger: Ledger = field(default_factory=Ledger)
@@ -40,8 +52,37 @@ class Context:
     on_step: Callable[[int, float | None], None] | None = None
     shared_noise: bool = False
 
+    @classmethod
+    def encode(
+        cls,
+        diffusion: Diffusion,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str | None] | None = None,
+    ) -> "Context":
+        """Encodes the distinct prompts and seeds two generators per image; arguments as in `Start`."""
+        negatives = list(negative_prompts) if negative_prompts is not None else [None] * len(prompts)
+        if not len(prompts) == len(seeds) == len(negatives) > 0:
+            raise ValueError(
+                "prompts, seeds and negative_prompts need one entry per image and at least one image, "
+                f"got {len(prompts)}, {len(seeds)} and {len(negatives)}"
+            )
+        if bad := [seed for seed in seeds if not 0 <= seed <= _MAX_SEED]:
+            raise ValueError(f"a seed must lie in 0 .. {_MAX_SEED}, got {bad[0]}")
+        pairs = list(zip(prompts, negatives, strict=True))
+        distinct = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
+        texts = [text for text, _ in distinct]
+        return cls(
+            diffusion,
+            diffusion.encode(texts, [negative for _, negative in distinct]),
+            texts,
+            torch.tensor([distinct[pair] for pair in pairs]).to(diffusion.device),
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+            [torch.Generator().manual_seed(seed ^ _SELECTION_STREAM) for seed in seeds],
+        )
+
     def report(self, i: int, value: float | None = None) -> None:
-        """Tells whoever watches how far the run is."""
+        """Calls `on_step`, if there is one."""
         if self.on_step is not None:
             self.on_step(i, value)
 
@@ -59,11 +100,11 @@ class Context:
         return self._normals(self.choosers, rows_per_image)
 
     def uniforms(self, k: int) -> Tensor:
-        """Returns k uniform numbers in [0, 1) for each image from its own selection stream, float64 [images, k]."""
+        """Returns k uniform numbers in [0, 1) for each image from its selection stream, float64 [images, k]."""
         return torch.stack([torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.choosers])
 
     def replay(self) -> "Context":
-        """Returns a context that will draw the noise that this one would draw next, the same for all rows of an image.
+        """Returns a context that draws the noise that this one would draw next, the same for all rows of an image.
 
         Prompts, selection streams, ledger and trace stay shared.
         """

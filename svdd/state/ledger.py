@@ -1,4 +1,4 @@
-"""What a run spends, so that methods can be compared at equal compute."""
+"""The work of a batch, so that methods can be compared at equal compute."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class Ledger:
     Args:
         denoiser_rows: Latents whose denoised prediction was computed; a classifier-free pair counts as one.
         network_rows: Rows that went through the network; a classifier-free pair counts as two.
-        gradient_rows: Denoiser rows that were also differentiated through; a backward pass costs about two forward.
+        gradient_rows: Denoiser rows with a backward pass, which costs about two forward passes.
         decoded_images: Latents that were decoded.
         reward_calls: Images that the guide reward scored.
         denoiser_seconds: Wall time in the network.
@@ -38,7 +38,7 @@ class Ledger:
 
     @contextmanager
     def timed(self, field: str, device: torch.device) -> Iterator[None]:
-        """Adds the wall time of the block to `field`; a CUDA device is waited for at both ends."""
+        """Adds the wall time of the block to `field`, synchronising a CUDA device at both ends."""
         start = _now(device)
         try:
             yield

@@ -1,22 +1,22 @@
-"""What was known at every choice of a run, per image, so that collapse can be seen."""
+"""Every selection of a batch, per image: shows when a population collapses, and how far the sampler guided."""
 
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Choice", "Trace"]
+__all__ = ["Selection", "Trace", "count_distinct"]
 
 
-class Choice(NamedTuple):
-    """One choice, of all images of a batch.
+class Selection(NamedTuple):
+    """One selection, for all images of a batch.
 
     Args:
-        i: Step index of the rows that were chosen from.
+        i: Step index of the candidate rows.
         values: float [images, rows].
         kept: The rows that were kept, int64 [images, k].
         ancestors: Distinct starting particles among the kept rows, int64 [images].
-        ess: Effective sample size of the weights, [images]; None where the choice has no weights.
-        log_normaliser: Increment of the estimate of log Z, [images]; None where the sampler makes none.
+        ess: Effective sample size of the weights, [images]; None without weights.
+        log_normaliser: Increment of the estimate of log Z, [images]; None where the sampler makes no estimate.
     """
 
     i: int
@@ -28,35 +28,40 @@ class Choice(NamedTuple):
 
 
 class Trace:
-    """The choices of one batch, in order.
+    """The selections of one batch, in order.
 
     Attributes:
-        choices: One entry per choice.
+        selections: One entry per selection.
         weights: Normalised weights of the rows that the sampler returned, [images, rows]; None where it returned one.
-        path_kl: How far the law of each image's path was moved from the pretrained chain's, in nats, [images]: an upper
-            bound where the sampler chooses between candidates, exact in the mean where it shifts the kernel.
+        path_kl: Divergence of each image's path from the pretrained chain, in nats, [images]: an upper bound for a
+            selection among candidates, exact in expectation for a shifted kernel. 0.0 until something guides; None
+            once something guided without stating its divergence.
     """
 
     def __init__(self) -> None:
-        self.choices: list[Choice] = []
+        self.selections: list[Selection] = []
         self.weights: Tensor | None = None
-        self.path_kl: Tensor | float = 0.0
+        self.path_kl: Tensor | float | None = 0.0
+
+    def diverge(self, kl: Tensor | float | None) -> None:
+        """Adds a divergence to `path_kl`; None makes the sum unknown."""
+        self.path_kl = None if kl is None or self.path_kl is None else self.path_kl + kl
 
     def per_image(self, lineage: bool = False) -> list[dict[str, Any]]:
-        """Returns the columns of each image's trace: plain lists with one entry per choice.
+        """Returns the columns of each image's trace: plain lists with one entry per selection.
 
         Args:
-            lineage: Also tell which row each kept row comes from.
+            lineage: Include the index of the row that each kept row comes from.
         """
-        if not self.choices:
+        if not self.selections:
             return []
-        columns = [_columns(choice, lineage) for choice in self.choices]
+        columns = [_columns(selection, lineage) for selection in self.selections]
         return [
             {
-                "step": [choice.i for choice in self.choices],
+                "step": [selection.i for selection in self.selections],
                 **{name: [c[name][j] for c in columns] for name in columns[0]},
             }
-            for j in range(len(self.choices[0].values))
+            for j in range(len(self.selections[0].values))
         ]
 
 
@@ -66,16 +71,16 @@ def count_distinct(groups: Tensor) -> Tensor:
     return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
 
 
-def _columns(choice: Choice, lineage: bool) -> dict[str, list[Any]]:
-    values, index = choice.values.double(), choice.kept
-    images = len(values)
+def _columns(selection: Selection, lineage: bool) -> dict[str, list[Any]]:
+    values, index = selection.values.double(), selection.kept
+    missing = [None] * len(values)
     columns = {
-        "ess": [None] * images if choice.ess is None else _rounded(choice.ess),
-        "log_normaliser": [None] * images if choice.log_normaliser is None else _rounded(choice.log_normaliser),
+        "ess": missing if selection.ess is None else _rounded(selection.ess),
+        "log_normaliser": missing if selection.log_normaliser is None else _rounded(selection.log_normaliser),
         "value_mean": _rounded(values.mean(1)),
         "value_max": _rounded(values.max(1).values),
         "value_chosen": _rounded(values.gather(1, index).mean(1)),
-        "ancestors": choice.ancestors.tolist(),
+        "ancestors": selection.ancestors.tolist(),
     }
     return columns | ({"lineage": index.tolist()} if lineage else {})
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
+from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 from tools.embedded_model.vocabulary import COLORS, OBJECTS
 
@@ -46,7 +47,7 @@ def sheet(diffusion: StableDiffusion, prompts: list[str], seed: int) -> Image.Im
         prompts: One per picture.
         seed: Seed of the first; the others count on.
     """
-    final = Unguided().sample(diffusion.start(prompts, range(seed, seed + len(prompts))), PosteriorMean())
+    final = Unguided()(Start(diffusion, prompts, range(seed, seed + len(prompts))), PosteriorMean())
     pixels = (final.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     side, font = pixels.shape[1] * _ZOOM, ImageFont.load_default(11)
     rows = -(-len(prompts) // _COLUMNS)

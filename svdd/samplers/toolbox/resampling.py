@@ -1,8 +1,8 @@
 """Resampling: which particles of a population survive, and how often.
 
-Pure functions `(log_w [g, k], uniforms [g, k]) -> index [g, k]` that treat all g groups at once. Each is unbiased: the
-expected number of copies of particle j is k W_j. Systematic and SSP resampling also keep every number of copies at
-floor(k W_j) or ceil(k W_j).
+Pure functions `(log_w [g, k], uniforms [g, k]) -> index [g, k]` over g groups. Each is unbiased: the expected number of
+copies of particle j is k W_j. Systematic and SSP resampling also keep every number of copies at floor(k W_j) or
+ceil(k W_j).
 
 Sources: Douc, Cappe and Moulines, Comparison of Resampling Schemes for Particle Filtering, 2005, arXiv cs/0507025
 (multinomial, residual, stratified, systematic); Gerber, Chopin and Whiteley, Negative Association, Ordering and
@@ -24,7 +24,7 @@ _ROUNDING = 1e-9  # what softmax and cumsum may be off an integer
 
 
 def multinomial(log_w: Tensor, uniforms: Tensor) -> Tensor:
-    """Every survivor is drawn independently of the others."""
+    """Draws every survivor independently."""
     return draw(log_w, uniforms)
 
 
@@ -39,40 +39,40 @@ def systematic(log_w: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def residual(log_w: Tensor, uniforms: Tensor) -> Tensor:
-    """Keeps floor(k W) copies of each particle and draws the rest from what is left of the weights."""
+    """Keeps floor(k W) copies of each particle and draws the rest from the remaining weights."""
     expected = _expected(log_w)
     copies = expected.floor()
     rest = expected - copies
     certain = copies.cumsum(1)
     slots = _slots(expected).expand_as(expected)
     kept = torch.searchsorted(certain, slots.contiguous(), right=True)
-    nothing_left = rest.sum(1, keepdim=True) == 0  # any weights will do: none of the draws is used
+    nothing_left = rest.sum(1, keepdim=True) == 0  # then the draws are not used, and any weights will do
     drawn = draw(torch.where(nothing_left, torch.ones_like(rest), rest).log(), uniforms)
     return torch.where(slots < certain[:, -1:], kept, drawn)
 
 
 def ssp(log_w: Tensor, uniforms: Tensor) -> Tensor:
-    """Settles fractions of copies pair by pair, at random and without bias, until each is 0 or 1.
+    """Rounds fractional copies pair by pair, at random and without bias, until each is 0 or 1.
 
-    One particle with an open fraction a meets the next one with b. If a + b < 1, one of them gives all it has to the
-    other; else one of them takes 1 and leaves a + b - 1 to the other. The sum is kept, and so are both expectations.
+    For a pair of fractions a and b: if a + b < 1, they become 0 and a + b, else 1 and a + b - 1, in random order. The
+    sum and both expectations are preserved.
     """
     expected = _expected(log_w)
     groups, k = expected.shape
     copies, fraction = expected.floor(), expected - expected.floor()
-    everyone = torch.arange(groups, device=log_w.device)
-    holder = torch.zeros_like(everyone)  # the particle whose fraction is open
+    groups_index = torch.arange(groups, device=log_w.device)
+    holder = torch.zeros_like(groups_index)  # the particle whose fraction is open
     open_part = fraction[:, 0].clone()
     for j in range(1, k):
         b = fraction[:, j]
         total = open_part + b
         full = total >= 1
         share = torch.where(full, (1 - b) / (2 - total).clamp(min=_ROUNDING), b / total.clamp(min=_ROUNDING))
-        newcomer_stays = uniforms[:, j - 1] < share  # open, with what is left; the holder is settled
-        copies[everyone, torch.where(newcomer_stays, holder, j)] += full.to(copies)
+        newcomer_stays = uniforms[:, j - 1] < share  # then its fraction stays open and the holder's is rounded
+        copies[groups_index, torch.where(newcomer_stays, holder, j)] += full.to(copies)
         holder = torch.where(newcomer_stays, j, holder)
         open_part = torch.where(full, total - 1, total)
-    copies[everyone, holder] += k - copies.sum(1)  # the last open fraction is 0 or 1 but for rounding
+    copies[groups_index, holder] += k - copies.sum(1)  # the last open fraction is 0 or 1 but for rounding
     return _repeat(copies)
 
 
@@ -86,7 +86,7 @@ RESAMPLERS: dict[str, Resampler] = {
 
 
 def _expected(log_w: Tensor) -> Tensor:
-    """Returns the expected copies k W, float64 [g, k], with what is an integer but for rounding made one."""
+    """Returns the expected copies k W, float64 [g, k], rounded where they are integers up to floating-point error."""
     expected = probabilities(log_w) * log_w.shape[1]
     whole = expected.round()
     return torch.where((expected - whole).abs() < _ROUNDING, whole, expected)

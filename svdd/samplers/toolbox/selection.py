@@ -64,14 +64,14 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
 
 
 def choice_kl(values: Tensor, alpha: float) -> Tensor:
-    """Returns how far choosing one of n independent rows moves its law at most, in nats, float64 [groups].
+    """Returns a bound on the divergence that selecting one of n independent rows adds, in nats, float64 [groups].
 
     The best of n: log n - (n - 1) / n (Beirami et al., 2024, arXiv 2401.01879). Drawn with probabilities p:
     log n - H(p), the divergence of the joint law of rows and choice.
 
     Args:
         values: float [groups, n].
-        alpha: Temperature of `choose`.
+        alpha: Temperature of the selection.
     """
     groups, n = values.shape
     if alpha == 0:
@@ -86,7 +86,7 @@ def choose(values: Tensor, alpha: float, k: int, uniforms: Callable[[int], Tenso
         values: float [groups, rows].
         alpha: Temperature, at least 0, in units of the reward.
         k: Survivors per group.
-        uniforms: Gives k uniform numbers per group, [groups, k]; asked only when alpha > 0.
+        uniforms: Gives k uniform numbers per group, [groups, k]; called only at alpha > 0.
 
     Returns:
         Index within the group, int64 [groups, k].

@@ -1,7 +1,7 @@
-"""How fast the reward is switched on: exponents lambda_i, from 0 at the start of the chain to 1 at its end.
+"""Tempering: exponents lambda_i that rise from 0 at the start of the chain to 1 at its end.
 
-The intermediate targets of a particle sampler are p_i(x_i) exp(lambda_i v_i(x_i) / alpha). Early values are poor
-guesses, and a small exponent keeps them from deciding.
+The intermediate targets of a particle sampler are p_i(x_i) exp(lambda_i v_i(x_i) / alpha). Early values are inaccurate,
+and a small exponent limits their effect.
 
 Sources: Kim, Kim and Park, Test-time Alignment of Diffusion Models without Reward Over-optimization, 2025,
 arXiv 2501.05803 (DAS: exponential and adaptive tempering); Jasra et al., Inference for Levy-Driven Stochastic
@@ -28,14 +28,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # of i / T
 
 
 def next_exponent(log_w: Tensor, increment: Callable[[Tensor], Tensor], exponent: Tensor, target: float) -> Tensor:
-    """Returns the largest next exponent whose weights still have the wanted effective sample size, by bisection.
+    """Returns the largest next exponent whose weights keep the target effective sample size, by bisection.
 
     Args:
         log_w: Log-weights so far, [groups, rows].
         increment: From exponents [groups, 1] to the log-weights' increments, [groups, rows].
-        exponent: The present exponents, [groups, 1]; none falls below.
-        target: Effective sample size to keep, as a fraction of the rows; where the present exponent already has less,
-            it stays.
+        exponent: The current exponents, [groups, 1], which are lower bounds.
+        target: Effective sample size to keep, as a fraction of the rows; the exponent stays if it is already lower.
 
     Returns:
         float64 [groups, 1], at most 1.

@@ -1,18 +1,18 @@
-"""At which steps a sampler guides."""
+"""The steps at which a sampler guides."""
 
 __all__ = ["Window"]
 
 
 class Window:
-    """A part of the chain, and every how many steps of it.
+    """A part of the chain, guided at every k-th step.
 
     The step that leaves i is guided if start <= i / T < stop and its distance to the last such step is a multiple of
-    `every`: the last step of the window always is, because the later a value is asked, the better it knows.
+    `every`. The last step of the window is always guided, because later values are more accurate.
 
     Args:
         start: First guided step, as a fraction of the chain, 0 .. 1.
         stop: Where guidance ends, as a fraction of the chain, above `start`, at most 1.
-        every: Guide at every so many steps.
+        every: k, steps from one guided step to the next.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -38,5 +38,5 @@ class Window:
 
     @staticmethod
     def _first_at(fraction: float, steps: int) -> int:
-        """Returns the smallest i with i / steps >= fraction; 0.28 * 25 is 7 here, whatever floats say."""
+        """Returns the smallest i with i / steps >= fraction, where 0.28 * 25 counts as 7."""
         return -int(-round(fraction * steps, 9) // 1)

@@ -16,6 +16,7 @@ from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.prompts import Prompt
+from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
@@ -70,7 +71,7 @@ class Calibration(L.LightningModule):
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
         texts, negatives = [prompt.text for prompt, _ in jobs], [prompt.negative_prompt for prompt, _ in jobs]
-        state, columns = self.diffusion.start(texts, seeds, 1, negatives), []
+        state, columns = State.start(self.diffusion, texts, seeds, 1, negatives), []
         while not state.done:
             if state.i > 0:
                 columns.append(self.value(state))

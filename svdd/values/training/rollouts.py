@@ -48,7 +48,7 @@ def draw_rollouts(
     Returns:
         `x`, the inputs, [n, steps, ...], and `end`, the final latents [n, c, h, w]; on the CPU.
     """
-    state, kept = diffusion.start(prompts, seeds, negative_prompts=negative_prompts), []
+    state, kept = State.start(diffusion, prompts, seeds, negative_prompts=negative_prompts), []
     while not state.done:
         if state.i in steps:
             kept.append(read(state).cpu())

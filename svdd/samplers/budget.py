@@ -1,0 +1,225 @@
+"""The cost of an image, counted by running the sampler on a chain of one number, and the counts that fit a budget."""
+
+import inspect
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svdd import UserError
+from svdd.diffusion.base import Denoised, Diffusion
+from svdd.samplers.base import Sampler
+from svdd.state.state import Start, State
+from svdd.values.base import Value
+
+__all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget"]
+
+
+class Cost(NamedTuple):
+    """The cost of one returned image: exact, or an upper bound if the value takes several denoiser rows per row.
+
+    Args:
+        returned: Rows that the sampler returns per image of the batch.
+        denoiser_rows: Latents that the denoiser evaluates.
+        gradient_rows: Denoiser rows with a backward pass.
+        decoded_images: Latents decoded for a value that scores the decoded x0.
+        reward_calls: Images scored for such a value.
+    """
+
+    returned: int
+    denoiser_rows: float
+    gradient_rows: float
+    decoded_images: float
+    reward_calls: float
+
+    @property
+    def rows(self) -> float:
+        """The unit of a budget: denoiser rows, where a backward pass counts as two more."""
+        return self.denoiser_rows + 2 * self.gradient_rows
+
+
+class Uncountable(UserError):
+    """A sampler failed on the chain of one number; it may still work on the real one."""
+
+
+class _Exceeded(Exception):
+    """The count passed its limit."""
+
+
+def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = math.inf) -> Cost:
+    """Runs the sampler for one image on a chain of one number, with noise in the same steps as `diffusion`.
+
+    Args:
+        sampler: The sampler.
+        diffusion: The chain that it will run on.
+        value: The value that it will use, of which `most_rows` counts.
+        limit: Denoiser rows at which counting stops with an exception.
+
+    Raises:
+        UserError: If `sample` returns a wrong state or draws from a global random generator.
+        Uncountable: If it fails otherwise.
+    """
+    method, before = f"{type(sampler).__name__}.sample", _global_generators()
+    with torch.inference_mode(False), torch.no_grad():
+        start = Start(_OneNumber(diffusion, limit), [""], [0])
+        try:
+            final = sampler(start, _Counted(value))
+        except (UserError, _Exceeded):
+            raise
+        except Exception as error:
+            raise Uncountable(
+                f"{method} failed on the chain of one number on which costs are counted, with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if before != _global_generators():
+        raise UserError(
+            f"{method} draws from a global random generator, so that an image would depend on others; draw noise with "
+            "state.propose and uniform numbers with state.uniforms"
+        )
+    spent = final.context.ledger.per_image(len(final.x))
+    return Cost(len(final.x), *(spent[name] for name in Cost._fields[1:]))
+
+
+def current_count(sampler: Sampler) -> dict[str, int]:
+    """Returns {name: number} of the argument that a budget may choose; {} if there is none."""
+    name = sampler.budget_argument
+    return {} if name is None else {name: int(_arguments(sampler, name).arguments[name])}
+
+
+def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value) -> Sampler:
+    """Returns the sampler with the largest count, at most `budget`, whose cost does not exceed the budget.
+
+    Args:
+        sampler: The sampler; its other arguments stay.
+        budget: Denoiser rows per returned image, where a backward pass counts as two more.
+        diffusion: The chain that the sampler will run on.
+        value: The value that it will use.
+
+    Raises:
+        UserError: If even a count of 1 exceeds the budget, or the count does not change the cost.
+    """
+    name, kind = sampler.budget_argument, type(sampler).__name__
+    if name is None:
+        raise UserError(f"budget={budget}: {kind} has no count that a budget could choose; leave the budget out")
+    least = count(_with_count(sampler, name, 1), diffusion, value)
+    if least.rows > budget:
+        raise UserError(
+            f"budget={budget} is too small: {kind} with {name}=1 costs {least.rows:g} denoiser rows per image"
+            f"{' (a backward pass counts as 2 more)' if least.gradient_rows else ''} at num_inference_steps="
+            f"{diffusion.num_inference_steps}; raise the budget or lower num_inference_steps"
+        )
+
+    def cost_of(number: int) -> float:
+        """Infinity above the budget, NaN if the constructor refuses the number."""
+        try:
+            other = _with_count(sampler, name, number)
+            cost = count(other, diffusion, value, limit=math.inf if number == 2 else budget * least.returned)
+        except _Exceeded:
+            return math.inf
+        except UserError:
+            raise
+        except ValueError:
+            return math.nan
+        if cost.returned != least.returned:
+            raise UserError(
+                f"budget={budget} cannot choose {kind}'s {name}: every particle is returned, so that each image costs "
+                f"the same for any {name}; set it yourself, or return one image"
+            )
+        return cost.rows if cost.rows <= budget else math.inf
+
+    # The cost is about linear in the count: extrapolate after a success, bisect after a failure.
+    low, high, reached, changes, probe, step = 1, budget + 1, least.rows, False, 2, 1
+    while high - low > 1:
+        cost = cost_of(probe)
+        changes = changes or cost > least.rows
+        if cost <= budget:
+            low, reached = probe, cost
+            more = int((budget - reached) * (low - 1) / (reached - least.rows)) if reached > least.rows else low
+            step = 1 if more else 2 * step
+            probe = min(low + max(more, step // 2, 1), high - 1)
+        else:
+            high, step = probe, 1
+            probe = (low + high) // 2
+    if not changes:
+        raise UserError(
+            f"budget={budget} cannot choose {kind}'s {name}: with {type(value).__name__} it does not change the cost "
+            f"of {least.rows:g} denoiser rows per image; set it yourself and leave the budget out"
+        )
+    return _with_count(sampler, name, low)
+
+
+class _OneNumber(Diffusion):
+    """A chain of single numbers, with the length of another and noise in the same steps."""
+
+    latent_shape, dtype, device = (1, 1, 1), torch.float32, torch.device("cpu")
+
+    def __init__(self, diffusion: Diffusion, limit: float) -> None:
+        super().__init__(diffusion.num_inference_steps)
+        self.limit, self.rows = limit, 0
+        self.noisy = [float(diffusion.std(i) > 0) for i in range(diffusion.num_inference_steps)]
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None:
+        pass
+
+    def initial(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def denoise(self, x: Tensor, i: int, conditioning: None, row: Tensor) -> Denoised:
+        self.rows += len(x)
+        if self.rows > self.limit:
+            raise _Exceeded
+        return Denoised(x / 2, x / 2)
+
+    def std(self, i: int) -> float:
+        return self.noisy[i]
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0.expand(-1, 3, -1, -1)
+
+
+class _Counted(Value):
+    """Takes as many denoiser rows per evaluated row as another value does at most; it is its own reward."""
+
+    differentiable = True
+    reward = property(lambda self: self)
+
+    def __init__(self, value: Value) -> None:
+        super().__init__()
+        self.most_rows = value.most_rows
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.flatten(1).mean(1) / 1000  # on this scale no population of particles degenerates
+
+    def estimate(self, state: State) -> Tensor:
+        if self.most_rows == 0:
+            return self.score(state.x, state.prompts)
+        state.context.ledger.denoiser_rows += (self.most_rows - 1) * len(state.x)
+        return state.scores(self)
+
+
+def _global_generators() -> list[Any]:
+    """Returns the states of the global generators of torch, numpy and Python."""
+    legacy: Any = np.random.get_state(legacy=False)["state"]
+    return [torch.get_rng_state().tolist(), legacy["key"].tolist(), legacy["pos"], random.getstate()]
+
+
+def _arguments(sampler: Sampler, name: str) -> inspect.BoundArguments:
+    """Returns the arguments of the sampler's constructor, defaults included; `name` must be one of them."""
+    args, kwargs = sampler.arguments
+    bound = inspect.signature(type(sampler)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if name not in bound.arguments:
+        kind = type(sampler).__name__
+        raise UserError(f"{kind}.budget_argument is {name!r}, which is no argument of {kind}'s constructor")
+    return bound
+
+
+def _with_count(sampler: Sampler, name: str, number: int) -> Sampler:
+    """Returns the same sampler with another count."""
+    bound = _arguments(sampler, name)
+    bound.arguments[name] = number
+    return type(sampler)(*bound.args, **bound.kwargs)
