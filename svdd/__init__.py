@@ -22,6 +22,7 @@ __all__ = [
     "first_line",
     "missing_methods",
     "nearest",
+    "require_at_least",
     "rewards",
     "samplers",
     "state",
@@ -81,6 +82,13 @@ def nearest(name: str, known: list[str]) -> str | None:
     lowered = {candidate.lower(): candidate for candidate in known}
     match = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     return lowered[match[0]] if match else None
+
+
+def require_at_least(least: int, **numbers: int | None) -> None:
+    """Raises ValueError for the first number below `least`; None is not checked."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be >= {least}, got {number}")
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from svdd import UserError
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
+from svdd.runs.rows import Prompt
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
@@ -210,16 +211,20 @@ def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip,
 # ---- rollouts
 
 
+def prompts(*texts):
+    return [Prompt(k, text, None, None, {}) for k, text in enumerate(texts)]
+
+
 def test_rollouts_are_plain_chains():
     diffusion = GaussianDiffusion(4)
-    rollouts = draw_rollouts(diffusion, ["", "1"], [5, 6], [1, 3], attrgetter("x"))
+    x, end = draw_rollouts(diffusion, prompts("", "1"), [5, 6], [1, 3], attrgetter("x"))
     state, kept = State.start(diffusion, ["", "1"], [5, 6]), []
     while not state.done:
         kept.append(state)
         state = state.propose()
-    assert torch.equal(rollouts["x"], torch.stack([kept[1].x, kept[3].x], 1))
-    assert torch.equal(rollouts["end"], state.x)
-    x0 = draw_rollouts(diffusion, ["", "1"], [5, 6], [2], attrgetter("x0"))["x"]
+    assert torch.equal(x, torch.stack([kept[1].x, kept[3].x], 1))
+    assert torch.equal(end.x, state.x)
+    x0, _ = draw_rollouts(diffusion, prompts("", "1"), [5, 6], [2], attrgetter("x0"))
     assert torch.equal(x0[:, 0], kept[2].x0)
 
 
@@ -228,7 +233,8 @@ def filled(tmp_path):
     diffusion = GaussianDiffusion(3)
     cache = RolloutCache(tmp_path, {"steps": [1, 2]}, 150)
     for k, part in enumerate(cache.shards):
-        cache.write(k, draw_rollouts(diffusion, [""] * len(part), list(part), [1, 2], attrgetter("x")))
+        x, end = draw_rollouts(diffusion, prompts(*[""] * len(part)), list(part), [1, 2], attrgetter("x"))
+        cache.write(k, {"x": x, "end": end.x})
     return cache
 
 

@@ -14,7 +14,7 @@ from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import differences
 from svdd.runs.files import RunError, os_errors_explained
 from svdd.runs.prompts import PromptDataModule
-from svdd.values.training.calibration import FILES, Calibration, check_counts, plot, read_config, write
+from svdd.values.training.calibration import FILES, Calibration, plot, read_config, require_chains, write
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
 
@@ -57,8 +57,8 @@ class CalibrateCLI(ModelCLI):
             self._check_folder(config.overwrite)
 
     def before_calibrate(self) -> None:
-        """Refuses too few steps or chains before any is drawn."""
-        check_counts(self.model.diffusion.num_inference_steps, self._chains)
+        """Refuses too few chains before any is drawn."""
+        require_chains(self._chains)
 
     def after_calibrate(self) -> None:
         """Writes the results and prints the paths."""

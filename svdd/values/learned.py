@@ -22,8 +22,6 @@ from svdd.values.weights import Weights, read_weights
 
 __all__ = ["LearnedValue"]
 
-_PLAIN = (bool, int, float, str, list, type(None))
-
 
 class LearnedValue(Value):
     """A network that predicts the value from the noisy latent (or its x0), the step and the prompt.
@@ -33,19 +31,22 @@ class LearnedValue(Value):
 
     Args:
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
-        learning_rate: Peak learning rate of AdamW, cosine to 0.
+        learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
         pretrained: Trained weights: a file that `svdd fit` wrote, or the name of a value that ships with svdd.
             Arguments of the network that are left at their defaults are taken from the file.
 
     Attributes:
         input: What the network reads of a state: `x` costs no denoiser row, `x0` one.
-        decodes: Whether it decodes latents.
+        decodes: Whether it decodes latents, which are then not rescaled.
+        frozen: Prefixes of the state's names that training does not determine, for example of a feature extractor.
+        settings: What else determines the meaning of the weights beyond their shapes, as plain data; set by `build`.
         identity: What the weights are valid for, as plain data; empty until `bind`.
     """
 
     differentiable = True
     input: str = "x"
     decodes: bool = False
+    frozen: tuple[str, ...] = ()
     mean: Tensor
     std: Tensor
     spread: Tensor
@@ -57,14 +58,14 @@ class LearnedValue(Value):
         super().__init__()
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, got {learning_rate}")
-        self.loss = loss if loss is not None else MeanLoss()
-        self.learning_rate, self.pretrained = learning_rate, pretrained
+        self.loss, self.learning_rate, self.pretrained = loss or MeanLoss(), learning_rate, pretrained
+        self.settings: dict[str, Any] = {}
         self.identity: dict[str, Any] = {}
         self.register_buffer("trained", torch.tensor(False))
 
     @abstractmethod
     def build(self, diffusion: Diffusion) -> None:
-        """Creates the network for the shapes of this diffusion model."""
+        """Creates the network for the shapes of this diffusion model; the random generator is seeded."""
 
     @abstractmethod
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
@@ -77,16 +78,12 @@ class LearnedValue(Value):
         """
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What determines the meaning of the weights beyond their shapes, as plain data."""
-        return {}
-
-    @property
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments that are plain data, without those of the training."""
         base, own = (inspect.signature(cls).parameters for cls in (LearnedValue, type(self)))
         found = {name: getattr(self, name, ...) for name in own if name not in base}
-        return {name: value for name, value in found.items() if isinstance(value, _PLAIN)}
+        plain = (bool, int, float, str, list, type(None))
+        return {name: value for name, value in found.items() if isinstance(value, plain)}
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
         """Sets the reward, builds the network, and loads the weights: its own if it is trained, or `pretrained`."""
@@ -100,7 +97,9 @@ class LearnedValue(Value):
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("std", torch.tensor(1.0))
         self.register_buffer("spread", torch.ones(diffusion.num_inference_steps))  # std of the inputs at step i
-        self.build(diffusion)
+        with torch.random.fork_rng(devices=[]):  # the same initial weights in every process
+            torch.manual_seed(0)
+            self.build(diffusion)
         self.most_rows = 1 if self.input == "x0" else 0
         own = {"value": type(self).__name__, "input": self.input, **self.settings}
         self.identity = own | {"reward": reward.identity} | diffusion.identity
@@ -108,11 +107,7 @@ class LearnedValue(Value):
             self.load_weights(weights, source)
 
     def estimate(self, state: State) -> Tensor:
-        """Returns one prediction per row, float32 [n].
-
-        Raises:
-            UserError: If the value was not trained, or a prediction is not a finite number.
-        """
+        """Returns one prediction per row, float32 [n]; UserError if it is not finite, or the value is not trained."""
         if not self.trained:
             raise UserError(
                 f"{type(self).__name__} is not trained yet: run `svdd fit` first and give its weights as "
@@ -137,27 +132,28 @@ class LearnedValue(Value):
         return state.x0 if self.input == "x0" else state.x
 
     def predict(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
-        """Returns predictions in units of the reward, float32 [n].
+        """Returns predictions in units of the reward, float32 [n]; arguments as in `predict_standardized`."""
+        return self.mean.float() + self.std.float() * self.predict_standardized(x, step, text).float()
+
+    def predict_standardized(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
+        """Returns predictions in units of the rewards' spread about their mean, [n].
 
         Args:
             x: What `read` returned.
             step: Step index of each row, int64 [n], 1 .. T - 1.
             text: Features of each row's prompt, [n, d].
         """
-        return self.mean.float() + self.std.float() * self.predict_standardized(x, step, text).float()
-
-    def predict_standardized(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
-        """Returns predictions in units of the rewards' spread about their mean, [n]; arguments as in `predict`."""
         dtype = next(self.parameters()).dtype
         spread = self.spread[step].view(-1, 1, 1, 1)
         progress = step.to(self.spread) / len(self.spread)
         return self.network_output((x / spread).to(dtype), progress.to(dtype), None if text is None else text.to(dtype))
 
     def set_units(self, rewards: Tensor, spread: Tensor) -> None:
-        """Sets the units, which are part of the weights: mean and spread of the rewards [n], spread of the inputs [T].
+        """Sets the units, which are part of the weights; UserError if all rewards are equal.
 
-        Raises:
-            UserError: If all rewards are equal.
+        Args:
+            rewards: Rewards of the training rollouts, [n].
+            spread: Standard deviation of the inputs at each step, [T].
         """
         std = rewards.double().std()
         if len(rewards) < 2 or not std > 0:
@@ -167,23 +163,19 @@ class LearnedValue(Value):
             )
         self.mean.copy_(rewards.double().mean())
         self.std.copy_(std)
-        self.spread.copy_(spread)
+        self.spread.copy_(torch.ones_like(spread) if self.decodes else spread)
         self.trained.fill_(True)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Returns what training determines, by name: the state without frozen feature extractors."""
-        return dict(self.state_dict())
+        """Returns what training determines, by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(self.frozen)}
 
     def weights(self) -> Weights:
         """Returns everything that a file needs to restore the value."""
         return Weights(self.identity, self.arguments, self.trained_state())
 
     def load_weights(self, weights: Weights, source: str) -> None:
-        """Loads trained weights, which messages call `source`.
-
-        Raises:
-            UserError: If they were trained for something else, with every difference, or have other shapes.
-        """
+        """Loads trained weights from `source`; UserError if they were trained for something else or do not fit."""
         if differences := _differences(weights.identity, json.loads(json.dumps(self.identity))):
             raise UserError(f"{source} was trained for something else: {'; '.join(differences)}")
         own = self.trained_state()

@@ -1,9 +1,4 @@
-"""The losses of a learned value.
-
-A state x_i of a rollout ended in an image of reward r. Regressing on r with a squared error gives the mean
-E[r | x_i]; the soft value alpha log E[exp(r / alpha) | x_i] needs another loss. Both can bootstrap: the target is then
-the value of the next state, and r only at the end of the chain.
-"""
+"""The losses of a learned value: regression of a state's value on the reward of its rollout's final image."""
 
 import math
 from abc import ABC, abstractmethod
@@ -33,9 +28,9 @@ class ValueLoss(ABC):
         """Returns the mean loss of a batch, a scalar.
 
         Args:
-            values: Predictions in units of `scale`, [n].
-            targets: Rewards, or values of the next states, in the same units, [n].
-            scale: The rewards' standard deviation, in units of the reward.
+            values: Predictions, [n], in units of `scale`.
+            targets: Rewards, or values of the next states, [n], in the same units.
+            scale: The rewards' standard deviation.
         """
 
 
@@ -51,21 +46,16 @@ class SoftLoss(ValueLoss):
     """exp(u) - u - 1 with u = (target - value) / alpha: the value becomes alpha log E[exp(r / alpha) | x_i].
 
     Its expected derivative vanishes where E[exp((r - v) / alpha)] = 1. The loss is linear beyond u = 12. Where exp(u)
-    averages more than 4 over a batch, the batch's gradient is scaled down, so that its entries sum to at most
-    10 alpha / scale; the value of the loss is not scaled.
-
-    The lower alpha is relative to s, the spread of the targets given x_i, the more the value falls short of the soft
-    value. For normal targets in batches of 256 it covers the whole distance from the mean down to alpha = s / 2, 96 %
-    at s / 3, 88 % at s / 4 and 50 % at s / 10.
+    averages more than 4 over a batch, the batch's gradient, not the loss, is scaled down, so that its entries sum to at
+    most 10 alpha / scale. A low alpha relative to s, the spread of the targets given x_i, leaves the value between mean
+    and soft value: for normal targets in batches of 256 it covers all of the distance at alpha = s / 2, 96 % at s / 3,
+    88 % at s / 4 and 50 % at s / 10.
 
     Source: the linear-exponential loss of Garg et al., Extreme Q-Learning, 2023, arXiv 2301.02328.
 
     Args:
         alpha: Temperature in units of the reward, above 0; use the sampler's.
         bootstrap: As in every loss.
-
-    Raises:
-        ValueError: If `alpha` is not above 0.
     """
 
     def __init__(self, alpha: float, bootstrap: bool = False) -> None:

@@ -6,9 +6,7 @@ from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import LearnedValue
 from svdd.values.weights import read_weights
 
-__all__ = ["BUILT_IN", "learned_class", "load_value"]
-
-BUILT_IN = (LatentConvValue, FeatureValue)  # imported, so that their files can be loaded
+__all__ = ["FeatureValue", "LatentConvValue", "learned_class", "load_value"]
 
 
 def load_value(pretrained: str) -> LearnedValue:
@@ -19,10 +17,6 @@ def load_value(pretrained: str) -> LearnedValue:
 
     Raises:
         UserError: If the file cannot be read, or its class is not imported.
-
-    Example:
-        >>> load_value("emoji-compressibility").pretrained
-        'emoji-compressibility'
     """
     return learned_class(pretrained)(pretrained=pretrained)
 

@@ -1,6 +1,5 @@
 """The files in which `svdd fit` stores a learned value: weights, constructor arguments and what they are valid for."""
 
-import io
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -32,27 +31,20 @@ class Weights(NamedTuple):
     arguments: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    @property
-    def header(self) -> dict[str, Any]:
-        """Everything but the tensors."""
-        return {"identity": self.identity, "arguments": self.arguments}
-
     def to_bytes(self) -> bytes:
         """Encodes a safetensors file; matrices in half precision."""
         small = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in self.tensors.items()}
-        return save({k: v.contiguous().cpu() for k, v in small.items()}, {_KEY: json.dumps(self.header)})
+        header = json.dumps({"identity": self.identity, "arguments": self.arguments})
+        return save({k: v.contiguous().cpu() for k, v in small.items()}, {_KEY: header})
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Returns the entries of a Lightning checkpoint."""
-        return {"state_dict": {f"value.{name}": tensor for name, tensor in self.tensors.items()}, _KEY: self.header}
+        state = {f"value.{name}": tensor for name, tensor in self.tensors.items()}
+        return {"state_dict": state, _KEY: {"identity": self.identity, "arguments": self.arguments}}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Any, source: str) -> "Weights":
-        """Reads the entries of a Lightning checkpoint.
-
-        Raises:
-            UserError: If it was not written by `svdd fit`.
-        """
+        """Reads the entries of a Lightning checkpoint; UserError if `svdd fit` did not write it."""
         header = checkpoint.get(_KEY) if isinstance(checkpoint, dict) else None
         if not isinstance(header, dict) or header.keys() != {"identity", "arguments"}:
             raise UserError(f"{source} holds no value of svdd; {_EXPECTED}")
@@ -66,26 +58,19 @@ def weights_file(pretrained: str) -> Path:
 
 
 def read_weights(pretrained: str) -> Weights:
-    """Reads a safetensors file or a checkpoint; nothing in it is executed.
-
-    Args:
-        pretrained: A local file, or the name of a value that ships with svdd.
-
-    Raises:
-        UserError: If the file cannot be read, or was not written by `svdd fit`.
-    """
+    """Reads a safetensors file or a checkpoint as data; UserError if it cannot be read or is none of `svdd fit`."""
     source, path = f"pretrained={pretrained!r}", weights_file(pretrained)
     try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}; {_EXPECTED}") from error
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                checkpoint = {_KEY: json.loads((file.metadata() or {}).get(_KEY, "null"))}
-                checkpoint["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        else:
-            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with open(path, "rb") as opened:
+            if path.suffix != ".safetensors":
+                return Weights.from_checkpoint(torch.load(opened, "cpu", weights_only=True), source)
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        return Weights.from_checkpoint({_KEY: header, "state_dict": state}, source)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or error}; {_EXPECTED}") from error
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{source} is not a weights file, or a damaged one; {_EXPECTED}") from error
-    return Weights.from_checkpoint(checkpoint, source)

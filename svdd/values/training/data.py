@@ -1,20 +1,21 @@
 """The data of `svdd fit`: rollouts, drawn once and cached, and batches of their states."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
 
-from svdd import UserError
-from svdd.runs.prompts import PromptDataset
+from svdd import UserError, require_at_least
+from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache, draw_rollouts
 
@@ -23,22 +24,23 @@ __all__ = ["RolloutDataModule", "StateDataset"]
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
 class StateDataset(Dataset[Batch]):
     """Every kept state of some rollouts, with the rollout's final reward.
 
     Args:
         shards: What `RolloutCache.load` returned.
         rollouts: Which rollouts, counted over all shards.
-        steps: The kept steps, increasing.
+        steps: The kept steps, increasing, int64 [steps].
         rewards: The reward of every rollout of the cache, [rollouts].
         prompts: Index of every rollout's prompt, int64 [rollouts].
     """
 
-    def __init__(
-        self, shards: Sequence[Batch], rollouts: range, steps: Sequence[int], rewards: Tensor, prompts: Tensor
-    ) -> None:
-        self.shards, self.rollouts, self.steps = shards, rollouts, torch.tensor(steps)
-        self.rewards, self.prompts = rewards, prompts
+    shards: Sequence[Batch]
+    rollouts: range
+    steps: Tensor
+    rewards: Tensor
+    prompts: Tensor
 
     def __len__(self) -> int:
         return len(self.rollouts) * len(self.steps)
@@ -78,18 +80,17 @@ class StateDataset(Dataset[Batch]):
 class RolloutDataModule(L.LightningDataModule):
     """Draws rollouts of the pretrained chain, caches them, and serves their states to `ValueFitting`.
 
-    Rollout k starts from prompt k modulo the number of prompts, with the seed `seed + k`. Each process draws different
-    shards; an interrupted generation continues. Rewards are computed in every training, so one cache serves many.
+    Rollout k starts from prompt k modulo the number of prompts, with the seed `seed + k`.
 
     Args:
         prompts: A list of prompts or a file, as in `svdd predict`, with its column `negative_prompt`, without `seed`.
-        num_rollouts: Number of chains. A held-out share is never trained on.
+        num_rollouts: Number of chains, >= 4. A held-out share is never trained on.
         keep_every: Keep every so many steps of a chain, counted back from the last; 1 keeps all, which bootstrapping
             needs.
         validation: Share of the rollouts that is held out, above 0 and below 1.
         batch_size: States in a training batch.
         rollout_batch_size: Chains drawn, and final images scored, at once; at most the 64 of a shard of the cache.
-        seed: Seed of the first rollout.
+        seed: Seed of the first rollout, >= 0.
         cache: Folder of the caches.
         prompt_column: Name of the column, or JSON key, that holds the prompt.
         limit: Use at most this many prompts, the first ones.
@@ -97,6 +98,8 @@ class RolloutDataModule(L.LightningDataModule):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    trainer: Any
 
     def __init__(
         self,
@@ -112,22 +115,16 @@ class RolloutDataModule(L.LightningDataModule):
         limit: int | None = None,
     ) -> None:
         super().__init__()
-        counts = {"keep_every": keep_every, "batch_size": batch_size, "rollout_batch_size": rollout_batch_size}
-        for name, number in counts.items():
-            if number < 1:
-                raise ValueError(f"{name} must be >= 1, got {number}")
-        if num_rollouts < 4:
-            raise ValueError(f"num_rollouts must be >= 4, some to train on and some to hold out, got {num_rollouts}")
+        require_at_least(4, num_rollouts=num_rollouts)
+        require_at_least(1, keep_every=keep_every, batch_size=batch_size, rollout_batch_size=rollout_batch_size)
+        require_at_least(0, seed=seed)
         if not 0 < validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {validation}")
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
         self.num_rollouts, self.keep_every, self.validation = num_rollouts, keep_every, validation
         self.batch_size, self.rollout_batch_size, self.seed, self.cache = batch_size, rollout_batch_size, seed, cache
         dataset = PromptDataset(prompts, prompt_column, limit)
-        used = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
-        self.texts, self.negatives = [prompt.text for prompt in used], [prompt.negative_prompt for prompt in used]
         self.digest = dataset.digest
+        self.prompts = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
         dataset.close()
         self.setup("fit")
 
@@ -143,7 +140,7 @@ class RolloutDataModule(L.LightningDataModule):
             UserError: If the value cannot learn from these steps.
             RewardError: If the reward fails; the rollouts stay in the cache.
         """
-        module = self._module
+        module: ValueFitting = self.trainer.lightning_module
         diffusion, value = module.diffusion, module.value
         steps = list(range(diffusion.num_inference_steps - 1, 0, -self.keep_every))[::-1]
         if not steps:
@@ -155,80 +152,76 @@ class RolloutDataModule(L.LightningDataModule):
         cache = RolloutCache(Path(self.cache), settings, self.num_rollouts)
         self._fill(cache, steps)
         shards = cache.load()
-        rewards, prompts = self._rewards(shards), torch.arange(self.num_rollouts) % len(self.texts)
+        prompts = torch.arange(self.num_rollouts) % len(self.prompts)
+        contents = (torch.tensor(steps), self._rewards(cache, shards), prompts)
         cut = self.num_rollouts - max(1, round(self.validation * self.num_rollouts))
-        self.training = StateDataset(shards, range(cut), steps, rewards, prompts)
-        self.held_out = StateDataset(shards, range(cut, self.num_rollouts), steps, rewards, prompts)
-        value.set_units(rewards[:cut], self.training.spread(diffusion.num_inference_steps))
-        module.encode_prompts(self.texts)
+        self.training, self.held_out = (
+            StateDataset(shards, rollouts, *contents) for rollouts in (range(cut), range(cut, self.num_rollouts))
+        )
+        value.set_units(self.training.rewards[:cut], self.training.spread(diffusion.num_inference_steps))
+        module.encode_prompts([prompt.text for prompt in self.prompts])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns shuffled batches of the training states."""
-        if self.training is None:
-            self.generate()
-        generator = torch.Generator().manual_seed(self.seed)
-        dataset = cast(StateDataset, self.training)
-        return DataLoader(dataset, self.batch_size, shuffle=True, collate_fn=_identity, generator=generator)
+        return self._loader(shuffle=True, generator=torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns batches of the held-out states."""
-        if self.held_out is None:
+        return self._loader(shuffle=False)
+
+    def _loader(self, shuffle: bool, **options: Any) -> DataLoader[Batch]:
+        if self.training is None:
             self.generate()
-        return DataLoader(cast(StateDataset, self.held_out), self.batch_size, collate_fn=_identity)
+        dataset: Any = self.training if shuffle else self.held_out
+        return DataLoader(dataset, self.batch_size, shuffle, collate_fn=default_convert, **options)
 
-    @property
-    def _module(self) -> ValueFitting:
-        return cast(ValueFitting, cast(L.Trainer, self.trainer).lightning_module)
+    def _parts(self, rollouts: range) -> Iterator[tuple[range, list[Prompt]]]:
+        """Yields at most `rollout_batch_size` rollouts at once, with their prompts."""
+        for start in range(0, len(rollouts), self.rollout_batch_size):
+            part = rollouts[start : start + self.rollout_batch_size]
+            yield part, [self.prompts[k % len(self.prompts)] for k in part]
 
+    @torch.no_grad()
     def _fill(self, cache: RolloutCache, steps: Sequence[int]) -> None:
         """Draws the missing shards, every process its share; rank 0 finds them and holds the lock for all."""
-        trainer: Any = self.trainer
+        trainer, module = self.trainer, self.trainer.lightning_module
         with ExitStack() as around:
             missing: list[int] | UserError = []
             if trainer.is_global_zero:
                 try:
-                    missing = around.enter_context(cache.filling())
+                    missing = cache.claim(around)
                 except UserError as error:
                     missing = error
             missing = trainer.strategy.broadcast(missing)
             if isinstance(missing, UserError):  # raised on every process, so that none waits for rank 0
                 raise missing
-            if missing:
-                rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
-                self._draw(cache, missing[trainer.global_rank :: trainer.world_size], steps)
-                trainer.strategy.barrier("svdd.values.training.rollouts.drawn")
+            if not missing:
+                return
+            rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
+            own = missing[trainer.global_rank :: trainer.world_size]
+            silent = not (own and trainer.is_global_zero and sys.stderr.isatty())
+            for shard in tqdm(own, desc="rollouts", disable=silent, leave=False):
+                inputs, ends = [], []
+                for rollouts, prompts in self._parts(cache.shards[shard]):
+                    seeds = [self.seed + k for k in rollouts]
+                    x, state = draw_rollouts(module.diffusion, prompts, seeds, steps, module.value.read)
+                    inputs.append(x)
+                    ends.append(state.x.cpu())
+                cache.write(shard, {"x": torch.cat(inputs), "end": torch.cat(ends)})
+            trainer.strategy.barrier("svdd.values.training.rollouts.drawn")
 
     @torch.no_grad()
-    def _draw(self, cache: RolloutCache, shards: Sequence[int], steps: Sequence[int]) -> None:
-        module, size, count = self._module, self.rollout_batch_size, len(self.texts)
-        silent = not (shards and module.global_rank == 0 and sys.stderr.isatty())
-        for shard in tqdm(shards, desc="rollouts", disable=silent, leave=False):
-            rollouts, parts = cache.shards[shard], []
-            for part in (rollouts[start : start + size] for start in range(0, len(rollouts), size)):
-                prompts, seeds = [self.texts[k % count] for k in part], [self.seed + k for k in part]
-                negatives = [self.negatives[k % count] for k in part]
-                parts.append(draw_rollouts(module.diffusion, prompts, seeds, steps, module.value.read, negatives))
-            cache.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-    @torch.no_grad()
-    def _rewards(self, shards: Sequence[Batch]) -> Tensor:
+    def _rewards(self, cache: RolloutCache, shards: Sequence[Batch]) -> Tensor:
         """Scores the final images, every process its share of the shards, and returns all scores, [rollouts]."""
-        trainer: Any = self.trainer
-        module, size, count = self._module, self.rollout_batch_size, len(self.texts)
-        diffusion, rewards, start = module.diffusion, torch.zeros(self.num_rollouts), 0
+        trainer, module = self.trainer, self.trainer.lightning_module
+        diffusion, rewards = module.diffusion, torch.zeros(self.num_rollouts)
 
-        def score(ends: Tensor, prompts: Sequence[str]) -> Tensor:
-            return module.reward.score(diffusion.decode(ends.to(diffusion.device)), prompts).cpu()
+        def score(ends: Tensor, texts: Sequence[str]) -> Tensor:
+            return module.reward.score(diffusion.decode(ends.to(diffusion.device)), texts).cpu()
 
-        for k, shard in enumerate(shards):
-            for ends in shard["end"].split(size):
-                rows = range(start, start + len(ends))
-                if k % trainer.world_size == trainer.global_rank:
-                    texts = [self.texts[r % count] for r in rows]
-                    rewards[rows.start : rows.stop] = diffusion.chunker.map(score, len(ends), ends, texts)
-                start = rows.stop
+        for k in range(trainer.global_rank, len(shards), trainer.world_size):
+            ends = shards[k]["end"].split(self.rollout_batch_size)
+            for (rollouts, prompts), end in zip(self._parts(cache.shards[k]), ends, strict=True):
+                texts = [prompt.text for prompt in prompts]
+                rewards[rollouts.start : rollouts.stop] = diffusion.chunker.map(score, len(end), end, texts)
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()
-
-
-def _identity(batch: Any) -> Any:
-    return batch

@@ -35,10 +35,10 @@ class ValueFitting(L.LightningModule):
     def __init__(self, reward: Reward, diffusion: Diffusion | None = None, value: LearnedValue | None = None) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
-        self.reward = reward
-        self.diffusion = diffusion if diffusion is not None else StableDiffusion()
-        self.value = value if value is not None else LatentConvValue()
+        self.reward, self.diffusion, self.value = reward, diffusion or StableDiffusion(), value or LatentConvValue()
         self.value.bind(reward, self.diffusion)
+        for frozen in (self.reward, self.diffusion):
+            frozen.eval().requires_grad_(False)  # DDP would wait for these gradients
         self._prompt_features: Tensor | None = None
         self._held_out: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -46,27 +46,12 @@ class ValueFitting(L.LightningModule):
         """Loads the reward's weights; Lightning calls it on every process."""
         self.reward.load()
 
-    def train(self, mode: bool = True) -> "ValueFitting":
-        """Sets the mode of the value; the frozen models stay in evaluation mode."""
-        super().train(mode)
-        self.diffusion.eval()
-        self.reward.eval()
-        return self
-
-    def setup(self, stage: str) -> None:
-        """Excludes frozen weights from the gradient before DDP is set up, which would wait for theirs."""
-        for name, parameter in self.named_parameters() if stage == "fit" else ():
-            if not name.startswith("value."):
-                parameter.requires_grad_(False)
-
     @torch.no_grad()
     def encode_prompts(self, texts: list[str]) -> None:
         """Keeps the features of the prompts, which batches refer to by index; encodes them in blocks."""
-        parts = []
-        for start in range(0, len(texts), _PROMPTS_PER_BLOCK):
-            block = texts[start : start + _PROMPTS_PER_BLOCK]
-            features = self.diffusion.prompt_features(self.diffusion.encode(block, [None] * len(block)))
-            parts += [] if features is None else [features]
+        blocks = [texts[k : k + _PROMPTS_PER_BLOCK] for k in range(0, len(texts), _PROMPTS_PER_BLOCK)]
+        encoded = (self.diffusion.encode(block, [None] * len(block)) for block in blocks)
+        parts = [part for part in map(self.diffusion.prompt_features, encoded) if part is not None]
         self._prompt_features = torch.cat(parts) if parts else None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -121,11 +106,7 @@ class ValueFitting(L.LightningModule):
         checkpoint |= self.value.weights().to_checkpoint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads the value.
-
-        Raises:
-            UserError: If the checkpoint holds no value, or one that was trained for something else.
-        """
+        """Loads the value; UserError if the checkpoint holds none, or one that was trained for something else."""
         self.value.load_weights(Weights.from_checkpoint(checkpoint, "the checkpoint"), "the checkpoint")
 
     def _loss(self, batch: dict[str, Tensor], bootstrap: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,8 +114,7 @@ class ValueFitting(L.LightningModule):
         value = self.value
         text = None if self._prompt_features is None else self._prompt_features[batch["prompt"]]
         predictions = value.predict_standardized(batch["x"], batch["step"], text)
-        rewards = (batch["reward"] - value.mean) / value.std
-        targets = rewards
+        targets = rewards = (batch["reward"] - value.mean) / value.std
         if bootstrap:
             with torch.no_grad():
                 ahead = value.predict_standardized(batch["next_x"], batch["next_step"].clamp(min=0), text)

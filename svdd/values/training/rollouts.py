@@ -2,14 +2,14 @@
 
 A cache folder holds shards of a fixed number of rollouts, each a safetensors file with the value's input at the kept
 steps, `x` [n, steps, c, h, w], the final latents `end` [n, c, h, w], and a checksum of both. It does not depend on the
-reward. A shard is written by one process under a temporary name and renamed; a missing, damaged or short one is drawn
-again. A rollout depends only on its number, so the head of a longer shard can be used.
+reward. A missing, damaged or short shard is drawn again. A rollout depends only on its number, so the head of a longer
+shard can be used.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +20,34 @@ from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
 from svdd.runs.files import lock, os_errors_explained, write_atomically
+from svdd.runs.rows import Prompt
 from svdd.state.state import State
 
 __all__ = ["RolloutCache", "draw_rollouts"]
 
 ROLLOUTS_PER_SHARD = 64
+_OPTION = "--data.cache"
 
 
 def draw_rollouts(
     diffusion: Diffusion,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
-    steps: Sequence[int],
+    steps: Collection[int],
     read: Callable[[State], Tensor],
-    negative_prompts: Sequence[str | None] | None = None,
-) -> dict[str, Tensor]:
-    """Draws unguided chains, as `Unguided` does, and keeps the inputs of a value.
-
-    Args:
-        diffusion: The chain.
-        prompts: One per rollout.
-        seeds: One per rollout.
-        steps: The steps to keep, increasing, within 1 .. T - 1.
-        read: Returns the value's input, `LearnedValue.read`.
-        negative_prompts: One per rollout, or None for the model's default throughout.
+) -> tuple[Tensor, State]:
+    """Draws unguided chains, as `Unguided` does: one per prompt and seed.
 
     Returns:
-        `x`, the inputs, [n, steps, ...], and `end`, the final latents [n, c, h, w]; on the CPU.
+        What `read` returns of the states at the given steps, [n, steps, ...], on the CPU, and the end of the chains.
     """
-    state, kept = State.start(diffusion, prompts, seeds, negative_prompts=negative_prompts), []
+    negatives = [prompt.negative_prompt for prompt in prompts]
+    state, kept = State.start(diffusion, [prompt.text for prompt in prompts], seeds, 1, negatives), []
     while not state.done:
         if state.i in steps:
             kept.append(read(state).cpu())
         state = state.propose()
-    return {"x": torch.stack(kept, 1), "end": state.x.cpu()}
+    return torch.stack(kept, 1), state
 
 
 class RolloutCache:
@@ -68,40 +62,31 @@ class RolloutCache:
     def __init__(self, folder: Path, settings: dict[str, Any], count: int) -> None:
         self._settings, text = settings, json.dumps(settings, sort_keys=True)
         self.path = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-        starts = range(0, count, ROLLOUTS_PER_SHARD)
-        self.shards = [range(start, min(start + ROLLOUTS_PER_SHARD, count)) for start in starts]
+        self.shards = [range(count)[k : k + ROLLOUTS_PER_SHARD] for k in range(0, count, ROLLOUTS_PER_SHARD)]
 
     def missing(self) -> list[int]:
         """Returns the shards that must be drawn: absent, damaged or too short."""
-        with os_errors_explained(self.path, "--data.cache"):
-            return [k for k in range(len(self.shards)) if not self._is_whole(k)]
+        return [k for k in range(len(self.shards)) if not self._is_whole(k)]
 
-    @contextmanager
-    def filling(self) -> Iterator[list[int]]:
-        """Yields the missing shards, and locks the cache if there are any; for one process of a run.
+    def claim(self, around: ExitStack) -> list[int]:
+        """Returns the missing shards; if there are any, locks the cache until `around` closes.
 
         Raises:
             RunError: If another run draws into this cache, or it cannot be written.
         """
         if not self.missing():
-            yield []
-            return
-        with os_errors_explained(self.path, "--data.cache"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            held = f"another run draws rollouts into {self.path}"
-            file_lock = lock(self.path / ".lock", held, option="--data.cache")
-        try:
+            return []
+        with os_errors_explained(self.path, _OPTION):
+            held = lock(self.path / ".lock", f"another run draws rollouts into {self.path}", _OPTION)
+            around.callback(held.release)
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
-            yield self.missing()  # another run may have filled it in the meantime
-        finally:
-            file_lock.release()
+        return self.missing()  # another run may have filled it in the meantime
 
     def write(self, shard: int, rollouts: dict[str, Tensor]) -> None:
         """Writes one shard, completely or not at all."""
-        rollouts = {name: tensor.contiguous() for name, tensor in rollouts.items()}
         header = {"rollouts": json.dumps({"settings": self._settings, "sha256": _checksum(rollouts)})}
-        with os_errors_explained(self.path, "--data.cache"):
+        with os_errors_explained(self.path, _OPTION):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(shard), save(rollouts, header))
 
