@@ -22,7 +22,7 @@ from svdd.state.state import State
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.losses import MeanLoss, SoftLoss
-from svdd.values.pretrained import load_value
+from svdd.values.pretrained import load_value, to_safetensors
 from svdd.values.training.data import RolloutDataModule
 from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache, draw_rollouts
@@ -165,7 +165,7 @@ def test_an_untrained_value_says_what_to_do():
 def test_a_training_that_diverged_is_said(trained):
     broken = network()
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), broken)
-    broken.load_weights(trained.value.weights(), "here")
+    broken.load_checkpoint(trained.value.checkpoint(), "here")
     next(broken.parameters()).data.fill_(math.nan)
     with pytest.raises(UserError, match="LatentConvValue returned NaN or infinity at step 1: its training may have"):
         model.sample([""])
@@ -197,11 +197,11 @@ def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip,
     value = FeatureValue(tiny_clip, decode_from=decode_from, width=16)
     diffusion, reward = StableDiffusion(sd15, 3), Compressibility()
     fit(value, tmp_path, diffusion, reward, 2, ["panda"], num_rollouts=16, batch_size=16)
-    names = set(value.trained_state())
-    assert not any(name.startswith("clip.") for name in names)
-    assert {"network.0.weight", "mean", "std", "trained"} <= names
+    names = set(value.checkpoint()["state_dict"])
+    assert not any(name.startswith("value.clip.") for name in names)
+    assert {"value.network.0.weight", "value.mean", "value.std", "value.trained"} <= names
     path = tmp_path / "value.safetensors"
-    path.write_bytes(value.weights().to_bytes())
+    path.write_bytes(to_safetensors(value.checkpoint()))
     model = GuidedDiffusion(reward, diffusion, SVDD(4), load_value(str(path)))
     ledger = model.draw(["panda"], [0]).context.ledger
     assert ledger.denoiser_rows == (1 + 4 * 2 if decode_from == "x0" else 3)
@@ -280,7 +280,7 @@ def test_another_setting_has_a_folder_of_its_own(tmp_path, filled):
 def test_what_is_held_out_is_compared_with_rewards_even_where_training_bootstraps(cache):
     """A value that knows nothing agrees with itself: by that measure no training would ever be the best."""
     model, data, _ = fit(network(loss=MeanLoss(bootstrap=True)), cache, epochs=1, num_rollouts=256)
-    batch = data.held_out.__getitems__(range(len(data.held_out)))
+    batch = data.states[1].__getitems__(range(len(data.states[1])))
     with torch.no_grad():
         estimates = model.value.predict_standardized(batch["x"], batch["step"])
         held_out = float(model._loss(batch, bootstrap=False)[0])
@@ -309,18 +309,18 @@ def test_only_what_is_missing_is_drawn_again_and_comes_out_the_same(tmp_path):
 
 def test_batches_pair_each_state_with_the_next(tmp_path):
     _, data, _ = fit(network(), tmp_path, epochs=1, num_rollouts=100, batch_size=64, prompts=("0", "1", "2"))
-    batch = data.held_out.__getitems__(range(len(data.held_out)))
-    assert len(data.held_out) == 10 * 3
-    assert len(data.training) == 90 * 3
+    batch = data.states[1].__getitems__(range(len(data.states[1])))
+    assert len(data.states[1]) == 10 * 3
+    assert len(data.states[0]) == 90 * 3
     assert batch["step"].tolist() == [1, 2, 3] * 10
     assert batch["next_step"].tolist() == [2, 3, -1] * 10
     assert batch["prompt"].tolist() == [r % 3 for r in range(90, 100) for _ in range(3)]
     inner = batch["next_step"] > 0
     assert torch.equal(batch["next_x"][inner], batch["x"][batch["step"] > 1])
-    ends = torch.cat([shard["end"] for shard in data.held_out.shards])[90:]
+    ends = torch.cat([shard["end"] for shard in data.states[1].shards])[90:]
     torch.testing.assert_close(batch["reward"][~inner].double(), ends.flatten(1) @ torch.tensor(B, dtype=torch.float64))
-    single = data.held_out[4]
-    assert torch.equal(single["x"], batch["x"][4])
+    single = data.states[1].__getitems__([4])
+    assert torch.equal(single["x"], batch["x"][4:5])
 
 
 # ---- refusals
@@ -370,7 +370,7 @@ class Broken(Reward):
 
 
 def test_what_cannot_be_learned_is_said(tmp_path, cache):
-    with pytest.raises(UserError, match=r"the rewards of .* rollouts do not differ, so there is nothing to learn"):
+    with pytest.raises(UserError, match=r"the rewards of .* rollouts do not differ: use more, or another reward"):
         fit(network(), cache, reward=Constant())
     with pytest.raises(UserError, match="reward Broken returned NaN or infinity for"):
         fit(network(), cache, reward=Broken())
@@ -385,7 +385,7 @@ def test_what_cannot_be_learned_is_said(tmp_path, cache):
 
 def test_exported_weights_come_back(trained, tmp_path):
     path = tmp_path / "value.safetensors"
-    path.write_bytes(trained.value.weights().to_bytes())
+    path.write_bytes(to_safetensors(trained.value.checkpoint()))
     checkpoint = {"state_dict": {}}
     trained.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "best.ckpt")
@@ -415,8 +415,9 @@ def test_a_trained_value_keeps_its_weights_when_bound_again(cache):
 
 
 def test_a_class_of_ones_own_is_found_where_it_is_imported(trained, tmp_path):
-    path, weights = tmp_path / "value.safetensors", trained.value.weights()
-    path.write_bytes(weights._replace(identity=weights.identity | {"value": "Mine"}).to_bytes())
+    path, checkpoint = tmp_path / "value.safetensors", trained.value.checkpoint()
+    checkpoint["svdd_value"]["identity"] = trained.value.identity | {"value": "Mine"}
+    path.write_bytes(to_safetensors(checkpoint))
     with pytest.raises(UserError, match=r"holds a value of class 'Mine', which is not imported; name the class"):
         load_value(str(path))
 
@@ -430,7 +431,7 @@ def test_a_class_of_ones_own_is_found_where_it_is_imported(trained, tmp_path):
     value = load_value(str(path))
     value.bind(Linear(B), GaussianDiffusion(4))
     assert type(value) is Mine
-    assert value.weights().arguments == {"channels": 32}
+    assert value.arguments == {"channels": 32}
 
 
 @pytest.mark.parametrize(
@@ -447,7 +448,7 @@ def test_a_class_of_ones_own_is_found_where_it_is_imported(trained, tmp_path):
 )
 def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffusion, difference):
     path = tmp_path / "value.safetensors"
-    path.write_bytes(trained.value.weights().to_bytes())
+    path.write_bytes(to_safetensors(trained.value.checkpoint()))
     with pytest.raises(UserError, match=f"was trained for something else: .*{difference}"):
         GuidedDiffusion(reward, diffusion, value=network(pretrained=str(path)))
     checkpoint = {"state_dict": {}}
@@ -458,7 +459,7 @@ def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffu
 
 def test_weights_of_another_size_or_none_at_all_are_refused(trained, tmp_path):
     path = tmp_path / "value.safetensors"
-    path.write_bytes(trained.value.weights().to_bytes())
+    path.write_bytes(to_safetensors(trained.value.checkpoint()))
     larger = LatentConvValue(channels=64, pretrained=str(path))
     with pytest.raises(UserError, match=r"does not fit LatentConvValue: channels was 32, here it is 64"):
         GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=larger)

@@ -13,7 +13,6 @@ from svdd.values.losses import ValueLoss
 
 __all__ = ["LatentConvValue"]
 
-_SMALLEST_SIDE = 8
 _FREQUENCIES = 16
 
 
@@ -21,7 +20,7 @@ class LatentConvValue(LearnedValue):
     """Time-conditioned residual convolutions on the noisy latents: no denoiser row, no decoding.
 
     SVDD then costs T denoiser rows per image for any number of candidates. The output is averaged over positions, and
-    no norm runs over positions, since the strength and area of a pattern matter to many rewards.
+    no norm runs over them: the strength and area of a pattern matter to many rewards.
 
     Args:
         channels: Width of the network, >= 1.
@@ -55,11 +54,9 @@ class LatentConvValue(LearnedValue):
 
     def build(self, diffusion: Diffusion) -> None:
         """Creates the network for the latents' shape and the prompt features' width."""
-        depth, height, width = diffusion.latent_shape
-        halvings = max(0, math.ceil(math.log2(max(height, width) / _SMALLEST_SIDE)))
-        features = diffusion.prompt_features_size if self.use_prompt else 0
-        hidden = 2 * self.channels
-        self.entry = nn.Conv2d(depth, self.channels, 3, padding=1)
+        halvings = max(0, math.ceil(math.log2(max(diffusion.latent_shape[1:]) / 8)))
+        features, hidden = diffusion.prompt_features_size if self.use_prompt else 0, 2 * self.channels
+        self.entry = nn.Conv2d(diffusion.latent_shape[0], self.channels, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.text = nn.Linear(features, hidden) if features else None
         self.blocks = nn.ModuleList(
@@ -70,7 +67,7 @@ class LatentConvValue(LearnedValue):
         self.exit = nn.Sequential(nn.Linear(self.channels, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
-        """Returns predictions in units of the rewards' spread, [n]."""
+        """Returns predictions in units of the rewards' spread about their mean, [n]."""
         if self.training and self.mirror:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
         angles = progress[:, None] * (math.pi * torch.arange(1, _FREQUENCIES + 1, device=x.device, dtype=x.dtype))

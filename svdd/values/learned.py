@@ -18,7 +18,7 @@ from svdd.rewards.base import Reward
 from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.losses import MeanLoss, ValueLoss
-from svdd.values.weights import Weights, read_weights
+from svdd.values.pretrained import HEADER, header, read_checkpoint
 
 __all__ = ["LearnedValue"]
 
@@ -30,17 +30,16 @@ class LearnedValue(Value):
     name: weights files carry those that are plain data.
 
     Args:
-        loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
+        loss: Loss of the training, by default `MeanLoss`.
         learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
-        pretrained: Trained weights: a file that `svdd fit` wrote, or the name of a value that ships with svdd.
-            Arguments of the network that are left at their defaults are taken from the file.
+        pretrained: A file that `svdd fit` wrote, or the name of a value that ships with svdd.
 
     Attributes:
         input: What the network reads of a state: `x` costs no denoiser row, `x0` one.
         decodes: Whether it decodes latents, which are then not rescaled.
-        frozen: Prefixes of the state's names that training does not determine, for example of a feature extractor.
+        frozen: Prefixes of the names of weights that training does not change, such as a feature extractor's.
         settings: What else determines the meaning of the weights beyond their shapes, as plain data; set by `build`.
-        identity: What the weights are valid for, as plain data; empty until `bind`.
+        identity: What the weights are valid for, as plain data; set by `bind`.
     """
 
     differentiable = True
@@ -72,7 +71,7 @@ class LearnedValue(Value):
         """Returns predictions in units of the rewards' spread about their mean, [n].
 
         Args:
-            x: What `read` returned, divided by the spread of the inputs at that step.
+            x: The inputs, divided by their spread at that step, [n, c, h, w].
             progress: i / T of each row, [n].
             text: Features of each row's prompt, [n, d]; None if the diffusion model has none.
         """
@@ -82,16 +81,15 @@ class LearnedValue(Value):
         """The constructor arguments that are plain data, without those of the training."""
         base, own = (inspect.signature(cls).parameters for cls in (LearnedValue, type(self)))
         found = {name: getattr(self, name, ...) for name in own if name not in base}
-        plain = (bool, int, float, str, list, type(None))
-        return {name: value for name, value in found.items() if isinstance(value, plain)}
+        return {name: value for name, value in found.items() if isinstance(value, int | float | str | list | None)}
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
         """Sets the reward, builds the network, and loads the weights: its own if it is trained, or `pretrained`."""
         super().bind(reward, diffusion)
-        weights, source = self.weights() if self.trained else None, "this value"
-        if weights is None and self.pretrained is not None:
-            weights, source = read_weights(self.pretrained), f"pretrained={self.pretrained!r}"
-        for name, recorded in (weights.arguments if weights else {}).items():
+        checkpoint, source = self.checkpoint() if self.trained else None, "this value"
+        if checkpoint is None and self.pretrained is not None:
+            checkpoint, source = read_checkpoint(self.pretrained), f"pretrained={self.pretrained!r}"
+        for name, recorded in (checkpoint[HEADER]["arguments"] if checkpoint else {}).items():
             if name in self.arguments and getattr(self, name) == inspect.signature(type(self)).parameters[name].default:
                 setattr(self, name, recorded)
         self.register_buffer("mean", torch.tensor(0.0))
@@ -103,17 +101,14 @@ class LearnedValue(Value):
         self.most_rows = 1 if self.input == "x0" else 0
         own = {"value": type(self).__name__, "input": self.input, **self.settings}
         self.identity = own | {"reward": reward.identity} | diffusion.identity
-        if weights is not None:
-            self.load_weights(weights, source)
+        if checkpoint is not None:
+            self.load_checkpoint(checkpoint, source)
 
     def estimate(self, state: State) -> Tensor:
         """Returns one prediction per row, float32 [n]; UserError if it is not finite, or the value is not trained."""
+        name, context = type(self).__name__, state.context
         if not self.trained:
-            raise UserError(
-                f"{type(self).__name__} is not trained yet: run `svdd fit` first and give its weights as "
-                "--model.value.pretrained"
-            )
-        context = state.context
+            raise UserError(f"{name} is not trained yet: run `svdd fit` first, and set --model.value.pretrained FILE")
         features = context.diffusion.prompt_features(context.conditioning)
         x, step = self.read(state), torch.full_like(state.row, state.i)
         rows = (x, step) if features is None else (x, step, features[state.row])
@@ -122,8 +117,8 @@ class LearnedValue(Value):
         context.ledger.decoded_images += len(x) if self.decodes else 0
         if not torch.isfinite(values).all():
             raise UserError(
-                f"{type(self).__name__} returned NaN or infinity at step {state.i}: its training may have diverged; "
-                "check the training logs, and train again with a lower learning_rate"
+                f"{name} returned NaN or infinity at step {state.i}: its training may have diverged; check the "
+                "training logs, and train again with a lower learning_rate"
             )
         return values
 
@@ -136,54 +131,39 @@ class LearnedValue(Value):
         return self.mean.float() + self.std.float() * self.predict_standardized(x, step, text).float()
 
     def predict_standardized(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
-        """Returns predictions in units of the rewards' spread about their mean, [n].
-
-        Args:
-            x: What `read` returned.
-            step: Step index of each row, int64 [n], 1 .. T - 1.
-            text: Features of each row's prompt, [n, d].
-        """
+        """Returns predictions as `network_output` does, for inputs x at the steps, int64 [n], 1 .. T - 1."""
         dtype = next(self.parameters()).dtype
         spread = self.spread[step].view(-1, 1, 1, 1)
         progress = step.to(self.spread) / len(self.spread)
         return self.network_output((x / spread).to(dtype), progress.to(dtype), None if text is None else text.to(dtype))
 
     def set_units(self, rewards: Tensor, spread: Tensor) -> None:
-        """Sets the units, which are part of the weights; UserError if all rewards are equal.
-
-        Args:
-            rewards: Rewards of the training rollouts, [n].
-            spread: Standard deviation of the inputs at each step, [T].
-        """
+        """Sets the units, a part of the weights, from rewards [n] and the inputs' spread [T]."""
         std = rewards.double().std()
         if len(rewards) < 2 or not std > 0:
             raise UserError(
-                f"the rewards of {len(rewards)} rollouts do not differ, so there is nothing to learn; "
-                "use more rollouts or another reward"
+                f"the rewards of {len(rewards)} rollouts do not differ: use more rollouts or another reward"
             )
         self.mean.copy_(rewards.double().mean())
         self.std.copy_(std)
         self.spread.copy_(torch.ones_like(spread) if self.decodes else spread)
         self.trained.fill_(True)
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """Returns what training determines, by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(self.frozen)}
+    def checkpoint(self) -> dict[str, Any]:
+        """Returns what a file needs to restore the value, as the entries of a Lightning checkpoint."""
+        state = {f"value.{k}": tensor for k, tensor in self.state_dict().items() if not k.startswith(self.frozen)}
+        return {"state_dict": state, HEADER: {"identity": self.identity, "arguments": self.arguments}}
 
-    def weights(self) -> Weights:
-        """Returns everything that a file needs to restore the value."""
-        return Weights(self.identity, self.arguments, self.trained_state())
-
-    def load_weights(self, weights: Weights, source: str) -> None:
-        """Loads trained weights from `source`; UserError if they were trained for something else or do not fit."""
-        if differences := _differences(weights.identity, json.loads(json.dumps(self.identity))):
+    def load_checkpoint(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Loads a checkpoint; UserError, which names the source, if it is for something else or has other shapes."""
+        recorded, state, own = header(checkpoint, source), checkpoint["state_dict"], self.checkpoint()["state_dict"]
+        if differences := _differences(recorded["identity"], json.loads(json.dumps(self.identity))):
             raise UserError(f"{source} was trained for something else: {'; '.join(differences)}")
-        own = self.trained_state()
-        shapes, expected = ({k: list(v.shape) for k, v in state.items()} for state in (weights.tensors, own))
+        shapes, expected = ({k: list(tensor.shape) for k, tensor in tensors.items()} for tensors in (state, own))
         if wrong := _differences(shapes, expected):
-            causes = _differences(weights.arguments, self.arguments) or wrong[:1]
+            causes = _differences(recorded["arguments"], self.arguments) or wrong[:1]
             raise UserError(f"{source} does not fit {type(self).__name__}: {'; '.join(causes)}")
-        self.load_state_dict({name: v.to(own[name].dtype) for name, v in weights.tensors.items()}, strict=False)
+        self.load_state_dict({k.removeprefix("value."): v.to(own[k].dtype) for k, v in state.items()}, strict=False)
 
 
 def _differences(recorded: dict[str, Any], own: dict[str, Any]) -> list[str]:

@@ -85,34 +85,24 @@ class Calibration(L.LightningModule):
 def require_chains(num_chains: int) -> None:
     """Raises UserError for fewer than three chains; two always lie on a line."""
     if num_chains < 3:
-        raise UserError(
-            f"a calibration needs at least 3 chains, better hundreds, got {num_chains}; "
-            "give more prompts or a larger images_per_prompt"
-        )
+        raise UserError(f"needs at least 3 chains, better hundreds, got {num_chains}; increase images_per_prompt")
 
 
 def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
-    """Returns one row per step: see docs/values.md.
+    """Returns one row per step; UserError if there are fewer than three chains, or all rewards are equal.
 
-    `spearman_within` correlates the deviations from each prompt's mean, NaN with one chain per prompt; `bias` is the
-    mean of value - reward, and `explained_variance` is 1 - var(reward - value) / var(reward).
+    `spearman_within` correlates deviations from each prompt's mean (NaN with one chain per prompt), `bias` is the mean
+    of value - reward, `explained_variance` is 1 - var(reward - value) / var(reward).
 
     Args:
         values: Predictions at the steps 1 .. T - 1, float64 [n, T - 1].
         rewards: Final reward of each chain, float64 [n].
         prompts: Index of each chain's prompt, int64 [n].
-
-    Raises:
-        UserError: If there are fewer than three chains, or all rewards are equal.
     """
     require_chains(len(rewards))
     if not rewards.var() > 0:
-        raise UserError(
-            f"the rewards of {len(rewards)} chains do not differ, so there is nothing to predict; "
-            "draw more chains or use another reward"
-        )
-    several = bool((torch.bincount(prompts) > 1).any())
-    within = _within(rewards, prompts)
+        raise UserError(f"the rewards of {len(rewards)} chains do not differ: draw more, or use another reward")
+    several, within = bool((torch.bincount(prompts) > 1).any()), _within(rewards, prompts)
     return [
         {
             "step": i,
@@ -128,7 +118,7 @@ def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
 
 
 def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
-    """Returns the deviation of each number from the mean of its prompt."""
+    """Returns each number's deviation from the mean of its prompt."""
     counts = torch.bincount(prompts).clamp(min=1)
     means = torch.zeros(len(counts), dtype=numbers.dtype).scatter_add_(0, prompts, numbers) / counts
     return numbers - means[prompts]

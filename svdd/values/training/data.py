@@ -1,9 +1,9 @@
 """The data of `svdd fit`: rollouts, drawn once and cached, and batches of their states."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class StateDataset(Dataset[Batch]):
         shards: What `RolloutCache.load` returned.
         rollouts: Which rollouts, counted over all shards.
         steps: The kept steps, increasing, int64 [steps].
-        rewards: The reward of every rollout of the cache, [rollouts].
-        prompts: Index of every rollout's prompt, int64 [rollouts].
+        rewards: The reward of every rollout of all shards, [rollouts].
+        prompts: Index of the prompt of each, int64 [rollouts].
     """
 
     shards: Sequence[Batch]
@@ -45,20 +45,11 @@ class StateDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rollouts) * len(self.steps)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Returns one state; see `__getitems__`."""
-        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Returns states as one batch.
-
-        Returns:
-            `x`, and `next_x` one kept step later; `step` and `next_step`, int64 [b], where `next_step` -1 is the end
-            of the chain, whose `next_x` has no meaning; `reward` [b]; `prompt` int64 [b].
-        """
+        """Returns a batch of states and those one kept step later; after the last step -1, whose `next_x` is void."""
         count, size = len(self.steps), len(self.shards[0]["end"])
-        rollout = torch.tensor([self.rollouts[index // count] for index in indices])
-        k = torch.tensor([index % count for index in indices])
+        index = torch.tensor(indices)
+        rollout, k = self.rollouts.start + index // count, index % count
         following = (k + 1).clamp(max=count - 1)
         chains = [self.shards[r // size]["x"][r % size] for r in rollout.tolist()]
         return {
@@ -85,18 +76,14 @@ class RolloutDataModule(L.LightningDataModule):
     Args:
         prompts: A list of prompts or a file, as in `svdd predict`, with its column `negative_prompt`, without `seed`.
         num_rollouts: Number of chains, >= 4. A held-out share is never trained on.
-        keep_every: Keep every so many steps of a chain, counted back from the last; 1 keeps all, which bootstrapping
-            needs.
+        keep_every: Keep every so many steps of a chain, counted back from the last. Bootstrapping needs 1, all steps.
         validation: Share of the rollouts that is held out, above 0 and below 1.
-        batch_size: States in a training batch.
-        rollout_batch_size: Chains drawn, and final images scored, at once; at most the 64 of a shard of the cache.
+        batch_size: States in a training batch, >= 1.
+        rollout_batch_size: Chains drawn, and final images scored, at once, >= 1; at most the 64 of a shard.
         seed: Seed of the first rollout, >= 0.
         cache: Folder of the caches.
         prompt_column: Name of the column, or JSON key, that holds the prompt.
         limit: Use at most this many prompts, the first ones.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     trainer: Any
@@ -126,20 +113,14 @@ class RolloutDataModule(L.LightningDataModule):
         self.digest = dataset.digest
         self.prompts = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
         dataset.close()
-        self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Discards the data of an earlier training, whose model may have been another."""
-        self.training: StateDataset | None = None
-        self.held_out: StateDataset | None = None
+        """Discards the states of an earlier training, whose model may have been another."""
+        vars(self).pop("states", None)
 
-    def generate(self) -> None:
-        """Draws what the cache lacks, computes the rewards, and sets the value's units; every process calls it.
-
-        Raises:
-            UserError: If the value cannot learn from these steps.
-            RewardError: If the reward fails; the rollouts stay in the cache.
-        """
+    @cached_property
+    def states(self) -> tuple[StateDataset, StateDataset]:
+        """States to train on, and held-out ones: draws what the cache lacks, and sets the value's units."""
         module: ValueFitting = self.trainer.lightning_module
         diffusion, value = module.diffusion, module.value
         steps = list(range(diffusion.num_inference_steps - 1, 0, -self.keep_every))[::-1]
@@ -147,33 +128,26 @@ class RolloutDataModule(L.LightningDataModule):
             raise UserError("num_inference_steps=1 has no step between noise and image to learn from")
         if value.loss.bootstrap and self.keep_every > 1:
             raise UserError(f"loss.bootstrap needs every step of the rollouts, got data.keep_every={self.keep_every}")
-        settings = {"input": value.input, "prompts_sha256": self.digest, "seed": self.seed, "steps": steps}
-        settings = {**diffusion.identity, **settings, "dtype": str(diffusion.dtype)}
-        cache = RolloutCache(Path(self.cache), settings, self.num_rollouts)
+        own = {"input": value.input, "prompts_sha256": self.digest, "seed": self.seed, "steps": steps}
+        settings = diffusion.identity | own | {"dtype": str(diffusion.dtype)}
+        count, cache = self.num_rollouts, RolloutCache(Path(self.cache), settings, self.num_rollouts)
         self._fill(cache, steps)
-        shards = cache.load()
-        prompts = torch.arange(self.num_rollouts) % len(self.prompts)
-        contents = (torch.tensor(steps), self._rewards(cache, shards), prompts)
-        cut = self.num_rollouts - max(1, round(self.validation * self.num_rollouts))
-        self.training, self.held_out = (
-            StateDataset(shards, rollouts, *contents) for rollouts in (range(cut), range(cut, self.num_rollouts))
-        )
-        value.set_units(self.training.rewards[:cut], self.training.spread(diffusion.num_inference_steps))
+        shards, prompts = cache.load(), torch.arange(count) % len(self.prompts)
+        contents = torch.tensor(steps), self._rewards(cache, shards), prompts
+        cut = count - max(1, round(self.validation * count))
+        training, held_out = (StateDataset(shards, part, *contents) for part in (range(cut), range(cut, count)))
+        value.set_units(training.rewards[:cut], training.spread(diffusion.num_inference_steps))
         module.encode_prompts([prompt.text for prompt in self.prompts])
+        return training, held_out
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns shuffled batches of the training states."""
-        return self._loader(shuffle=True, generator=torch.Generator().manual_seed(self.seed))
+        shuffled: Any = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
+        return DataLoader(self.states[0], self.batch_size, collate_fn=default_convert, **shuffled)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns batches of the held-out states."""
-        return self._loader(shuffle=False)
-
-    def _loader(self, shuffle: bool, **options: Any) -> DataLoader[Batch]:
-        if self.training is None:
-            self.generate()
-        dataset: Any = self.training if shuffle else self.held_out
-        return DataLoader(dataset, self.batch_size, shuffle, collate_fn=default_convert, **options)
+        return DataLoader(self.states[1], self.batch_size, collate_fn=default_convert)
 
     def _parts(self, rollouts: range) -> Iterator[tuple[range, list[Prompt]]]:
         """Yields at most `rollout_batch_size` rollouts at once, with their prompts."""
@@ -186,20 +160,12 @@ class RolloutDataModule(L.LightningDataModule):
         """Draws the missing shards, every process its share; rank 0 finds them and holds the lock for all."""
         trainer, module = self.trainer, self.trainer.lightning_module
         with ExitStack() as around:
-            missing: list[int] | UserError = []
-            if trainer.is_global_zero:
-                try:
-                    missing = cache.claim(around)
-                except UserError as error:
-                    missing = error
-            missing = trainer.strategy.broadcast(missing)
-            if isinstance(missing, UserError):  # raised on every process, so that none waits for rank 0
-                raise missing
+            missing = trainer.strategy.broadcast(cache.claim(around) if trainer.is_global_zero else None)
             if not missing:
                 return
             rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
+            silent = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
             own = missing[trainer.global_rank :: trainer.world_size]
-            silent = not (own and trainer.is_global_zero and sys.stderr.isatty())
             for shard in tqdm(own, desc="rollouts", disable=silent, leave=False):
                 inputs, ends = [], []
                 for rollouts, prompts in self._parts(cache.shards[shard]):
@@ -213,15 +179,14 @@ class RolloutDataModule(L.LightningDataModule):
     @torch.no_grad()
     def _rewards(self, cache: RolloutCache, shards: Sequence[Batch]) -> Tensor:
         """Scores the final images, every process its share of the shards, and returns all scores, [rollouts]."""
-        trainer, module = self.trainer, self.trainer.lightning_module
-        diffusion, rewards = module.diffusion, torch.zeros(self.num_rollouts)
+        trainer, module, rewards = self.trainer, self.trainer.lightning_module, torch.zeros(self.num_rollouts)
 
         def score(ends: Tensor, texts: Sequence[str]) -> Tensor:
-            return module.reward.score(diffusion.decode(ends.to(diffusion.device)), texts).cpu()
+            return module.reward.score(module.diffusion.decode(ends.to(module.device)), texts).cpu()
 
         for k in range(trainer.global_rank, len(shards), trainer.world_size):
             ends = shards[k]["end"].split(self.rollout_batch_size)
             for (rollouts, prompts), end in zip(self._parts(cache.shards[k]), ends, strict=True):
                 texts = [prompt.text for prompt in prompts]
-                rewards[rollouts.start : rollouts.stop] = diffusion.chunker.map(score, len(end), end, texts)
+                rewards[rollouts.start : rollouts.stop] = module.diffusion.chunker.map(score, len(end), end, texts)
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()

@@ -1,10 +1,4 @@
-"""Rollouts of the pretrained chain, cached on disk.
-
-A cache folder holds shards of a fixed number of rollouts, each a safetensors file with the value's input at the kept
-steps, `x` [n, steps, c, h, w], the final latents `end` [n, c, h, w], and a checksum of both. It does not depend on the
-reward. A missing, damaged or short shard is drawn again. A rollout depends only on its number, so the head of a longer
-shard can be used.
-"""
+"""Rollouts of the pretrained chain, cached on disk."""
 
 import hashlib
 import json
@@ -36,11 +30,7 @@ def draw_rollouts(
     steps: Collection[int],
     read: Callable[[State], Tensor],
 ) -> tuple[Tensor, State]:
-    """Draws unguided chains, as `Unguided` does: one per prompt and seed.
-
-    Returns:
-        What `read` returns of the states at the given steps, [n, steps, ...], on the CPU, and the end of the chains.
-    """
+    """Draws unguided chains; returns what `read` returns at the steps, [n, steps, ...] on the CPU, and their end."""
     negatives = [prompt.negative_prompt for prompt in prompts]
     state, kept = State.start(diffusion, [prompt.text for prompt in prompts], seeds, 1, negatives), []
     while not state.done:
@@ -51,7 +41,10 @@ def draw_rollouts(
 
 
 class RolloutCache:
-    """The rollouts of one setting, in a folder of their own.
+    """The rollouts of one setting, in a folder of their own, independent of the reward.
+
+    A shard is a safetensors file of up to 64 rollouts: the value's inputs at the kept steps, `x` [n, steps, c, h, w],
+    the final latents, `end` [n, c, h, w], and a checksum of both. The head of a longer shard serves fewer rollouts.
 
     Args:
         folder: The folder of all caches.
@@ -69,16 +62,11 @@ class RolloutCache:
         return [k for k in range(len(self.shards)) if not self._is_whole(k)]
 
     def claim(self, around: ExitStack) -> list[int]:
-        """Returns the missing shards; if there are any, locks the cache until `around` closes.
-
-        Raises:
-            RunError: If another run draws into this cache, or it cannot be written.
-        """
+        """Returns the missing shards; if any, locks the cache until `around` closes, RunError if another run has."""
         if not self.missing():
             return []
         with os_errors_explained(self.path, _OPTION):
-            held = lock(self.path / ".lock", f"another run draws rollouts into {self.path}", _OPTION)
-            around.callback(held.release)
+            around.callback(lock(self.path / ".lock", f"another run draws rollouts into {self.path}", _OPTION).release)
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
         return self.missing()  # another run may have filled it in the meantime
