@@ -1,7 +1,4 @@
-"""A small network on CLIP features of a decoded latent.
-
-Source: the value networks of Li et al., 2024, arXiv 2408.08252, for the aesthetic score.
-"""
+"""A network on CLIP features of a decoded latent, as for the aesthetic score in Li et al., 2024, arXiv 2408.08252."""
 
 from typing import Literal
 
@@ -18,19 +15,16 @@ __all__ = ["FeatureValue"]
 
 
 class FeatureValue(LearnedValue):
-    """Time-conditioned network on CLIP features of the decoded latent, or of its decoded x0.
-
-    Decodes every candidate. Reading x, as the authors' code does, costs no denoiser row; x0 costs one.
+    """Time-conditioned network on CLIP features of the decoded latent, or of its decoded x0; decodes every candidate.
 
     Args:
         pretrained_clip: The CLIP model: `emoji`, a folder or a hub name.
-        decode_from: What is decoded: `x0`, which is far more informative, or `x`.
+        decode_from: What is decoded: `x`, as in the authors' code, or `x0`, far more informative for one denoiser row.
         width: Width of the network, >= 1.
         use_prompt: Whether the network reads the prompt's text features.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
         learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
-        pretrained: Trained weights: a file that `svdd fit` wrote. Arguments above that are left at their defaults are
-            taken from the file.
+        pretrained: A file that `svdd fit` wrote. Arguments above that are left at their defaults are taken from it.
     """
 
     decodes = True
@@ -59,12 +53,11 @@ class FeatureValue(LearnedValue):
         self.settings = {"clip": self.clip.identity}
         self._decoder = (diffusion,)  # a tuple, so that the model is not registered a second time
         inputs = self.clip.network.width + 3 + (diffusion.prompt_features_size if self.use_prompt else 0)
-        widths = zip((inputs, self.width, self.width), (self.width, self.width, 1), strict=True)
-        first, second, last = (nn.Linear(*pair) for pair in widths)
-        self.network = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+        first, second = nn.Linear(inputs, self.width), nn.Linear(self.width, self.width)
+        self.network = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(self.width, 1))
 
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
-        """Returns predictions in units of the rewards' spread, [n]."""
+        """Returns predictions in units of the rewards' spread about their mean, [n]."""
         features = self.clip.image_features(self._decoder[0].decode(x)) * 10  # entries of about unit size
         waves = torch.stack([progress, (torch.pi * progress).sin(), (torch.pi * progress).cos()], 1)
         texts = [text] if self.use_prompt and text is not None else []

@@ -19,8 +19,7 @@ _FREQUENCIES = 16
 class LatentConvValue(LearnedValue):
     """Time-conditioned residual convolutions on the noisy latents: no denoiser row, no decoding.
 
-    SVDD then costs T denoiser rows per image for any number of candidates. The output is averaged over positions, and
-    no norm runs over them: the strength and area of a pattern matter to many rewards.
+    SVDD then costs T denoiser rows per image for any number of candidates. The output is averaged over positions.
 
     Args:
         channels: Width of the network, >= 1.
@@ -30,8 +29,8 @@ class LatentConvValue(LearnedValue):
         mirror: Mirror half of the training states at random, for rewards that are symmetric in left and right.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
         learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
-        pretrained: Trained weights: a file that `svdd fit` wrote, or the name of a value that ships with svdd.
-            Arguments above that are left at their defaults are taken from the file.
+        pretrained: A file that `svdd fit` wrote, or the name of a value that ships with svdd. Arguments above that are
+            left at their defaults are taken from it.
     """
 
     def __init__(
@@ -85,24 +84,22 @@ class _Block(nn.Module):
 
     def __init__(self, channels: int, condition: int, dropout: float, halve: bool) -> None:
         super().__init__()
-        self.halve = halve
         self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.norms = nn.ModuleList(_ChannelNorm(channels) for _ in range(2))
         self.modulation = nn.Linear(condition, 2 * channels)
-        self.dropout = nn.Dropout(dropout)
+        self.halve, self.dropout = halve, nn.Dropout(dropout)
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         if self.halve:
             x = F.avg_pool2d(x, 2)
         scale, shift = self.modulation(F.silu(condition))[:, :, None, None].chunk(2, 1)
-        hidden = self.first(F.silu(self.norms[0](x)))
-        hidden = self.norms[1](hidden) * (1 + scale) + shift
+        hidden = self.norms[1](self.first(F.silu(self.norms[0](x)))) * (1 + scale) + shift
         return x + self.second(self.dropout(F.silu(hidden)))
 
 
 class _ChannelNorm(nn.Module):
-    """Root mean square norm over the channels of each position."""
+    """Root mean square norm over channels, not positions: the strength and area of a pattern matter to many rewards."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""The interface of every learned value: a network that is fitted to rollouts of the pretrained chain.
-
-Source: Li et al., 2024, arXiv 2408.08252, Algorithm 3 (SVDD-MC): sample trajectories, regress on their final reward.
-"""
+"""Networks that are fitted to rollouts: SVDD-MC of Li et al., 2024, arXiv 2408.08252, Algorithm 3."""
 
 import inspect
 import json
@@ -27,12 +24,7 @@ class LearnedValue(Value):
     """A network that predicts the value from the noisy latent (or its x0), the step and the prompt.
 
     A subclass implements `build` and `network_output`, and keeps each constructor argument as an attribute of the same
-    name: weights files carry those that are plain data.
-
-    Args:
-        loss: Loss of the training, by default `MeanLoss`.
-        learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
-        pretrained: A file that `svdd fit` wrote, or the name of a value that ships with svdd.
+    name: weights files carry those that are plain data. `LatentConvValue` explains the arguments of this class.
 
     Attributes:
         input: What the network reads of a state: `x` costs no denoiser row, `x0` one.
@@ -110,10 +102,11 @@ class LearnedValue(Value):
         if not self.trained:
             raise UserError(f"{name} is not trained yet: run `svdd fit` first, and set --model.value.pretrained FILE")
         features = context.diffusion.prompt_features(context.conditioning)
-        x, step = self.read(state), torch.full_like(state.row, state.i)
+        x, step = getattr(state, self.input), torch.full_like(state.row, state.i)
         rows = (x, step) if features is None else (x, step, features[state.row])
         with context.ledger.timed("decoder_seconds", x.device) if self.decodes else nullcontext():
-            values = context.diffusion.chunker.map(self.predict, len(x), *rows)
+            predictions = context.diffusion.chunker.map(self.predict, len(x), *rows)
+        values = self.mean.float() + self.std.float() * predictions.float()
         context.ledger.decoded_images += len(x) if self.decodes else 0
         if not torch.isfinite(values).all():
             raise UserError(
@@ -122,16 +115,8 @@ class LearnedValue(Value):
             )
         return values
 
-    def read(self, state: State) -> Tensor:
-        """Returns the network's input, [n, c, h, w]."""
-        return state.x0 if self.input == "x0" else state.x
-
     def predict(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
-        """Returns predictions in units of the reward, float32 [n]; arguments as in `predict_standardized`."""
-        return self.mean.float() + self.std.float() * self.predict_standardized(x, step, text).float()
-
-    def predict_standardized(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
-        """Returns predictions as `network_output` does, for inputs x at the steps, int64 [n], 1 .. T - 1."""
+        """Returns predictions as `network_output` does, for `state.x` or `state.x0` at the steps, int64 [n]."""
         dtype = next(self.parameters()).dtype
         spread = self.spread[step].view(-1, 1, 1, 1)
         progress = step.to(self.spread) / len(self.spread)
@@ -141,9 +126,7 @@ class LearnedValue(Value):
         """Sets the units, a part of the weights, from rewards [n] and the inputs' spread [T]."""
         std = rewards.double().std()
         if len(rewards) < 2 or not std > 0:
-            raise UserError(
-                f"the rewards of {len(rewards)} rollouts do not differ: use more rollouts or another reward"
-            )
+            raise UserError(f"the rewards of {len(rewards)} rollouts do not differ: use more, or another reward")
         self.mean.copy_(rewards.double().mean())
         self.std.copy_(std)
         self.spread.copy_(torch.ones_like(spread) if self.decodes else spread)

@@ -41,12 +41,10 @@ class SoftLoss(ValueLoss):
 
     Its expected derivative vanishes where E[exp((r - v) / alpha)] = 1. The loss is linear beyond u = 12. Where exp(u)
     averages more than 4 over a batch, the batch's gradient, not the loss, is scaled down, so that its entries sum to at
-    most 10 alpha / scale. See docs/values.md for its error at low alpha.
-
-    Source: the linear-exponential loss of Garg et al., Extreme Q-Learning, 2023, arXiv 2301.02328.
+    most 10 alpha / scale. Source: the linear-exponential loss of Garg et al., 2023, arXiv 2301.02328.
 
     Args:
-        alpha: Temperature in units of the reward, above 0; use the sampler's.
+        alpha: Temperature in units of the reward, > 0; use the sampler's. For its lower limit see docs/values.md.
         bootstrap: As in every loss.
     """
 

@@ -1,7 +1,4 @@
-"""The reward of the posterior mean: v_i(x_i) = r(E[x_0 given x_i]).
-
-Source: Li et al., 2024, arXiv 2408.08252, SVDD-PM; the same estimate as in DPS (Chung et al., 2022, arXiv 2209.14687).
-"""
+"""The reward of the posterior mean: SVDD-PM of Li et al., 2024, arXiv 2408.08252, as in DPS (arXiv 2209.14687)."""
 
 from torch import Tensor
 

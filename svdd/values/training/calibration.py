@@ -1,6 +1,7 @@
 """How well a value predicts the reward, step by step, on new chains of the pretrained model."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,10 @@ class Calibration(L.LightningModule):
         if self.diffusion.num_inference_steps < 2:
             raise UserError("num_inference_steps=1 has no step between noise and image to evaluate at; use at least 2")
         self.value.bind(reward, self.diffusion)
+        reward.load()
         self.images_per_prompt, self.seed = images_per_prompt, seed
         self.table: Table = []
         self._seen: list[Tensor] = []
-
-    def configure_model(self) -> None:
-        """Loads the reward's weights; Lightning calls it on every process."""
-        self.reward.load()
 
     @torch.no_grad()
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
@@ -69,8 +67,8 @@ class Calibration(L.LightningModule):
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
         steps = range(1, self.diffusion.num_inference_steps)
         values, end = draw_rollouts(self.diffusion, [prompt for prompt, _ in jobs], seeds, steps, self.value)
-        key = torch.tensor([[prompt.index, k] for prompt, k in jobs])
-        columns = key, values, end.scores(self.reward)[:, None].cpu()
+        keys = torch.tensor([[prompt.index, k] for prompt, k in jobs])
+        columns = keys, values, end.scores(self.reward)[:, None].cpu()
         self._seen.append(torch.cat([column.double() for column in columns], 1))
 
     def on_test_epoch_end(self) -> None:
@@ -89,15 +87,11 @@ def require_chains(num_chains: int) -> None:
 
 
 def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
-    """Returns one row per step; UserError if there are fewer than three chains, or all rewards are equal.
+    """Compares values at the steps 1 .. T - 1, float64 [n, T - 1], with final rewards, float64 [n]: one row per step.
 
-    `spearman_within` correlates deviations from each prompt's mean (NaN with one chain per prompt), `bias` is the mean
-    of value - reward, `explained_variance` is 1 - var(reward - value) / var(reward).
-
-    Args:
-        values: Predictions at the steps 1 .. T - 1, float64 [n, T - 1].
-        rewards: Final reward of each chain, float64 [n].
-        prompts: Index of each chain's prompt, int64 [n].
+    `spearman_within` correlates deviations from the mean of each chain's prompt, int64 [n] (NaN with one chain each),
+    `bias` is the mean of value - reward, `explained_variance` is 1 - var(reward - value) / var(reward). UserError if
+    there are fewer than three chains, or all rewards are equal.
     """
     require_chains(len(rewards))
     if not rewards.var() > 0:
@@ -127,10 +121,10 @@ def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
 def write(folder: Path, table: Table, about: dict[str, Any]) -> str:
     """Writes `calibration.json`, with `about`, and `calibration.csv`; removes an earlier plot; returns a text table."""
     lines = "".join(",".join(map(str, cells)) + "\r\n" for cells in ([*table[0]], *(row.values() for row in table)))
-    record = {**about, "steps": plain(table, finite=True)}
+    record = json.dumps({**about, "steps": plain(table, finite=True)}, indent=2)
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FILES[0], json.dumps(record, indent=2).encode() + b"\n")
+        write_atomically(folder / FILES[0], f"{record}\n".encode())
         write_atomically(folder / FILES[1], lines.encode())
         (folder / FILES[2]).unlink(missing_ok=True)
     numbers = ([f"{row['step']:.0f}", *(f"{number:.4f}" for number in [*row.values()][1:])] for row in table)
@@ -158,9 +152,9 @@ def plot(path: Path, tables: dict[str, Table], title: str) -> bool:
         columns = {key: [row[key] for row in table] for key in table[0]}
         (line,) = left.plot(columns["step"], columns["spearman"], label=name)
         right.plot(columns["step"], columns["explained_variance"], color=line.get_color())
-        if columns["spearman_within"][0] == columns["spearman_within"][0]:  # not NaN
-            style = {"color": line.get_color(), "label": f"{name}, within prompts"}
-            left.plot(columns["step"], columns["spearman_within"], "--", **style)
+        within = columns["spearman_within"]
+        if not math.isnan(within[0]):
+            left.plot(columns["step"], within, "--", color=line.get_color(), label=f"{name}, within prompts")
     for axes, label in ((left, "Spearman correlation"), (right, "explained variance")):
         axes.set(xlabel="step i (1: noise)", ylabel=label, ylim=(max(-1.0, min(0.0, axes.get_ylim()[0])), 1.02))
         axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,13 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StateDataset(Dataset[Batch]):
-    """Every kept state of some rollouts, with the rollout's final reward.
+    """Every kept state of some rollouts, with the rollout's final reward."""
 
-    Args:
-        shards: What `RolloutCache.load` returned.
-        rollouts: Which rollouts, counted over all shards.
-        steps: The kept steps, increasing, int64 [steps].
-        rewards: The reward of every rollout of all shards, [rollouts].
-        prompts: Index of the prompt of each, int64 [rollouts].
-    """
-
-    shards: Sequence[Batch]
-    rollouts: range
-    steps: Tensor
-    rewards: Tensor
-    prompts: Tensor
+    shards: Sequence[Batch]  # what `RolloutCache.load` returned
+    rollouts: range  # which rollouts, counted over all shards
+    steps: Tensor  # the kept steps, increasing, int64 [steps]
+    rewards: Tensor  # of the rollouts of all shards, [rollouts]
+    prompts: Tensor  # index of each rollout's prompt, int64 [rollouts]
 
     def __len__(self) -> int:
         return len(self.rollouts) * len(self.steps)
@@ -142,8 +135,8 @@ class RolloutDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns shuffled batches of the training states."""
-        shuffled: Any = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
-        return DataLoader(self.states[0], self.batch_size, collate_fn=default_convert, **shuffled)
+        order = torch.Generator().manual_seed(self.seed)
+        return DataLoader(self.states[0], self.batch_size, shuffle=True, collate_fn=default_convert, generator=order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns batches of the held-out states."""
@@ -159,6 +152,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _fill(self, cache: RolloutCache, steps: Sequence[int]) -> None:
         """Draws the missing shards, every process its share; rank 0 finds them and holds the lock for all."""
         trainer, module = self.trainer, self.trainer.lightning_module
+        read = attrgetter(module.value.input)
         with ExitStack() as around:
             missing = trainer.strategy.broadcast(cache.claim(around) if trainer.is_global_zero else None)
             if not missing:
@@ -167,13 +161,12 @@ class RolloutDataModule(L.LightningDataModule):
             silent = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
             own = missing[trainer.global_rank :: trainer.world_size]
             for shard in tqdm(own, desc="rollouts", disable=silent, leave=False):
-                inputs, ends = [], []
-                for rollouts, prompts in self._parts(cache.shards[shard]):
-                    seeds = [self.seed + k for k in rollouts]
-                    x, state = draw_rollouts(module.diffusion, prompts, seeds, steps, module.value.read)
-                    inputs.append(x)
-                    ends.append(state.x.cpu())
-                cache.write(shard, {"x": torch.cat(inputs), "end": torch.cat(ends)})
+                parts = [
+                    draw_rollouts(module.diffusion, prompts, [self.seed + k for k in rollouts], steps, read)
+                    for rollouts, prompts in self._parts(cache.shards[shard])
+                ]
+                x, end = torch.cat([inputs for inputs, _ in parts]), torch.cat([state.x.cpu() for _, state in parts])
+                cache.write(shard, {"x": x, "end": end})
             trainer.strategy.barrier("svdd.values.training.rollouts.drawn")
 
     @torch.no_grad()

@@ -34,14 +34,11 @@ class ValueFitting(L.LightningModule):
         self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
         self.reward, self.diffusion, self.value = reward, diffusion or StableDiffusion(), value or LatentConvValue()
         self.value.bind(reward, self.diffusion)
-        for frozen in (self.reward, self.diffusion):
+        reward.load()
+        for frozen in (reward, self.diffusion):
             frozen.eval().requires_grad_(False)  # DDP would wait for these gradients
         self._prompt_features: Tensor | None = None
         self._held_out: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def configure_model(self) -> None:
-        """Loads the reward's weights; Lightning calls it on every process."""
-        self.reward.load()
 
     @torch.no_grad()
     def encode_prompts(self, texts: list[str]) -> None:
@@ -54,14 +51,13 @@ class ValueFitting(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""
         loss = self._loss(batch, self.value.loss.bootstrap)[0]
-        size = len(batch["x"])
-        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss of held-out states against the rewards: against itself an uninformed value would score best."""
         loss, predictions, rewards = self._loss(batch, bootstrap=False)
-        self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["step"]), sync_dist=True)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         self._held_out.append((batch["step"].cpu(), predictions.float().cpu(), rewards.float().cpu()))
 
     def on_validation_epoch_end(self) -> None:
@@ -103,10 +99,10 @@ class ValueFitting(L.LightningModule):
         """Returns the loss, the predictions and the rewards, both in units of the rewards' spread."""
         value = self.value
         text = None if self._prompt_features is None else self._prompt_features[batch["prompt"]]
-        predictions = value.predict_standardized(batch["x"], batch["step"], text)
+        predictions = value.predict(batch["x"], batch["step"], text)
         targets = rewards = (batch["reward"] - value.mean) / value.std
         if bootstrap:
             with torch.no_grad():
-                ahead = value.predict_standardized(batch["next_x"], batch["next_step"].clamp(min=0), text)
+                ahead = value.predict(batch["next_x"], batch["next_step"].clamp(min=0), text)
             targets = torch.where(batch["next_step"] < 0, rewards, ahead)
         return value.loss(predictions, targets.to(predictions), float(value.std)), predictions.detach(), rewards

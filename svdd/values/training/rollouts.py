@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,7 @@ _OPTION = "--data.cache"
 
 
 def draw_rollouts(
-    diffusion: Diffusion,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    steps: Collection[int],
-    read: Callable[[State], Tensor],
+    diffusion: Diffusion, prompts: list[Prompt], seeds: list[int], steps: Sequence[int], read: Callable[[State], Tensor]
 ) -> tuple[Tensor, State]:
     """Draws unguided chains; returns what `read` returns at the steps, [n, steps, ...] on the CPU, and their end."""
     negatives = [prompt.negative_prompt for prompt in prompts]
@@ -56,6 +52,7 @@ class RolloutCache:
         self._settings, text = settings, json.dumps(settings, sort_keys=True)
         self.path = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
         self.shards = [range(count)[k : k + ROLLOUTS_PER_SHARD] for k in range(0, count, ROLLOUTS_PER_SHARD)]
+        self._files = [self.path / f"rollouts-{k:05d}.safetensors" for k in range(len(self.shards))]
 
     def missing(self) -> list[int]:
         """Returns the shards that must be drawn: absent, damaged or too short."""
@@ -75,20 +72,16 @@ class RolloutCache:
         """Writes one shard, completely or not at all."""
         header = {"rollouts": json.dumps({"settings": self._settings, "sha256": _checksum(rollouts)})}
         with os_errors_explained(self.path, _OPTION):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file(shard), save(rollouts, header))
+            write_atomically(self._files[shard], save(rollouts, header))
 
     def load(self) -> list[dict[str, Tensor]]:
         """Returns the shards, without rollouts beyond the count; their tensors are memory-mapped."""
-        shards = [(load_file(self._file(k)), len(rollouts)) for k, rollouts in enumerate(self.shards)]
-        return [{name: tensor[:count] for name, tensor in shard.items()} for shard, count in shards]
-
-    def _file(self, shard: int) -> Path:
-        return self.path / f"rollouts-{shard:05d}.safetensors"
+        shards = zip(map(load_file, self._files), self.shards, strict=True)
+        return [{name: tensor[: len(rollouts)] for name, tensor in shard.items()} for shard, rollouts in shards]
 
     def _is_whole(self, shard: int) -> bool:
         try:
-            with safe_open(self._file(shard), "pt") as file:
+            with safe_open(self._files[shard], "pt") as file:
                 header = json.loads(file.metadata()["rollouts"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
