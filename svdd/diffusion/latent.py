@@ -1,8 +1,4 @@
-"""What all latent diffusion models saved by diffusers have in common.
-
-A family is one file with a subclass of `LatentDiffusion`. It names its pipeline, kernels and small decoder, and
-implements `encode_texts`, `network` and `decode`; the rest is inherited.
-"""
+"""What all latent diffusion models saved by diffusers have in common."""
 
 import math
 from abc import abstractmethod
@@ -16,10 +12,8 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.hub import ASSETS
 from svdd.diffusion.base import Denoised, Diffusion
-from svdd.diffusion.fingerprint import fingerprint
-from svdd.diffusion.kernels import Kernel, find_kernel
-from svdd.diffusion.pipelines import load_pipeline, warn_of_cuts
-from svdd.diffusion.tiny_decoder import TinyDecoder
+from svdd.diffusion.kernels import KERNELS, Kernel, find_kernel
+from svdd.diffusion.pipelines import TinyDecoder, fingerprint, load_pipeline, warn_of_cuts
 
 __all__ = ["Conditioning", "LatentDiffusion"]
 
@@ -28,6 +22,8 @@ Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # of prompts,
 
 class LatentDiffusion(Diffusion):
     """A pipeline of diffusers: autoencoder, text encoders and network, as submodules under the pipeline's names.
+
+    A subclass names its pipeline and small decoder, and implements `encode_texts`, `network` and `decode`.
 
     Args:
         pretrained: `emoji` for the small model that ships with svdd, a folder, or a hub name such as
@@ -52,7 +48,7 @@ class LatentDiffusion(Diffusion):
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
-    kernels: ClassVar[Mapping[str, type[Kernel]]]  # one for each name of a scheduler
+    kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
     tiny: ClassVar[str]  # hub name of the family's small decoder
     guidance_scale: float
@@ -83,13 +79,12 @@ class LatentDiffusion(Diffusion):
         self.pretrained, self.lora, self.scheduler = pretrained, lora, scheduler
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
         source = str(ASSETS / "emoji-sd") if pretrained == "emoji" else pretrained
-        local = local_files_only or source != pretrained
-        options = {"revision": revision, "variant": variant, "local_files_only": local}
+        local_files_only = local_files_only or pretrained == "emoji"
+        options = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
         pipeline = load_pipeline(self.pipeline, source, lora, **options)
-        parts: dict[str, Any] = {
-            name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
-        }
-        names = [self.backbone, "vae", *sorted(name for name in parts if name.startswith("text_encoder"))]
+        parts = pipeline.components
+        encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
+        names = [self.backbone, "vae", *sorted(encoders)]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
         if lora is not None:
             pipeline.fuse_lora()
@@ -98,8 +93,8 @@ class LatentDiffusion(Diffusion):
         # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
         for name in names:
             self.add_module(name, parts[name].eval())
-        self.tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
-        self.kernel = kernel(dict(pipeline.scheduler.config), num_inference_steps, eta)
+        self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
+        self.kernel = kernel(pipeline.scheduler.config, num_inference_steps, eta)
         native = parts[self.backbone].config.sample_size
         rows, columns = (native, native) if isinstance(native, int) else native
         factor = pipeline.vae_scale_factor
@@ -111,35 +106,18 @@ class LatentDiffusion(Diffusion):
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Returns the network's text inputs (states, pooled embeddings, ...); each tensor has one row per text."""
+        """Returns the network's text inputs (states, pooled embeddings, ...) by name, one row per text in each."""
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
-        """Evaluates the network.
-
-        Args:
-            x: Latents, scaled by the kernel, [n, c, h, w].
-            t: Timestep, a scalar.
-            texts: The result of `encode_texts`, one row per latent.
-        """
-
-    @property
-    def network_rows_per_row(self) -> int:
-        """2 with classifier-free guidance, else 1."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Evaluates the network on scaled latents [n, c, h, w] at timestep t, a scalar, with one row of texts each."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """The model, by name without path and by weights, and the settings of its chain."""
-        return super().identity | {
-            "pretrained": Path(self.pretrained).name,
-            "lora": None if self.lora is None else Path(self.lora).name,
-            "weights": self.weights,
-            "scheduler": self.scheduler,
-            "guidance_scale": self.guidance_scale,
-            "negative_prompt": self.negative_prompt,
-            "eta": self.eta,
-        }
+        names = {"pretrained": Path(self.pretrained).name, "lora": None if self.lora is None else Path(self.lora).name}
+        settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
+        return super().identity | names | {name: getattr(self, name) for name in settings}
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
         """Returns the encoded prompts and negative prompts (None without guidance)."""
@@ -159,9 +137,9 @@ class LatentDiffusion(Diffusion):
     def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
         """Returns x0 at another guidance scale; at 1 or less the unconditional half is not computed."""
         if guidance_scale > 1 and conditioning[1] is None:
-            own = self.guidance_scale
             raise UserError(
-                f"a preview at guidance_scale={guidance_scale} needs a model with guidance; its own scale is {own}"
+                f"a preview at guidance_scale={guidance_scale} needs a model with guidance; its own scale is "
+                f"{self.guidance_scale}"
             )
         return self.kernel.predict(x, self._guided(x, i, conditioning, row, guidance_scale), i).x0
 

@@ -1,5 +1,6 @@
-"""Loads pipelines of diffusers from a folder or the hub, quietly, with one-line errors."""
+"""Loads pipelines and decoders of diffusers from a folder or the hub, quietly, with one-line errors."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,26 +8,22 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.hub import loading, locate
 
-__all__ = ["load_pipeline", "warn_of_cuts"]
+__all__ = ["TinyDecoder", "fingerprint", "load_pipeline", "warn_of_cuts"]
 
 _MAX_TOKENS = 10_000
+_NUMBERS = 16  # of each parameter
 
 
 def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options: Any) -> Any:
     """Returns a pipeline in float32, without a safety checker, with its LoRA weights loaded but not fused.
 
-    Args:
-        class_name: The class of diffusers that the model must have been saved from.
-        pretrained: A folder or a hub name.
-        lora: A folder, file or hub name of LoRA weights, or None.
-        options: `revision`, `variant`, `local_files_only`.
-
-    Raises:
-        UserError: If the pipeline or the LoRA weights cannot be loaded, are incomplete, or belong to another class.
+    The options are `revision`, `variant` and `local_files_only`. UserError if the model or the LoRA weights cannot be
+    loaded, are incomplete, or belong to another class of pipeline.
     """
     import diffusers
 
@@ -51,6 +48,41 @@ def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options:
         with loading(f"lora={lora!r}"):
             pipeline.load_lora_weights(lora)
     return pipeline
+
+
+class TinyDecoder(nn.Module):
+    """The decoder of an AutoencoderTiny (TAESD) in a folder or on the hub; UserError if it does not fit the latents."""
+
+    def __init__(self, source: str, latent_channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        from diffusers import AutoencoderTiny
+
+        expected = "`tiny`, a folder written by AutoencoderTiny.save_pretrained, or a hub name: madebyollin/taesd"
+        with loading(f"decoder={source!r}"):
+            vae = AutoencoderTiny.from_pretrained(locate("decoder", source, "config.json", expected), torch_dtype=dtype)
+        if (channels := vae.config.latent_channels) != latent_channels:
+            raise UserError(
+                f"decoder={source!r} is for latents of {channels} channels; this model has {latent_channels}"
+            )
+        self.decoder, self.scaling_factor = vae.decoder.eval(), float(vae.config.scaling_factor)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
+        images = self.decoder(x0.to(next(self.parameters()).dtype) / self.scaling_factor)
+        return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Returns a hash of some numbers of every parameter; training changes all of them.
+
+    The numbers are rounded to half precision, so a model's half-precision files have the same fingerprint.
+    """
+    found = hashlib.sha256()
+    for name, parameter in (pair for module in modules for pair in module.named_parameters()):
+        flat = parameter.detach().flatten()
+        few = flat[:: max(1, len(flat) // _NUMBERS)]
+        found.update(name.encode() + few.to("cpu", torch.float16).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:

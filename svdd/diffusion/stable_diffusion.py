@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from svdd.diffusion.kernels import KERNELS
 from svdd.diffusion.latent import Conditioning, LatentDiffusion
 
 __all__ = ["StableDiffusion"]
@@ -17,14 +16,13 @@ class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x: epsilon, v or sample prediction, with classifier-free guidance."""
 
     pipeline = "StableDiffusionPipeline"
-    kernels = KERNELS
     tiny = "madebyollin/taesd"
     unet: Any
     vae: Any
     text_encoder: Any
 
     @property
-    def prompt_features_size(self) -> int:
+    def prompt_features_size(self) -> int:  # type: ignore[override]
         """Width of the text encoder."""
         return int(self.text_encoder.config.hidden_size)
 
