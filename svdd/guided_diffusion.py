@@ -1,5 +1,6 @@
 """The LightningModule that wraps a diffusion model, a sampler, a value and a reward."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -7,8 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.nn import ModuleDict, ModuleList
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
 from svdd import UserError
@@ -18,8 +18,7 @@ from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward, is_device_failure
 from svdd.runs.failures import predict_or_skip
 from svdd.runs.prediction import Prediction
-from svdd.runs.prompts import Prompt
-from svdd.runs.rows import ResultRow, result_row
+from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
 from svdd.samplers.svdd import SVDD
@@ -42,16 +41,13 @@ class GuidedDiffusion(L.LightningModule):
         value: The estimate that guides the sampler; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
         images_per_prompt: Images for each prompt.
-        budget: Denoiser rows that one returned image may cost; a backward pass counts as two more. Sets the sampler's
+        budget: Denoiser rows that a returned image may cost; a backward pass counts as two more. Sets the sampler's
             count (of candidates, particles or iterations) to the largest within the budget; see `chosen`.
-        seed: Image k of prompt p starts from the seed `seed + p * images_per_prompt + k`; a prompt with its own seed s
-            uses s + k.
-        on_error: What happens when a prompt cannot be drawn or scored: `raise` ends the run; `skip` writes the prompt
-            to failed.jsonl and goes on; the same command tries it again.
+        seed: Image k of prompt p has the seed `seed + p * images_per_prompt + k`, or the prompt's own seed plus k.
+        on_error: If a prompt fails, `raise` ends the run; `skip` goes on, and the same command tries the prompt again.
 
     Raises:
-        ValueError: If a number is out of range.
-        UserError: If the sampler cannot work on this chain, with this value or within this budget.
+        ValueError: If an argument is out of range, or the sampler cannot work on this chain, with this value or budget.
 
     Example:
         >>> from svdd.rewards.jpeg import Compressibility
@@ -80,7 +76,7 @@ class GuidedDiffusion(L.LightningModule):
             raise ValueError(f"budget must be >= 1 denoiser rows per image, got {budget}")
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
-        self.reward, self.eval_rewards = reward, ModuleList(eval_rewards or [])
+        self.reward, self.eval_rewards = reward, nn.ModuleList(eval_rewards or [])
         self.diffusion = StableDiffusion() if diffusion is None else diffusion
         self.sampler = SVDD() if sampler is None else sampler
         self.value = PosteriorMean() if value is None else value
@@ -93,18 +89,15 @@ class GuidedDiffusion(L.LightningModule):
         with suppress(Uncountable):  # a mistake in a sampler shows here, before anything is drawn
             count(self.sampler, self.diffusion, self.value)
         if not reward.higher_is_better:
-            raise UserError(
-                f"{reward.name} cannot guide: lower scores are better, and sampling climbs; give it a negative weight "
-                "in WeightedSum"
-            )
-        names = [reward.name, *(held_out.name for held_out in eval_rewards or [])]
+            raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
+        names = [each.name for each in (reward, *self.eval_rewards)]
         if len(set(names)) < len(names):
-            raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
-        # In the order of `rewards`, whose names may hold characters that a module's name may not.
-        self.statistics: Any = ModuleList(RewardStatistics(each.higher_is_better) for each in self.rewards.values())
-        self.weighted: Any = ModuleList(MeanMetric().set_dtype(torch.float64) for _ in self.rewards)
+            raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate")
+        # Lists in the order of `rewards`: the name of a reward need not be one that a module may have.
+        self.statistics: Any = nn.ModuleList(RewardStatistics(each.higher_is_better) for each in self.rewards.values())
+        self.weighted: Any = nn.ModuleList(MeanMetric().set_dtype(torch.float64) for _ in self.rewards)
         self.path_kl = RewardStatistics()
-        self.spent: Any = ModuleDict({each.name: SumMetric().set_dtype(torch.float64) for each in fields(Ledger)})
+        self.spent: Any = nn.ModuleDict({each.name: SumMetric().set_dtype(torch.float64) for each in fields(Ledger)})
         self.summary: dict[str, Any] = {}
         self.on_step: Callable[[int, float | None], None] | None = None
 
@@ -126,13 +119,8 @@ class GuidedDiffusion(L.LightningModule):
     ) -> tuple[Tensor, Tensor]:
         """Draws guided images outside of a Trainer: as many per prompt as the sampler returns, mostly one.
 
-        Args:
-            prompts: One or several prompts; repeat a prompt for several images of it.
-            seed: Image k starts from the seed `seed + k`.
-            seeds: One seed per image instead.
-
-        Returns:
-            Images, float32 [n, 3, h, w] in [0, 1], and the guide reward of each, float32 [n].
+        Image k starts from the seed `seeds[k]`, by default `seed + k`. Returns images, float32 [n, 3, h, w] in [0, 1],
+        and the guide reward of each, float32 [n].
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         final = self.draw(texts, range(seed, seed + len(texts)) if seeds is None else seeds)
@@ -169,8 +157,9 @@ class GuidedDiffusion(L.LightningModule):
         scores = {name: rounded(self._score(reward, final)) for name, reward in self.rewards.items()}
         trace, ledger = final.context.trace, final.context.ledger.per_image(len(final.x))
         weights = None if trace.weights is None else rounded(trace.weights.flatten())
-        known = trace.path_kl is not None
-        path_kl = rounded(torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs))) if known else None
+        path_kl: Sequence[float | None] = [None] * len(jobs)
+        if trace.path_kl is not None:
+            path_kl = rounded(torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs)))
         rows = [
             result_row(
                 prompt,
@@ -180,7 +169,7 @@ class GuidedDiffusion(L.LightningModule):
                 rewards={name: values[j * returned + particle] for name, values in scores.items()},
                 ledger=ledger,
                 particle=None if weights is None else (particle, weights[j * returned + particle]),
-                path_kl=None if path_kl is None else path_kl[j],
+                path_kl=path_kl[j],
             )
             for j, (prompt, k) in enumerate(jobs)
             for particle in range(returned)
@@ -196,7 +185,7 @@ class GuidedDiffusion(L.LightningModule):
 
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[ResultRow]) -> None:
-        """Adds result rows to the statistics; a resumed run passes the rows on disk too."""
+        """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""
         for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
             scores, prompts = _pairs((row["rewards"][name], row["prompt_index"]) for row in rows)
             metric.update(scores, prompts.long())
@@ -221,10 +210,8 @@ class GuidedDiffusion(L.LightningModule):
         statistics = {}
         for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
             statistics[name] = {key: value.item() for key, value in metric.compute().items()}
-            if not (mean := weighted.compute()).isnan():
-                (statistics[name]["weighted_mean"],) = rounded(
-                    mean[None]
-                )  # the order of the sum changes the last digits
+            if not math.isnan(mean := weighted.compute().item()):
+                statistics[name]["weighted_mean"] = float(f"{mean:.7g}")  # the order of the sum changes the last digits
         totals = {name: metric.compute().item() for name, metric in self.spent.items()}
         divergence, images = self.path_kl.compute(), statistics[self.reward.name]["count"]
         self.summary = {"guide": self.reward.name, "sampler": type(self.sampler).__name__}
@@ -233,14 +220,14 @@ class GuidedDiffusion(L.LightningModule):
         self.summary["rewards"] = statistics
         if divergence["count"]:
             self.summary["path_kl"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
-        self.summary["ledger"] = {
-            name: round(total, 3 if name.endswith("seconds") else None) for name, total in totals.items()
-        }
+        decimals = {name: 3 if name.endswith("seconds") else None for name in totals}
+        self.summary["ledger"] = {name: round(total, decimals[name]) for name, total in totals.items()}
         self.summary["denoiser_rows_per_image"] = totals["denoiser_rows"] / images if images else None
         self._reset()
-        flat = {f"{name}/{key}": value for name, entries in statistics.items() for key, value in entries.items()}
         for logger in self.loggers:
-            logger.log_metrics(flat)
+            logger.log_metrics(
+                {f"{name}/{key}": entries[key] for name, entries in statistics.items() for key in entries}
+            )
 
     @torch.inference_mode(False)
     def _reset(self) -> None:

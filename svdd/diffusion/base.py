@@ -28,19 +28,11 @@ class Diffusion(nn.Module, ABC):
     Args:
         num_inference_steps: T, the number of denoising steps.
         chunk_size: Rows that the network, the decoder or a reward processes at once, or `auto`.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
-    Attributes:
-        latent_shape: Shape of one latent, (c, h, w); set by the subclass.
-        guidance_scale: Weight of classifier-free guidance; None if the family has none.
-        prompt_features_size: Width of `prompt_features`; 0 if there are none.
     """
 
-    latent_shape: tuple[int, ...]
-    guidance_scale: float | None = None
-    prompt_features_size: int = 0
+    latent_shape: tuple[int, ...]  # of one latent, (c, h, w); set by the subclass
+    guidance_scale: float | None = None  # weight of classifier-free guidance; None if the family has none
+    prompt_features_size: int = 0  # width of `prompt_features`; 0 if there are none
     anchor: Tensor
 
     def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
@@ -69,8 +61,8 @@ class Diffusion(nn.Module, ABC):
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that a value learned on this chain depends on, as numbers and strings."""
-        name, shape = type(self).__name__, list(self.latent_shape)
-        return {"diffusion": name, "num_inference_steps": self.num_inference_steps, "latent_shape": shape}
+        own = {"diffusion": type(self).__name__, "num_inference_steps": self.num_inference_steps}
+        return own | {"latent_shape": list(self.latent_shape)}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
@@ -82,10 +74,7 @@ class Diffusion(nn.Module, ABC):
 
     @abstractmethod
     def denoise(self, x: Tensor, i: int, conditioning: Any, row: Tensor) -> Denoised:
-        """Evaluates the network on latents x, [n, c, h, w], at step i < T.
-
-        `row`, int64 [n], is the index of each latent's prompt in the conditioning, the result of `encode`.
-        """
+        """Evaluates the network on x, [n, c, h, w], at step i < T; `row`, int64 [n], indexes the encoded prompts."""
 
     @abstractmethod
     def std(self, i: int) -> float:

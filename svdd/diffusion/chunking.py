@@ -16,10 +16,7 @@ class Chunker:
     """Applies a row-wise function to chunks of rows and joins the results.
 
     Args:
-        size: Rows at once, or `auto`: all, halved whenever memory runs out; the smaller size is kept.
-
-    Raises:
-        ValueError: If `size` is neither `auto` nor an integer >= 1.
+        size: Rows at once, at least 1, or `auto`: all, halved whenever memory runs out; the smaller size is kept.
     """
 
     def __init__(self, size: int | str = "auto") -> None:

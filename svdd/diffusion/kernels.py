@@ -1,8 +1,7 @@
 """The reverse step of a scheduler as a Gaussian kernel N(mean, std^2 I).
 
 Schedulers return samples, not means. These classes repeat their arithmetic in the same order, so a draw from the kernel
-equals `scheduler.step` bit for bit in float32. Only one-step solvers have such a kernel: a multistep solver (PNDM,
-DPM-Solver++ 2M, UniPC, ...) is not Markov in x.
+equals `scheduler.step` bit for bit in float32. Multistep solvers (PNDM, UniPC, ...) are not Markov and have no kernel.
 """
 
 from abc import ABC, abstractmethod
@@ -18,19 +17,14 @@ from svdd.diffusion.base import Denoised
 
 __all__ = ["KERNELS", "DDIMKernel", "DDPMKernel", "EulerAncestralKernel", "Kernel", "find_kernel", "make_kernel"]
 
-_NEGLIGIBLE_STD = 1e-8
-
 
 class Kernel(ABC):
-    """The T steps of one scheduler.
+    """The T steps of one scheduler; ValueError if its configuration has no Gaussian kernel.
 
     Args:
         config: A diffusers scheduler configuration, of any scheduler of the same training noise.
         num_inference_steps: T.
         eta: Fraction of the DDPM noise that each step adds; only DDIM uses it.
-
-    Raises:
-        ValueError: If the configuration has no Gaussian kernel.
     """
 
     scheduler_class: ClassVar[Any]
@@ -146,7 +140,7 @@ class DDPMKernel(_AlphaKernel):
         if self.config.variance_type == "fixed_small":
             variance = (1 - alpha_next) / (1 - alpha) * variance
         std = float(variance**0.5)
-        return std if std > _NEGLIGIBLE_STD and int(self.timesteps[i]) else 0.0
+        return std if std > 1e-8 and int(self.timesteps[i]) else 0.0  # the scheduler clamps zero to 1e-10
 
 
 class EulerAncestralKernel(Kernel):

@@ -26,8 +26,7 @@ class LatentDiffusion(Diffusion):
     A subclass names its pipeline and small decoder, and implements `encode_texts`, `network` and `decode`.
 
     Args:
-        pretrained: `emoji` for the small model that ships with svdd, a folder, or a hub name such as
-            `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        pretrained: `emoji` (ships with svdd), a folder, or a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         num_inference_steps: T, the number of denoising steps.
         guidance_scale: Weight of classifier-free guidance; at 1 or less the unconditional half is not computed.
         eta: Noise of the DDIM steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
@@ -43,8 +42,7 @@ class LatentDiffusion(Diffusion):
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If `pretrained` does not exist or is not a pipeline of this family.
-        ValueError: If an argument is out of range or the scheduler has no Gaussian kernel.
+        ValueError: If an argument is out of range, or a model cannot be loaded or is not of this family.
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
@@ -79,9 +77,8 @@ class LatentDiffusion(Diffusion):
         self.pretrained, self.lora, self.scheduler = pretrained, lora, scheduler
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
         source = str(ASSETS / "emoji-sd") if pretrained == "emoji" else pretrained
-        local_files_only = local_files_only or pretrained == "emoji"
-        options = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
-        pipeline = load_pipeline(self.pipeline, source, lora, **options)
+        local = {"local_files_only": local_files_only or pretrained == "emoji"}
+        pipeline = load_pipeline(self.pipeline, source, lora, revision=revision, variant=variant, **local)
         parts = pipeline.components
         encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
         names = [self.backbone, "vae", *sorted(encoders)]
@@ -95,10 +92,12 @@ class LatentDiffusion(Diffusion):
             self.add_module(name, parts[name].eval())
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
         self.kernel = kernel(pipeline.scheduler.config, num_inference_steps, eta)
-        native = parts[self.backbone].config.sample_size
-        rows, columns = (native, native) if isinstance(native, int) else native
-        factor = pipeline.vae_scale_factor
-        size = (_extent("height", height, factor, rows), _extent("width", width, factor, columns))
+        factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
+        size = [native, native] if isinstance(native, int) else list(native)
+        for axis, (name, pixels) in enumerate({"height": height, "width": width}.items()):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
+            size[axis] = size[axis] if pixels is None else pixels // factor
         self.latent_shape = (pipeline.vae.config.latent_channels, *size)
         if compile:
             parts[self.backbone].compile()
@@ -121,10 +120,8 @@ class LatentDiffusion(Diffusion):
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
         """Returns the encoded prompts and negative prompts (None without guidance)."""
-        positive = self._encode(list(prompts))
-        if self.guidance_scale <= 1:
-            return positive, None
-        return positive, self._encode([self.negative_prompt if text is None else text for text in negative_prompts])
+        negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
+        return self._encode(list(prompts)), self._encode(negatives) if self.guidance_scale > 1 else None
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales noise to the scheduler's first level."""
@@ -136,11 +133,9 @@ class LatentDiffusion(Diffusion):
 
     def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
         """Returns x0 at another guidance scale; at 1 or less the unconditional half is not computed."""
-        if guidance_scale > 1 and conditioning[1] is None:
-            raise UserError(
-                f"a preview at guidance_scale={guidance_scale} needs a model with guidance; its own scale is "
-                f"{self.guidance_scale}"
-            )
+        if guidance_scale > 1 >= self.guidance_scale:
+            own = f"a model with guidance; its own scale is {self.guidance_scale}"
+            raise UserError(f"a preview at guidance_scale={guidance_scale} needs {own}")
         return self.kernel.predict(x, self._guided(x, i, conditioning, row, guidance_scale), i).x0
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -169,10 +164,3 @@ class LatentDiffusion(Diffusion):
         pairs = {name: torch.cat([negative[name][row], part[row]]) for name, part in positive.items()}
         unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def _extent(name: str, pixels: int | None, factor: int, native: int) -> int:
-    """Returns the latent positions of an image side, with `factor` pixels each."""
-    if pixels is not None and (pixels < factor or pixels % factor):
-        raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
-    return native if pixels is None else pixels // factor

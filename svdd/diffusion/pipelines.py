@@ -15,9 +15,6 @@ from svdd.assets.hub import loading, locate
 
 __all__ = ["TinyDecoder", "fingerprint", "load_pipeline", "warn_of_cuts"]
 
-_MAX_TOKENS = 10_000
-_NUMBERS = 16  # of each parameter
-
 
 def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options: Any) -> Any:
     """Returns a pipeline in float32, without a safety checker, with its LoRA weights loaded but not fused.
@@ -40,7 +37,7 @@ def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options:
             source, safety_checker=None, feature_extractor=None, dtype=torch.float32, **options
         )
     # For missing files transformers builds an empty tokenizer without a length limit.
-    if any(part.model_max_length > _MAX_TOKENS for name, part in pipeline.components.items() if "tokenizer" in name):
+    if any(part.model_max_length > 10_000 for name, part in pipeline.components.items() if "tokenizer" in name):
         raise UserError(f"pretrained={pretrained!r} has no usable tokenizer: its files are missing or incomplete")
     if lora is not None:
         if find_spec("peft") is None:
@@ -60,10 +57,8 @@ class TinyDecoder(nn.Module):
         expected = "`tiny`, a folder written by AutoencoderTiny.save_pretrained, or a hub name: madebyollin/taesd"
         with loading(f"decoder={source!r}"):
             vae = AutoencoderTiny.from_pretrained(locate("decoder", source, "config.json", expected), torch_dtype=dtype)
-        if (channels := vae.config.latent_channels) != latent_channels:
-            raise UserError(
-                f"decoder={source!r} is for latents of {channels} channels; this model has {latent_channels}"
-            )
+        if (found := vae.config.latent_channels) != latent_channels:
+            raise UserError(f"decoder={source!r} is for latents of {found} channels; this model has {latent_channels}")
         self.decoder, self.scaling_factor = vae.decoder.eval(), float(vae.config.scaling_factor)
 
     def forward(self, x0: Tensor) -> Tensor:
@@ -73,14 +68,11 @@ class TinyDecoder(nn.Module):
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """Returns a hash of some numbers of every parameter; training changes all of them.
-
-    The numbers are rounded to half precision, so a model's half-precision files have the same fingerprint.
-    """
+    """Returns a hash of some numbers of every parameter, in half precision, so a model's fp16 files have the same."""
     found = hashlib.sha256()
     for name, parameter in (pair for module in modules for pair in module.named_parameters()):
         flat = parameter.detach().flatten()
-        few = flat[:: max(1, len(flat) // _NUMBERS)]
+        few = flat[:: max(1, len(flat) // 16)]
         found.update(name.encode() + few.to("cpu", torch.float16).numpy().tobytes())
     return found.hexdigest()[:12]
 
@@ -92,12 +84,8 @@ def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:
         ids = tokenizer(text, truncation=False, verbose=False).input_ids
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1 : -1], skip_special_tokens=True).strip()
-            shown = text if len(text) <= 60 else text[:57] + "..."
-            warnings.warn(
-                f"a prompt has {len(ids)} tokens and the text encoder reads {limit}; cut off: {lost!r} "
-                f"(prompt: {shown!r})",
-                stacklevel=5,
-            )
+            where = f"cut off: {lost!r} (prompt: {text if len(text) <= 60 else text[:57] + '...'!r})"
+            warnings.warn(f"a prompt has {len(ids)} tokens and the text encoder reads {limit}; {where}", stacklevel=5)
 
 
 @contextmanager

@@ -33,11 +33,9 @@ class StableDiffusion(LatentDiffusion):
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Returns `states`, the text encoder's output, [p, tokens, d]."""
         tokenizer, encoder = self.tokenizers["tokenizer"], self.text_encoder
-        limit = tokenizer.model_max_length
-        tokens = tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        uses_mask = getattr(encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.device) if uses_mask else None
-        return {"states": encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]}
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        return {"states": encoder(tokens.input_ids, attention_mask=mask)[0]}
 
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
         """Evaluates the UNet."""

@@ -92,10 +92,7 @@ class State:
     def scores(
         self, reward: Scorer, x0: Tensor | None = None, decode: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Returns the reward of each row's decoded x0, float32 [n].
-
-        A preview passes another x0, [n, c, h, w], or another decoder; its images are not kept as the rows' own.
-        """
+        """Returns the reward of each row's decoded x0, float32 [n]; a preview has another x0 or another decoder."""
         context, own = self.context, x0 is None and decode is None
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
@@ -117,7 +114,7 @@ class State:
         return State(x, self.i + 1, self.row, self.origin, self.context)
 
     def propose(self, m: int = 1, mean: Tensor | None = None, kl: Tensor | None = None) -> "State":
-        """Draws m >= 1 children per row, consecutive rows, from the reverse kernel N(mean, std^2 I).
+        """Draws m >= 1 children per row from the reverse kernel N(mean, std^2 I); a row's children are consecutive.
 
         A sampler may shift the mean, [n, c, h, w]. Then `kl` is the divergence of the shifted kernel from the model's,
         in nats, [images]; None if it is unknown.
@@ -139,15 +136,12 @@ class State:
     def select(self, index: Tensor, kl: Tensor | float | None = None) -> "State":
         """Keeps some rows of every group, with the predictions and images already computed for them.
 
-        Args:
-            index: int64 [groups, k]; entry (g, j) counts within group g, the g-th of `groups` equal runs of rows.
-            kl: Bound on the divergence that the selection adds, in nats, [images]; None if it is unknown.
+        Entry (g, j) of `index`, int64 [groups, k], counts within the g-th of `groups` equal runs of rows. `kl` bounds
+        the divergence that the selection adds, in nats, [images]; None if it is unknown.
         """
-        if index.ndim != 2:
-            raise ValueError(f"index must have shape [groups, k], got {list(index.shape)}")
-        groups, n = index.shape[0], len(self.x)
-        if groups < 1 or n % groups:
-            raise ValueError(f"index has {groups} groups, which do not divide {n} rows evenly")
+        groups, n = len(index), len(self.x)
+        if index.ndim != 2 or not groups or n % groups:
+            raise ValueError(f"index must be [groups, k] with groups that divide {n} rows evenly, got {[*index.shape]}")
         size = n // groups
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
@@ -157,10 +151,7 @@ class State:
         return replace(self, x=self.x[flat], row=self.row[flat], origin=self.origin[flat], _cache=cache)
 
     def join(self, other: "State") -> "State":
-        """Returns the rows of both states, at the same step, with every image's rows of `other` after its own.
-
-        Only predictions and images that both states hold are kept.
-        """
+        """Returns the rows of both states, at the same step, with every image's rows of `other` after its own."""
         if self.i != other.i:
             raise ValueError(f"states must be at the same step to be joined, got steps {self.i} and {other.i}")
 
@@ -168,12 +159,11 @@ class State:
             return torch.cat([part.unflatten(0, (self.num_images, -1)) for part in parts], 1).flatten(0, 1)
 
         x, row, origin = joined(self.x, other.x), joined(self.row, other.row), joined(self.origin, other.origin)
-        shared = self._cache.keys() & other._cache
-        cache = {name: joined(self._cache[name], other._cache[name]) for name in shared}
+        cache = {name: joined(known, other._cache[name]) for name, known in self._cache.items() if name in other._cache}
         return replace(self, x=x, row=row, origin=origin, _cache=cache)
 
     def replay(self, x: Tensor) -> "State":
-        """Starts the same chain from other latents x at i = 0, [images * k, c, h, w]; ValueError if this is no start.
+        """Starts the same chain from other latents x at i = 0, [images * k, c, h, w].
 
         Every row of an image will receive the same noise, so the end of a row depends on its start alone.
         """
@@ -216,11 +206,10 @@ class State:
             part = replace(self, x=x.detach() if known else leaf, row=row, origin=origin, _cache=cache)
             before = ledger.denoiser_rows
             values = value(part)
-            between = ledger.denoiser_rows - before  # network evaluations between the latents and the values
             if not values.requires_grad:
                 raise UserError(f"the value has no gradient at {name}: it does not depend on it")
             (slope,) = torch.autograd.grad(values.sum(), leaf)
-        ledger.gradient_rows += between
+        ledger.gradient_rows += ledger.denoiser_rows - before  # network evaluations between the latents and the values
         x0, mean = (tensor.detach() for tensor in part.prediction)
         return {"values": values.detach(), "gradient": slope, "x0": x0, "mean": mean}
 
@@ -254,9 +243,6 @@ class Start:
         prompts: One per image.
         seeds: One per image, 0 .. 2^63 - 1; they determine every random number of the image.
         negative_prompts: One per image, or None for the model's default throughout.
-
-    Raises:
-        ValueError: If there are no prompts, lengths differ or a seed is out of range.
     """
 
     def __init__(
