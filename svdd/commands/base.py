@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import lightning as L
@@ -37,17 +38,18 @@ class ModelCLI(LightningCLI):
             words: The command line, beginning with the command's name; the process's own by default.
         """
         module, data, trainer = self.builds
-        super().__init__(
-            module,
-            data,
-            trainer_class=trainer,
-            save_config_callback=None,
-            seed_everything_default=False,
-            trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            args=None if words is None else list(words),
-        )
+        with ExitStack() as self._around:  # what is released when the command ends
+            super().__init__(
+                module,
+                data,
+                trainer_class=trainer,
+                save_config_callback=None,
+                seed_everything_default=False,
+                trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
+                auto_configure_optimizers=False,
+                parser_class=Parser,
+                args=None if words is None else list(words),
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the output folder, and the classes whose arguments can be given without naming them."""

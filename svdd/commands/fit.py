@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,6 @@ class FitCLI(ModelCLI):
     """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
 
     builds = (ValueFitting, RolloutDataModule, L.Trainer)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as self._around:
-            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

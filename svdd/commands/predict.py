@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -33,10 +32,6 @@ class PredictCLI(ModelCLI):
     writer: RunWriter
     finished: set[int]
     evaluation: Evaluation
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as self._around:
-            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
