@@ -80,7 +80,7 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
-        raise UserError(f"every reward needs a name of its own, got {', '.join(names)}; drop the double one")
+        raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate")
     metrics = {reward.name: RewardStatistics(higher_is_better=reward.higher_is_better) for reward in rewards}
     rows: list[dict[str, Any]] = []
     chunker = Chunker()
