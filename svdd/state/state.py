@@ -207,7 +207,7 @@ class State:
             before = ledger.denoiser_rows
             values = value(part)
             if not values.requires_grad:
-                raise UserError(f"the value has no gradient at {name}: it does not depend on it")
+                raise UserError(f"the value has no gradient at {name}, on which it does not depend")
             (slope,) = torch.autograd.grad(values.sum(), leaf)
         ledger.gradient_rows += ledger.denoiser_rows - before  # network evaluations between the latents and the values
         x0, mean = (tensor.detach() for tensor in part.prediction)

@@ -46,12 +46,12 @@ class Trace:
 
 
 def count_distinct(groups: Tensor) -> Tensor:
-    """Returns how many different numbers each line of an integer matrix [g, k] holds, int64 [g]."""
+    """Returns how many different numbers each row of an integer matrix [g, k] holds, int64 [g]."""
     return 1 + groups.sort(1).values.diff().ne(0).sum(1)
 
 
 def rounded(numbers: Tensor) -> list[float]:
-    """Returns numbers [n] with seven digits, as many as a float32 holds."""
+    """Returns numbers, [n], rounded to seven significant digits, the precision of a float32."""
     return [float(f"{number:.7g}") for number in numbers.tolist()]
 
 
