@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
-from svdd import nearest
+from svdd import did_you_mean
 from svdd.diffusion.base import Denoised
 
 __all__ = ["KERNELS", "DDIMKernel", "DDPMKernel", "EulerAncestralKernel", "Kernel", "find_kernel", "make_kernel"]
@@ -204,10 +204,9 @@ KERNELS: dict[str, type[Kernel]] = {"ddim": DDIMKernel, "ddpm": DDPMKernel, "eul
 def find_kernel(name: str, known: Mapping[str, type[Kernel]]) -> type[Kernel]:
     """Returns the kernel class of a scheduler; raises ValueError if there is none."""
     if name not in known:
-        near = nearest(name, list(known))
         raise ValueError(
             f"scheduler {name!r} has no Gaussian one-step kernel here (multistep solvers are not Markov); known: "
-            f"{', '.join(known)}" + (f"; did you mean {near!r}?" if near else "")
+            f"{', '.join(known)}{did_you_mean(name, known)}"
         )
     return known[name]
 
