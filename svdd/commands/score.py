@@ -83,7 +83,7 @@ def _measure(
     metrics = {reward.name: RewardStatistics(higher_is_better=reward.higher_is_better) for reward in rewards}
     if len(metrics) < len(rewards):
         names = ", ".join(reward.name for reward in rewards)
-        raise UserError(f"every reward needs a name of its own, got {names}; drop the double one")
+        raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
     rows: list[dict[str, Any]] = []
     chunker = Chunker()
     for reward in rewards:
