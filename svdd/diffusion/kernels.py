@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
-from svdd import nearest
+from svdd import did_you_mean
 from svdd.diffusion.base import Denoised
 
 __all__ = ["KERNELS", "DDIMKernel", "DDPMKernel", "EulerAncestralKernel", "Kernel", "find_kernel", "make_kernel"]
@@ -181,10 +181,9 @@ def find_kernel(name: str, known: Mapping[str, type[Kernel]] = KERNELS) -> type[
     """Returns the kernel class of a scheduler; raises ValueError if there is none."""
     if name in known:
         return known[name]
-    hint = f"; did you mean {near!r}?" if (near := nearest(name, list(known))) else ""
     raise ValueError(
         f"scheduler {name!r} has no Gaussian one-step kernel here (multistep solvers are not Markov); known: "
-        f"{', '.join(known)}{hint}"
+        f"{', '.join(known)}{did_you_mean(name, known)}"
     )
 
 
