@@ -248,7 +248,7 @@ def test_blank_lines_are_skipped_with_a_message(predict, tmp_path, prompts_file,
     assert [row["prompt"] for row in read_rows(tmp_path / "run")] == ["apple", "panda"]
 
 
-def test_a_folder_that_is_no_pipeline(refused, tmp_path):
+def test_a_folder_without_a_pipeline(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no model_index.json" in refused("--model.diffusion.pretrained", str(tmp_path / "empty"))
 

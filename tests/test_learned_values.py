@@ -155,7 +155,7 @@ def test_estimates_do_not_depend_on_other_rows(trained):
             torch.testing.assert_close(trained.value(alone)[0], whole[k], rtol=1e-5, atol=1e-6)
 
 
-def test_an_untrained_value_says_what_to_do():
+def test_an_untrained_value_has_an_actionable_error():
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(3), SVDD(2), network())
     with pytest.raises(UserError, match=r"LatentConvValue is not trained yet: run `svdd fit` first"):
         model.sample([""])

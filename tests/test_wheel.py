@@ -1,4 +1,4 @@
-"""The wheel that pip installs: what it holds, and that its configurations work by name in any directory."""
+"""The wheel: its contents, and its configurations by name in any directory."""
 
 import json
 import os
