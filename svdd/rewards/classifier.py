@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd import UserError, nearest
+from svdd import UserError, did_you_mean
 from svdd.rewards.models.auto_models import read_auto, read_model
 from svdd.rewards.models.image_processing import Preprocessing
 from svdd.rewards.pretrained import PretrainedReward
@@ -89,6 +89,6 @@ def find_label(label: int | str, names: dict[int, str]) -> int:
     if found:
         raise UserError(f"label={label!r} is the name of {len(found)} labels; give one of their indices: {found}")
     parts = [part.strip() for name in names.values() for part in name.split(",")]
-    near, some = nearest(wanted, parts), ", ".join(repr(name) for name in list(names.values())[:5])
-    guess = f"; did you mean {near!r}?" if near else ""
-    raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{guess}")
+    some = ", ".join(repr(name) for name in list(names.values())[:5])
+    hint = did_you_mean(wanted, parts)
+    raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{hint}")
