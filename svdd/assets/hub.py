@@ -26,14 +26,8 @@ def is_local(source: str) -> bool:
 def locate(argument: str, source: str, marker: str, expected: str) -> str:
     """Returns the folder that a name means, with `~` expanded, or a hub name unchanged.
 
-    Args:
-        argument: The name of the constructor argument, for messages.
-        source: A folder or a hub name.
-        marker: A file that such a folder holds, for example `config.json`.
-        expected: What the argument takes, for messages.
-
     Raises:
-        UserError: If it is a path but no folder with that file.
+        UserError: If it is a path but no folder with the file `marker`; the message names the argument.
     """
     if not is_local(source):
         return source
@@ -46,11 +40,7 @@ def locate(argument: str, source: str, marker: str, expected: str) -> str:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turns the errors of libraries that load models into a UserError of one line.
-
-    Args:
-        what: Names the model, for example `pretrained='owner/name'`.
-    """
+    """Turns the errors of libraries that load models into a UserError of one line that begins with `what`."""
     try:
         yield
     except UserError:
@@ -77,17 +67,16 @@ def find_file(source: str, revision: str | None = None, local_files_only: bool =
     Raises:
         UserError: If there is no such file.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    if (path := Path(source).expanduser()).is_file():
         return path
     *repository, file = source.split("/", 2)
-    if is_local("/".join(repository)):
+    name = "/".join(repository)
+    if is_local(name):
         raise UserError(f"there is no file {source!r}; expected a path, or owner/name/file of a model on the hub")
     from huggingface_hub import hf_hub_download
 
     try:
-        options: Any = {"revision": revision, "local_files_only": local_files_only}
-        return Path(hf_hub_download("/".join(repository), file, **options))
+        return Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
     except (OSError, ValueError) as error:  # the client's own errors derive from these
         raise UserError(f"{source!r} is not on this machine and cannot be fetched: {first_line(error)}") from error
 
@@ -101,10 +90,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UserError: If the file holds no state dict.
     """
     try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safetensors = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip and file errors of many types
         raise UserError(f"{str(path)!r} cannot be read as weights: {first_line(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -117,13 +104,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def fit_weights(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Loads a state dict after checking names and shapes; `position_ids` are computed, so they may be missing or extra.
 
-    Args:
-        network: The network to load the weights into.
-        state: The weights by name.
-        source: Where the weights come from, for messages.
-
     Raises:
-        UserError: If a name is missing or unknown, or has another shape.
+        UserError: If a name is missing or unknown, or has another shape; the message names the source.
     """
     own = network.state_dict()
     wrong = {name for name in own.keys() ^ state.keys() if not name.endswith("position_ids")}

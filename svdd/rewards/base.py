@@ -15,14 +15,11 @@ __all__ = ["Reward", "is_device_failure"]
 
 
 class Reward(nn.Module, ABC):
-    """Scores images: one number per image.
-
-    A subclass implements `forward` and sets the attributes that differ.
+    """Scores images: one number per image. A subclass implements `forward` and sets the attributes that differ.
 
     Attributes:
         differentiable: Whether gradients flow from the scores to the images.
-        higher_is_better: Must be True for a guide reward, which sampling maximises. A held-out reward may be an error;
-            its lowest score then counts as the best.
+        higher_is_better: Must be True to guide; False for a held-out error, whose lowest score is the best.
         range: The lowest and the highest possible score.
     """
 
@@ -49,19 +46,13 @@ class Reward(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score per image, float [n].
-
-        Args:
-            images: float [n, 3, h, w] in [0, 1].
-            prompts: The prompt of each image.
-        """
+        """Returns one score per image, float [n], from images, float [n, 3, h, w] in [0, 1], and their n prompts."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the scores of `forward` as float32 [n], after checking them.
 
         Raises:
-            RewardError: If they are not one finite number per image, or `forward` failed for another reason than the
-                device.
+            RewardError: If they are not one finite number per image, or `forward` failed, unless the device did.
         """
         try:
             scores = self(images, prompts)
@@ -71,18 +62,18 @@ class Reward(nn.Module, ABC):
             if is_device_failure(error):
                 raise
             raise RewardError(f"reward {self.name} failed with {type(error).__name__}: {first_line(error)}") from error
-        expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
+        problem = None
         if not isinstance(scores, Tensor):
-            raise RewardError(f"reward {self.name} returned a {type(scores).__name__}; {expected}")
-        if scores.shape != (len(images),):
-            raise RewardError(f"reward {self.name} returned shape {list(scores.shape)}; {expected}")
-        scores = scores.float()
-        if len(bad := (~scores.isfinite()).nonzero()):
-            raise RewardError(
-                f"reward {self.name} returned NaN or infinity for {len(bad)} of {len(images)} images, first for the "
-                f"prompt {prompts[int(bad[0])]!r}; {expected}"
-            )
-        return scores
+            problem = f"a {type(scores).__name__}"
+        elif scores.shape != (len(images),):
+            problem = f"shape {list(scores.shape)}"
+        elif len(bad := (~scores.float().isfinite()).nonzero()):
+            first = prompts[int(bad[0])]
+            problem = f"NaN or infinity for {len(bad)} of {len(images)} images, first for the prompt {first!r}"
+        if problem:
+            expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
+            raise RewardError(f"reward {self.name} returned {problem}; {expected}")
+        return scores.float()
 
 
 def is_device_failure(error: Exception) -> bool:

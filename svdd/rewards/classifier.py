@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdd import UserError, nearest
-from svdd.rewards.models.auto_models import read_auto, read_model
 from svdd.rewards.models.image_processing import Preprocessing
+from svdd.rewards.models.networks import read_auto, read_model
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["Classifier"]
@@ -29,9 +29,6 @@ class Classifier(PretrainedReward):
         logit: Return the logit, which is unbounded, instead of the log-probability.
         revision: Branch, tag or commit of a hub model.
         local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the model cannot be loaded, its preprocessing does not work on tensors, or it has no such label.
     """
 
     differentiable = True
@@ -54,7 +51,7 @@ class Classifier(PretrainedReward):
         return f"Classifier-{self.label}"
 
     def read(self) -> nn.Module:
-        """Returns the classifier."""
+        """Returns the classifier; raises UserError if it has no such label or cannot preprocess tensors."""
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         network = read_model(AutoModelForImageClassification, self.pretrained, torch.float32, **self.options)
@@ -62,8 +59,7 @@ class Classifier(PretrainedReward):
         self.independent = network.config.problem_type == "multi_label_classification"
         if network.config.num_labels == 1 and not (self.logit or self.independent):
             raise UserError(f"pretrained={self.pretrained!r} has one label, whose probability is always 1; set logit")
-        processor = read_auto(AutoImageProcessor, self.pretrained, **self.options)
-        self.preprocess = Preprocessing(processor, self.pretrained)
+        self.preprocess = Preprocessing(read_auto(AutoImageProcessor, self.pretrained, **self.options), self.pretrained)
         return network
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -76,19 +72,16 @@ class Classifier(PretrainedReward):
 
 
 def find_label(label: int | str, names: dict[int, str]) -> int:
-    """Returns the index of a label.
-
-    Raises:
-        UserError: If no label or several labels have that name.
-    """
+    """Returns the index of a label; raises UserError if no label or several labels have that name."""
     wanted = str(label).strip().lower()
+    parts = {k: [part.strip() for part in name.split(",")] for k, name in names.items()}
     exact = [k for k, name in names.items() if (label == k if isinstance(label, int) else name.lower() == wanted)]
-    found = exact or [k for k, name in names.items() if wanted in (part.strip().lower() for part in name.split(","))]
+    found = exact or [k for k in names if wanted in map(str.lower, parts[k])]
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"label={label!r} is the name of {len(found)} labels; give one of their indices: {found}")
-    parts = [part.strip() for name in names.values() for part in name.split(",")]
-    near, some = nearest(wanted, parts), ", ".join(repr(name) for name in list(names.values())[:5])
+    near = nearest(wanted, [part for several in parts.values() for part in several])
+    some = ", ".join(repr(name) for name in list(names.values())[:5])
     guess = f"; did you mean {near!r}?" if near else ""
     raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{guess}")

@@ -21,16 +21,12 @@ class CLIPScore(PretrainedReward):
     """Cosine similarity of image and prompt under a CLIP model, -1 .. 1.
 
     Args:
-        pretrained: `emoji` (the small CLIP that ships with svdd), `emoji-judge` (a second one, trained separately, for
+        pretrained: `emoji`, `emoji-judge` (small CLIPs that ship with svdd; the second, trained separately, is for
             held-out evaluation), a folder, or a hub name such as `openai/clip-vit-large-patch14`. With an
             architecture: one of open_clip's tags for it, such as `laion2b_s32b_b79k`, or a weights file.
-        architecture: A model of open_clip, such as `ViT-H-14`, `hf-hub:owner/name` or `local-dir:/folder`; by default
-            the model is loaded by transformers.
+        architecture: A model of open_clip: `ViT-H-14`, `hf-hub:owner/name`, `local-dir:/folder`. Default: transformers.
         revision: Branch, tag or commit of a hub model; not with an architecture.
         local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the model cannot be loaded or is not a CLIP, or a revision is given with an architecture.
     """
 
     differentiable = True
@@ -44,19 +40,16 @@ class CLIPScore(PretrainedReward):
         local_files_only: bool = False,
     ) -> None:
         super().__init__(revision, local_files_only)
-        if architecture is not None and revision is not None:
-            raise UserError(
-                f"revision={revision!r} is for models of transformers; open_clip loads the latest {architecture!r}"
-            )
+        if architecture and revision:
+            raise UserError(f"{revision=} is for models of transformers; open_clip loads the latest {architecture!r}")
         self.pretrained, self.architecture = pretrained, architecture
 
     @property
     def name(self) -> str:
         """`CLIPScore`, followed by the model's name unless it is the embedded one."""
         label = self.pretrained.removeprefix("emoji").lstrip("-") if self.pretrained in EMBEDDED else self.pretrained
-        if self.architecture is not None:
-            label = Path(self.architecture.split(":")[-1]).name
-        return f"CLIPScore-{Path(label).name}" if label else "CLIPScore"
+        label = Path(self.architecture.split(":")[-1] if self.architecture else label).name
+        return f"CLIPScore-{label}" if label else "CLIPScore"
 
     def read(self) -> ClipModel:
         """Returns the model."""

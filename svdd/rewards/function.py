@@ -21,12 +21,11 @@ class FunctionReward(Reward):
         function: Dotted name of `function(images, prompts)`, which takes float [n, 3, h, w] in [0, 1] and a list of n
             texts, and returns n numbers: a tensor, an array or a list.
         one_by_one: Call `function(image, prompt)` once per image, with a PIL image and a text, for one number.
-        differentiable: Whether gradients flow from the result to `images`.
+        differentiable: Whether gradients flow from the result to `images`; not with `one_by_one`.
         higher_is_better: Whether a higher score is better.
 
     Raises:
-        UserError: If the name is not that of a function.
-        ValueError: If it is both `one_by_one` and `differentiable`.
+        ValueError: If it is both `one_by_one` and `differentiable`, or the name is not that of a function.
     """
 
     def __init__(
@@ -51,8 +50,7 @@ class FunctionReward(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the function's score of each image, float32 [n]."""
         if self.one_by_one:
-            pairs = zip(to_pil(images), prompts, strict=True)
-            scores: Any = [float(self.function(picture, prompt)) for picture, prompt in pairs]
+            scores: Any = [float(self.function(*pair)) for pair in zip(to_pil(images), prompts, strict=True)]
         else:
             scores = self.function(images, list(prompts))
         return torch.as_tensor(scores, dtype=torch.float32, device=images.device)

@@ -24,9 +24,6 @@ class HPSv2(PretrainedReward):
         pretrained: The fine-tuned weights: a file, or owner/name/file on the hub.
         architecture: The model of open_clip that they belong to.
         local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the weights cannot be loaded or belong to another model.
     """
 
     differentiable = True

@@ -6,7 +6,6 @@ arXiv 2304.05977.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from svdd import UserError
@@ -29,9 +28,6 @@ class ImageReward(PretrainedReward):
         tokenizer: A BERT tokenizer: a hub name or a folder.
         revision: Branch, tag or commit of the weights on the hub.
         local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the weights or the tokenizer cannot be loaded, or belong to another model.
     """
 
     differentiable = True
@@ -51,13 +47,14 @@ class ImageReward(PretrainedReward):
         from transformers import BertTokenizer
 
         with loading(f"tokenizer={self.tokenizer_name!r}"):
-            local = self.options["local_files_only"]
-            tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name, local_files_only=local)
-        network = read_grounded_text(read_weights(find_file(self.pretrained, **self.options)), self.pretrained)
+            self.tokenizer = BertTokenizer.from_pretrained(
+                self.tokenizer_name, local_files_only=self.options["local_files_only"]
+            )
+        weights = read_weights(find_file(self.pretrained, **self.options))
+        network = read_grounded_text(weights, self.pretrained)
         words = network.text.config.vocab_size
-        if not words - 2 <= len(tokenizer) <= words:  # the weights have two more special words
-            raise UserError(f"tokenizer={self.tokenizer_name!r} has {len(tokenizer)} words; expected {words - 2}")
-        self.tokenizer = tokenizer
+        if not words - 2 <= (size := len(self.tokenizer)) <= words:  # the weights have two more special words
+            raise UserError(f"tokenizer={self.tokenizer_name!r} has {size} words; expected {words - 2}")
         return network
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -68,5 +65,4 @@ class ImageReward(PretrainedReward):
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt"
         ).to(weights.device)
-        head: Tensor = network(pixels.to(weights), tokens.input_ids, tokens.attention_mask)
-        return (head.to(torch.float32) - _MEAN) / _STD
+        return (network(pixels.to(weights), tokens.input_ids, tokens.attention_mask).float() - _MEAN) / _STD

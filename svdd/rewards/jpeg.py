@@ -16,15 +16,13 @@ from svdd.rewards.models.pixels import to_pil
 
 __all__ = ["Compressibility", "Incompressibility"]
 
-_QUALITY = 95
-
 
 def _kilobytes(images: Tensor) -> Tensor:
     """Returns the JPEG size of each image in units of 1000 bytes, float32 [n]."""
     sizes = []
     for picture in to_pil(images):
         buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=_QUALITY)
+        picture.save(buffer, format="JPEG", quality=95)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 

@@ -24,9 +24,6 @@ class PickScore(PretrainedReward):
         processor: Folder or hub name of the tokenizer and the image processor; null for `pretrained` itself.
         revision: Branch, tag or commit of the model on the hub.
         local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the model cannot be loaded or is not a CLIP.
     """
 
     differentiable = True

@@ -34,22 +34,17 @@ class PretrainedReward(Reward):
 
     @abstractmethod
     def read(self) -> nn.Module:
-        """Returns the network with its weights, on the CPU.
-
-        Raises:
-            UserError: If it cannot be loaded, or is another kind of model.
-        """
+        """Returns the network with its weights, on the CPU; raises UserError if it cannot."""
 
     @property
     def network(self) -> Any:
         """The network: frozen, in evaluation mode, on the module's device."""
         if self.pretrained_network is None:
-            with torch.inference_mode(False):  # inference tensors could never carry a gradient
-                try:
-                    network = self.read()
-                except UserError as error:
-                    raise UserError(f"{type(self).__name__}: {error}") from error
-                self.pretrained_network = network.requires_grad_(False).eval().to(self.anchor)
+            try:
+                with torch.inference_mode(False):  # inference tensors could never carry a gradient
+                    self.pretrained_network = self.read().requires_grad_(False).eval().to(self.anchor)
+            except UserError as error:
+                raise UserError(f"{type(self).__name__}: {error}") from error
         return self.pretrained_network
 
     def load(self) -> None:

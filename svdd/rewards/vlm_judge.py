@@ -26,8 +26,7 @@ class VLMJudge(PretrainedReward):
     The model runs locally with transformers, or behind an endpoint with OpenAI's chat API, such as a vLLM server.
 
     Args:
-        pretrained: An image-text-to-text model of transformers: a folder or a hub name. Without an endpoint the default
-            is `Qwen/Qwen2-VL-2B-Instruct`.
+        pretrained: A local image-text-to-text model: a folder or a hub name. Default: `Qwen/Qwen2-VL-2B-Instruct`.
         question: The question; `{prompt}` stands for the prompt.
         batch_size: Images per batch of a local model.
         endpoint: Address of the API, such as `http://localhost:8000/v1`, instead of `pretrained`.
@@ -41,8 +40,7 @@ class VLMJudge(PretrainedReward):
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If the model cannot be loaded, or the arguments contradict each other.
-        RewardError: If the endpoint does not answer, or without probabilities.
+        UserError: If an argument is out of range, or the arguments contradict each other.
     """
 
     def __init__(
@@ -63,14 +61,15 @@ class VLMJudge(PretrainedReward):
         super().__init__(revision, local_files_only)
         if batch_size < 1:
             raise UserError(f"batch_size must be >= 1, got {batch_size}")
-        if endpoint is None and (model is not None or api_key_env is not None):
-            raise UserError("model and api_key_env belong to an endpoint; give endpoint, or pretrained alone")
-        if endpoint is not None and (pretrained is not None or not model):
-            raise UserError("an endpoint needs model, its name for the model, and takes no pretrained")
         self.question, self.batch_size, self.api_key_env = question, batch_size, api_key_env
         self.pretrained = pretrained or "Qwen/Qwen2-VL-2B-Instruct"
         self.endpoint: Endpoint | None = None
-        if endpoint is not None and model:
+        if endpoint is None:
+            if model is not None or api_key_env is not None:
+                raise UserError("model and api_key_env belong to an endpoint; give endpoint, or pretrained alone")
+        elif pretrained is not None or not model:
+            raise UserError("an endpoint needs model, its name for the model, and takes no pretrained")
+        else:
             self.endpoint = Endpoint(endpoint, model, timeout, retries, backoff, concurrency)
 
     def read(self) -> nn.Module:
@@ -91,15 +90,11 @@ class VLMJudge(PretrainedReward):
         return torch.cat([self.network(pictures[chunk], questions[chunk]) for chunk in chunks])
 
     def key(self) -> str | None:
-        """Returns the endpoint's key, read from the environment each time.
-
-        Raises:
-            UserError: If the variable is not set or holds unprintable characters.
-        """
+        """Returns the endpoint's key from the environment; raises UserError if it is not set or unprintable."""
         if self.api_key_env is None:
             return None
-        if not (key := os.environ.get(self.api_key_env, "").strip()):
-            raise UserError(f"the environment variable {self.api_key_env}, which api_key_env names, is not set")
-        if not (key.isascii() and key.isprintable()):
-            raise UserError(f"the environment variable {self.api_key_env}, which api_key_env names, holds no key")
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key and key.isascii() and key.isprintable()):
+            problem = "holds no key" if key else "is not set"
+            raise UserError(f"the environment variable {self.api_key_env}, which api_key_env names, {problem}")
         return key

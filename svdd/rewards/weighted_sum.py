@@ -1,8 +1,4 @@
-"""Several rewards at once.
-
-The reward with the largest spread dominates a plain sum. `ZScored` divides each by its standard deviation on unguided
-images, and `Threshold` turns a reward into a constraint.
-"""
+"""Several rewards at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +12,7 @@ __all__ = ["WeightedSum"]
 
 
 class WeightedSum(Reward):
-    """A weighted sum of rewards.
+    """A weighted sum of rewards; in units of their own, the reward with the largest spread dominates: see `ZScored`.
 
     Args:
         rewards: The rewards to add.

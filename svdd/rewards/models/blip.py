@@ -5,13 +5,13 @@ transformers, which have other parameter names; the sizes are read from the weig
 """
 
 import re
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.hub import fit_weights
+from svdd.rewards.models.networks import linear_head
 
 __all__ = ["GroundedText", "read_grounded_text", "rename"]
 
@@ -45,23 +45,13 @@ class GroundedText(nn.Module):
 
         self.vision = BlipVisionModel(BlipVisionConfig(**vision, layer_norm_eps=1e-6))
         self.text = BlipTextModel(BlipTextConfig(**text, layer_norm_eps=1e-12), add_pooling_layer=False)
-        layers = [nn.Linear(*widths) for widths in pairwise((text["hidden_size"], 1024, 128, 64, 16, 1))]
-        self.head = nn.ModuleDict(dict(zip("02467", layers, strict=True)))  # 1, 3 and 5 are dropouts
+        self.head = linear_head(text["hidden_size"])
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Returns the head's output for each image and text, [n].
-
-        Args:
-            pixels: Normalised, [n, 3, side, side].
-            input_ids: Tokens, [n, length].
-            attention_mask: 1 for tokens, 0 for padding, [n, length].
-        """
+        """Returns the head's output [n] for normalised pixels [n, 3, side, side] and tokens [n, length]."""
         seen = self.vision(pixels).last_hidden_state
         read = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=seen, is_decoder=False)
-        features = read.last_hidden_state[:, 0]
-        for layer in self.head.values():
-            features = layer(features)
-        return features[:, 0]
+        return self.head(read.last_hidden_state[:, 0])[:, 0]
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,19 +65,20 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_grounded_text(state: dict[str, Tensor], source: str) -> GroundedText:
-    """Returns the network with these weights; its sizes are read from their shapes.
-
-    Args:
-        state: The weights under the authors' names.
-        source: Where the weights come from, for messages.
+    """Returns the network with the authors' weights; its sizes are read from their shapes.
 
     Raises:
-        UserError: If they belong to another network.
+        UserError: If they belong to another network; the message names the source.
     """
     state = rename(state)
 
-    def depth(stem: str) -> int:
-        return len({name.removeprefix(stem).split(".")[0] for name in state if name.startswith(stem)})
+    def transformer(width: int, inner: int, stem: str) -> dict[str, int]:
+        return {
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": len({name[len(stem) :].split(".")[0] for name in state if name.startswith(stem)}),
+            "num_attention_heads": width // _HEAD_WIDTH,
+        }
 
     try:
         width, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
@@ -97,27 +88,13 @@ def read_grounded_text(state: dict[str, Tensor], source: str) -> GroundedText:
         text_inner, _ = state["text.encoder.layer.0.intermediate.dense.weight"].shape
         longest, _ = state["text.embeddings.position_embeddings.weight"].shape
     except (KeyError, ValueError) as error:
-        message = f"{source!r} holds weights of another architecture; expected the file ImageReward.pt"
-        raise UserError(message) from error
+        raise UserError(f"{source!r} holds weights of another architecture; expected ImageReward.pt") from error
     if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH:
         raise UserError(f"{source!r} has widths {width} and {text_width}; expected multiples of {_HEAD_WIDTH}")
-    vision = {
-        "hidden_size": width,
-        "intermediate_size": vision_inner,
-        "num_hidden_layers": depth("vision.encoder.layers."),
-        "num_attention_heads": width // _HEAD_WIDTH,
-        "image_size": patch * round((places - 1) ** 0.5),
-        "patch_size": patch,
-    }
-    text = {
-        "vocab_size": words,
-        "hidden_size": text_width,
-        "encoder_hidden_size": width,
-        "intermediate_size": text_inner,
-        "num_hidden_layers": depth("text.encoder.layer."),
-        "num_attention_heads": text_width // _HEAD_WIDTH,
-        "max_position_embeddings": longest,
-    }
+    vision = transformer(width, vision_inner, "vision.encoder.layers.")
+    vision |= {"image_size": patch * round((places - 1) ** 0.5), "patch_size": patch}
+    text = transformer(text_width, text_inner, "text.encoder.layer.")
+    text |= {"vocab_size": words, "encoder_hidden_size": width, "max_position_embeddings": longest}
     network = GroundedText(vision, text)
     fit_weights(network, state, source)
     return network

@@ -14,18 +14,14 @@ _TOLERANCE = 3 / 255  # for 8-bit images, processors round after each of two pas
 
 
 class Preprocessing:
-    """Turns images into the pixels that a model reads, exactly as its processor does, but without rounding.
-
-    Args:
-        processor: An image processor of transformers, or its wrapper around timm.
-        source: Where the processor was loaded from, for messages.
+    """Turns images into the pixels that a model reads, as its processor (transformers or timm) does, without rounding.
 
     Raises:
         UserError: If the processor cannot process float tensors, or treats them differently from 8-bit images.
     """
 
     def __init__(self, processor: Any, source: str) -> None:
-        timm = hasattr(processor, "val_transforms")
+        timm = hasattr(processor, "val_transforms")  # transformers' wrapper
         rescales = getattr(processor, "do_rescale", timm)
         self.scale = 255 * getattr(processor, "rescale_factor", 1 / 255) if rescales else 255.0
         self.options = {} if timm else {"do_rescale": False}
@@ -59,9 +55,7 @@ class Preprocessing:
         theirs = self.original(images=image.permute(1, 2, 0).to(torch.uint8).numpy(), return_tensors="pt").pixel_values
         ours = self((image[None] / 255).requires_grad_())
         if theirs.shape != ours.shape or not ours.requires_grad:
-            raise ValueError(
-                f"it turns tensors into shape {list(ours.shape[1:])}; expected {list(theirs.shape[1:])}, "
-                "with a gradient"
-            )
+            shapes = f"{list(ours.shape[1:])}; expected {list(theirs.shape[1:])}"
+            raise ValueError(f"it turns tensors into shape {shapes}, with a gradient")
         white = self(torch.ones(1, 3, height, width)) - self(torch.zeros(1, 3, height, width))
         return float((theirs - ours.detach()).abs().max() / white.max())

@@ -23,15 +23,7 @@ _MAX_WAIT = 30.0  # seconds between two attempts
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind `/chat/completions`.
-
-    Args:
-        address: The API, up to `/v1`.
-        model: The endpoint's name for the model.
-        timeout: Seconds to wait for an answer.
-        retries: How often a request is repeated.
-        backoff: Seconds before the first repetition; doubled each time.
-        concurrency: Number of simultaneous requests.
+    """A model behind `/chat/completions`; the arguments are those of `VLMJudge`.
 
     Raises:
         UserError: If an argument is out of range.
@@ -47,11 +39,10 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             url = urlsplit(self.address)
-            valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-            valid = valid and not (url.query or url.fragment or "@" in self.address)
+            valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
         except ValueError:
             valid = False
-        if not valid:  # the address may contain a password, so the message does not repeat it
+        if not valid or url.query or url.fragment or "@" in self.address:  # never shown, it may hold a password
             raise UserError(
                 "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password (they "
                 "would be written into the run's files); api_key_env names a variable that holds a key"
@@ -81,8 +72,7 @@ class Endpoint:
             try:
                 return read_log_odds(self._post(request_body(self.model, image, question), key))
             except ValueError as error:
-                place = f"endpoint {self.address.rstrip('/')}, model {self.model!r}"
-                failed.append(RewardError(f"{place}: {error}"))
+                failed.append(RewardError(f"endpoint {self.address.rstrip('/')}, model {self.model!r}: {error}"))
                 raise failed[0] from None
 
         with ThreadPoolExecutor(self.concurrency) as pool:

@@ -9,18 +9,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.rewards.models.auto_models import read_auto, read_model
+from svdd.rewards.models.networks import read_auto, read_model
 
 __all__ = ["LocalVLM"]
 
 
 class LocalVLM(nn.Module):
     """Log-odds of yes against no for the first token of the answer to a question about an image.
-
-    Args:
-        pretrained: A folder or a hub name.
-        dtype: The type of the weights.
-        options: `revision` and `local_files_only`.
 
     Raises:
         UserError: If it cannot be loaded, or has no single token for yes or for no.
@@ -50,19 +45,20 @@ class LocalVLM(nn.Module):
 
     def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Any:
         """Returns the model's inputs: one chat turn if the model has a template, else image and question."""
-        inserts_image = hasattr(self.processor, "num_query_tokens")  # as BLIP-2's processor does
-        place = "" if inserts_image else f"{getattr(self.processor, 'image_token', '')}\n"
-        texts = [place + question for question in questions]
-        options: dict[str, Any] = {}
-        if getattr(self.processor, "chat_template", None) is not None:
+        processor, options = self.processor, {}
+        if getattr(processor, "chat_template", None) is not None:
             contents = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
             turns = [[{"role": "user", "content": content}] for content in contents]
-            texts = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            start = self.processor.tokenizer.bos_token
+            texts = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            start = processor.tokenizer.bos_token
             options = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
-        self.processor.tokenizer.padding_side = "right"  # positions are those of unpadded texts
+        else:
+            inserts_image = hasattr(processor, "num_query_tokens")  # as BLIP-2's processor does
+            place = "" if inserts_image else f"{getattr(processor, 'image_token', '')}\n"
+            texts = [place + question for question in questions]
+        processor.tokenizer.padding_side = "right"  # positions are those of unpadded texts
         images = [[picture] for picture in pictures]
-        return self.processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
+        return processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
 
     def forward(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Tensor:
         """Returns log p(yes) - log p(no) for each image and question, float32 [n]."""

@@ -1,22 +1,20 @@
-"""Models of transformers from a folder or the hub, with all of their weights."""
+"""Networks that rewards share: models of transformers, and a head of linear layers."""
 
+from collections import OrderedDict
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 
 from svdd import UserError
 from svdd.assets.hub import loading, locate
 
-__all__ = ["read_auto", "read_model"]
+__all__ = ["linear_head", "read_auto", "read_model"]
 
 
 def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
     """Returns `auto.from_pretrained` of a folder or a hub name; code in it is never run.
-
-    Args:
-        auto: A class of transformers with `from_pretrained`.
-        pretrained: A folder or a hub name.
-        options: Passed on.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -27,13 +25,7 @@ def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
 
 
 def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Returns a model, after checking that the files hold all of its weights.
-
-    Args:
-        auto: An AutoModel class or a model class.
-        pretrained: A folder or a hub name.
-        dtype: The type of the weights.
-        options: Passed on.
+    """Returns a model by its class or AutoModel class, with weights in `dtype`.
 
     Raises:
         UserError: If it cannot be loaded, is another kind of model, or weights are missing.
@@ -45,3 +37,9 @@ def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -
             "expected a model trained for this task"
         )
     return model
+
+
+def linear_head(width: int) -> nn.Sequential:
+    """Returns linear layers d-1024-128-64-16-1 without activations, for features [n, d]."""
+    layers = [nn.Linear(*widths) for widths in pairwise((width, 1024, 128, 64, 16, 1))]
+    return nn.Sequential(OrderedDict(zip("02467", layers, strict=True)))  # 1, 3 and 5 were dropouts
