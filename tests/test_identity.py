@@ -11,11 +11,10 @@ from svdd import UserError
 from svdd.diffusion.fingerprint import fingerprint
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
-from svdd.rewards.base import Reward
+from svdd.rewards.base import Reward, settings
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
-from svdd.rewards.identity import settings
 from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.pick_score import PickScore
 from svdd.rewards.threshold import Threshold

@@ -24,11 +24,7 @@ def is_local(source: str) -> bool:
 
 
 def locate(argument: str, source: str, marker: str, expected: str) -> str:
-    """Returns the folder that a name means, with `~` expanded, or a hub name unchanged.
-
-    Raises:
-        UserError: If it is a path but no folder with the file `marker`; the message names the argument.
-    """
+    """Returns a hub name unchanged, or a folder with `~` expanded; raises UserError if that holds no file `marker`."""
     if not is_local(source):
         return source
     folder = Path(source).expanduser()
@@ -62,11 +58,7 @@ def offline() -> Iterator[None]:
 
 
 def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """Returns a weights file: a local path, or `owner/name/file` on the hub, downloaded to its cache.
-
-    Raises:
-        UserError: If there is no such file.
-    """
+    """Returns a weights file: a local path, or `owner/name/file` on the hub, downloaded; or raises UserError."""
     if (path := Path(source).expanduser()).is_file():
         return path
     *repository, file = source.split("/", 2)
@@ -82,12 +74,9 @@ def find_file(source: str, revision: str | None = None, local_files_only: bool =
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict from a safetensors file or a PyTorch checkpoint.
+    """Reads a state dict from a safetensors file or a PyTorch checkpoint; raises UserError if it holds none.
 
     A checkpoint may hold it under `state_dict`, and its names may begin with `module.`.
-
-    Raises:
-        UserError: If the file holds no state dict.
     """
     try:
         safetensors = path.suffix == ".safetensors"
@@ -102,19 +91,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fit_weights(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict after checking names and shapes; `position_ids` are computed, so they may be missing or extra.
-
-    Raises:
-        UserError: If a name is missing or unknown, or has another shape; the message names the source.
-    """
+    """Loads a state dict; raises UserError if names or shapes differ, except for `position_ids`, which are computed."""
     own = network.state_dict()
     wrong = {name for name in own.keys() ^ state.keys() if not name.endswith("position_ids")}
     wrong |= {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
     if wrong:
         first = min(wrong)
         there, expected = (list(part[first].shape) if first in part else "missing" for part in (state, own))
-        raise UserError(
-            f"{source!r} holds weights of another architecture: {len(wrong)} names differ, first {first} "
-            f"(there {there}, expected {expected})"
-        )
+        problem = f"{len(wrong)} names differ, first {first} (there {there}, expected {expected})"
+        raise UserError(f"{source!r} holds weights of another architecture: {problem}")
     network.load_state_dict(state, strict=False)

@@ -5,6 +5,7 @@ normalised embedding of CLIP ViT-L/14, trained on SAC, Logos and AVA), Apache-2.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,34 +13,24 @@ from torch import Tensor, nn
 
 from svdd.assets.hub import find_file, fit_weights, read_weights
 from svdd.rewards.models.clip_models import colour_statistics, read_clip
-from svdd.rewards.models.networks import linear_head
 from svdd.rewards.models.pixels import fit_square, normalise
-from svdd.rewards.pretrained import PretrainedReward
+from svdd.rewards.pretrained import PretrainedReward, linear_head
 
 __all__ = ["Aesthetic", "AestheticHead"]
 
 
+@dataclass(eq=False, repr=False)
 class Aesthetic(PretrainedReward):
     """LAION aesthetic score v2 of the image alone, about 1 (poor) to 10 (beautiful).
 
     Args:
         pretrained: The CLIP that embeds the image: a folder or a hub name.
         head: Weights of the linear layers: a file, or owner/name/file on the hub.
-        revision: Branch, tag or commit of the CLIP on the hub.
-        local_files_only: Use local files and the hub's cache only.
     """
 
+    pretrained: str = "openai/clip-vit-large-patch14"
+    head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
     differentiable = True
-
-    def __init__(
-        self,
-        pretrained: str = "openai/clip-vit-large-patch14",
-        head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        super().__init__(revision, local_files_only)
-        self.pretrained, self.head = pretrained, head
 
     def read(self) -> nn.Module:
         """Returns the image encoder `clip`, and the `head` on its normalised embedding."""

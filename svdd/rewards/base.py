@@ -1,17 +1,22 @@
-"""The base class of all rewards."""
+"""The base class of all rewards, and what identifies one."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdd import RewardError, UserError, first_line
-from svdd.rewards.identity import settings
 
-__all__ = ["Reward", "is_device_failure"]
+__all__ = ["Reward", "is_device_failure", "settings"]
+
+# Arguments that do not change the result; the second line holds those of an endpoint.
+_NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
+_NO_EFFECT |= {"api_key_env", "backoff", "concurrency", "retries", "timeout"}
 
 
 class Reward(nn.Module, ABC):
@@ -21,16 +26,18 @@ class Reward(nn.Module, ABC):
         differentiable: Whether gradients flow from the scores to the images.
         higher_is_better: Must be True to guide; False for a held-out error, whose lowest score is the best.
         range: The lowest and the highest possible score.
+        variant: Which of the class's rewards this is, for its name; empty if there is only one.
     """
 
     differentiable: bool = False
     higher_is_better: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        """The reward's name in results."""
-        return type(self).__name__
+        """The reward's name in results: that of its class, and the variant."""
+        return f"{type(self).__name__}-{self.variant}" if self.variant else type(self).__name__
 
     @property
     def identity(self) -> Any:
@@ -49,7 +56,7 @@ class Reward(nn.Module, ABC):
         """Returns one score per image, float [n], from images, float [n, 3, h, w] in [0, 1], and their n prompts."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns the scores of `forward` as float32 [n], after checking them.
+        """Returns the scores of `forward` as float32 [n].
 
         Raises:
             RewardError: If they are not one finite number per image, or `forward` failed, unless the device did.
@@ -82,3 +89,28 @@ def is_device_failure(error: Exception) -> bool:
         return True
     message = str(error)
     return isinstance(error, RuntimeError) and ("CUDA error" in message or "out of memory" in message.lower())
+
+
+def settings(thing: Any) -> dict[str, Any]:
+    """Returns the constructor's arguments whose attributes of the same name hold plain data.
+
+    Folders and files are reduced to their last part, so that they can be moved; an object with an `identity`, to that.
+    """
+    names = [name for name in inspect.signature(type(thing).__init__).parameters if name not in _NO_EFFECT]
+    found = {name: _plain(getattr(thing, name)) for name in names if hasattr(thing, name)}
+    return {name: value for name, value in found.items() if value is not ... and (name, value) != ("revision", None)}
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON data, or an ellipsis if it has no such form."""
+    if hasattr(value, "identity"):
+        return value.identity
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | Path):
+        path = Path(value).expanduser()
+        return path.name if path.exists() else str(value)
+    if isinstance(value, list | tuple | nn.ModuleList):
+        parts = [_plain(part) for part in value]
+        return ... if ... in parts else parts
+    return f"{value.__module__}.{value.__qualname__}" if inspect.isroutine(value) else ...

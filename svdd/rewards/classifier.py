@@ -5,19 +5,23 @@ Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd import UserError, nearest
-from svdd.rewards.models.image_processing import Preprocessing
-from svdd.rewards.models.networks import read_auto, read_model
-from svdd.rewards.pretrained import PretrainedReward
+from svdd import UserError, first_line, nearest
+from svdd.rewards.pretrained import PretrainedReward, read_auto, read_model
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "Preprocessing", "find_label"]
+
+_TOLERANCE = 3 / 255  # for 8-bit images, processors round after each of two passes
 
 
+@dataclass(eq=False, repr=False)
 class Classifier(PretrainedReward):
     """Log-probability of a label under an image classifier of transformers; the prompt is not used.
 
@@ -27,28 +31,16 @@ class Classifier(PretrainedReward):
         pretrained: A folder, or a hub name such as `google/vit-base-patch16-224`.
         label: The label's name or one of its comma-separated names, in upper or lower case; or its index.
         logit: Return the logit, which is unbounded, instead of the log-probability.
-        revision: Branch, tag or commit of a hub model.
-        local_files_only: Use local files and the hub's cache only.
     """
 
+    pretrained: str
+    label: int | str
+    logit: bool = False
     differentiable = True
 
-    def __init__(
-        self,
-        pretrained: str,
-        label: int | str,
-        logit: bool = False,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        super().__init__(revision, local_files_only)
-        self.pretrained, self.label, self.logit = pretrained, label, logit
-        self.range = (-math.inf, math.inf if logit else 0.0)
-
-    @property
-    def name(self) -> str:
-        """`Classifier`, followed by the label."""
-        return f"Classifier-{self.label}"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.range, self.variant = (-math.inf, math.inf if self.logit else 0.0), str(self.label)
 
     def read(self) -> nn.Module:
         """Returns the classifier; raises UserError if it has no such label or cannot preprocess tensors."""
@@ -85,3 +77,50 @@ def find_label(label: int | str, names: dict[int, str]) -> int:
     some = ", ".join(repr(name) for name in list(names.values())[:5])
     guess = f"; did you mean {near!r}?" if near else ""
     raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{guess}")
+
+
+class Preprocessing:
+    """Turns images into the pixels that a model reads, as its processor (transformers or timm) does, without rounding.
+
+    Raises UserError if the processor cannot process float tensors, or treats them differently from 8-bit images.
+    """
+
+    def __init__(self, processor: Any, source: str) -> None:
+        timm = hasattr(processor, "val_transforms")  # transformers' wrapper
+        rescales = getattr(processor, "do_rescale", timm)
+        self.scale = 255 * getattr(processor, "rescale_factor", 1 / 255) if rescales else 255.0
+        self.options = {} if timm else {"do_rescale": False}
+        self.original, self.processor = processor, deepcopy(processor)
+        refused = f"pretrained={source!r} prepares images with a {type(processor).__name__}"
+        try:
+            if timm:
+                self.processor.val_transforms.transforms.insert(1, lambda images: images.clamp(0, 1))  # after resizing
+            else:
+                self.processor.resize = self._resize
+            difference = max(self._difference(height, width) for height, width in ((96, 61), (250, 371)))
+        except Exception as error:  # an unknown processor may raise anything
+            raise UserError(f"{refused} that svdd cannot follow: {first_line(error)}") from error
+        if difference > _TOLERANCE:
+            raise UserError(f"{refused} that treats tensors differently: pixels differ by {difference:.2g} of white")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Returns what the model reads, float [n, 3, ...], from images, float [n, 3, h, w] in [0, 1]."""
+        return self.processor(images=images.float() * self.scale, return_tensors="pt", **self.options).pixel_values
+
+    def _resize(self, image: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Clamps what overshoots at edges; 8-bit images are clamped by their type."""
+        resized = self.original.resize(image, *arguments, **options)
+        return resized if resized.shape == image.shape else resized.clamp(0, self.scale)
+
+    def _difference(self, height: int, width: int) -> float:
+        """Returns the largest difference to the processor's pixels for a smooth 8-bit image, as a fraction of white."""
+        waves = [torch.linspace(0, 3 * torch.pi, extent) for extent in (height, width)]
+        rows, columns = waves[0].sin()[:, None], waves[1].sin()[None]
+        image = ((torch.stack([rows + 0 * columns, columns + 0 * rows, rows * columns]) * 0.2 + 0.5) * 255).round()
+        theirs = self.original(images=image.permute(1, 2, 0).to(torch.uint8).numpy(), return_tensors="pt").pixel_values
+        ours = self((image[None] / 255).requires_grad_())
+        if theirs.shape != ours.shape or not ours.requires_grad:
+            shapes = f"{list(ours.shape[1:])}; expected {list(theirs.shape[1:])}"
+            raise ValueError(f"it turns tensors into shape {shapes}, with a gradient")
+        white = self(torch.ones(1, 3, height, width)) - self(torch.zeros(1, 3, height, width))
+        return float((theirs - ours.detach()).abs().max() / white.max())

@@ -6,6 +6,7 @@ Reproducible scaling laws for contrastive language-image learning, 2022, arXiv 2
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from svdd.rewards.pretrained import PretrainedReward
 __all__ = ["CLIPScore"]
 
 
+@dataclass(eq=False, repr=False)
 class CLIPScore(PretrainedReward):
     """Cosine similarity of image and prompt under a CLIP model, -1 .. 1.
 
@@ -25,31 +27,21 @@ class CLIPScore(PretrainedReward):
             held-out evaluation), a folder, or a hub name such as `openai/clip-vit-large-patch14`. With an
             architecture: one of open_clip's tags for it, such as `laion2b_s32b_b79k`, or a weights file.
         architecture: A model of open_clip: `ViT-H-14`, `hf-hub:owner/name`, `local-dir:/folder`. Default: transformers.
-        revision: Branch, tag or commit of a hub model; not with an architecture.
-        local_files_only: Use local files and the hub's cache only.
     """
 
+    pretrained: str = "emoji"
+    architecture: str | None = None
     differentiable = True
     range = (-1.0, 1.0)
 
-    def __init__(
-        self,
-        pretrained: str = "emoji",
-        architecture: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        super().__init__(revision, local_files_only)
-        if architecture and revision:
-            raise UserError(f"{revision=} is for models of transformers; open_clip loads the latest {architecture!r}")
-        self.pretrained, self.architecture = pretrained, architecture
-
-    @property
-    def name(self) -> str:
-        """`CLIPScore`, followed by the model's name unless it is the embedded one."""
-        label = self.pretrained.removeprefix("emoji").lstrip("-") if self.pretrained in EMBEDDED else self.pretrained
-        label = Path(self.architecture.split(":")[-1] if self.architecture else label).name
-        return f"CLIPScore-{label}" if label else "CLIPScore"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = self.pretrained
+        if self.architecture is not None and self.revision is not None:
+            problem = f"revision={self.revision!r} is for models of transformers"
+            raise UserError(f"{problem}; open_clip loads the latest {self.architecture!r}")
+        label = own.removeprefix("emoji").lstrip("-") if own in EMBEDDED else own
+        self.variant = Path(self.architecture.split(":")[-1] if self.architecture else label).name
 
     def read(self) -> ClipModel:
         """Returns the model."""

@@ -5,6 +5,7 @@ Synthesis, 2023, arXiv 2306.09341.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from svdd.rewards.pretrained import PretrainedReward
 __all__ = ["HPSv2"]
 
 
+@dataclass(eq=False, repr=False)
 class HPSv2(PretrainedReward):
     """Cosine under a CLIP ViT-H/14 fine-tuned on human preferences; about 0.2 to 0.35.
 
@@ -23,20 +25,12 @@ class HPSv2(PretrainedReward):
     Args:
         pretrained: The fine-tuned weights: a file, or owner/name/file on the hub.
         architecture: The model of open_clip that they belong to.
-        local_files_only: Use local files and the hub's cache only.
     """
 
+    pretrained: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"
+    architecture: str = "ViT-H-14"
     differentiable = True
     range = (-1.0, 1.0)
-
-    def __init__(
-        self,
-        pretrained: str = "xswu/HPSv2/HPS_v2.1_compressed.pt",
-        architecture: str = "ViT-H-14",
-        local_files_only: bool = False,
-    ) -> None:
-        super().__init__(local_files_only=local_files_only)
-        self.pretrained, self.architecture = pretrained, architecture
 
     def read(self) -> ClipModel:
         """Returns the CLIP."""

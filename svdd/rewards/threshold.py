@@ -30,13 +30,8 @@ class Threshold(Reward):
         if at_least is not None and at_most is not None and at_least > at_most:
             raise ValueError(f"at_least must not exceed at_most, got {at_least} and {at_most}")
         self.reward, self.at_least, self.at_most = reward, at_least, at_most
-        self.differentiable = reward.differentiable
+        self.differentiable, self.variant = reward.differentiable, reward.name
         self.range = (-float("inf"), 0.0)
-
-    @property
-    def name(self) -> str:
-        """`Threshold-`, followed by the reward's name."""
-        return f"Threshold-{self.reward.name}"
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns minus the distance to the limits for each image, float32 [n]."""

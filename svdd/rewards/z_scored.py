@@ -42,12 +42,7 @@ class ZScored(Reward):
         self.reward, self.mean, self.std = reward, float(mean), float(std)
         self.differentiable, self.higher_is_better = reward.differentiable, reward.higher_is_better
         low, high = ((end - self.mean) / self.std for end in reward.range)
-        self.range = (low, high)
-
-    @property
-    def name(self) -> str:
-        """`ZScored-`, followed by the reward's name."""
-        return f"ZScored-{self.reward.name}"
+        self.range, self.variant = (low, high), reward.name
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the standardised score of each image, float32 [n]."""

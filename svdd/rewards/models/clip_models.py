@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.hub import ASSETS, fit_weights, loading, locate, offline, read_weights
-from svdd.rewards.models.networks import read_model
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
+from svdd.rewards.pretrained import read_model
 
 __all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "colour_statistics", "read_clip"]
 
@@ -79,16 +79,7 @@ class ClipModel(nn.Module, ABC):
 
 
 class TransformersClip(ClipModel):
-    """A CLIP in the format of transformers.
-
-    Args:
-        pretrained: `emoji`, `emoji-judge`, a folder or a hub name.
-        options: `revision` and `local_files_only`.
-        processor: Folder or hub name of the tokenizer and the image processor, if other than `pretrained`.
-
-    Raises:
-        UserError: If it cannot be loaded, is not a CLIP, or lacks weights.
-    """
+    """A CLIP in the format of transformers; its tokenizer and image processor may come from another `processor`."""
 
     def __init__(self, pretrained: str, options: dict[str, Any], processor: str | None = None) -> None:
         super().__init__()
@@ -116,15 +107,9 @@ class TransformersClip(ClipModel):
 
 
 class OpenClipModel(ClipModel):
-    """A CLIP of open_clip.
+    """A CLIP of open_clip; the arguments are those of `CLIPScore`.
 
-    Args:
-        architecture: A model of open_clip, such as `ViT-H-14`, `hf-hub:owner/name` or `local-dir:/folder`.
-        pretrained: One of open_clip's tags for it or a weights file; not used if the architecture includes weights.
-        local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If open_clip does not know the names, the weights do not fit, or the preprocessing is unsupported.
+    Raises UserError if open_clip does not know the names, the weights do not fit, or the preprocessing is unsupported.
     """
 
     rounded = True
@@ -154,10 +139,8 @@ class OpenClipModel(ClipModel):
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.clip))
         sides = {config.size} if isinstance(config.size, int) else set(config.size)
         if config.resize_mode not in ("shortest", "squash") or len(sides) > 1:
-            raise UserError(
-                f"{architecture!r} of open_clip prepares images of size {config.size} with resize_mode "
-                f"{config.resize_mode!r}, which svdd does not implement; expected a square, and shortest or squash"
-            )
+            found = f"{architecture!r} of open_clip reads size {config.size} with resize_mode {config.resize_mode!r}"
+            raise UserError(f"{found}, which svdd does not implement; expected a square, and shortest or squash")
         self.side, self.whole = int(sides.pop()), config.resize_mode == "squash"
         self.mean, self.std = config.mean, config.std
         self.mode = "bilinear" if config.interpolation == "bilinear" else "bicubic"
@@ -172,11 +155,7 @@ class OpenClipModel(ClipModel):
 
 
 def read_clip(auto: Any, pretrained: str, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
-    """Returns a CLIP of transformers in float32, its source, and the options to load its other parts with.
-
-    Raises:
-        UserError: If there is none, it is another kind of model, or weights are missing.
-    """
+    """Returns a CLIP of transformers in float32, and the source and options of its other parts, or raises UserError."""
     from transformers import AutoConfig
 
     if pretrained in EMBEDDED:

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 from PIL import Image
 
 from svdd import RewardError, UserError, first_line
@@ -23,11 +23,7 @@ _MAX_WAIT = 30.0  # seconds between two attempts
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind `/chat/completions`; the arguments are those of `VLMJudge`.
-
-    Raises:
-        UserError: If an argument is out of range.
-    """
+    """A model behind `/chat/completions`; the arguments are those of `VLMJudge`."""
 
     address: str
     model: str
@@ -43,10 +39,8 @@ class Endpoint:
         except ValueError:
             valid = False
         if not valid or url.query or url.fragment or "@" in self.address:  # never shown, it may hold a password
-            raise UserError(
-                "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password (they "
-                "would be written into the run's files); api_key_env names a variable that holds a key"
-            )
+            problem = "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password"
+            raise UserError(f"{problem} (a run's files show it); api_key_env names a variable that holds a key")
         for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
             if not getattr(self, name) >= least:
                 raise UserError(f"{name} must be >= {least}, got {getattr(self, name)}")
@@ -59,11 +53,7 @@ class Endpoint:
         return self.model
 
     def log_odds(self, images: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
-        """Returns log p(yes) - log p(no) for each image and question.
-
-        Raises:
-            RewardError: If an answer is missing or unusable; the message is one line without the key.
-        """
+        """Returns log p(yes) - log p(no) for each image and question; raises RewardError if an answer is unusable."""
         failed: list[RewardError] = []
 
         def ask(image: Image.Image, question: str) -> float:
@@ -122,17 +112,12 @@ def request_body(model: str, image: Image.Image, question: str) -> dict[str, Any
     image.save(buffer, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
     options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-    return {"model": model, "messages": messages, **options}
+    return {"model": model, "messages": [{"role": "user", "content": content}], **options}
 
 
 def read_log_odds(answer: bytes) -> float:
-    """Returns log p(yes) - log p(no); for a missing word, the lowest log-probability in the answer is the bound.
-
-    Raises:
-        ValueError: If the answer has no probabilities, or neither yes nor no is among them.
-    """
+    """Returns log p(yes) - log p(no), with the lowest log-probability for a missing word; or raises ValueError."""
     try:
         content = json.loads(answer)
     except ValueError:
@@ -146,9 +131,6 @@ def read_log_odds(answer: bytes) -> float:
     if not {token for token, _ in tokens} & {"yes", "no"}:
         raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
     lowest = min(logprob for _, logprob in tokens)
-
-    def log_sum(word: str) -> float:
-        found = [logprob for token, logprob in tokens if token == word] or [lowest]
-        return max(found) + math.log(sum(math.exp(logprob - max(found)) for logprob in found))
-
-    return log_sum("yes") - log_sum("no")
+    found = ([logprob for token, logprob in tokens if token == word] or [lowest] for word in ("yes", "no"))
+    yes, no = map(np.logaddexp.reduce, found)
+    return float(yes - no)
