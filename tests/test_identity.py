@@ -11,7 +11,7 @@ from svdd import UserError
 from svdd.diffusion.fingerprint import fingerprint
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
-from svdd.rewards.base import Reward, settings
+from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
@@ -74,7 +74,7 @@ def test_what_changes_no_score_is_no_difference():
 
 def test_a_folder_may_be_moved(tmp_path, tiny_clip):
     moved = shutil.copytree(tiny_clip, tmp_path / tiny_clip.rsplit("/", 1)[-1])
-    assert settings(CLIPScore(str(moved))) == settings(CLIPScore(tiny_clip))
+    assert CLIPScore(str(moved)).identity == CLIPScore(tiny_clip).identity
 
 
 def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svdd import UserError, first_line
 
-__all__ = ["ASSETS", "find_file", "fit_weights", "is_local", "loading", "locate", "offline", "read_weights"]
+__all__ = ["ASSETS", "find_file", "fit_weights", "is_local", "loading", "locate", "read_weights"]
 
 ASSETS = Path(__file__).parent  # the models that ship with svdd
-_LOAD_ERRORS = (OSError, KeyError, TypeError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
 def is_local(source: str) -> bool:
@@ -41,20 +39,8 @@ def loading(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # of many types
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Restricts the hub's client to its local cache."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -74,10 +60,7 @@ def find_file(source: str, revision: str | None = None, local_files_only: bool =
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict from a safetensors file or a PyTorch checkpoint; raises UserError if it holds none.
-
-    A checkpoint may hold it under `state_dict`, and its names may begin with `module.`.
-    """
+    """Reads a state dict from a safetensors file or a PyTorch checkpoint; raises UserError if it holds none."""
     try:
         safetensors = path.suffix == ".safetensors"
         state: Any = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)

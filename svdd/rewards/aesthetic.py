@@ -4,7 +4,7 @@ Source: Schuhmann et al., LAION-5B, 2022, arXiv 2210.08402, and their improved-a
 normalised embedding of CLIP ViT-L/14, trained on SAC, Logos and AVA), Apache-2.0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +36,14 @@ class Aesthetic(PretrainedReward):
         """Returns the image encoder `clip`, and the `head` on its normalised embedding."""
         from transformers import CLIPVisionModelWithProjection
 
-        file = find_file(self.head, local_files_only=self.options["local_files_only"])
+        file = find_file(self.head, local_files_only=self.local_files_only)
         clip, source, options = read_clip(CLIPVisionModelWithProjection, self.pretrained, self.options)
         self.mean, self.std = colour_statistics(source, options)
         head = AestheticHead(clip.config.projection_dim)
         fit_weights(head, read_weights(file), str(file))
         return nn.ModuleDict({"clip": clip, "head": head})
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the score of each image, float [n]."""
         clip, head = self.network.clip, self.network.head
         pixels = normalise(fit_square(images, clip.config.image_size, rounded=True), self.mean, self.std)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from svdd import RewardError, UserError, first_line
 
-__all__ = ["Reward", "is_device_failure", "settings"]
+__all__ = ["Reward", "is_device_failure"]
 
 # Arguments that do not change the result; the second line holds those of an endpoint.
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
@@ -41,8 +41,14 @@ class Reward(nn.Module, ABC):
 
     @property
     def identity(self) -> Any:
-        """Everything that the scores depend on, as plain data: the name, and the settings if there are any."""
-        own = settings(self)
+        """Everything that the scores depend on, as plain data: the name, and the constructor's arguments if any.
+
+        An argument counts if the attribute of its name holds plain data. Folders are reduced to their last part, so that
+        they can be moved.
+        """
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_EFFECT]
+        plain = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
+        own = {name: value for name, value in plain.items() if value is not ... and (name, value) != ("revision", None)}
         return {"name": self.name, **own} if own else self.name
 
     def load(self) -> None:
@@ -52,7 +58,7 @@ class Reward(nn.Module, ABC):
                 module.load()
 
     @abstractmethod
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns one score per image, float [n], from images, float [n, 3, h, w] in [0, 1], and their n prompts."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -62,43 +68,31 @@ class Reward(nn.Module, ABC):
             RewardError: If they are not one finite number per image, or `forward` failed, unless the device did.
         """
         try:
-            scores = self(images, prompts)
+            scores = self(images, list(prompts))
         except UserError:
             raise
         except Exception as error:
             if is_device_failure(error):
                 raise
             raise RewardError(f"reward {self.name} failed with {type(error).__name__}: {first_line(error)}") from error
-        problem = None
         if not isinstance(scores, Tensor):
-            problem = f"a {type(scores).__name__}"
+            returned = f"a {type(scores).__name__}"
         elif scores.shape != (len(images),):
-            problem = f"shape {list(scores.shape)}"
+            returned = f"shape {list(scores.shape)}"
         elif len(bad := (~scores.float().isfinite()).nonzero()):
             first = prompts[int(bad[0])]
-            problem = f"NaN or infinity for {len(bad)} of {len(images)} images, first for the prompt {first!r}"
-        if problem:
-            expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
-            raise RewardError(f"reward {self.name} returned {problem}; {expected}")
-        return scores.float()
+            returned = f"NaN or infinity for {len(bad)} of {len(images)} images, first for the prompt {first!r}"
+        else:
+            return scores.float()
+        expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
+        raise RewardError(f"reward {self.name} returned {returned}; {expected}")
 
 
 def is_device_failure(error: Exception) -> bool:
     """Whether the device, not the reward, caused the error."""
-    if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and ("CUDA error" in message or "out of memory" in message.lower())
-
-
-def settings(thing: Any) -> dict[str, Any]:
-    """Returns the constructor's arguments whose attributes of the same name hold plain data.
-
-    Folders and files are reduced to their last part, so that they can be moved; an object with an `identity`, to that.
-    """
-    names = [name for name in inspect.signature(type(thing).__init__).parameters if name not in _NO_EFFECT]
-    found = {name: _plain(getattr(thing, name)) for name in names if hasattr(thing, name)}
-    return {name: value for name, value in found.items() if value is not ... and (name, value) != ("revision", None)}
+    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    named = any(words in str(error).lower() for words in ("cuda error", "out of memory"))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and named)
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021
 """
 
 import math
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +17,10 @@ from svdd.rewards.pretrained import PretrainedReward, read_auto, read_model
 
 __all__ = ["Classifier", "Preprocessing", "find_label"]
 
-_TOLERANCE = 3 / 255  # for 8-bit images, processors round after each of two passes
-
 
 @dataclass(eq=False, repr=False)
 class Classifier(PretrainedReward):
     """Log-probability of a label under an image classifier of transformers; the prompt is not used.
-
-    In a `multi_label_classification` model each label has its own probability.
 
     Args:
         pretrained: A folder, or a hub name such as `google/vit-base-patch16-224`.
@@ -54,7 +49,7 @@ class Classifier(PretrainedReward):
         self.preprocess = Preprocessing(read_auto(AutoImageProcessor, self.pretrained, **self.options), self.pretrained)
         return network
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the label's log-probability or logit in each image, float32 [n]."""
         network = self.network
         logits = network(pixel_values=self.preprocess(images).to(next(network.parameters()))).logits.float()
@@ -80,10 +75,7 @@ def find_label(label: int | str, names: dict[int, str]) -> int:
 
 
 class Preprocessing:
-    """Turns images into the pixels that a model reads, as its processor (transformers or timm) does, without rounding.
-
-    Raises UserError if the processor cannot process float tensors, or treats them differently from 8-bit images.
-    """
+    """Turns images into pixels as a processor of transformers or timm does, but for rounding; else raises UserError."""
 
     def __init__(self, processor: Any, source: str) -> None:
         timm = hasattr(processor, "val_transforms")  # transformers' wrapper
@@ -100,7 +92,7 @@ class Preprocessing:
             difference = max(self._difference(height, width) for height, width in ((96, 61), (250, 371)))
         except Exception as error:  # an unknown processor may raise anything
             raise UserError(f"{refused} that svdd cannot follow: {first_line(error)}") from error
-        if difference > _TOLERANCE:
+        if difference > 3 / 255:  # processors round 8-bit images after each of two passes
             raise UserError(f"{refused} that treats tensors differently: pixels differ by {difference:.2g} of white")
 
     def __call__(self, images: Tensor) -> Tensor:

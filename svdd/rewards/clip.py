@@ -5,14 +5,13 @@ Hessel et al., CLIPScore, 2021, arXiv 2104.08718 (without its factor 2.5 and its
 Reproducible scaling laws for contrastive language-image learning, 2022, arXiv 2212.07143 (open_clip).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from svdd import UserError
-from svdd.rewards.models.clip_models import EMBEDDED, ClipModel, OpenClipModel, TransformersClip
+from svdd.rewards.models.clip_models import ClipModel, OpenClipModel, TransformersClip
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["CLIPScore"]
@@ -36,20 +35,19 @@ class CLIPScore(PretrainedReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = self.pretrained
         if self.architecture is not None and self.revision is not None:
             problem = f"revision={self.revision!r} is for models of transformers"
             raise UserError(f"{problem}; open_clip loads the latest {self.architecture!r}")
-        label = own.removeprefix("emoji").lstrip("-") if own in EMBEDDED else own
+        label = {"emoji": "", "emoji-judge": "judge"}.get(self.pretrained, self.pretrained)
         self.variant = Path(self.architecture.split(":")[-1] if self.architecture else label).name
 
     def read(self) -> ClipModel:
         """Returns the model."""
         if self.architecture is not None:
-            return OpenClipModel(self.architecture, self.pretrained, self.options["local_files_only"])
+            return OpenClipModel(self.architecture, self.pretrained, self.local_files_only)
         return TransformersClip(self.pretrained, self.options)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the cosine of each image with its own prompt, float32 [n]."""
         return self.network.cosines(images, prompts)
 

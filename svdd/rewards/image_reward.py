@@ -1,12 +1,10 @@
 """Human preference, learned from ranked images of the same prompt.
 
 Sources: Xu et al., ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation, 2023, arXiv
-2304.05977; Li et al., BLIP: Bootstrapping Language-Image Pre-training, 2022, arXiv 2201.12086 (the network, made of
-transformers' parts).
+2304.05977; Li et al., BLIP: Bootstrapping Language-Image Pre-training, 2022, arXiv 2201.12086 (the network).
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +17,6 @@ from svdd.rewards.pretrained import PretrainedReward, linear_head
 __all__ = ["GroundedText", "ImageReward"]
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the authors' validation images
-_TOKENS = 35
-_HEAD_WIDTH = 64  # of an attention head, in every BERT and ViT of BLIP
 _NAMES = {  # the authors' names, as regular expressions, and ours; in this order
     r"^blip\.visual_encoder\.": "vision.",
     r"^blip\.text_encoder\.": "text.",
@@ -71,19 +67,18 @@ class ImageReward(PretrainedReward):
             raise UserError(f"tokenizer={self.tokenizer_name!r} has {size} words; expected {words - 2}")
         return network
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the reward of each image under its own prompt, float32 [n]."""
         network = self.network
         weights = next(network.parameters())
         pixels = normalise(fit_square(images, network.vision.config.image_size, rounded=True), CLIP_MEAN, CLIP_STD)
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt"
-        ).to(weights.device)
+        options = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
+        tokens = self.tokenizer(prompts, **options).to(weights.device)
         return (network(pixels.to(weights), tokens.input_ids, tokens.attention_mask).float() - _MEAN) / _STD
 
 
 class GroundedText(nn.Module):
-    """A ViT, a BERT with cross-attention to it, and linear layers on BERT's first token."""
+    """BLIP's text encoder: a ViT, a BERT with cross-attention to it, and linear layers on BERT's first token."""
 
     def __init__(self, vision: dict[str, Any], text: dict[str, Any]) -> None:
         super().__init__()
@@ -111,7 +106,7 @@ def read_grounded_text(state: dict[str, Tensor], source: str) -> GroundedText:
             "hidden_size": width,
             "intermediate_size": inner,
             "num_hidden_layers": len({name[len(stem) :].split(".")[0] for name in state if name.startswith(stem)}),
-            "num_attention_heads": width // _HEAD_WIDTH,
+            "num_attention_heads": width // 64,  # in every BERT and ViT of BLIP
         }
 
     try:
@@ -123,8 +118,6 @@ def read_grounded_text(state: dict[str, Tensor], source: str) -> GroundedText:
         longest, _ = state["text.embeddings.position_embeddings.weight"].shape
     except (KeyError, ValueError) as error:
         raise UserError(f"{source!r} holds weights of another architecture; expected ImageReward.pt") from error
-    if width % _HEAD_WIDTH or text_width % _HEAD_WIDTH:
-        raise UserError(f"{source!r} has widths {width} and {text_width}; expected multiples of {_HEAD_WIDTH}")
     vision = transformer(width, vision_inner, "vision.encoder.layers.")
     vision |= {"image_size": patch * round((places - 1) ** 0.5), "patch_size": patch}
     text = transformer(text_width, text_inner, "text.encoder.layer.")

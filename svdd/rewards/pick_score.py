@@ -4,7 +4,6 @@ Source: Kirstain et al., Pick-a-Pic: An Open Dataset of User Preferences for Tex
 arXiv 2305.01569.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,8 +18,6 @@ __all__ = ["PickScore"]
 class PickScore(PretrainedReward):
     """The logit scale times the cosine of a CLIP ViT-H/14 fine-tuned on human choices; about 16 to 26.
 
-    Image A is preferred to image B with probability sigmoid(PickScore(A) - PickScore(B)).
-
     Args:
         pretrained: A folder or a hub name.
         processor: Folder or hub name of the tokenizer and the image processor; null for `pretrained` itself.
@@ -34,6 +31,6 @@ class PickScore(PretrainedReward):
         """Returns the CLIP."""
         return TransformersClip(self.pretrained, self.options, self.processor)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the score of each image for its own prompt, float32 [n]."""
         return self.network.scale * self.network.cosines(images, prompts)

@@ -1,7 +1,5 @@
 """A reward as a constraint."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from svdd.rewards.base import Reward
@@ -33,7 +31,7 @@ class Threshold(Reward):
         self.differentiable, self.variant = reward.differentiable, reward.name
         self.range = (-float("inf"), 0.0)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns minus the distance to the limits for each image, float32 [n]."""
         scores = self.reward.score(images, prompts)
         return -(scores - scores.clamp(self.at_least, self.at_most)).abs()

@@ -1,8 +1,7 @@
 """A vision-language model's log-odds of yes against no when asked whether the image shows the prompt.
 
-Sources: Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, arXiv 2404.01291
-(the probability of "yes" as a score); Black et al., Training Diffusion Models with Reinforcement Learning, 2023,
-arXiv 2305.13301 (a vision-language model as the reward).
+Sources: Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, arXiv 2404.01291;
+Black et al., Training Diffusion Models with Reinforcement Learning, 2023, arXiv 2305.13301.
 """
 
 import inspect
@@ -25,13 +24,11 @@ __all__ = ["VLMJudge"]
 class VLMJudge(PretrainedReward):
     """Log-odds of "yes" against "no" when a vision-language model is asked about the image.
 
-    The model runs locally with transformers, or behind an endpoint with OpenAI's chat API, such as a vLLM server.
-
     Args:
         pretrained: A local image-text-to-text model: a folder or a hub name. Default: `Qwen/Qwen2-VL-2B-Instruct`.
         question: The question; `{prompt}` stands for the prompt.
         batch_size: Images per batch of a local model.
-        endpoint: Address of the API, such as `http://localhost:8000/v1`, instead of `pretrained`.
+        endpoint: Address of a server with OpenAI's chat API, `http://localhost:8000/v1`, instead of `pretrained`.
         model: The endpoint's name for the model.
         api_key_env: Name of the environment variable that holds the endpoint's key. The key is never stored or shown.
         timeout: Seconds to wait for the endpoint's answer.
@@ -82,7 +79,7 @@ class VLMJudge(PretrainedReward):
         return nn.Module()
 
     @torch.no_grad()
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the log-odds for each image and its own prompt, float32 [n]."""
         pictures = to_pil(images)
         questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
@@ -127,7 +124,7 @@ class LocalVLM(nn.Module):
         coded = [tokenizer.encode(variant, add_special_tokens=False) for variant in variants]
         return sorted({ids[0] for ids in coded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id})
 
-    def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Any:
+    def inputs(self, pictures: Sequence[Image.Image], questions: list[str]) -> Any:
         """Returns the model's inputs: one chat turn if the model has a template, else image and question."""
         processor, options = self.processor, {}
         if getattr(processor, "chat_template", None) is not None:
@@ -144,7 +141,7 @@ class LocalVLM(nn.Module):
         images = [[picture] for picture in pictures]
         return processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
 
-    def forward(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> Tensor:
+    def forward(self, pictures: Sequence[Image.Image], questions: list[str]) -> Tensor:
         """Returns log p(yes) - log p(no) for each image and question, float32 [n]."""
         inputs = self.inputs(pictures, questions).to(self.model.device, self.model.dtype)
         mask = inputs["attention_mask"]

@@ -1,6 +1,5 @@
 """Several rewards at once."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class WeightedSum(Reward):
         ]
         self.range = (sum(low for low, _ in ends), sum(high for _, high in ends))
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the sum for each image, float32 [n]."""
         scores = [reward.score(images, prompts) for reward in self.rewards]
         total = sum((w * s for w, s in zip(self.weights, scores, strict=True)), torch.zeros_like(scores[0]))

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,14 +15,11 @@ __all__ = ["ZScored"]
 class ZScored(Reward):
     """A standardised reward: (reward - mean) / std.
 
-    Mean and std are given, or read from the summary of an unguided run that measured the same reward. With several
-    images per prompt, std is the one within prompts, since a sampler chooses among images of one prompt.
-
     Args:
         reward: The reward to standardise.
         mean: Its mean.
         std: Its standard deviation.
-        statistics: A run folder or its summary, instead of mean and std.
+        statistics: The folder or summary of an unguided run that measured the reward, instead of mean and std.
 
     Raises:
         ValueError: Unless either `statistics` or both numbers are given, std > 0, and the summary holds the reward.
@@ -44,13 +40,13 @@ class ZScored(Reward):
         low, high = ((end - self.mean) / self.std for end in reward.range)
         self.range, self.variant = (low, high), reward.name
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the standardised score of each image, float32 [n]."""
         return (self.reward.score(images, prompts) - self.mean) / self.std
 
 
 def _read_statistics(path: Path, name: str) -> tuple[float, float]:
-    """Returns mean and standard deviation of a reward from a run's summary."""
+    """Returns mean and standard deviation; the latter within prompts if there are several images per prompt."""
     path = path / SUMMARY_FILE if path.is_dir() else path
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))

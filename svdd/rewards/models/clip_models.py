@@ -2,23 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import ASSETS, fit_weights, loading, locate, offline, read_weights
+from svdd.assets.hub import ASSETS, fit_weights, loading, locate, read_weights
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
 from svdd.rewards.pretrained import read_model
 
 __all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "colour_statistics", "read_clip"]
 
 EMBEDDED = {"emoji": "emoji-clip", "emoji-judge": "emoji-judge"}
-_CACHED_PROMPTS = 4096
 
 
 class ClipModel(nn.Module, ABC):
@@ -69,7 +68,7 @@ class ClipModel(nn.Module, ABC):
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Returns the embedding of each text, of length 1, float32 [n, d]; thousands are cached."""
-        if len(self._texts.keys() | set(texts)) > _CACHED_PROMPTS:
+        if len(self._texts.keys() | set(texts)) > 4096:
             self._texts.clear()
         if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:
             features = F.normalize(self.encode_texts(new).float(), dim=-1)
@@ -107,16 +106,14 @@ class TransformersClip(ClipModel):
 
 
 class OpenClipModel(ClipModel):
-    """A CLIP of open_clip; the arguments are those of `CLIPScore`.
-
-    Raises UserError if open_clip does not know the names, the weights do not fit, or the preprocessing is unsupported.
-    """
+    """A CLIP of open_clip; the arguments are those of `CLIPScore`. Raises UserError if names or weights do not fit."""
 
     rounded = True
 
     def __init__(self, architecture: str, pretrained: str, local_files_only: bool = False) -> None:
         super().__init__()
         import open_clip
+        from huggingface_hub import constants
         from open_clip.transform import PreprocessCfg
 
         includes_weights = architecture.startswith(("hf-hub:", "local-dir:"))
@@ -131,7 +128,8 @@ class OpenClipModel(ClipModel):
         if tag and local_files_only and not open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub"):
             problem = f"open_clip downloads {tag!r} for {architecture} from outside the hub"
             raise UserError(f"{problem}, so local_files_only cannot be kept; give a weights file")
-        with loading(f"{architecture!r} of open_clip"), offline() if local_files_only else nullcontext():
+        offline = patch.object(constants, "HF_HUB_OFFLINE", local_files_only or constants.HF_HUB_OFFLINE)
+        with loading(f"{architecture!r} of open_clip"), offline:
             self.clip = open_clip.create_model(architecture, tag, load_weights=not own_file, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(architecture)
         if own_file:
@@ -139,7 +137,7 @@ class OpenClipModel(ClipModel):
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.clip))
         sides = {config.size} if isinstance(config.size, int) else set(config.size)
         if config.resize_mode not in ("shortest", "squash") or len(sides) > 1:
-            found = f"{architecture!r} of open_clip reads size {config.size} with resize_mode {config.resize_mode!r}"
+            found = f"{architecture!r} of open_clip prepares images of size {config.size} with {config.resize_mode=}"
             raise UserError(f"{found}, which svdd does not implement; expected a square, and shortest or squash")
         self.side, self.whole = int(sides.pop()), config.resize_mode == "squash"
         self.mean, self.std = config.mean, config.std

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,8 +18,6 @@ from PIL import Image
 from svdd import RewardError, UserError, first_line
 
 __all__ = ["Endpoint"]
-
-_MAX_WAIT = 30.0  # seconds between two attempts
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Endpoint:
                 problem = first_line(error)
             if not transient or attempt == self.retries:
                 break
-            time.sleep(min(wait, _MAX_WAIT))
+            time.sleep(min(wait, 30.0))
         raise ValueError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
 
 
@@ -95,12 +94,10 @@ def _refusal(answer: httpx.Response, key: str | None) -> str:
     """Returns the status and the service's message, except for messages about a key."""
     message = ""
     if answer.status_code not in (401, 403, 407):
-        try:
+        with suppress(ValueError, AttributeError):
             told = answer.json()
             told = told.get("error", told.get("detail", told.get("message", "")))
             message = str(told.get("message", "") if isinstance(told, dict) else told).strip()
-        except (ValueError, AttributeError):
-            pass
     message = message.replace(key, "***") if key else message
     status = f"{answer.status_code} {answer.reason_phrase}".strip()
     return f"{status}: {first_line(message)[:300]}" if message else status
