@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,8 +52,6 @@ def find_file(source: str, revision: str | None = None, local_files_only: bool =
     name = "/".join(repository)
     if is_local(name):
         raise UserError(f"there is no file {source!r}; expected a path, or owner/name/file of a model on the hub")
-    from huggingface_hub import hf_hub_download
-
     try:
         return Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
     except (OSError, ValueError) as error:  # the client's own errors derive from these

@@ -41,11 +41,7 @@ class Reward(nn.Module, ABC):
 
     @property
     def identity(self) -> Any:
-        """Everything that the scores depend on, as plain data: the name, and the constructor's arguments if any.
-
-        An argument counts if the attribute of its name holds plain data. Folders are reduced to their last part, so that
-        they can be moved.
-        """
+        """Everything that the scores depend on, as plain data: the name, and constructor arguments kept as attributes."""
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_EFFECT]
         plain = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
         own = {name: value for name, value in plain.items() if value is not ... and (name, value) != ("revision", None)}
@@ -102,7 +98,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str | Path):
-        path = Path(value).expanduser()
+        path = Path(value).expanduser()  # may move, but not be renamed
         return path.name if path.exists() else str(value)
     if isinstance(value, list | tuple | nn.ModuleList):
         parts = [_plain(part) for part in value]

@@ -106,9 +106,9 @@ class Preprocessing:
 
     def _difference(self, height: int, width: int) -> float:
         """Returns the largest difference to the processor's pixels for a smooth 8-bit image, as a fraction of white."""
-        waves = [torch.linspace(0, 3 * torch.pi, extent) for extent in (height, width)]
-        rows, columns = waves[0].sin()[:, None], waves[1].sin()[None]
-        image = ((torch.stack([rows + 0 * columns, columns + 0 * rows, rows * columns]) * 0.2 + 0.5) * 255).round()
+        waves = [torch.linspace(0, 3 * torch.pi, extent).sin() for extent in (height, width)]
+        rows, columns = torch.meshgrid(*waves, indexing="ij")
+        image = ((torch.stack([rows, columns, rows * columns]) * 0.2 + 0.5) * 255).round()
         theirs = self.original(images=image.permute(1, 2, 0).to(torch.uint8).numpy(), return_tensors="pt").pixel_values
         ours = self((image[None] / 255).requires_grad_())
         if theirs.shape != ours.shape or not ours.requires_grad:

@@ -59,8 +59,7 @@ class ImageReward(PretrainedReward):
         from transformers import BertTokenizer
 
         with loading(f"tokenizer={self.tokenizer_name!r}"):
-            local = self.local_files_only
-            self.tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name, local_files_only=local)
+            self.tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name, local_files_only=self.local_files_only)
         network = read_grounded_text(read_weights(find_file(self.pretrained, **self.options)), self.pretrained)
         words, size = network.text.config.vocab_size, len(self.tokenizer)
         if not words - 2 <= size <= words:  # the weights have two more special words
@@ -72,8 +71,8 @@ class ImageReward(PretrainedReward):
         network = self.network
         weights = next(network.parameters())
         pixels = normalise(fit_square(images, network.vision.config.image_size, rounded=True), CLIP_MEAN, CLIP_STD)
-        options = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
-        tokens = self.tokenizer(prompts, **options).to(weights.device)
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        tokens = tokens.to(weights.device)
         return (network(pixels.to(weights), tokens.input_ids, tokens.attention_mask).float() - _MEAN) / _STD
 
 

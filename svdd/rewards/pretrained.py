@@ -18,9 +18,7 @@ __all__ = ["PretrainedReward", "linear_head", "read_auto", "read_model"]
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class PretrainedReward(Reward):
-    """A reward whose network is loaded at first use, onto the module's device and into its precision.
-
-    A subclass, a dataclass, implements `read` and uses `network` and `options`, the arguments of `from_pretrained`.
+    """A reward whose network is loaded at first use; a subclass, a dataclass, implements `read` and uses `network`.
 
     Args:
         revision: Branch, tag or commit of a hub model.
@@ -43,7 +41,7 @@ class PretrainedReward(Reward):
 
     @property
     def network(self) -> Any:
-        """The network: frozen, in evaluation mode, on the module's device."""
+        """The network: frozen, in evaluation mode, on the module's device and in its precision."""
         if self.pretrained_network is None:
             try:
                 with torch.inference_mode(False):  # inference tensors could never carry a gradient

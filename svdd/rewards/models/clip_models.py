@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 from svdd import UserError
@@ -21,17 +22,12 @@ EMBEDDED = {"emoji": "emoji-clip", "emoji-judge": "emoji-judge"}
 
 
 class ClipModel(nn.Module, ABC):
-    """An image encoder and a text encoder with a common embedding space.
+    """An image encoder and a text encoder with a common embedding space."""
 
-    Attributes:
-        side: Width and height of the images that it reads; `whole`, `mode` and `rounded` are as in `fit_square`.
-        mean: Mean of each colour, for normalisation; `std` is its standard deviation.
-    """
-
-    side: int
-    mean: Sequence[float]
+    side: int  # width and height of the images that it reads
+    mean: Sequence[float]  # of each colour, for normalisation
     std: Sequence[float]
-    whole, mode, rounded = False, "bicubic", False
+    whole, mode, rounded = False, "bicubic", False  # as in fit_square
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +109,6 @@ class OpenClipModel(ClipModel):
     def __init__(self, architecture: str, pretrained: str, local_files_only: bool = False) -> None:
         super().__init__()
         import open_clip
-        from huggingface_hub import constants
         from open_clip.transform import PreprocessCfg
 
         includes_weights = architecture.startswith(("hf-hub:", "local-dir:"))
@@ -135,11 +130,12 @@ class OpenClipModel(ClipModel):
         if own_file:
             fit_weights(self.clip, read_weights(file), str(file))
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.clip))
-        sides = {config.size} if isinstance(config.size, int) else set(config.size)
-        if config.resize_mode not in ("shortest", "squash") or len(sides) > 1:
-            found = f"{architecture!r} of open_clip prepares images of size {config.size} with {config.resize_mode=}"
+        size, resize = config.size, config.resize_mode
+        sides = {size} if isinstance(size, int) else set(size)
+        if resize not in ("shortest", "squash") or len(sides) > 1:
+            found = f"{architecture!r} of open_clip prepares images of size {size} with resize_mode {resize!r}"
             raise UserError(f"{found}, which svdd does not implement; expected a square, and shortest or squash")
-        self.side, self.whole = int(sides.pop()), config.resize_mode == "squash"
+        self.side, self.whole = int(sides.pop()), resize == "squash"
         self.mean, self.std = config.mean, config.std
         self.mode = "bilinear" if config.interpolation == "bilinear" else "bicubic"
 

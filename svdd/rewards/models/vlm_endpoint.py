@@ -128,6 +128,6 @@ def read_log_odds(answer: bytes) -> float:
     if not {token for token, _ in tokens} & {"yes", "no"}:
         raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
     lowest = min(logprob for _, logprob in tokens)
-    found = ([logprob for token, logprob in tokens if token == word] or [lowest] for word in ("yes", "no"))
-    yes, no = map(np.logaddexp.reduce, found)
+    words = ([logprob for token, logprob in tokens if token == word] or [lowest] for word in ("yes", "no"))
+    yes, no = map(np.logaddexp.reduce, words)
     return float(yes - no)
