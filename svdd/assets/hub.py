@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from svdd import UserError, first_line
 
-__all__ = ["ASSETS", "find_file", "fit_weights", "is_local", "loading", "locate", "read_weights"]
+__all__ = ["ASSETS", "find_file", "fit_weights", "loading", "locate", "read_auto", "read_model", "read_weights"]
 
 ASSETS = Path(__file__).parent  # the models that ship with svdd
 
 
-def is_local(source: str) -> bool:
+def _is_local(source: str) -> bool:
     """Returns whether a name means a path on this machine rather than `owner/name` on the hub."""
     return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
 
 
 def locate(argument: str, source: str, marker: str, expected: str) -> str:
     """Returns a hub name unchanged, or a folder with `~` expanded; raises UserError if that holds no file `marker`."""
-    if not is_local(source):
+    if not _is_local(source):
         return source
     folder = Path(source).expanduser()
     if not (folder / marker).is_file():
@@ -44,13 +44,29 @@ def loading(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
+def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
+    """Returns `auto.from_pretrained` of a folder or a hub name, or raises UserError; code in it is never run."""
+    source = locate("pretrained", pretrained, "config.json", "a folder saved by save_pretrained or a hub name")
+    with loading(f"pretrained={pretrained!r}"):
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -> Any:
+    """Returns a model, its weights in `dtype`; raises UserError if it is of another kind or weights are missing."""
+    model, info = read_auto(auto, pretrained, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        problem = f"lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}"
+        raise UserError(f"pretrained={pretrained!r} {problem}; expected a model trained for this task")
+    return model
+
+
 def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
     """Returns a weights file: a local path, or `owner/name/file` on the hub, downloaded; or raises UserError."""
     if (path := Path(source).expanduser()).is_file():
         return path
     *repository, file = source.split("/", 2)
     name = "/".join(repository)
-    if is_local(name):
+    if _is_local(name):
         raise UserError(f"there is no file {source!r}; expected a path, or owner/name/file of a model on the hub")
     try:
         return Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))

@@ -41,7 +41,7 @@ class Reward(nn.Module, ABC):
 
     @property
     def identity(self) -> Any:
-        """Everything that the scores depend on, as plain data: the name, and constructor arguments kept as attributes."""
+        """The name, and the constructor arguments that the scores depend on, as plain data; a revision only if set."""
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_EFFECT]
         plain = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
         own = {name: value for name, value in plain.items() if value is not ... and (name, value) != ("revision", None)}

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdd import UserError, first_line, nearest
-from svdd.rewards.pretrained import PretrainedReward, read_auto, read_model
+from svdd.assets.hub import read_auto, read_model
+from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["Classifier", "Preprocessing", "find_label"]
 

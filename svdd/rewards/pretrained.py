@@ -1,4 +1,4 @@
-"""Rewards with a pretrained network, loaded at first use, and what reads such networks."""
+"""Rewards with a pretrained network, loaded at first use, and a head that two of them share."""
 
 from abc import abstractmethod
 from collections import OrderedDict
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import loading, locate
 from svdd.rewards.base import Reward
 
-__all__ = ["PretrainedReward", "linear_head", "read_auto", "read_model"]
+__all__ = ["PretrainedReward", "linear_head"]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -37,7 +36,7 @@ class PretrainedReward(Reward):
 
     @abstractmethod
     def read(self) -> nn.Module:
-        """Returns the network with its weights, on the CPU; raises UserError if it cannot."""
+        """Returns the network on the CPU, loaded with `options`; raises UserError if it cannot be loaded."""
 
     @property
     def network(self) -> Any:
@@ -53,22 +52,6 @@ class PretrainedReward(Reward):
     def load(self) -> None:
         """Loads the weights now."""
         _ = self.network
-
-
-def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
-    """Returns `auto.from_pretrained` of a folder or a hub name, or raises UserError; code in it is never run."""
-    source = locate("pretrained", pretrained, "config.json", "a folder saved by save_pretrained or a hub name")
-    with loading(f"pretrained={pretrained!r}"):
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
-
-
-def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Returns a model, its weights in `dtype`; raises UserError if it is of another kind or weights are missing."""
-    model, info = read_auto(auto, pretrained, dtype=dtype, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        problem = f"lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}"
-        raise UserError(f"pretrained={pretrained!r} {problem}; expected a model trained for this task")
-    return model
 
 
 def linear_head(width: int) -> nn.Sequential:

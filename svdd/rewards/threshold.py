@@ -10,8 +10,6 @@ __all__ = ["Threshold"]
 class Threshold(Reward):
     """A constraint: 0 while the reward lies within the limits, else minus the distance to them.
 
-    With a large weight in a `WeightedSum` it keeps a reward from falling while others rise.
-
     Args:
         reward: The reward to constrain.
         at_least: The lower limit.

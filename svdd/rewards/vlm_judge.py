@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svdd import UserError
+from svdd.assets.hub import read_auto, read_model
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Endpoint
-from svdd.rewards.pretrained import PretrainedReward, read_auto, read_model
+from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["VLMJudge"]
 

@@ -11,7 +11,7 @@ __all__ = ["WeightedSum"]
 
 
 class WeightedSum(Reward):
-    """A weighted sum of rewards; in units of their own, the reward with the largest spread dominates: see `ZScored`.
+    """A weighted sum of rewards. In a plain sum the reward with the largest spread dominates; see `ZScored`.
 
     Args:
         rewards: The rewards to add.

@@ -12,9 +12,8 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import ASSETS, fit_weights, loading, locate, read_weights
+from svdd.assets.hub import ASSETS, fit_weights, loading, locate, read_model, read_weights
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
-from svdd.rewards.pretrained import read_model
 
 __all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "colour_statistics", "read_clip"]
 
