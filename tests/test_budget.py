@@ -296,7 +296,7 @@ class Own(Sampler):
 MISTAKES = {
     "too few rows": (
         lambda state: state.select(torch.zeros(1, 3, dtype=torch.int64)),
-        r"Own.sample returned 3 rows for 2 images; it must return equally many, at least one, for each image",
+        r"Own.sample returned 3 rows for 2 images; it must return equally many, at least one, per image",
     ),
     "no rows": (
         lambda state: state.select(torch.zeros(state.num_images, 0, dtype=torch.int64)),

@@ -163,7 +163,10 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),
         (["--model.eval_rewards+=Nope"], "unknown reward 'Nope'"),
         (["--model.reward", "my_module.Mine"], "No module named 'my_module'"),
-        (["--model.sampler", "SVDD", "--model.sampler.candidates", "3"], "no argument 'candidates'"),
+        (
+            ["--model.sampler", "SVDD", "--model.sampler.candidates", "3"],
+            "no argument 'candidates'; `svdd predict --model.sampler.help NAME` lists what class NAME takes",
+        ),
         (["--model.sampler.num_candidates", "many"], "expected int, got many"),
         (["--model.sampler.num_candidates", "0"], "num_candidates must be >= 1, got 0"),
         (["--model.sampler.alpha", "-1"], "alpha must be >= 0, got -1.0"),
@@ -411,6 +414,23 @@ def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_ro
     assert "garbage.ckpt' is not a weights file, or a damaged one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.value", "LatentConvValue", "--model.value.pretrained", "none.safetensors"], "cannot be read"),
+        (["--model.value", "svdd.values.load_value", "--model.value.pretrained", "none.ckpt"], "cannot be read"),
+        (["--ckpt_path", "none.ckpt"], "cannot be read"),
+        (
+            ["--model.value", "Lookahead", "--ckpt_path", "emoji-compressibility"],
+            "holds a LatentConvValue, but model.value is Lookahead, which has no weights",
+        ),
+    ],
+)
+def test_the_file_of_a_value_is_checked_before_the_run_folder_is_made(refused, tmp_path, arguments, expected):
+    assert expected in refused(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
     assert fit("--trainer.max_epochs", "1") == 0
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
@@ -438,6 +458,7 @@ def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
         (["--data.num_rollouts", "0"], "num_rollouts must be >= 4"),
         (["--data.prompts", "/no/such.txt"], "no such file"),
         (["--model.value", "LatentConv"], "did you mean 'LatentConvValue'?"),
+        (["--model.value.chanels", "3"], "`svdd fit --model.value.help NAME` lists what class NAME takes"),
         (["--model.value.loss", "svdd.values.losses.SoftLoss"], "alpha"),
     ],
 )

@@ -297,7 +297,7 @@ MAY_IMPORT = {  # a folder of svdd, or a module there: what it may import of the
     "values.training": {*NOUNS, "runs", "guided_diffusion"},
     "evaluation": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics"},
     "commands": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics", "values.training", "evaluation"},
-    "__main__": {"commands"},
+    "__main__": {"commands", "runs"},
 }
 FOREIGN = {  # a library: the only folders that may import it
     "diffusers": {"diffusion"},

@@ -105,7 +105,7 @@ def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, cap
         (["--reward", "Brightness", "--images", "absent"], "absent is no folder"),
         (["--reward", "Brightness", "--prompts", "one.txt"], "one.txt has 1 prompts for 4 pictures"),
         (["--reward", "Brightness", "--device", "cuda:99"], "device='cuda:99' cannot be used"),
-        (["--reward", "Brightness", "--eval_rewards+=Brightness"], "every reward needs a name of its own"),
+        (["--reward", "Brightness", "--eval_rewards+=Brightness"], "rewards need distinct names"),
         (
             ["--reward", "CLIPScore", "--reward.pretrained", "./absent"],
             "CLIPScore: pretrained='./absent' is not a folder",

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from svdd import UserError
-from svdd.diffusion.fingerprint import fingerprint
+from svdd.diffusion.pipelines import fingerprint
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward

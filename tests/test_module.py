@@ -377,9 +377,7 @@ def test_half_precision_runs_and_counts_exactly(sd15, tiny_clip, prompts, tmp_pa
 
 @pytest.mark.parametrize("held_out", [[Compressibility()], [Incompressibility(), Incompressibility()]])
 def test_two_rewards_of_one_name_are_refused(held_out):
-    with pytest.raises(
-        UserError, match=r"every reward needs a name of its own, got Compressibility, .*drop the double"
-    ):
+    with pytest.raises(UserError, match=r"rewards need distinct names, got Compressibility, .*remove the duplicate"):
         GuidedDiffusion(Compressibility(), GaussianDiffusion(2), eval_rewards=held_out)
 
 

@@ -168,11 +168,12 @@ def test_incremental_weights_of_the_exact_value_average_one_from_any_state():
     while not state.done:
         weighing = Weighing(ALPHA, "difference", "ssp", 0.0, "none")
         before = Weights.equal(3, children, state.x.device)
-        parent = (value(state) / ALPHA).view(-1, 1).expand(-1, children)
+        parent = value(state).view(-1, 1).expand(-1, children)
         moved = state.propose(children)
-        after = weighing.weigh(before.multiply(parent, parent), value(moved).view(3, -1), moved.i / 5)
+        before = weighing.weigh(before, parent, state.i / 5)
+        after = weighing.weigh(before, value(moved).view(3, -1), moved.i / 5)
         for k in range(3):
-            assert_mean((after.log_w - parent).exp()[k], 1.0)
+            assert_mean((after.log_w - parent / ALPHA).exp()[k], 1.0)
         state = state.propose()
 
 

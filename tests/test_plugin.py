@@ -88,42 +88,27 @@ def test_an_installed_plugin_is_listed_and_a_broken_one_is_skipped(site, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_plugins_reward_guides_by_its_bare_name(site, tmp_path):
+def test_classes_of_plugins_work_by_their_bare_names(site, tmp_path):
+    run = svdd(site, tmp_path, "list")
+    for name in ("Tints", "SparseSVDD", "Tempered"):
+        (line,) = [line for line in run.stdout.splitlines() if name in line]
+        assert line.endswith("[svdd_kinds]")
     shown = svdd(site, tmp_path, "predict", "--model.reward.help", "Coolness")
     assert "Factor on the score." in shown.stdout
     run = svdd(
         site,
         tmp_path,
-        *("predict", "--model.reward", "Coolness", "--model.reward.strength", "2"),
-        *("--model.eval_rewards+=Brightness", "--model.diffusion.num_inference_steps", "2"),
-        *("--model.sampler.num_candidates", "2", "--data.prompts", '["apple"]', "--output", "run"),
-    )
-    assert run.returncode == 0, run.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["guide"] == "Coolness"
-    assert -2 <= summary["rewards"]["Coolness"]["mean"] <= 2
-
-
-@pytest.mark.slow
-def test_a_plugin_adds_samplers_values_and_diffusions(site, tmp_path):
-    run = svdd(site, tmp_path, "list")
-    for name in ("Tints", "SparseSVDD", "Tempered"):
-        (line,) = [line for line in run.stdout.splitlines() if name in line]
-        assert line.endswith("[svdd_kinds]")
-    shown = svdd(site, tmp_path, "predict", "--model.sampler.help", "SparseSVDD")
-    assert "k, steps from one choice to the next." in shown.stdout
-    run = svdd(
-        site,
-        tmp_path,
-        *("predict", "--model.reward", "Brightness", "--model.diffusion", "Tints", "--model.diffusion.side", "16"),
-        *("--model.diffusion.num_inference_steps", "5", "--model.value", "Tempered", "--model.value.power", "2"),
+        *("predict", "--model.reward", "Coolness", "--model.reward.strength", "2", "--model.eval_rewards+=Brightness"),
+        *("--model.diffusion", "Tints", "--model.diffusion.side", "16", "--model.diffusion.num_inference_steps", "5"),
+        *("--model.value", "Tempered", "--model.value.power", "2"),
         *("--model.sampler", "SparseSVDD", "--model.sampler.num_candidates", "3", "--model.sampler.interval", "2"),
         *("--data.prompts", '["a red wall"]', "--output", "run"),
     )
     assert run.returncode == 0, run.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["sampler"] == "SparseSVDD"
+    assert (summary["guide"], summary["sampler"]) == ("Coolness", "SparseSVDD")
     assert summary["denoiser_rows_per_image"] == 5 + 2 * 2
+    assert -2 <= summary["rewards"]["Coolness"]["mean"] <= 2
     assert 0.2 < summary["rewards"]["Brightness"]["mean"] < 0.7
 
 

@@ -113,6 +113,7 @@ def test_a_training_goes_on_only_with_the_prompts_and_settings_it_began_with(com
         ("trainer.gradient_clip_val", True),
         ("trainer.limit_train_batches", True),
         ("output", False),
+        ("max_restarts", False),
         ("data.cache", False),
         ("data.rollout_batch_size", False),
         ("data.batch_size", True),

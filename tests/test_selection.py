@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from svdd.samplers.toolbox.selection import choose, draw, top
+from svdd.samplers.toolbox.selection import draw, top
 
 INF = math.inf
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -101,23 +101,16 @@ def test_groups_are_drawn_apart():
     assert torch.equal(draw(log_w, uniforms), torch.cat(alone))
 
 
-def test_choose_is_top_at_zero_temperature_and_asks_for_no_number():
-    values = weights([1, 5, 3], [4, 4, 0])
-    assert torch.equal(choose(values, 0, 2, pytest.fail), top(values, 2))
-
-
-def test_choose_draws_at_the_temperature():
+def test_draw_follows_the_temperature():
     values, count = weights([0.0, 1.0]), 10_000
     for alpha in (0.2, 1.0, 5.0, INF):
-        counts = torch.bincount(choose(values, alpha, count, stratified)[0], minlength=2)
+        counts = torch.bincount(draw(values / alpha, stratified(count))[0], minlength=2)
         assert abs(int(counts[1]) / count - 1 / (1 + math.exp(-1 / alpha))) < 2e-4
 
 
-def test_choose_becomes_top_as_the_temperature_falls():
+def test_draw_becomes_top_as_the_temperature_falls():
     values = torch.randn(8, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert torch.equal(
-        choose(values, 1e-9, 1, lambda k: torch.full((8, k), BELOW_ONE, dtype=torch.float64)), top(values)
-    )
+    assert torch.equal(draw(values / 1e-9, torch.full((8, 1), BELOW_ONE, dtype=torch.float64)), top(values))
 
 
 @pytest.mark.parametrize(
@@ -127,8 +120,8 @@ def test_choose_becomes_top_as_the_temperature_falls():
         (lambda: draw(torch.tensor([[0, math.nan]]), torch.zeros(1, 1)), "1 of 2 log-weights are NaN"),
         (lambda: draw(torch.tensor([[0, INF]]), torch.zeros(1, 1)), r"below \+inf"),
         (lambda: draw(torch.tensor([[0, 0], [-INF, -INF]]), torch.zeros(2, 1)), "at least one row of every group"),
-        (lambda: top(torch.zeros(2, 3), 4), "k must be at most the 3 rows of a group, got 4"),
-        (lambda: top(torch.zeros(2, 3), 0), "k must be >= 1, got 0"),
+        (lambda: top(torch.zeros(2, 3), 4), "k must lie in 1 .. 3, the rows of a group, got 4"),
+        (lambda: top(torch.zeros(2, 3), 0), "k must lie in 1 .. 3, the rows of a group, got 0"),
         (lambda: top(torch.zeros(3)), r"\[groups, rows\].*got \[3\]"),
         (lambda: top(torch.zeros(3, 0)), r"at least one row, got \[3, 0\]"),
     ],

@@ -13,9 +13,8 @@ from svdd import UserError
 from svdd.evaluation.baseline import against, over_optimised, paired, warning
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import CMMD, Diversity, RewardStatistics
-from svdd.evaluation.metrics.bootstrap import bootstrap_interval, spread_within
-from svdd.evaluation.metrics.bootstrap import clustered as in_clusters
-from svdd.evaluation.metrics.student_t import t_quantile
+from svdd.evaluation.metrics.intervals import bootstrap_interval, spread_within, t_quantile
+from svdd.evaluation.metrics.intervals import clustered as in_clusters
 from svdd.runs.pictures import find_pictures, read_pictures
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -424,7 +423,7 @@ def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
         Evaluation("emoji", baseline=str(tmp_path)).check()
     with pytest.raises(UserError, match="is no folder"):
         Evaluation("emoji", reference=str(tmp_path / "absent"), distances=["cmmd"]).check()
-    with pytest.raises(UserError, match=r"pretrained='emojis' has no config\.json"):
+    with pytest.raises(UserError, match=r"pretrained='./emojis' is not a folder"):
         Evaluation("./emojis").check()
 
 
@@ -433,7 +432,7 @@ def test_a_baseline_that_was_guided_is_pointed_out(tmp_path):
     with pytest.raises(UserError, match=r"has no readable summary\.json"):
         Evaluation(baseline=str(folder)).check()
     (folder / "summary.json").write_text(json.dumps({"sampler": "SVDD"}))
-    with pytest.warns(UserWarning, match="is a run guided by SVDD: .* draw the baseline with --model.sampler Unguided"):
+    with pytest.warns(UserWarning, match="is a run guided by SVDD, .* draw the baseline with --model.sampler Unguided"):
         Evaluation(baseline=str(folder)).check()
     (folder / "summary.json").write_text(json.dumps({"sampler": "Unguided"}))
     with warnings.catch_warnings():

@@ -772,7 +772,7 @@ def test_traces_of_several_ranks_are_merged(tmp_path):
     assert [entry["prompt_index"] for entry in read_traces(tmp_path, "trace-00001.jsonl")] == [3, 3, 1, 1, 0]
     for folder in folders:
         folder.close_shard()
-    assert folders[0].merge() == (5, 10)
+    assert folders[0].merge() == (5, 10, 0)
     assert read_traces(tmp_path) == [trace(p, k) for p in range(5) for k in ((0, 1) if p % 2 else (0,))]
     assert [path.name for path in tmp_path.glob("*-0*")] == []
     folders[0].close()

@@ -1,34 +1,33 @@
-"""A run against an unguided one of the same prompts: what guidance gained, and what it cost elsewhere.
+"""A run compared with an unguided run of the same prompts: what guidance gained, and what it cost in other rewards.
 
-A sampler that climbs one reward far enough finds pictures that please the reward and nobody else. It shows where a
-reward that was only measured falls while the guide rises (Gao et al., 2022, arXiv 2210.10760).
+A sampler that maximises one reward far enough finds pictures that only this reward likes. It shows where a held-out
+reward falls while the guide rises (Gao et al., 2022, arXiv 2210.10760).
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svdd import UserError
-from svdd.evaluation.metrics.student_t import standard_error, t_quantile
+from svdd.evaluation.metrics.intervals import standard_error, t_quantile
 from svdd.runs.folder import RunFolder
 
 __all__ = ["against", "over_optimised", "paired", "sampler_of", "warning"]
 
 _FALSE_ALARMS = 0.05  # of all held-out rewards together, two-sided
 
+Comparison = Mapping[str, Mapping[str, float]]
+
 
 def against(run: Path, baseline: Path) -> dict[str, dict[str, float]]:
-    """Returns what `paired` says of each reward that both runs measured; a prompt counts with the mean of its images.
-
-    Args:
-        run: A finished run.
-        baseline: A finished run of the same prompts, by their index.
+    """Returns `paired` of each reward that both finished runs measured; a prompt counts with the mean of its images.
 
     Raises:
-        UserError: If the runs share no prompt, have other texts for one index, or no reward in common.
+        UserError: If the runs share no prompt, have different texts for one index, or share no reward.
     """
     ours, plain = _means(run), _means(baseline)
-    shared = ours.keys() & plain.keys()
+    shared = sorted(ours.keys() & plain.keys())
     if not shared:
         raise UserError(f"{run} and {baseline} share no prompt; draw the baseline from the same prompts")
     for index in shared:
@@ -37,27 +36,22 @@ def against(run: Path, baseline: Path) -> dict[str, dict[str, float]]:
                 f"prompt {index} is {ours[index][0]!r} in {run} and {plain[index][0]!r} in {baseline}; draw the "
                 "baseline from the same prompts"
             )
-    names = [name for name in ours[next(iter(shared))][1] if all(name in plain[index][1] for index in shared)]
+    names = [name for name in ours[shared[0]][1] if all(name in plain[index][1] for index in shared)]
     if not names:
         raise UserError(f"{run} and {baseline} measured no reward in common; add it to the baseline's eval_rewards")
-    return {name: paired([ours[index][1][name] - plain[index][1][name] for index in sorted(shared)]) for name in names}
+    return {name: paired([ours[index][1][name] - plain[index][1][name] for index in shared]) for name in names}
 
 
 def paired(differences: Sequence[float]) -> dict[str, float]:
-    """Returns the mean of the differences of prompts, its standard error and its 95 % interval by Student's t.
+    """Returns the mean of the prompts' differences, its standard error and its 95 % interval by Student's t.
 
-    One prompt has a difference, and neither error nor interval (NaN).
+    With one prompt, error and interval are NaN.
     """
     count = len(differences)
     mean, error = math.fsum(differences) / count, standard_error(differences)
     half = t_quantile(0.95, count - 1) * error
-    return {
-        "difference": mean,
-        "standard_error": error,
-        "ci95_low": mean - half,
-        "ci95_high": mean + half,
-        "prompts": count,
-    }
+    ends = {"ci95_low": mean - half, "ci95_high": mean + half}
+    return {"difference": mean, "standard_error": error, **ends, "prompts": count}
 
 
 def sampler_of(run: Path) -> str:
@@ -73,19 +67,16 @@ def sampler_of(run: Path) -> str:
     return str(summary["sampler"])
 
 
-def over_optimised(
-    comparison: Mapping[str, Mapping[str, float]], guide: str, higher_is_better: Mapping[str, bool]
-) -> list[str]:
-    """Returns the held-out rewards that fell for certain while the guide rose for certain.
+def over_optimised(comparison: Comparison, guide: str, higher_is_better: Mapping[str, bool]) -> list[str]:
+    """Returns the held-out rewards that fell significantly while the guide rose significantly.
 
-    The guide rose where its 95 % interval is above 0. With k held-out rewards each has k times less room for an error
-    (Bonferroni), so that noise in any of them gives a false alarm in at most 2.5 % of the runs, however few prompts
-    there are.
+    The guide rose if its 95 % interval is above 0. Intervals of held-out rewards are Bonferroni-corrected, so that
+    noise gives a false alarm in at most 2.5 % of the runs, however few prompts there are.
 
     Args:
-        comparison: What `against` returned.
+        comparison: The result of `against`.
         guide: The guide's name.
-        higher_is_better: Of each reward.
+        higher_is_better: By reward; true if missing.
     """
     if guide not in comparison or not comparison[guide]["ci95_low"] > 0:
         return []
@@ -98,8 +89,8 @@ def over_optimised(
     return [name for name in held_out if fell(comparison[name], higher_is_better.get(name, True))]
 
 
-def warning(comparison: Mapping[str, Mapping[str, float]], guide: str, fallen: list[str], baseline: Path) -> str:
-    """Returns the finding in words."""
+def warning(comparison: Comparison, guide: str, fallen: list[str], baseline: Path) -> str:
+    """Returns the message for the rewards that `over_optimised` found."""
 
     def words(name: str) -> str:
         entry = comparison[name]
@@ -114,13 +105,16 @@ def warning(comparison: Mapping[str, Mapping[str, float]], guide: str, fallen: l
 
 def _means(run: Path) -> dict[int, tuple[str, dict[str, float]]]:
     """Returns the text and the mean rewards of every prompt, by its index."""
-    sums: dict[int, tuple[str, dict[str, float], int]] = {}
+    texts: dict[int, str] = {}
+    totals: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    counts: dict[int, int] = defaultdict(int)
     for row in RunFolder(run).rows():
-        text, total, count = sums.get(row["prompt_index"], (row["prompt"], {}, 0))
-        rewards = row["rewards"]
-        total = {name: total.get(name, 0.0) + rewards[name] for name in rewards}
-        sums[row["prompt_index"]] = (text, total, count + 1)
+        index = row["prompt_index"]
+        texts.setdefault(index, row["prompt"])
+        counts[index] += 1
+        for name, score in row["rewards"].items():
+            totals[index][name] += score
     return {
-        index: (text, {name: value / count for name, value in total.items()})
-        for index, (text, total, count) in sums.items()
+        index: (text, {name: total / counts[index] for name, total in totals[index].items()})
+        for index, text in texts.items()
     }

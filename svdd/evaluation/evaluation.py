@@ -1,7 +1,7 @@
-"""What is measured on the finished pictures of a run, beside their rewards."""
+"""Measurements of the finished pictures of a run, besides their rewards."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,23 +22,21 @@ _KID_SUBSET = 1000
 
 
 class Evaluation:
-    """Diversity, and the distance to other pictures; read back from disk, so the same however a run was interrupted.
-
-    One process measures all pictures: nothing is gathered from others, which do not take part.
+    """Diversity, and the distance to other pictures, read back from disk by one process.
 
     Args:
         features: The CLIP whose features diversity and CMMD compare: `emoji`, `emoji-judge`, a folder or a hub name.
             By default neither is measured.
-        baseline: Folder of an unguided run of the same prompts: rewards are compared with it, prompt by prompt, and a
-            warning tells where a held-out reward fell while the guide rose.
-        reference: Pictures that distances are measured to: a folder or a run; by default the baseline's.
+        baseline: Folder of an unguided run of the same prompts. Rewards are compared with it, prompt by prompt, with a
+            warning if a held-out reward fell while the guide rose.
+        reference: Pictures to which distances are measured: a folder or a run; by default the baseline's.
         distances: Any of `cmmd` (needs `features`), `kid` and `fid`.
         distance_features: What KID and FID compare: `inception` (needs `pip install 'svdd[fid]'`) or `clip`, which is
             `features`.
         batch_size: Pictures at once.
 
     Raises:
-        ValueError: If settings are missing or do not go together.
+        ValueError: If settings are missing or contradict each other.
     """
 
     def __init__(
@@ -62,26 +60,28 @@ class Evaluation:
         self.distances = list(distances or [])
 
     def check(self) -> None:
-        """Tries what would fail after the last picture otherwise; warns where the baseline is a guided run.
+        """Checks folders, packages and weights before the first picture; warns if the baseline is a guided run.
 
         Raises:
-            UserError: If a folder that will be needed is not there, or a package or weights are missing.
+            UserError: If one of them is missing.
         """
-        for folder in {self.baseline, self.reference if self.distances else None} - {None}:
-            assert folder is not None
-            if folder == self.baseline and not RunFolder(folder).results.is_file():
-                raise UserError(f"evaluation.baseline={str(folder)!r} is no finished run: it holds no result rows")
-            find_pictures(folder)
-        if self.baseline is not None and (sampler := sampler_of(self.baseline)) != "Unguided":
-            warnings.warn(
-                f"{self.baseline} is a run guided by {sampler}: what is gained against it is not what guidance gains; "
-                "draw the baseline with --model.sampler Unguided",
-                stacklevel=2,
-            )
+        if self.baseline is not None:
+            if not RunFolder(self.baseline).results.is_file():
+                raise UserError(f"evaluation.baseline={str(self.baseline)!r} is no finished run: it has no result rows")
+            find_pictures(self.baseline)
+            if (sampler := sampler_of(self.baseline)) != "Unguided":
+                warnings.warn(
+                    f"{self.baseline} is a run guided by {sampler}, so a gain over it is not the gain of guidance; "
+                    "draw the baseline with --model.sampler Unguided",
+                    stacklevel=2,
+                )
+        if self.distances and self.reference is not None:
+            find_pictures(self.reference)
         clip = self._read_clip("cpu")
         for name in self.distances:
             self._distance(name, clip)
 
+    @torch.inference_mode()
     def measure(self, pictures: Sequence[Picture], device: torch.device | str = "cpu") -> dict[str, Any]:
         """Returns what the settings ask for: `diversity` and `distances`.
 
@@ -96,8 +96,9 @@ class Evaluation:
         clip = self._read_clip(device)
         if clip is not None:
             diversity = Diversity(sync_on_compute=False).to(device)
-            for part, features in self._embed(clip, pictures, device):
-                diversity.update(features, torch.tensor([picture.prompt_index for picture in part]))
+            for part, images in read_pictures(pictures, self.batch_size):
+                prompts = torch.tensor([picture.prompt_index for picture in part])
+                diversity.update(clip.image_features(images.to(device)), prompts)
             result["diversity"] = {name: _finite(value) for name, value in diversity.compute().items()}
         if self.distances:
             assert self.reference is not None
@@ -107,9 +108,8 @@ class Evaluation:
                     for name, metric in metrics.items():
                         shown = images.to(device)
                         metric.update(clip.image_features(shown) if clip and name == "cmmd" else shown, real=real)
-            result["distances"] = {"reference": str(self.reference)} | {
-                name: _value(metric) for name, metric in metrics.items()
-            }
+            values = {name: _value(metric) for name, metric in metrics.items()}
+            result["distances"] = {"reference": str(self.reference), **values}
         return result
 
     def _read_clip(self, device: torch.device | str) -> CLIPScore | None:
@@ -119,13 +119,6 @@ class Evaluation:
         clip.load()
         return clip
 
-    @torch.inference_mode()
-    def _embed(
-        self, clip: CLIPScore, pictures: Sequence[Picture], device: torch.device | str
-    ) -> Iterator[tuple[list[Picture], Tensor]]:
-        for part, images in read_pictures(pictures, self.batch_size):
-            yield part, clip.image_features(images.to(device))
-
     def _distance(self, name: Distance, clip: CLIPScore | None) -> Any:
         if name == "cmmd":
             return CMMD(sync_on_compute=False)
@@ -133,18 +126,17 @@ class Evaluation:
         from torchmetrics.image.kid import KernelInceptionDistance
 
         source: Any = _Features(clip) if self.distance_features == "clip" and clip is not None else 2048
+        options: dict[str, Any] = {"feature": source, "normalize": True, "sync_on_compute": False}
         try:
             if name == "fid":
-                return FrechetInceptionDistance(feature=source, normalize=True, sync_on_compute=False)
-            return KernelInceptionDistance(
-                feature=source, normalize=True, subset_size=_KID_SUBSET, sync_on_compute=False
-            )
+                return FrechetInceptionDistance(**options)
+            return KernelInceptionDistance(subset_size=_KID_SUBSET, **options)
         except ModuleNotFoundError as error:
             raise UserError(f"{name} on Inception features needs torch-fidelity: pip install 'svdd[fid]'") from error
 
 
 class _Features(nn.Module):
-    """A CLIP as torchmetrics' FID and KID want a feature extractor: float [n, 3, h, w] in [0, 1] to [n, d]."""
+    """A CLIP as a feature extractor for torchmetrics: float [n, 3, h, w] in [0, 1] to [n, d]."""
 
     def __init__(self, clip: CLIPScore) -> None:
         super().__init__()
@@ -156,7 +148,7 @@ class _Features(nn.Module):
 
 
 def _value(metric: Any) -> Any:
-    """Returns a distance as numbers; KID's subsets are at most as large as the smaller set, and the same every time."""
+    """Returns a distance as numbers; KID's subsets fit the smaller set, and are the same every time."""
     if hasattr(metric, "subset_size"):
         smaller = min(sum(len(part) for part in parts) for parts in (metric.real_features, metric.fake_features))
         metric.subset_size = min(metric.subset_size, smaller)

@@ -1,4 +1,4 @@
-"""Hands numbers and sample images of a finished run to whatever logger is configured."""
+"""Passes the numbers and sample images of a finished run to the configured loggers."""
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -14,11 +14,11 @@ _SAMPLES = 16
 
 
 def report(loggers: Iterable[Any], found: Mapping[str, Any], run: Path) -> None:
-    """Logs the numbers, flat, and the first images with their prompts where the logger can show images.
+    """Logs the numbers, flat, and the first images with their prompts if the logger can show images.
 
     Args:
         loggers: Lightning loggers; TensorBoard's and Weights & Biases' show images.
-        found: Nested numbers; what is no number is left out.
+        found: Nested numbers; other values are left out.
         run: The run folder.
     """
     numbers = dict(_flat(found))

@@ -6,13 +6,14 @@ Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd import UserError, first_line, nearest
+from svdd import UserError, did_you_mean, first_line
 from svdd.assets.hub import read_auto, read_model
 from svdd.rewards.pretrained import PretrainedReward
 
@@ -69,10 +70,9 @@ def find_label(label: int | str, names: dict[int, str]) -> int:
         return found[0]
     if found:
         raise UserError(f"label={label!r} is the name of {len(found)} labels; give one of their indices: {found}")
-    near = nearest(wanted, [part for several in parts.values() for part in several])
     some = ", ".join(repr(name) for name in list(names.values())[:5])
-    guess = f"; did you mean {near!r}?" if near else ""
-    raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{guess}")
+    hint = did_you_mean(wanted, chain.from_iterable(parts.values()))
+    raise UserError(f"label={label!r} is none of the {len(names)} labels, such as {some}{hint}")
 
 
 class Preprocessing:

@@ -19,8 +19,7 @@ from svdd import SUMMARY_FILE, UserError
 from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.images import RunImages
-from svdd.runs.index import RowIndex, image_key
-from svdd.runs.json_lines import ShardedFile, encode
+from svdd.runs.json_lines import RowIndex, ShardedFile, encode, image_key
 from svdd.runs.rows import ResultRow
 
 __all__ = ["RunFolder"]
@@ -126,8 +125,8 @@ class RunFolder:
 
         Args:
             images: The row and the PNG file's bytes of each image. The rows gain `file` and `sha256`.
-            traces: What was known at each choice, with `prompt_index` and `image_index`.
-            failures: The prompts that could not be drawn, with `prompt_index` and `image_index`.
+            traces: As in `Prediction`.
+            failures: As in `Prediction`.
 
         Raises:
             ValueError: If a row or a trace could not be read back, for example a row without `num_images`.
@@ -154,21 +153,16 @@ class RunFolder:
             self._shard_lock.release()
             self._shard_lock = None
 
-    def merge(self) -> tuple[int, int]:
-        """Merges all shards and returns the number of prompts and of images with a row."""
+    def merge(self) -> tuple[int, int, int]:
+        """Merges all shards and returns the number of prompts with images, of images, and of failed prompts."""
         with os_errors_explained(self.path):
             rows, _ = self._rows.scan()
             self._rows.merge(rows)
             self._merge_traces(rows)
-        return len(set(rows.prompts.tolist())), len(rows)
-
-    def merge_failures(self) -> int:
-        """Merges the shards of the prompts that failed in this run, and returns how many there are."""
-        with os_errors_explained(self.path):
             failures, _ = self._failures.scan()
             if failures:
                 self._failures.merge(failures)
-        return len(failures)
+        return len(set(rows.prompts.tolist())), len(rows), len(failures)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary; numbers that are not finite become null."""

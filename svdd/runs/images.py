@@ -20,13 +20,7 @@ _IMAGES_PER_FOLDER = 10_000  # larger folders are slow to list and to back up
 
 
 class RunImages:
-    """The images of one run.
-
-    Args:
-        run: The run folder.
-        num_prompts: Prompts of the whole run, 0 if unknown.
-        tar: Write tar shards instead of a file each.
-    """
+    """The images of one run; see `RunFolder` for the arguments."""
 
     def __init__(self, run: Path, num_prompts: int, tar: bool) -> None:
         self.run, self.folder, self.num_prompts, self.tar = run, run / "images", num_prompts, tar
@@ -123,7 +117,7 @@ def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_pro
         prompt_index: Position of the prompt in its source.
         image_index: Position of the image among those of its prompt.
         num_images: Images of each prompt.
-        num_prompts: Prompts of the whole run; 0 if unknown, for a single folder.
+        num_prompts: Prompts of the whole run; 0 if unknown.
     """
     name = f"{prompt_index:06d}-{image_index:02d}.png"
     if num_prompts * num_images <= _IMAGES_PER_FOLDER:

@@ -95,17 +95,10 @@ class _Share(IterableDataset[list[Prompt]]):
 
     It has no length, so that Lightning neither keeps the indices of every batch, which would grow with the run, nor
     skips the hooks of a process without a prompt, for which the others would wait.
-
-    Args:
-        dataset: All prompts.
-        finished: A flag per prompt.
-        batch_size: Prompts in a batch.
-        rank: This process.
-        world_size: The number of processes.
     """
 
     def __init__(
-        self, dataset: PromptDataset, finished: bytes | bytearray, batch_size: int, rank: int = 0, world_size: int = 1
+        self, dataset: PromptDataset, finished: bytes | bytearray, batch_size: int, rank: int, world_size: int
     ) -> None:
         self._dataset, self._finished, self._batch_size = dataset, finished, batch_size
         self._rank, self._world_size = rank, world_size
@@ -176,9 +169,6 @@ class PromptDataModule(LightningDataModule):
     def setup(self, stage: str = "predict") -> None:
         """Reads and checks the source, unless that is already done.
 
-        Args:
-            stage: Lightning's name of the loop that will run; the prompts are the same for all.
-
         Raises:
             PromptError: If the source cannot be used.
         """
@@ -187,11 +177,7 @@ class PromptDataModule(LightningDataModule):
             self._finished = bytearray(len(self._dataset))
 
     def teardown(self, stage: str = "predict") -> None:
-        """Frees the prompts and forgets which were skipped; `setup` reads the source anew.
-
-        Args:
-            stage: Lightning's name of the loop that has run.
-        """
+        """Frees the prompts and forgets which were skipped; `setup` reads the source anew."""
         if self._dataset is not None:
             self._dataset.close()
             self._dataset = None

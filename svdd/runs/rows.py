@@ -87,15 +87,7 @@ def result_row(
 ) -> ResultRow:
     """Builds the row of an image that is not yet written, with its columns in the order of the results file.
 
-    Args:
-        prompt: The image's prompt.
-        image_index: Position of the image among those of its prompt.
-        num_images: Number of images of the prompt.
-        seed: Seed of the image.
-        rewards: Score by reward.
-        ledger: Work done for the image.
-        particle: Position and weight, if the sampler returned several weighted particles.
-        path_kl: Divergence of the path, if it is known.
+    The arguments are the fields of `ResultRow`; `particle` is the particle's position and its weight.
     """
     row: dict[str, Any] = {"prompt_index": prompt.index, "image_index": image_index, "num_images": num_images}
     row["prompt"] = prompt.text

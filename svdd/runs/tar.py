@@ -29,13 +29,7 @@ Members = dict[str, tuple[int, int]]  # offset and size of the data, by name
 
 
 class TarWriter:
-    """The shards that one process writes.
-
-    Args:
-        folder: The folder of the shards.
-        rank: This process.
-        images_per_shard: Number of images at which a shard is closed.
-    """
+    """The shards that the process of one rank writes to a folder; a shard is closed at `images_per_shard` images."""
 
     def __init__(self, folder: Path, rank: int, images_per_shard: int = 1000) -> None:
         self._folder, self._rank, self._limit = folder, rank, images_per_shard
@@ -86,11 +80,7 @@ def member_of(file: str) -> tuple[str, str] | None:
 
 
 def read_image(run: Path, file: str) -> bytes:
-    """Returns an image's bytes, from its own file or out of a shard.
-
-    Args:
-        run: The run folder.
-        file: The `file` of the image's row.
+    """Returns the bytes of an image of a run, from its own file or out of a shard, by the `file` of its row.
 
     Raises:
         OSError: If the image is missing or incomplete.
@@ -111,12 +101,7 @@ def read_image(run: Path, file: str) -> bytes:
 
 
 def repair(folder: Path, wanted: dict[str, set[str]]) -> None:
-    """Removes all images but the wanted ones from the shards, and the shards without any.
-
-    Args:
-        folder: The folder of the shards.
-        wanted: The names, without suffix, of the images in each shard.
-    """
+    """Keeps the wanted images in a folder's shards, given by shard and without suffix; removes all others."""
     for shard in _shards(folder):
         names = wanted.get(shard.name, set())
         if not names:
@@ -168,8 +153,7 @@ def _encode(name: str, data: bytes) -> bytes:
 
 @lru_cache(maxsize=256)
 def _members(shard: Path, size: int, modified: int) -> Members:
-    """Caches what `_scan` returns until the shard changes."""
-    return _scan(shard, size)
+    return _scan(shard, size)  # until the shard changes
 
 
 def _scan(shard: Path, size: int) -> Members:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -112,7 +112,10 @@ class RunWriter(L.Callback):
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the rows of an earlier run to the module, after its own `on_predict_start`."""
-        self._recall(trainer, pl_module)
+        if trainer.is_global_zero and self.folder.results.exists():
+            rows = self.folder.rows()
+            while part := list(islice(rows, _ROWS_AT_ONCE)):
+                cast(Any, pl_module).record(part)
 
     def on_predict_batch_end(
         self,
@@ -126,8 +129,7 @@ class RunWriter(L.Callback):
         """Writes a batch.
 
         Raises:
-            ValueError: If `outputs` is not a `Prediction` with as many rows as images in [0, 1], or a row or a trace
-                could not be read back.
+            ValueError: If `outputs` is not a `Prediction` with one row per image in [0, 1].
             RunError: If the disk is full or cannot be written.
             UserError: If 20 prompts in a row have failed.
         """
@@ -161,7 +163,7 @@ class RunWriter(L.Callback):
         if stage != "predict" or self._started is None:
             return
         if not self._drawn and trainer.is_global_zero:
-            self._recall(trainer, pl_module)
+            self.on_predict_epoch_start(trainer, pl_module)
             with _alone(pl_module):
                 pl_module.on_predict_epoch_end()
             if not self.folder.summary.exists():
@@ -172,20 +174,12 @@ class RunWriter(L.Callback):
         """Releases the folder; what is written stays for the next run."""
         self._release()
 
-    def _recall(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and self.folder.results.exists():
-            rows = self.folder.rows()
-            while part := list(islice(rows, _ROWS_AT_ONCE)):
-                cast(Any, pl_module).record(part)
-
     def _conclude(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None
-        prompts, images = self.folder.merge()
-        seconds = round(time.monotonic() - self._started, 3)
-        summary = cast(Any, pl_module).summary
-        self.failed_prompts = self.folder.merge_failures()
+        prompts, images, self.failed_prompts = self.folder.merge()
         counts = {"prompts": prompts, "images": images, "failed_prompts": self.failed_prompts}
-        self.folder.write_summary({**counts, **summary, "wall_seconds": seconds})
+        seconds = round(time.monotonic() - self._started, 3)
+        self.folder.write_summary({**counts, **cast(Any, pl_module).summary, "wall_seconds": seconds})
 
     def _release(self) -> None:
         if self._held:
@@ -199,9 +193,9 @@ def _alone(module: L.LightningModule) -> Iterator[None]:
     """Keeps the metrics of a module from gathering from other processes."""
     metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
     previous = [metric.distributed_available_fn for metric in metrics]
-    for metric in metrics:
-        metric.distributed_available_fn = lambda: False
     try:
+        for metric in metrics:
+            metric.distributed_available_fn = lambda: False
         yield
     finally:
         for metric, function in zip(metrics, previous, strict=True):
@@ -232,10 +226,4 @@ def _encode_png(pixels: np.ndarray, row: ResultRow) -> bytes:
 
 @lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
-    versions = {"svdd": __version__}
-    for name in ("torch", "diffusers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
+    return {"svdd": __version__, **{name: version(name) for name in ("torch", "diffusers")}}

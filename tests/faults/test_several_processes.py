@@ -1,4 +1,4 @@
-"""Several processes on one run: the same images and statistics, and an end in order whatever happens to one of them."""
+"""Several processes on one run: the same images and statistics, and an orderly end whatever happens to one of them."""
 
 import os
 import signal

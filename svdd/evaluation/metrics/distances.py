@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+
+from svdd.evaluation.metrics.gathered import FeatureMetric
 
 __all__ = ["CMMD"]
 
 _WIDTH, _SCALE, _AT_ONCE = 10.0, 1000.0, 2048
 
 
-class CMMD(Metric):
+class CMMD(FeatureMetric):
     """CLIP maximum mean discrepancy of two sets of images: 0 for equal sets; lower is closer.
 
     Args:
@@ -33,18 +33,10 @@ class CMMD(Metric):
         0.0
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    real: list[Tensor]
-    drawn: list[Tensor]
-    width: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("real", default=[], dist_reduce_fx="cat")
-        self.add_state("drawn", default=[], dist_reduce_fx="cat")
-        self.add_state("width", default=torch.tensor(0), dist_reduce_fx="max")
+        super().__init__({"real": torch.float32, "drawn": torch.float32}, **kwargs)
 
     def update(self, features: Tensor, real: bool) -> None:
         """Adds a batch to one of the two sets.
@@ -53,27 +45,14 @@ class CMMD(Metric):
             features: float [n, d]; only their directions count.
             real: Whether they belong to the reference.
         """
-        (self.real if real else self.drawn).append(features.detach().float().flatten())
-        self.width = self.width.new_tensor(features.shape[1])
+        self.add("real" if real else "drawn", features)
 
     def compute(self) -> Tensor:
         """Returns the discrepancy, float64 [], on the CPU: some devices have no float64; NaN where a set is empty."""
-        real, drawn = self._unit(self.real), self._unit(self.drawn)
+        real, drawn = (torch.nn.functional.normalize(self.rows(name), dim=1) for name in ("real", "drawn"))
         if not len(real) or not len(drawn):
             return torch.tensor(math.nan, dtype=torch.float64)
         return _SCALE * (_mean_kernel(real, real) + _mean_kernel(drawn, drawn) - 2 * _mean_kernel(real, drawn))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gathers the features of all ranks; a rank without images joins with none."""
-        for parts in (self.real, self.drawn):
-            if not len(parts):
-                parts.append(torch.zeros(0, device=self.device))
-        super().sync(*args, **kwargs)
-
-    def _unit(self, parts: list[Tensor]) -> Tensor:
-        """Returns the features of a set with length 1, float64 [n, d] on the CPU."""
-        rows = dim_zero_cat(parts).cpu().double() if len(parts) else torch.zeros(0)
-        return torch.nn.functional.normalize(rows.view(-1, max(1, int(self.width))), dim=1)
 
 
 def _mean_kernel(one: Tensor, other: Tensor) -> Tensor:

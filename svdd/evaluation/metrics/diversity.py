@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from svdd.evaluation.metrics.gathered import FeatureMetric
 
 __all__ = ["Diversity", "pairwise_distance", "vendi_score"]
 
 
-class Diversity(Metric):
+class Diversity(FeatureMetric):
     """Mean pairwise distance and Vendi score of image features, within each prompt and over all images.
 
     ``pairwise`` is the mean of 1 - cosine over all pairs; ``vendi`` is the effective number of different pictures, 1
@@ -33,18 +34,11 @@ class Diversity(Metric):
         {'pairwise': 1.0, 'vendi': 4.0, 'pairwise_within': 1.0, 'vendi_within': 2.0}
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    features: list[Tensor]
     prompts: list[Tensor]
-    width: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("features", default=[], dist_reduce_fx="cat")
-        self.add_state("prompts", default=[], dist_reduce_fx="cat")
-        self.add_state("width", default=torch.tensor(0), dist_reduce_fx="max")
+        super().__init__({"features": torch.float32, "prompts": torch.int64}, **kwargs)
 
     def update(self, features: Tensor, prompts: Tensor) -> None:
         """Adds a batch.
@@ -60,35 +54,24 @@ class Diversity(Metric):
             raise ValueError(
                 f"expected features [n, d] and prompts [n], got {list(features.shape)} and {list(prompts.shape)}"
             )
-        self.features.append(torch.nn.functional.normalize(features.detach().float(), dim=1).flatten())
+        self.add("features", torch.nn.functional.normalize(features.detach().float(), dim=1))
         self.prompts.append(prompts.detach().to(features.device, torch.int64))
-        self.width = self.width.new_tensor(features.shape[1])
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the four numbers, float64 [], on the CPU: some devices have no float64."""
+        """Returns the four numbers, float64 [], on the CPU."""
+        names, measures = ("pairwise", "vendi"), (pairwise_distance, vendi_score)
         nothing = torch.tensor(math.nan, dtype=torch.float64)
         if not self.width:
-            return dict.fromkeys(("pairwise", "vendi", "pairwise_within", "vendi_within"), nothing)
-        features = dim_zero_cat(self.features).cpu().double().view(-1, int(self.width))
-        prompts = dim_zero_cat(self.prompts).cpu()
+            return dict.fromkeys((*names, *(f"{name}_within" for name in names)), nothing)
+        features, prompts = self.rows("features"), dim_zero_cat(self.prompts).cpu()
         order = prompts.argsort(stable=True)
         features, sizes = features[order], prompts[order].unique_consecutive(return_counts=True)[1]
         several = [group for group in features.split(sizes.tolist()) if len(group) > 1]
-        return {
-            "pairwise": pairwise_distance(features),
-            "vendi": vendi_score(features),
-            "pairwise_within": torch.stack([pairwise_distance(group) for group in several]).mean()
-            if several
-            else nothing,
-            "vendi_within": torch.stack([vendi_score(group) for group in several]).mean() if several else nothing,
-        }
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gathers the features of all ranks; a rank without images joins with none."""
-        if not len(self.features):
-            self.features.append(torch.zeros(0, device=self.device))
-            self.prompts.append(torch.zeros(0, dtype=torch.int64, device=self.device))
-        super().sync(*args, **kwargs)
+        found = {name: measure(features) for name, measure in zip(names, measures, strict=True)}
+        for name, measure in zip(names, measures, strict=True):
+            within = torch.stack([measure(group) for group in several]).mean() if several else nothing
+            found[f"{name}_within"] = within
+        return found
 
 
 def pairwise_distance(features: Tensor) -> Tensor:

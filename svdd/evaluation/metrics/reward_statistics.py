@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from svdd.evaluation.metrics.bootstrap import bootstrap_interval, clustered, spread_within
+from svdd.evaluation.metrics.gathered import GatheredMetric
+from svdd.evaluation.metrics.intervals import bootstrap_interval, clustered, spread_within
 
 __all__ = ["RewardStatistics"]
 
 
-class RewardStatistics(Metric):
+class RewardStatistics(GatheredMetric):
     r"""Count, mean, spread and quantiles of the scores that one reward gave.
 
     With the scores sorted, $r_{(0)} \le \dots \le r_{(n-1)}$, and $h = q (n - 1)$,
@@ -26,11 +26,10 @@ class RewardStatistics(Metric):
     $$
 
     ``median`` is $Q(0.5)$; ``top10`` is $Q(0.9)$, the score that the best 10 % of the images reach, and ``top20`` is
-    $Q(0.8)$; ``std_within`` is the standard deviation around each prompt's own mean, which is what a sampler can
-    choose by. The best is the highest, or the lowest where lower is better. ``ci95_low`` and ``ci95_high`` are the ends
-    of the 95 % bootstrap interval of the mean, over prompts. Sums are exactly rounded (``math.fsum``), so the result
-    does not depend on the order, the batches or the ranks in which scores arrived: a resumed run reports the same
-    bytes.
+    $Q(0.8)$; if lower is better, they are $Q(0.1)$ and $Q(0.2)$. ``std_within`` is the standard deviation around each
+    prompt's own mean, the spread that a sampler can exploit. ``ci95_low`` and ``ci95_high`` are the ends of the 95 %
+    bootstrap interval of the mean, over prompts. Sums are exactly rounded (``math.fsum``), so the result does not
+    depend on the order, batches or ranks in which scores arrive, and a resumed run reports the same bytes.
 
     Args:
         higher_is_better: Whether the best images are those of the highest scores.
@@ -49,17 +48,13 @@ class RewardStatistics(Metric):
          'top10': 4.6, 'top20': 4.2, 'ci95_low': 1.8, 'ci95_high': 4.2}
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     scores: list[Tensor]
     prompts: list[Tensor]
 
     def __init__(self, higher_is_better: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__({"scores": torch.float64, "prompts": torch.int64}, **kwargs)
         self.best_is_high = higher_is_better
-        self.add_state("scores", default=[], dist_reduce_fx="cat")
-        self.add_state("prompts", default=[], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, prompts: Tensor | None = None) -> None:
         """Adds the scores of a batch.
@@ -84,7 +79,7 @@ class RewardStatistics(Metric):
         own = torch.full((len(scores),), -1) if prompts is None else prompts.detach()
         if own.shape != scores.shape:
             raise ValueError(f"expected one prompt per score, got {len(own)} for {len(scores)}")
-        self.scores.append(scores.detach().to(self.device, self._storage_dtype, copy=True))
+        self.scores.append(scores.detach().to(self.device, self.kept_as("scores"), copy=True))
         self.prompts.append(own.to(self.device, torch.int64, copy=True))
         # Merge equal sizes, as a binary counter carries: about log2(n) tensors, and every score is copied as often.
         while len(self.scores) > 1 and len(self.scores[-2]) <= len(self.scores[-1]):
@@ -107,33 +102,19 @@ class RewardStatistics(Metric):
         prompts = dim_zero_cat(self.prompts).tolist() if count else []
         groups = clustered(values.tolist(), prompts)
         low, high = bootstrap_interval(groups)
+        quantiles = {"min": 0.0, "max": 1.0, "median": 0.5}
+        quantiles |= {"top10": 0.9, "top20": 0.8} if self.best_is_high else {"top10": 0.1, "top20": 0.2}
         statistics = {
             "mean": mean,
             "std": std,
             "std_within": spread_within(groups),
             "standard_error": std / math.sqrt(count) if count else math.nan,
-            "min": _quantile(ordered, 0.0),
-            "max": _quantile(ordered, 1.0),
-            "median": _quantile(ordered, 0.5),
-            "top10": _quantile(ordered, 0.9 if self.best_is_high else 0.1),
-            "top20": _quantile(ordered, 0.8 if self.best_is_high else 0.2),
+            **{name: _quantile(ordered, q) for name, q in quantiles.items()},
             "ci95_low": low,
             "ci95_high": high,
         }
         result = {"count": torch.tensor(count)}
         return result | {name: torch.tensor(value, dtype=torch.float64) for name, value in statistics.items()}
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gathers the scores of all ranks; a rank without scores joins with an empty tensor of the same dtype."""
-        if not len(self.scores):
-            self.scores.append(torch.zeros(0, dtype=self._storage_dtype, device=self.device))
-            self.prompts.append(torch.zeros(0, dtype=torch.int64, device=self.device))
-        super().sync(*args, **kwargs)
-
-    @property
-    def _storage_dtype(self) -> torch.dtype:
-        """float64 where the device has it; Apple's MPS has not, and none of its scores needs it."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
 
 
 def _quantile(ordered: list[float], q: float) -> float:

@@ -15,7 +15,7 @@ from svdd import UserError
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 
-__all__ = ["join", "launch"]
+__all__ = ["join"]
 
 _FINAL = (2, 3, *STOP_EXIT_CODES)  # exit codes that a restart would only repeat
 
@@ -59,7 +59,7 @@ def join(trainer: Any, max_restarts: int, words: Sequence[str]) -> Group | None:
             "or with srun (docs/scale.md)"
         )
     elif probe.num_devices > 1:
-        raise SystemExit(launch(words, probe.num_devices, max_restarts))
+        raise SystemExit(_launch(words, probe.num_devices, max_restarts))
     else:
         return None
     planned, started = probe.num_devices * probe.num_nodes, environment.world_size()
@@ -74,20 +74,12 @@ def join(trainer: Any, max_restarts: int, words: Sequence[str]) -> Group | None:
     return Group(environment, "nccl" if probe.strategy.root_device.type == "cuda" else "gloo")
 
 
-def launch(words: Sequence[str], count: int, max_restarts: int) -> int:
+def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
     """Runs `svdd` in several processes on this machine under a torchelastic agent, and reports how they end.
 
     The agent passes SIGTERM on for either signal and waits for the batches at work; a second SIGINT ends all at once.
     After the death of a process it gives the others 30 seconds. torchelastic would restart the processes whatever the
-    reason, so the attempts are counted here, where an exit code tells whether a restart can help.
-
-    Args:
-        words: The command line after `svdd`.
-        count: The number of processes.
-        max_restarts: How often they are started again after one has died.
-
-    Returns:
-        The exit code of the run.
+    reason, so the attempts are counted here, where the exit code tells whether a restart can help.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -140,7 +132,7 @@ def _run_agent(words: Sequence[str], count: int) -> None:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(folder),
         )
-        config.signals_to_handle = "SIGHUP"  # the other two are handled in `launch`
+        config.signals_to_handle = "SIGHUP"  # the other two are handled in `_launch`
         escaped = (word.replace("$", "$$") for word in words)  # torchelastic substitutes ${local_rank}
         elastic_launch(config, sys.executable)("-m", "svdd", *escaped)
 

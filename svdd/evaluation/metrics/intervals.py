@@ -1,6 +1,8 @@
-"""Confidence of a mean when numbers come in clusters: images of one prompt are more alike than those of two.
+"""Confidence intervals of a mean: of numbers in clusters, such as images of one prompt, and of a few independent ones.
 
-Source: Field and Welsh, Bootstrapping clustered data, 2007 (resampling of whole clusters).
+Sources: Field and Welsh, Bootstrapping clustered data, 2007 (resampling of whole clusters); Student, The Probable Error
+of a Mean, 1908; Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4 (Student's t in
+closed form for whole degrees of freedom).
 """
 
 import math
@@ -9,10 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["bootstrap_interval", "clustered", "spread_within"]
+__all__ = ["bootstrap_interval", "clustered", "spread_within", "standard_error", "t_quantile"]
 
 _DRAWS = 1000
 _AT_ONCE = 2**18  # numbers that are drawn together: a few megabytes
+_MOST_FREEDOM = 10_000  # more degrees of freedom change the quantile by less than 2e-4 of itself
 
 
 def clustered(values: Sequence[float], clusters: Sequence[int]) -> list[list[float]]:
@@ -20,7 +23,7 @@ def clustered(values: Sequence[float], clusters: Sequence[int]) -> list[list[flo
 
     Args:
         values: n numbers.
-        clusters: The cluster of each; who has a negative number is a cluster alone.
+        clusters: The cluster of each; a negative number marks a cluster of one.
     """
     members: dict[int, list[float]] = defaultdict(list)
     alone = []
@@ -48,7 +51,7 @@ def bootstrap_interval(
     """Returns the percentile interval of the mean over all members, from resampled clusters.
 
     The random numbers are the same every time, so that equal data give equal intervals. With fewer than about 10
-    clusters such an interval is too narrow; where few are compared, take `svdd.evaluation.metrics.student_t`.
+    clusters the interval is too narrow; use `t_quantile` instead.
 
     Args:
         groups: The members of each cluster.
@@ -64,9 +67,44 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(0)
     total = torch.tensor([math.fsum(group) for group in groups], dtype=torch.float64)
     count = torch.tensor([len(group) for group in groups], dtype=torch.float64)
-    means = torch.empty(draws, dtype=torch.float64)  # beforehand: small leftovers would pin large blocks
+    means = torch.empty(draws, dtype=torch.float64)  # allocated first: small tensors would pin large blocks
     for start in range(0, draws, per := max(1, _AT_ONCE // size)):
         chosen = torch.randint(size, (min(per, draws - start), size), generator=generator)
         means[start : start + per] = total[chosen].sum(1) / count[chosen].sum(1)
     ends = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(ends[0]), float(ends[1])
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Returns the standard error of the mean of independent numbers; NaN for fewer than two."""
+    count = len(values)
+    if count < 2:
+        return math.nan
+    mean = math.fsum(values) / count
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+def t_quantile(level: float, freedom: int) -> float:
+    """Returns t with P(|T| <= t) = `level` for Student's T; infinity without degrees of freedom.
+
+    Args:
+        level: Probability, above 0 and below 1.
+        freedom: Degrees of freedom.
+    """
+    if freedom < 1:
+        return math.inf
+    freedom = min(freedom, _MOST_FREEDOM)
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """Returns P(|T| <= tan(angle) sqrt(freedom))."""
+    cosine, odd = math.cos(angle), freedom % 2
+    term = total = (cosine if odd else 1.0) * (freedom > 1)
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
