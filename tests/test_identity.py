@@ -15,7 +15,6 @@ from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
-from svdd.rewards.identity import settings
 from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.pick_score import PickScore
 from svdd.rewards.threshold import Threshold
@@ -75,7 +74,7 @@ def test_attributes_that_change_no_score_are_ignored():
 
 def test_a_folder_may_be_moved(tmp_path, tiny_clip):
     moved = shutil.copytree(tiny_clip, tmp_path / tiny_clip.rsplit("/", 1)[-1])
-    assert settings(CLIPScore(str(moved))) == settings(CLIPScore(tiny_clip))
+    assert CLIPScore(str(moved)).identity == CLIPScore(tiny_clip).identity
 
 
 def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):

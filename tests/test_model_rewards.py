@@ -30,10 +30,8 @@ from transformers import (
 
 from svdd import RewardError, UserError
 from svdd.rewards.base import Reward
-from svdd.rewards.classifier import Classifier, find_label
-from svdd.rewards.image_reward import ImageReward
-from svdd.rewards.models.blip import GroundedText
-from svdd.rewards.models.image_processing import Preprocessing
+from svdd.rewards.classifier import Classifier, Preprocessing, find_label
+from svdd.rewards.image_reward import GroundedText, ImageReward
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
 from svdd.rewards.vlm_judge import VLMJudge
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
