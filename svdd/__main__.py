@@ -57,9 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
         if command not in _COMMANDS:
-            raise UserError(
-                f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{did_you_mean(command, _COMMANDS)}"
-            )
+            hint = did_you_mean(command, _COMMANDS)
+            raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
         resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
     except UserError as error:
         if os.environ.get("SVDD_DEBUG"):

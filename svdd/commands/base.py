@@ -56,7 +56,9 @@ class ModelCLI(LightningCLI):
         """Adds the run folder, the restarts and the defaults."""
         parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
-        parser.add_argument("--max_restarts", type=int, default=0, help="Restarts of all processes when one has died.")
+        parser.add_argument(
+            "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
+        )
         known = self.classes.keys() & inspect.signature(self.builds[0]).parameters
         parser.set_defaults({f"model.{k}": {"class_path": self.classes[k]} for k in known} | self.defaults)
 

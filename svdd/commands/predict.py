@@ -121,7 +121,7 @@ class PredictCLI(ModelCLI):
 class StepProgress(L.Callback):
     """A progress bar: the prompts of this process, the current step and the mean value there."""
 
-    _bar = tqdm(disable=True)  # until the prediction starts
+    _bar, _mean = tqdm(disable=True), ""  # until the prediction starts
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the bar and registers for the steps of the module."""
@@ -140,5 +140,6 @@ class StepProgress(L.Callback):
     on_exception = on_predict_end
 
     def _show_step(self, i: int, value: float | None) -> None:
-        mean = "" if value is None else f", mean value {value:.4g}"
-        self._bar.set_postfix_str(f"step {i} of {self._num_steps}{mean}")
+        if value is not None:
+            self._mean = f", mean value {value:.4g}"
+        self._bar.set_postfix_str(f"step {i} of {self._num_steps}{self._mean}")
