@@ -825,6 +825,8 @@ class CrashAt:
 
     def wrap(self, function):
         def wrapped(*args, **kwargs):
+            if sys._getframe(1).f_globals["__name__"].startswith("filelock"):
+                return function(*args, **kwargs)  # a kill releases the lock; an exception there may leak it
             self.tick()
             result = function(*args, **kwargs)
             self.tick()
