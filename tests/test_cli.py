@@ -422,7 +422,7 @@ def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_ro
         (["--ckpt_path", "none.ckpt"], "cannot be read"),
         (
             ["--model.value", "Lookahead", "--ckpt_path", "emoji-compressibility"],
-            "holds a LatentConvValue, but model.value is Lookahead, which has no weights",
+            "holds a LatentConvValue, but model.value is Lookahead, which has no weights: give",
         ),
     ],
 )
