@@ -1,11 +1,11 @@
-"""Survivors are who the formulas say: the best, or a draw in proportion to exp(log_w)."""
+"""Survivors follow the formulas: the best rows, or rows drawn in proportion to exp(log_w)."""
 
 import math
 
 import pytest
 import torch
 
-from svdd.samplers.toolbox.selection import choose, draw, top
+from svdd.samplers.toolbox.selection import draw, top
 
 INF = math.inf
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -16,7 +16,7 @@ def weights(*rows) -> torch.Tensor:
 
 
 def stratified(count: int, groups: int = 1) -> torch.Tensor:
-    """The midpoints of `count` equal parts of [0, 1)."""
+    """Returns the midpoints of `count` equal parts of [0, 1)."""
     return ((torch.arange(count, dtype=torch.float64) + 0.5) / count).repeat(groups, 1)
 
 
@@ -39,7 +39,7 @@ def test_top_ranks_infinities():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_top_and_draw_take_every_float(dtype):
+def test_top_and_draw_accept_every_float_type(dtype):
     log_w = torch.tensor([[0.0, -INF, 3.0]], dtype=dtype)
     assert top(log_w).tolist() == [[2]]
     assert draw(log_w, torch.full((1, 2), 0.5, dtype=torch.float32)).tolist() == [[2, 2]]
@@ -50,16 +50,16 @@ def test_draw_has_the_frequencies_of_the_softmax(log_w):
     log_w, count = weights(log_w), 10_000
     expected = log_w.softmax(1)[0] * count
     counts = torch.bincount(draw(log_w, stratified(count))[0], minlength=4)
-    assert (counts - expected).abs().max() <= 1  # midpoints: every row's share up to the cells at its two ends
+    assert (counts - expected).abs().max() <= 1  # midpoints: each share is exact up to one cell at either end
     random = torch.rand(1, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = torch.bincount(draw(log_w, random)[0], minlength=4)
     there = expected > 0
     assert counts[~there].sum() == 0
     chi_square = ((counts - expected)[there] ** 2 / expected[there]).sum()
-    assert chi_square < 20  # three degrees of freedom: passed with probability 1 - 2e-4
+    assert chi_square < 20  # three degrees of freedom: false alarms have probability 2e-4
 
 
-def test_draw_gives_a_one_hot_weight_its_row_whatever_the_number():
+def test_draw_gives_a_one_hot_weight_its_row_for_any_uniform():
     uniforms = torch.tensor([[0.0, 0.3, BELOW_ONE]], dtype=torch.float64)
     for k in range(5):
         log_w = torch.full((1, 5), -INF)
@@ -93,7 +93,7 @@ def test_a_constant_added_to_a_group_changes_nothing(constant):
     assert torch.equal(top(log_w, 9), top(log_w + shift, 9))
 
 
-def test_groups_are_drawn_apart():
+def test_groups_are_drawn_independently():
     generator = torch.Generator().manual_seed(2)
     log_w = torch.randn(5, 4, generator=generator)
     uniforms = torch.rand(5, 3, generator=generator)
@@ -101,23 +101,16 @@ def test_groups_are_drawn_apart():
     assert torch.equal(draw(log_w, uniforms), torch.cat(alone))
 
 
-def test_choose_is_top_at_zero_temperature_and_asks_for_no_number():
-    values = weights([1, 5, 3], [4, 4, 0])
-    assert torch.equal(choose(values, 0, 2, pytest.fail), top(values, 2))
-
-
-def test_choose_draws_at_the_temperature():
+def test_draw_follows_the_temperature():
     values, count = weights([0.0, 1.0]), 10_000
     for alpha in (0.2, 1.0, 5.0, INF):
-        counts = torch.bincount(choose(values, alpha, count, stratified)[0], minlength=2)
+        counts = torch.bincount(draw(values / alpha, stratified(count))[0], minlength=2)
         assert abs(int(counts[1]) / count - 1 / (1 + math.exp(-1 / alpha))) < 2e-4
 
 
-def test_choose_becomes_top_as_the_temperature_falls():
+def test_draw_becomes_top_as_the_temperature_falls():
     values = torch.randn(8, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert torch.equal(
-        choose(values, 1e-9, 1, lambda k: torch.full((8, k), BELOW_ONE, dtype=torch.float64)), top(values)
-    )
+    assert torch.equal(draw(values / 1e-9, torch.full((8, 1), BELOW_ONE, dtype=torch.float64)), top(values))
 
 
 @pytest.mark.parametrize(
@@ -127,12 +120,12 @@ def test_choose_becomes_top_as_the_temperature_falls():
         (lambda: draw(torch.tensor([[0, math.nan]]), torch.zeros(1, 1)), "1 of 2 log-weights are NaN"),
         (lambda: draw(torch.tensor([[0, INF]]), torch.zeros(1, 1)), r"below \+inf"),
         (lambda: draw(torch.tensor([[0, 0], [-INF, -INF]]), torch.zeros(2, 1)), "at least one row of every group"),
-        (lambda: top(torch.zeros(2, 3), 4), "k must be at most the 3 rows of a group, got 4"),
-        (lambda: top(torch.zeros(2, 3), 0), "k must be >= 1, got 0"),
+        (lambda: top(torch.zeros(2, 3), 4), "k must lie in 1 .. 3, the rows of a group, got 4"),
+        (lambda: top(torch.zeros(2, 3), 0), "k must lie in 1 .. 3, the rows of a group, got 0"),
         (lambda: top(torch.zeros(3)), r"\[groups, rows\].*got \[3\]"),
         (lambda: top(torch.zeros(3, 0)), r"at least one row, got \[3, 0\]"),
     ],
 )
-def test_what_has_no_answer_is_refused(call, message):
+def test_undefined_selections_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

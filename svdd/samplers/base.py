@@ -19,7 +19,7 @@ __all__ = ["Sampler", "require_at_least_one", "require_guided_step", "require_no
 class Sampler(ABC):
     """Moves particles from noise to the end of the chain; a value decides which of them survive.
 
-    A subclass implements `sample`. Its cost needs no declaration: `svdd.samplers.budget` counts it.
+    A subclass implements `sample`; `svdd.samplers.budget` counts its cost.
 
     Attributes:
         budget_argument: The constructor argument, a count, that a budget may choose; None if there is none.
@@ -31,7 +31,7 @@ class Sampler(ABC):
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Sampler":
-        """Keeps the constructor's arguments, from which a budget builds the same sampler with another count."""
+        """Keeps the constructor's arguments, so that a budget can change the count among them."""
         if missing := missing_methods(cls):
             raise UserError(missing)
         sampler = super().__new__(cls)
@@ -40,32 +40,25 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(self, start: Start, value: Value) -> State:
-        """Returns the state at the end of the chain, equally many rows per image.
+        """Returns the state at the end of the chain, with equally many rows per image.
 
         Args:
             start: `start(n)` returns n rows per image at i = 0.
-            value: Estimates the reward that a row will reach; at the end of the chain it is the reward itself.
+            value: Estimates the reward that a row will reach; at the end of the chain, returns the reward itself.
         """
 
     def __call__(self, start: Start, value: Value) -> State:
-        """Returns the state that `sample` returns, after checking it.
-
-        Raises:
-            UserError: If it is not at the end of the chain, or has not equally many rows, at least one, per image.
-        """
-        method, images = f"{type(self).__name__}.sample", len(start.context.generators)
-        final = self.sample(start, value)
+        """Runs `sample`; raises UserError unless it returns the end of the chain, with equally many rows per image."""
+        final, images = self.sample(start, value), len(start.context.generators)
         if not isinstance(final, State):
             wrong = f"a {type(final).__name__}; it must return the State at the end of the chain"
         elif not final.done:
             wrong = f"a state at step {final.i} of {final.num_steps}; it must go on until state.done is true"
         elif not len(final.x) or len(final.x) % images:
-            wrong = (
-                f"{len(final.x)} rows for {images} images; it must return equally many, at least one, for each image"
-            )
+            wrong = f"{len(final.x)} rows for {images} images; it must return equally many, at least one, per image"
         else:
             return final
-        raise UserError(f"{method} returned {wrong}")
+        raise UserError(f"{type(self).__name__}.sample returned {wrong}")
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the sampler cannot work on this chain or with this value."""
@@ -77,7 +70,7 @@ class Sampler(ABC):
 
     @staticmethod
     def evaluate(value: Value, state: State) -> Tensor:
-        """Returns the values of a state's rows, one group per image: [images, rows per image]."""
+        """Returns the values of a state's rows, [images, rows per image]."""
         values = value(state).view(state.num_images, -1)
         state.context.report(state.i, float(values.detach().mean()))
         return values
@@ -91,13 +84,13 @@ class Sampler(ABC):
         log_normaliser: Tensor | None = None,
         kl: Tensor | float | None = None,
     ) -> State:
-        """Selects rows of every image, as `State.select` does, and enters the selection into the trace.
+        """Selects rows of every image, as `State.select` does, and records the selection in the trace.
 
         Args:
             state: The candidate rows.
             index: The rows to keep, int64 [images, k].
             values: The values that decided, [images, rows].
-            log_w: Their log-weights, if any, [images, rows]; the trace gets the effective sample size.
+            log_w: Log-weights, if any, [images, rows]; the trace records their effective sample size.
             log_normaliser: Increment of the estimate of log Z, if any, [images].
             kl: Bound on the divergence that the selection adds, if known, in nats, [images].
         """
@@ -109,7 +102,7 @@ class Sampler(ABC):
 
 
 def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
-    """Raises UserError if a count above 1 would only make copies because no step draws noise."""
+    """Raises UserError if a count above 1 would only make copies, because no step draws noise."""
     if count > 1 and not diffusion.stochastic:
         raise UserError(
             f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic and all {count} "
@@ -118,13 +111,13 @@ def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
 
 
 def require_guided_step(diffusion: Diffusion, window: Window) -> None:
-    """Raises UserError if no step of a window draws noise, so that nothing would be guided."""
+    """Raises UserError if no step of a window draws noise."""
     steps = diffusion.num_inference_steps
     if not any(window.guides(i, steps) and diffusion.std(i) > 0 for i in range(steps)):
         raise UserError(
             f"no step would be guided: guide_start={window.start}, guide_stop={window.stop} and guide_every="
-            f"{window.every} leave no step with noise at num_inference_steps={steps} (the last step of ddpm and "
-            "euler_ancestral has none); widen the window"
+            f"{window.every} leave no step with noise at num_inference_steps={steps} (with eta=0 there is none; set "
+            "eta above 0; the last step of ddpm and euler_ancestral has none: widen the window)"
         )
 
 

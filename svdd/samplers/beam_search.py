@@ -1,6 +1,6 @@
 """Beam search over the chain: the b best of b M candidates at every step.
 
-Target: the image of the highest reward; no law is kept.
+Target: the image of the highest reward.
 Sources: Li et al., 2024, arXiv 2408.08252 (several particles, alpha = 0); Li et al., Dynamic Search for Inference-Time
 Alignment in Diffusion Models, 2025, arXiv 2503.02039.
 """
@@ -17,17 +17,15 @@ __all__ = ["BeamSearch"]
 class BeamSearch(Sampler):
     """Beam search: M candidates of each of b beams per step, the b best of all of them kept.
 
-    1. start b beams from noise
-    2. for each guided step: draw M candidates of each beam, keep the b of the highest value
-    3. return the beam of the highest reward
+    1. at each guided step: draw M candidates of each of the b beams, keep the b of the highest value
+    2. return the beam of the highest reward
 
     This is `SVDD` at alpha = 0 with b particles. Costs b (1 + M (T - 1)) denoiser rows per image.
 
     Args:
         num_beams: b, beams kept per image.
         num_candidates: M, candidates of each beam at every guided step.
-        score_parent: Score candidates by the x0 of their beam instead of their own: b T rows for any M. Needs
-            num_candidates < num_beams.
+        score_parent: Score candidates by the x0 of their beam: b T rows for any M. Needs num_candidates < num_beams.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step.

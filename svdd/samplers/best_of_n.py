@@ -1,4 +1,4 @@
-"""Best-of-N: sample N images, keep the one with the highest reward."""
+"""Best-of-N: the standard baseline at equal compute."""
 
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.toolbox.selection import choice_kl, top

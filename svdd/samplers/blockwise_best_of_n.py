@@ -6,7 +6,7 @@ Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 20
 
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.base import Sampler, require_at_least_one, require_guided_step, require_noise
-from svdd.samplers.toolbox.selection import choice_kl, choose
+from svdd.samplers.toolbox.selection import choice_kl, draw, top
 from svdd.samplers.toolbox.window import Window
 from svdd.state.state import Start, State
 from svdd.values.base import Value
@@ -21,15 +21,14 @@ class BlockwiseBestOfN(Sampler):
     2. v = value(candidates)
     3. keep one in proportion to exp(v / alpha), at alpha = 0 the best; go on with the next block
 
-    A block of one step is `SVDD`, a block of all steps is best-of-N from one start. Costs 1 + M (T - 1) denoiser rows
-    per image, B + M (T - B) with `score_parent` or a learned value, where B is the number of blocks.
+    Costs 1 + M (T - 1) denoiser rows per image; B + M (T - B) for B blocks with `score_parent` or a learned value.
 
     Args:
         num_candidates: M, candidates of each block.
         block_size: Steps of a block; the first one is shorter where they do not divide the chain.
         alpha: Temperature in units of the reward; 0 takes the best.
-        score_parent: Score a candidate by its x0 one step before the end of the block, which is already known, so
-            that only the kept one is evaluated there. Needs block_size > 1.
+        score_parent: Score a candidate by its x0 one step before the end of the block, which is already known.
+            Needs block_size > 1.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
 
@@ -73,8 +72,8 @@ class BlockwiseBestOfN(Sampler):
             state = state.propose(self.num_candidates if branches else 1)
             if not self._ends.guides(parents.i, steps) or len(state.x) == state.num_images:
                 continue
-            known = parents if self.score_parent and not alone and not state.done else state
-            v = self.evaluate(value, known)
-            index, log_w = choose(v, self.alpha, 1, state.uniforms), v.double() / self.alpha if self.alpha else None
+            v = self.evaluate(value, parents if self.score_parent and not alone and not state.done else state)
+            log_w = v.double() / self.alpha if self.alpha else None
+            index = top(v) if log_w is None else draw(log_w, state.uniforms(1))
             state = self.keep(state, index, v, log_w, kl=choice_kl(v, self.alpha))
         return state

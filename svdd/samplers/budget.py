@@ -2,9 +2,10 @@
 
 import inspect
 import math
+import pickle
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +24,7 @@ class Cost(NamedTuple):
     """The cost of one returned image: exact, or an upper bound if the value takes several denoiser rows per row.
 
     Args:
-        returned: Rows that the sampler returns per image of the batch.
-        denoiser_rows: Latents that the denoiser evaluates.
-        gradient_rows: Denoiser rows with a backward pass.
-        decoded_images: Latents decoded for a value that scores the decoded x0.
-        reward_calls: Images scored for such a value.
+        returned: Rows that the sampler returns per image of the batch; the other entries are those of `Ledger`.
     """
 
     returned: int
@@ -46,29 +43,22 @@ class Uncountable(UserError):
     """A sampler failed on the chain of one number; it may still work on the real one."""
 
 
-class _Exceeded(Exception):
+class _Exceeded(UserError):
     """The count passed its limit."""
 
 
 def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = math.inf) -> Cost:
     """Runs the sampler for one image on a chain of one number, with noise in the same steps as `diffusion`.
 
-    Args:
-        sampler: The sampler.
-        diffusion: The chain that it will run on.
-        value: The value that it will use, of which `most_rows` counts.
-        limit: Denoiser rows at which counting stops with an exception.
-
     Raises:
-        UserError: If `sample` returns a wrong state or draws from a global random generator.
+        UserError: If it takes more than `limit` denoiser rows, draws from a global generator or returns a wrong state.
         Uncountable: If it fails otherwise.
     """
     method, before = f"{type(sampler).__name__}.sample", _global_generators()
     with torch.inference_mode(False), torch.no_grad():
-        start = Start(_OneNumber(diffusion, limit), [""], [0])
         try:
-            final = sampler(start, _Counted(value))
-        except (UserError, _Exceeded):
+            final = sampler(Start(_OneNumber(diffusion, limit), [""], [0]), _Counted(value))
+        except UserError:
             raise
         except Exception as error:
             raise Uncountable(
@@ -91,13 +81,7 @@ def current_count(sampler: Sampler) -> dict[str, int]:
 
 
 def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value) -> Sampler:
-    """Returns the sampler with the largest count, at most `budget`, whose cost does not exceed the budget.
-
-    Args:
-        sampler: The sampler; its other arguments stay.
-        budget: Denoiser rows per returned image, where a backward pass counts as two more.
-        diffusion: The chain that the sampler will run on.
-        value: The value that it will use.
+    """Returns the same sampler with the largest count whose cost, as `Cost.rows`, does not exceed the budget.
 
     Raises:
         UserError: If even a count of 1 exceeds the budget, or the count does not change the cost.
@@ -105,7 +89,13 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
     name, kind = sampler.budget_argument, type(sampler).__name__
     if name is None:
         raise UserError(f"budget={budget}: {kind} has no count that a budget could choose; leave the budget out")
-    least = count(_with_count(sampler, name, 1), diffusion, value)
+    bound, cannot = _arguments(sampler, name), f"budget={budget} cannot choose {kind}'s {name}:"
+
+    def build(number: int) -> Sampler:
+        bound.arguments[name] = number
+        return type(sampler)(*bound.args, **bound.kwargs)
+
+    least = count(build(1), diffusion, value)
     if least.rows > budget:
         raise UserError(
             f"budget={budget} is too small: {kind} with {name}=1 costs {least.rows:g} denoiser rows per image"
@@ -113,11 +103,10 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
             f"{diffusion.num_inference_steps}; raise the budget or lower num_inference_steps"
         )
 
-    def cost_of(number: int) -> float:
-        """Infinity above the budget, NaN if the constructor refuses the number."""
+    def rows_of(number: int, limit: float = budget * least.returned) -> float:
+        """Returns the cost with a count: infinity beyond the limit, NaN if the constructor refuses the count."""
         try:
-            other = _with_count(sampler, name, number)
-            cost = count(other, diffusion, value, limit=math.inf if number == 2 else budget * least.returned)
+            cost = count(build(number), diffusion, value, limit)
         except _Exceeded:
             return math.inf
         except UserError:
@@ -126,30 +115,26 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
             return math.nan
         if cost.returned != least.returned:
             raise UserError(
-                f"budget={budget} cannot choose {kind}'s {name}: every particle is returned, so that each image costs "
-                f"the same for any {name}; set it yourself, or return one image"
+                f"{cannot} every particle is returned, so that each image costs the same for any {name}; set it "
+                "yourself, or return one image"
             )
-        return cost.rows if cost.rows <= budget else math.inf
+        return cost.rows
 
-    # The cost is about linear in the count: extrapolate after a success, bisect after a failure.
-    low, high, reached, changes, probe, step = 1, budget + 1, least.rows, False, 2, 1
+    # Most costs are linear in the count: try the count that this predicts and the next one, then bisect.
+    slope = rows_of(2, math.inf) - least.rows
+    guess = 1 + int((budget - least.rows) / slope) if slope > 0 else 1
+    low, high, rises, guesses = 1, budget + 1, slope > 0, [guess + 1, guess]
     while high - low > 1:
-        cost = cost_of(probe)
-        changes = changes or cost > least.rows
-        if cost <= budget:
-            low, reached = probe, cost
-            more = int((budget - reached) * (low - 1) / (reached - least.rows)) if reached > least.rows else low
-            step = 1 if more else 2 * step
-            probe = min(low + max(more, step // 2, 1), high - 1)
-        else:
-            high, step = probe, 1
-            probe = (low + high) // 2
-    if not changes:
+        probe = min(max(guesses.pop(), low + 1), high - 1) if guesses else (low + high) // 2
+        rows = rows_of(probe)
+        rises = rises or rows > least.rows
+        low, high = (probe, high) if rows <= budget else (low, probe)
+    if not rises:
         raise UserError(
-            f"budget={budget} cannot choose {kind}'s {name}: with {type(value).__name__} it does not change the cost "
-            f"of {least.rows:g} denoiser rows per image; set it yourself and leave the budget out"
+            f"{cannot} with {type(value).__name__} it does not change the cost of {least.rows:g} denoiser rows per "
+            "image; set it yourself and leave the budget out"
         )
-    return _with_count(sampler, name, low)
+    return build(low)
 
 
 class _OneNumber(Diffusion):
@@ -159,8 +144,8 @@ class _OneNumber(Diffusion):
 
     def __init__(self, diffusion: Diffusion, limit: float) -> None:
         super().__init__(diffusion.num_inference_steps)
-        self.limit, self.rows = limit, 0
         self.noisy = [float(diffusion.std(i) > 0) for i in range(diffusion.num_inference_steps)]
+        self.rows_left = limit
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None:
         pass
@@ -169,8 +154,8 @@ class _OneNumber(Diffusion):
         return noise
 
     def denoise(self, x: Tensor, i: int, conditioning: None, row: Tensor) -> Denoised:
-        self.rows += len(x)
-        if self.rows > self.limit:
+        self.rows_left -= len(x)
+        if self.rows_left < 0:
             raise _Exceeded
         return Denoised(x / 2, x / 2)
 
@@ -201,10 +186,9 @@ class _Counted(Value):
         return state.scores(self)
 
 
-def _global_generators() -> list[Any]:
+def _global_generators() -> bytes:
     """Returns the states of the global generators of torch, numpy and Python."""
-    legacy: Any = np.random.get_state(legacy=False)["state"]
-    return [torch.get_rng_state().tolist(), legacy["key"].tolist(), legacy["pos"], random.getstate()]
+    return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))
 
 
 def _arguments(sampler: Sampler, name: str) -> inspect.BoundArguments:
@@ -216,10 +200,3 @@ def _arguments(sampler: Sampler, name: str) -> inspect.BoundArguments:
         kind = type(sampler).__name__
         raise UserError(f"{kind}.budget_argument is {name!r}, which is no argument of {kind}'s constructor")
     return bound
-
-
-def _with_count(sampler: Sampler, name: str, number: int) -> Sampler:
-    """Returns the same sampler with another count."""
-    bound = _arguments(sampler, name)
-    bound.arguments[name] = number
-    return type(sampler)(*bound.args, **bound.kwargs)

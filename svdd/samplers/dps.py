@@ -2,7 +2,7 @@
 
 Target: approximately p(x) exp(scale r(x)); `TwistedSMC` adds the weights that make it exact.
 Source: Chung et al., Diffusion Posterior Sampling for General Noisy Inverse Problems, 2022, arXiv 2209.14687, with the
-step size of a guided reverse kernel, std_i^2, in place of a constant one (Dhariwal and Nichol, 2021, arXiv 2105.05233).
+step size std_i^2 of a guided reverse kernel (Dhariwal and Nichol, 2021, arXiv 2105.05233) in place of a constant one.
 """
 
 import math
@@ -28,9 +28,8 @@ class DPS(Sampler):
     Needs a differentiable value. Costs T denoiser rows per image, and a backward pass for each guided one.
 
     Args:
-        scale: Strength, 1 / alpha in terms of the other samplers: in units of 1 / reward.
-        through_denoiser: Differentiate through the network. Otherwise the gradient is taken at x0, which saves the
-            backward pass and is less exact.
+        scale: Strength in units of 1 / reward, at least 0; 1 / alpha of the other samplers.
+        through_denoiser: Differentiate through the network; else at x0, without a backward pass and less exact.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step.
@@ -57,8 +56,6 @@ class DPS(Sampler):
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the value has no gradient, or every guided step is without noise."""
         super().check(diffusion, value)
-        if not diffusion.stochastic:
-            raise UserError("DPS shifts each step by its variance, and with eta=0 there is none; set eta above 0")
         require_guided_step(diffusion, self.window)
         if not self.through_denoiser and value.most_rows == 0:
             raise UserError(

@@ -1,9 +1,8 @@
 """Progressive pruning: start with many chains, drop the worst of them on the way, keep the best end.
 
-Target: the image of the highest reward among many starts; no law is kept.
-Sources: PSP's schedule of 2N chains, N after a quarter of the steps and N / 2 after half of them, at the cost of
-best-of-N; Su et al., Navigating the Exploration-Exploitation Tradeoff in Inference-Time Scaling of Diffusion Models,
-2025, arXiv 2508.12361 (a funnel of particles).
+Target: the image of the highest reward among many starts.
+Sources: PSP (the schedule); Su et al., Navigating the Exploration-Exploitation Tradeoff in Inference-Time Scaling of
+Diffusion Models, 2025, arXiv 2508.12361 (a funnel of particles).
 """
 
 from collections.abc import Sequence
@@ -20,17 +19,17 @@ __all__ = ["ProgressivePruning"]
 class ProgressivePruning(Sampler):
     """Progressive pruning (PSP): 2N chains, N after a quarter of the steps, N / 2 after half, the best end of these.
 
-    1. start as many chains as the schedule's first entry says
+    1. start the number of chains in the schedule's first entry
     2. at each further entry (fraction, survivors): keep the survivors of the highest value
     3. return the end of the highest reward
 
-    Costs the sum, over the steps, of the chains alive before pruning (after pruning with a learned value): about N T
-    denoiser rows per image with the default schedule.
+    Costs the chains alive at each step before pruning (after it with a learned value): by default about N T denoiser
+    rows per image.
 
     Args:
         num_particles: N; the default schedule costs about as much as N whole chains.
-        schedule: Pairs (fraction of the chain, survivors as a multiple of N), fractions rising from 0 to below 1,
-            survivors falling; a number of chains is rounded down and at least 1.
+        schedule: Pairs (fraction of the chain, survivors as a multiple of N, rounded down, at least 1); fractions rise
+            from 0 to below 1, survivors do not rise.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -68,7 +67,7 @@ class ProgressivePruning(Sampler):
         return self.keep(state, top(v), v)
 
     def _survivors(self, i: int, steps: int) -> int:
-        """Chains that go on from step i; pruning begins at step 1."""
+        """Returns the number of chains that continue from step i; pruning begins at step 1."""
         last = steps - 1  # in a short chain a late fraction is rounded down to the last step
         return self._count(
             min(s for fraction, s in self.schedule if i >= min(round(fraction * steps), last) and (i or not fraction))

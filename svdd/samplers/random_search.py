@@ -1,6 +1,6 @@
 """Random search over the initial noise.
 
-Target: the initial noise whose chain ends in the highest reward; no law is kept.
+Target: the initial noise whose chain ends in the highest reward.
 Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, 2025, arXiv 2501.09732.
 """
 
@@ -15,9 +15,8 @@ __all__ = ["RandomSearch"]
 class RandomSearch(Sampler):
     """Random search over the initial noise: N starts, the best end.
 
-    1. draw N starts of an image
-    2. run each to its end, all with the same noise in the steps, so that the start alone decides
-    3. return the end of the highest reward
+    1. draw N starts and run each to its end, all with the same noise in the steps, so that the start alone decides
+    2. return the end of the highest reward
 
     On a chain without noise this is `BestOfN`. Costs N T denoiser rows per image.
 

@@ -1,6 +1,6 @@
 """Sequential Monte Carlo: particles that carry weights and are resampled when the weights degenerate.
 
-Target: p(x) exp(r(x) / alpha), exactly as the number of particles grows, whatever the value.
+Target: p(x) exp(r(x) / alpha), exactly as the number of particles grows, for any value.
 Sources: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
 (values as twisting functions); Singhal et al., 2025, arXiv 2501.06848 (FK-steering: potentials); Kim et al., 2025,
 arXiv 2501.05803 (tempering).
@@ -22,22 +22,20 @@ __all__ = ["SMC"]
 class SMC(Sampler):
     """Sequential Monte Carlo (FK-steering): N weighted particles per image, resampled when their weights degenerate.
 
-    1. for each step: move every particle by the pretrained kernel
-    2. at a guided step: w <- w G(v_i), with potentials G that multiply to exp(r / alpha) at the end of the chain
+    1. at each step move every particle by the pretrained kernel
+    2. at guided steps w <- w G(v_i), with potentials G that multiply to exp(r / alpha) at the end of the chain
     3. if the effective sample size of an image's weights is at most ess_threshold N: resample its particles
     4. at the end return the best, one drawn by weight, or all
 
-    Particles are weighed by their own x0, which the next step needs anyway. Costs N T denoiser rows per image.
+    Costs N T denoiser rows per image.
 
     Args:
         num_particles: N, particles of an image.
         alpha: Temperature in units of the reward, above 0.
-        potential: `difference` (of the values of a particle and its parent), `max` or `sum` (over its past), or
-            `immediate` (its value).
+        potential: `difference` (of a particle's and its parent's value), `max` or `sum` (over its path), `immediate`.
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
         ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
-        tempering: How the reward's weight rises along the chain: `none`, `linear`, `exponential`, or `adaptive` (as
-            far as the effective sample size stays at the threshold).
+        tempering: How the reward's weight rises: `none`, `linear`, `exponential`, or `adaptive` (by sample size).
         returns: `best` by reward, one `drawn` by weight, or `all` with their weights.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.

@@ -20,13 +20,10 @@ __all__ = ["SVDD"]
 class SVDD(Sampler):
     """Soft value-based decoding: M candidates per step, one kept in proportion to exp(value / alpha).
 
-    1. for each guided step, for each of the b particles: draw M candidates x_{i+1} from the pretrained kernel
+    1. at each guided step, for each of the b particles: draw M candidates x_{i+1} from the pretrained kernel
     2. v = value(candidates)
     3. keep b of each image's b M candidates in proportion to exp((v - v of the parent) / alpha), at alpha = 0 the b
        best; at the last step, where the value is the reward of the image itself, keep one
-
-    With one particle the parent's value is common to all candidates and cancels. With several, subtracting it avoids
-    counting it twice, so that the target stays the same.
 
     Costs b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b T with a learned one.
 
@@ -34,9 +31,8 @@ class SVDD(Sampler):
         num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code).
         alpha: Temperature in units of the reward; 0 takes the best.
         num_particles: b, particles kept per image; more than one makes a beam search.
-        score_parent: Score candidates by the x0 of their parent, which is already known, instead of their own: b T
-            denoiser rows for any M. Needs num_particles > 1, and at alpha = 0 num_candidates < num_particles: all
-            candidates of a particle score the same, and those of the best would fill every place.
+        score_parent: Score candidates by the x0 of their parent, which is already known: b T denoiser rows for any M.
+            Needs num_particles > 1, and at alpha = 0 num_candidates < num_particles.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step; at the others one candidate is drawn.
@@ -81,16 +77,15 @@ class SVDD(Sampler):
         state = start(self.num_particles)
         log_potentials = torch.zeros(state.num_images, self.num_particles, dtype=torch.float64, device=state.x.device)
         while not state.done:
-            m = self.num_candidates if state.std > 0 and self.window.guides(state.i, state.num_steps) else 1
+            guided = state.std > 0 and self.window.guides(state.i, state.num_steps)
+            m = self.num_candidates if guided else 1
             candidates = state.propose(m)
             kept = 1 if candidates.done else self.num_particles
             if len(candidates.x) == kept * candidates.num_images:  # nothing to select from
                 state = candidates
                 continue
-            if self.score_parent and not candidates.done:
-                v = self.evaluate(value, state).repeat_interleave(m, 1)
-            else:
-                v = self.evaluate(value, candidates)
+            by_parent = self.score_parent and not candidates.done
+            v = self.evaluate(value, state).repeat_interleave(m, 1) if by_parent else self.evaluate(value, candidates)
             kl = choice_kl(v, self.alpha) if self.num_particles == 1 else None
             if self.alpha == 0:
                 state = self.keep(candidates, top(v, kept), v, kl=kl)

@@ -24,7 +24,7 @@ __all__ = ["TwistedSMC"]
 class TwistedSMC(Sampler):
     """Twisted SMC (TDS, DAS): SMC whose particles are proposed along the gradient of the value.
 
-    1. at each guided step i: v = value(x_i) and its gradient; w <- w exp(lambda_i v_i / alpha) / (potentials so far)
+    1. at each guided step: v_i = value(x_i) and its gradient; w <- w exp(lambda_i v_i / alpha) / (potentials so far)
     2. resample the images whose effective sample size is at most ess_threshold N
     3. x_{i+1} ~ q = N(mean + std^2 lambda_i grad v / alpha, std^2 I), and w <- w p(x_{i+1} | x_i) / q(x_{i+1} | x_i)
     4. at the end w <- w exp(r / alpha) / (potentials so far); return the best, one drawn by weight, or all
@@ -36,8 +36,7 @@ class TwistedSMC(Sampler):
         alpha: Temperature in units of the reward, above 0.
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
         ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
-        tempering: How the reward's weight rises along the chain: `none`, `linear`, `exponential`, or `adaptive` (as
-            far as the effective sample size stays at the threshold).
+        tempering: How the reward's weight rises: `none`, `linear`, `exponential`, or `adaptive` (by sample size).
         returns: `best` by reward, one `drawn` by weight, or `all` with their weights.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
@@ -88,7 +87,7 @@ class TwistedSMC(Sampler):
             index, resampled = self.weighing.resample(weights, state.uniforms(self.num_particles))
             state = self.keep(state, index, v, weights.log_w, increment)
             state, log_ratio = self._move(state, value, resampled.exponent)
-            weights = resampled.correct(log_ratio)
+            weights = resampled._replace(log_w=resampled.log_w + log_ratio)  # a correction, not a potential
         rewards = self.evaluate(value, state)
         weights = self.weighing.weigh(weights, rewards, 1.0)
         index = self.weighing.ends(weights, rewards, state.uniforms)

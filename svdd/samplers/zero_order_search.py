@@ -1,6 +1,6 @@
 """Zero-order search over the initial noise: a walk uphill without gradients.
 
-Target: the initial noise whose chain ends in the highest reward; no law is kept.
+Target: the initial noise whose chain ends in the highest reward.
 Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, 2025, arXiv 2501.09732.
 """
 
@@ -18,18 +18,16 @@ class ZeroOrderSearch(Sampler):
     """Zero-order search over the initial noise: neighbours of the best start so far, the best of them next.
 
     1. run the first start to its end: the incumbent
-    2. K times: draw N neighbours sqrt(1 - radius^2) start + radius noise, which are as normal as the start, and run
-       each to its end; all ends receive the same noise in the steps, so that the start alone decides
-    3. the best of the neighbours and the incumbent is the next incumbent; an image whose incumbent stays multiplies
-       its radius by `decay`
-    4. return the incumbent's end
+    2. K times: draw N neighbours sqrt(1 - radius^2) start + radius noise and run each to its end, all with the same
+       noise in the steps; the best of them and the incumbent is the next incumbent; if it stays, radius <- decay radius
+    3. return the incumbent's end
 
-    The reward of the incumbent never falls. Costs (1 + K N) T denoiser rows per image.
+    Costs (1 + K N) T denoiser rows per image.
 
     Args:
         num_iterations: K, moves of the incumbent.
         num_candidates: N, neighbours of each move.
-        radius: Share of new noise in the first neighbours, above 0; 1 draws independent starts.
+        radius: Share of new noise in the first neighbours, above 0, at most 1; 1 draws independent starts.
         decay: Factor on the radius after a move that found nothing better, above 0, at most 1.
 
     Raises:

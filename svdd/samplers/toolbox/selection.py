@@ -1,16 +1,15 @@
 """Which rows of a group survive: pure functions from log-weights to indices."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["choice_kl", "choose", "draw", "effective_sample_size", "probabilities", "top"]
+__all__ = ["choice_kl", "draw", "effective_sample_size", "probabilities", "top"]
 
 
 def top(log_w: Tensor, k: int = 1) -> Tensor:
-    """Returns the k best of every group, best first; the earlier row wins a tie.
+    """Returns the k best rows of every group, best first; the earlier row wins a tie.
 
     Args:
         log_w: Log-weights, float [groups, rows].
@@ -20,11 +19,11 @@ def top(log_w: Tensor, k: int = 1) -> Tensor:
         Index within the group, int64 [groups, k].
 
     Raises:
-        ValueError: If k is not in 1 .. rows or a weight is NaN.
+        ValueError: If k is out of range or a weight is NaN.
     """
-    _check(log_w, k)
-    if k > log_w.shape[1]:
-        raise ValueError(f"k must be at most the {log_w.shape[1]} rows of a group, got {k}")
+    _check(log_w)
+    if not 1 <= k <= log_w.shape[1]:
+        raise ValueError(f"k must lie in 1 .. {log_w.shape[1]}, the rows of a group, got {k}")
     return log_w.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
@@ -32,14 +31,11 @@ def draw(log_w: Tensor, uniforms: Tensor) -> Tensor:
     """Draws k independent rows of every group in proportion to exp(log_w), by inversion.
 
     Args:
-        log_w: Log-weights, float [groups, rows]; -inf is weight zero, no normalisation is needed.
+        log_w: Log-weights, float [groups, rows], as in `probabilities`.
         uniforms: Numbers in [0, 1), float [groups, k].
 
     Returns:
         Index within the group, int64 [groups, k].
-
-    Raises:
-        ValueError: If a weight is NaN or +inf, or all weights of a group are zero.
     """
     cumulative = probabilities(log_w).cumsum(1)
     cumulative = cumulative / cumulative[:, -1:]  # the last entry is 1 exactly, above every uniform number
@@ -47,12 +43,12 @@ def draw(log_w: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def probabilities(log_w: Tensor) -> Tensor:
-    """Returns exp(log_w), normalised in every group, float64 [groups, rows].
+    """Returns exp(log_w), normalised in every group, float64 [groups, rows]; -inf means weight zero.
 
     Raises:
         ValueError: If a weight is NaN or +inf, or all weights of a group are zero.
     """
-    _check(log_w, 1)
+    _check(log_w)
     if torch.isposinf(log_w).any() or torch.isneginf(log_w).all(dim=1).any():
         raise ValueError("log-weights must be below +inf, and finite for at least one row of every group")
     return log_w.double().softmax(1)
@@ -64,14 +60,10 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
 
 
 def choice_kl(values: Tensor, alpha: float) -> Tensor:
-    """Returns a bound on the divergence that selecting one of n independent rows adds, in nats, float64 [groups].
+    """Bounds the divergence that selecting one of n independent rows at temperature alpha adds, in nats, [groups].
 
     The best of n: log n - (n - 1) / n (Beirami et al., 2024, arXiv 2401.01879). Drawn with probabilities p:
     log n - H(p), the divergence of the joint law of rows and choice.
-
-    Args:
-        values: float [groups, n].
-        alpha: Temperature of the selection.
     """
     groups, n = values.shape
     if alpha == 0:
@@ -79,25 +71,8 @@ def choice_kl(values: Tensor, alpha: float) -> Tensor:
     return math.log(n) - torch.special.entr(probabilities(values.double() / alpha)).sum(1)
 
 
-def choose(values: Tensor, alpha: float, k: int, uniforms: Callable[[int], Tensor]) -> Tensor:
-    """Draws k rows of every group in proportion to exp(value / alpha); at alpha = 0 takes the k best.
-
-    Args:
-        values: float [groups, rows].
-        alpha: Temperature, at least 0, in units of the reward.
-        k: Survivors per group.
-        uniforms: Gives k uniform numbers per group, [groups, k]; called only at alpha > 0.
-
-    Returns:
-        Index within the group, int64 [groups, k].
-    """
-    return top(values, k) if alpha == 0 else draw(values.double() / alpha, uniforms(k))
-
-
-def _check(log_w: Tensor, k: int) -> None:
+def _check(log_w: Tensor) -> None:
     if log_w.ndim != 2 or log_w.shape[1] == 0:
         raise ValueError(f"log-weights must have shape [groups, rows] with at least one row, got {list(log_w.shape)}")
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
     if log_w.isnan().any():
         raise ValueError(f"{int(log_w.isnan().sum())} of {log_w.numel()} log-weights are NaN")

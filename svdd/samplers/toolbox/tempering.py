@@ -3,9 +3,8 @@
 The intermediate targets of a particle sampler are p_i(x_i) exp(lambda_i v_i(x_i) / alpha). Early values are inaccurate,
 and a small exponent limits their effect.
 
-Sources: Kim, Kim and Park, Test-time Alignment of Diffusion Models without Reward Over-optimization, 2025,
-arXiv 2501.05803 (DAS: exponential and adaptive tempering); Jasra et al., Inference for Levy-Driven Stochastic
-Volatility Models via Adaptive Sequential Monte Carlo, 2011 (the next exponent from the effective sample size).
+Sources: Kim, Kim and Park, 2025, arXiv 2501.05803 (DAS: exponential and adaptive tempering); Jasra et al., Inference
+for Levy-Driven Stochastic Volatility Models via Adaptive Sequential Monte Carlo, 2011 (exponents from the ESS).
 """
 
 from collections.abc import Callable
@@ -17,37 +16,28 @@ from svdd.samplers.toolbox.selection import effective_sample_size
 
 __all__ = ["SCHEDULES", "next_exponent"]
 
-_HALVINGS = 40
-
 SCHEDULES: dict[str, Callable[[float], float]] = {  # of i / T
     "none": lambda progress: 1.0,
     "linear": lambda progress: progress,
-    # (1 + gamma)^i - 1 with the gamma that makes it end at 1
-    "exponential": lambda progress: 2.0**progress - 1.0,
+    "exponential": lambda progress: 2.0**progress - 1.0,  # (1 + gamma)^i - 1 with the gamma that makes it end at 1
 }
 
 
-def next_exponent(log_w: Tensor, increment: Callable[[Tensor], Tensor], exponent: Tensor, target: float) -> Tensor:
-    """Returns the largest next exponent whose weights keep the target effective sample size, by bisection.
+def next_exponent(log_w: Callable[[Tensor], Tensor], exponent: Tensor, size: float) -> Tensor:
+    """Returns the largest next exponents at which the effective sample size is at least `size`, by bisection.
 
     Args:
-        log_w: Log-weights so far, [groups, rows].
-        increment: From exponents [groups, 1] to the log-weights' increments, [groups, rows].
-        exponent: The current exponents, [groups, 1], which are lower bounds.
-        target: Effective sample size to keep, as a fraction of the rows; the exponent stays if it is already lower.
+        log_w: From exponents [groups, 1] to log-weights [groups, rows].
+        exponent: The current exponents, float64 [groups, 1]; they stay where the size is already lower.
+        size: Effective sample size to keep, 1 .. rows.
 
     Returns:
         float64 [groups, 1], at most 1.
     """
-    wanted = target * log_w.shape[1]
-
-    def enough(candidate: Tensor) -> Tensor:
-        return effective_sample_size(log_w + increment(candidate))[:, None] >= wanted
-
-    low, high = exponent.clone(), torch.ones_like(exponent)
-    everything = enough(high)
-    for _ in range(_HALVINGS):
+    one = torch.ones_like(exponent)
+    low, high = exponent, one
+    for _ in range(40):
         middle = (low + high) / 2
-        holds = enough(middle)
-        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
-    return torch.where(everything, torch.ones_like(low), low)
+        enough = effective_sample_size(log_w(middle))[:, None] >= size
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return torch.where(effective_sample_size(log_w(one))[:, None] >= size, one, low)

@@ -11,7 +11,8 @@ al., A General Framework for Inference-time Scaling and Steering of Diffusion Mo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +23,12 @@ from svdd.samplers.toolbox.tempering import SCHEDULES, next_exponent
 
 __all__ = ["POTENTIALS", "Weighing", "Weights"]
 
-_ROUNDING = 1e-6
 
-
-@dataclass(frozen=True)
-class Weights:
-    """Log-weights of each image's particles, and the history that their potentials depend on.
-
-    Every field is float64 of shape [images, particles], except `exponent`.
+class Weights(NamedTuple):
+    """Log-weights of each image's particles and their history, float64 [images, particles].
 
     Args:
-        log_w: Accumulated log-weights; after resampling, an image's particles share the mean weight, so that the mean
-            of exp(log_w) always estimates Z.
+        log_w: Accumulated log-weights; resampled particles share the mean weight, so that the mean estimates Z.
         log_potentials: Sum of the log-potentials along each particle's path, unchanged by resampling.
         peak: Largest tempered value along that path.
         total: Sum of the tempered values along it.
@@ -57,30 +52,8 @@ class Weights:
         """Estimate of log Z, [images]: the logarithm of the mean weight."""
         return self.log_w.logsumexp(1) - math.log(self.log_w.shape[1])
 
-    def correct(self, log_ratio: Tensor) -> "Weights":
-        """Multiplies by a ratio of densities that corrects for another proposal; it is no potential."""
-        return replace(self, log_w=self.log_w + log_ratio)
 
-    def multiply(self, increment: Tensor, tempered: Tensor) -> "Weights":
-        """Multiplies by potentials, given their logarithms and the tempered values, and extends the history."""
-        return replace(
-            self,
-            log_w=self.log_w + increment,
-            log_potentials=self.log_potentials + increment,
-            peak=self.peak.maximum(tempered),
-            total=self.total + tempered,
-        )
-
-    def select(self, index: Tensor, resampled: Tensor) -> "Weights":
-        """Keeps some particles; images that resampled, bool [images, 1], share their mean weight."""
-        log_w = torch.where(resampled, self.log_normaliser[:, None], self.log_w.gather(1, index))
-        history = {name: getattr(self, name).gather(1, index) for name in ("log_potentials", "peak", "total")}
-        return replace(self, log_w=log_w, **history)
-
-
-Potential = Callable[[Weights, Tensor], Tensor]
-
-POTENTIALS: dict[str, Potential] = {  # (weights, tempered values lambda v / alpha) -> log G
+POTENTIALS: dict[str, Callable[[Weights, Tensor], Tensor]] = {  # (weights, tempered values lambda v / alpha) -> log G
     "difference": lambda weights, tempered: tempered - weights.log_potentials,  # telescopes
     "max": lambda weights, tempered: weights.peak.maximum(tempered),
     "sum": lambda weights, tempered: weights.total + tempered,
@@ -90,18 +63,10 @@ POTENTIALS: dict[str, Potential] = {  # (weights, tempered values lambda v / alp
 
 @dataclass(frozen=True)
 class Weighing:
-    """How a particle sampler weighs, resamples and returns: settings that SMC and TwistedSMC share.
-
-    Args:
-        alpha: Temperature in units of the reward, above 0.
-        potential: A key of `POTENTIALS`.
-        resampler: A key of `svdd.samplers.toolbox.resampling.RESAMPLERS`.
-        ess_threshold: Images resample when their effective sample size is at most this share of their particles.
-        tempering: A key of `svdd.samplers.toolbox.tempering.SCHEDULES`, or `adaptive`.
-        returns: `best` by reward, one `drawn` by weight, or `all`.
+    """How `SMC` and `TwistedSMC` weigh, resample and return; the arguments are theirs.
 
     Raises:
-        ValueError: If a setting is unknown, out of range, or does not go with another.
+        ValueError: If a setting is unknown, out of range, or excluded by another.
     """
 
     alpha: float
@@ -117,8 +82,8 @@ class Weighing:
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in 0 .. 1 (never .. at every step), got {self.ess_threshold}")
         for name, known in (
-            ("potential", list(POTENTIALS)),
-            ("resampler", list(RESAMPLERS)),
+            ("potential", [*POTENTIALS]),
+            ("resampler", [*RESAMPLERS]),
             ("tempering", [*SCHEDULES, "adaptive"]),
             ("returns", ["best", "drawn", "all"]),
         ):
@@ -133,18 +98,28 @@ class Weighing:
             )
 
     def weigh(self, weights: Weights, values: Tensor, progress: float) -> Weights:
-        """Multiplies by the potentials of values [images, particles] at progress = i / T.
-
-        At progress 1 they complete the product to exp(r / alpha).
-        """
-        scaled = values.double() / self.alpha
+        """Multiplies by the potentials of values [images, particles] at progress = i / T; at 1 to exp(r / alpha)."""
+        scaled, potential = values.double() / self.alpha, POTENTIALS[self.potential]
         if progress == 1:
-            complete = weights.multiply(scaled - weights.log_potentials, scaled)
-            return replace(complete, exponent=torch.ones_like(weights.exponent))
-        exponent = self._exponent(weights, scaled, progress)
+            exponent, potential = torch.ones_like(weights.exponent), POTENTIALS["difference"]
+        elif self.tempering == "adaptive":
+            n = scaled.shape[1]
+            exponent = next_exponent(
+                lambda exponent: weights.log_w + (exponent * scaled - weights.log_potentials),
+                weights.exponent,
+                max(self.ess_threshold, 1 / n) * n,
+            )
+        else:
+            exponent = torch.full_like(weights.exponent, SCHEDULES[self.tempering](progress))
         tempered = exponent * scaled
-        increment = POTENTIALS[self.potential](weights, tempered)
-        return replace(weights.multiply(increment, tempered), exponent=exponent)
+        log_g = potential(weights, tempered)
+        return Weights(
+            weights.log_w + log_g,
+            weights.log_potentials + log_g,
+            weights.peak.maximum(tempered),
+            weights.total + tempered,
+            exponent,
+        )
 
     def resample(self, weights: Weights, uniforms: Tensor) -> tuple[Tensor, Weights]:
         """Resamples the images whose effective sample size is low, with uniforms [images, particles] in [0, 1).
@@ -153,12 +128,14 @@ class Weighing:
             Index of the kept particles, int64 [images, particles], and their weights.
         """
         images, particles = weights.log_w.shape
-        # Adaptive tempering stops at the threshold itself, up to rounding; that counts as low.
-        poor = (effective_sample_size(weights.log_w) <= self.ess_threshold * particles * (1 + _ROUNDING))[:, None]
+        low = self.ess_threshold * particles * (1 + 1e-6)  # adaptive tempering stops at the threshold, up to rounding
+        poor = (effective_sample_size(weights.log_w) <= low)[:, None]
         index = torch.arange(particles, device=poor.device).expand(images, -1)
         if poor.any():
             index = torch.where(poor, RESAMPLERS[self.resampler](weights.log_w, uniforms), index)
-        return index, weights.select(index, poor)
+        log_w, log_potentials, peak, total = (field.gather(1, index) for field in weights[:-1])
+        log_w = torch.where(poor, weights.log_normaliser[:, None], log_w)
+        return index, Weights(log_w, log_potentials, peak, total, weights.exponent)
 
     def ends(self, weights: Weights, rewards: Tensor, uniforms: Callable[[int], Tensor]) -> Tensor:
         """Returns the index of the particles to return, int64 [images, 1 or particles]; rewards [images, particles]."""
@@ -167,13 +144,3 @@ class Weighing:
         if self.returns == "drawn":
             return draw(weights.log_w, uniforms(1))
         return torch.arange(rewards.shape[1], device=rewards.device).expand(len(rewards), -1)
-
-    def _exponent(self, weights: Weights, scaled: Tensor, progress: float) -> Tensor:
-        if self.tempering != "adaptive":
-            return torch.full_like(weights.exponent, SCHEDULES[self.tempering](progress))
-        return next_exponent(
-            weights.log_w,
-            lambda exponent: exponent * scaled - weights.log_potentials,
-            weights.exponent,
-            max(self.ess_threshold, 1 / scaled.shape[1]),
-        )

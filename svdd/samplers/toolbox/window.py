@@ -1,13 +1,14 @@
 """The steps at which a sampler guides."""
 
+import math
+
 __all__ = ["Window"]
 
 
 class Window:
-    """A part of the chain, guided at every k-th step.
+    """A part of the chain, guided at every k-th step, counted back from its last: later values are more accurate.
 
-    The step that leaves i is guided if start <= i / T < stop and its distance to the last such step is a multiple of
-    `every`. The last step of the window is always guided, because later values are more accurate.
+    The step that leaves i lies in the window if start <= i / T < stop.
 
     Args:
         start: First guided step, as a fraction of the chain, 0 .. 1.
@@ -30,13 +31,6 @@ class Window:
 
     def guides(self, i: int, num_inference_steps: int) -> bool:
         """Whether the step from i to i + 1 of a chain of that length is guided."""
-        first, last = (
-            self._first_at(self.start, num_inference_steps),
-            self._first_at(self.stop, num_inference_steps) - 1,
-        )
-        return first <= i <= last and (last - i) % self.every == 0
-
-    @staticmethod
-    def _first_at(fraction: float, steps: int) -> int:
-        """Returns the smallest i with i / steps >= fraction, where 0.28 * 25 counts as 7."""
-        return -int(-round(fraction * steps, 9) // 1)
+        # The smallest i with i / T >= a fraction; 0.28 * 25 = 7.000000000000001 counts as 7.
+        first, end = (math.ceil(round(fraction * num_inference_steps, 9)) for fraction in (self.start, self.stop))
+        return first <= i < end and (end - 1 - i) % self.every == 0
