@@ -23,7 +23,7 @@ from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
-from svdd.values.pretrained import to_safetensors
+from svdd.values.learned import to_safetensors
 
 SUM = WeightedSum([Compressibility(), Brightness()], [1.0, 0.1])
 

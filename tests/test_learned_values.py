@@ -21,8 +21,9 @@ from svdd.samplers.unguided import Unguided
 from svdd.state.state import State
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
+from svdd.values.learned import to_safetensors
 from svdd.values.losses import MeanLoss, SoftLoss
-from svdd.values.pretrained import load_value, to_safetensors
+from svdd.values.pretrained import load_value
 from svdd.values.training.data import RolloutDataModule
 from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache, draw_rollouts

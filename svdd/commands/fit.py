@@ -14,8 +14,8 @@ from svdd.commands.parser import as_user_errors
 from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.processes.group import is_rank_zero
+from svdd.values.learned import read_checkpoint, to_safetensors
 from svdd.values.losses import MeanLoss
-from svdd.values.pretrained import read_checkpoint, to_safetensors
 from svdd.values.training.data import RolloutDataModule
 from svdd.values.training.fitting import ValueFitting
 

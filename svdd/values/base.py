@@ -52,12 +52,7 @@ class Value(nn.Module, ABC):
 
 
 class PreviewValue(Value):
-    """A value that scores a decoded prediction of x_0; differentiable if the reward is.
-
-    Args:
-        decoder: A smaller decoder for previews: `tiny`, a folder or a hub name of an AutoencoderTiny.
-        guidance_scale: Another weight of classifier-free guidance for previews, which then have no gradient.
-    """
+    """A value that scores a decoded prediction of x_0, a preview; `PosteriorMean` explains the arguments."""
 
     def __init__(self, decoder: str | None = None, guidance_scale: float | None = None) -> None:
         super().__init__()
@@ -76,3 +71,7 @@ class PreviewValue(Value):
         if self.reward.differentiable:
             return f"{super().describe()} with guidance_scale={self.guidance_scale}"
         return f"reward {self.reward.name}"
+
+    @abstractmethod
+    def estimate(self, state: State) -> Tensor:
+        """Returns the reward of each row's preview, float32 [n]."""

@@ -1,12 +1,16 @@
-"""Networks that are fitted to rollouts: SVDD-MC of Li et al., 2024, arXiv 2408.08252, Algorithm 3."""
+"""Networks that are fitted to rollouts, and their files: SVDD-MC of Li et al., 2024, arXiv 2408.08252, Algorithm 3."""
 
 import inspect
 import json
 from abc import abstractmethod
 from contextlib import nullcontext
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from svdd import UserError
@@ -15,9 +19,11 @@ from svdd.rewards.base import Reward
 from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.losses import MeanLoss, ValueLoss
-from svdd.values.pretrained import HEADER, header, read_checkpoint
 
-__all__ = ["LearnedValue"]
+__all__ = ["HEADER", "LearnedValue", "read_checkpoint", "to_safetensors", "weights_file"]
+
+HEADER = "svdd_value"  # the entry, in both kinds of file, with the value's `identity` and `arguments`
+_EXPECTED = "expected value.safetensors, best.ckpt or last.ckpt as written by `svdd fit`"
 
 
 class LearnedValue(Value):
@@ -139,7 +145,7 @@ class LearnedValue(Value):
 
     def load_checkpoint(self, checkpoint: dict[str, Any], source: str) -> None:
         """Loads a checkpoint; UserError, which names the source, if it is for something else or has other shapes."""
-        recorded, state, own = header(checkpoint, source), checkpoint["state_dict"], self.checkpoint()["state_dict"]
+        recorded, state, own = _header(checkpoint, source), checkpoint["state_dict"], self.checkpoint()["state_dict"]
         if differences := _differences(recorded["identity"], json.loads(json.dumps(self.identity))):
             raise UserError(f"{source} was trained for something else: {'; '.join(differences)}")
         shapes, expected = ({k: list(tensor.shape) for k, tensor in tensors.items()} for tensors in (state, own))
@@ -147,6 +153,46 @@ class LearnedValue(Value):
             causes = _differences(recorded["arguments"], self.arguments) or wrong[:1]
             raise UserError(f"{source} does not fit {type(self).__name__}: {'; '.join(causes)}")
         self.load_state_dict({k.removeprefix("value."): v.to(own[k].dtype) for k, v in state.items()}, strict=False)
+
+
+def weights_file(pretrained: str) -> Path:
+    """Returns the file that `pretrained` names: one that ships with svdd, or a path."""
+    built_in = Path(str(files("svdd") / "assets" / "values" / f"{pretrained}.safetensors"))
+    return built_in if built_in.is_file() else Path(pretrained).expanduser()
+
+
+def read_checkpoint(pretrained: str) -> dict[str, Any]:
+    """Reads a checkpoint or safetensors file as data; UserError if it cannot be read, or `svdd fit` did not write it."""
+    source, path = f"pretrained={pretrained!r}", weights_file(pretrained)
+    try:
+        with open(path, "rb") as opened:
+            if path.suffix != ".safetensors":
+                checkpoint = torch.load(opened, "cpu", weights_only=True)
+            else:
+                with safe_open(path, "pt") as file:
+                    checkpoint = {HEADER: json.loads((file.metadata() or {}).get(HEADER, "null"))}
+                    checkpoint["state_dict"] = {f"value.{k}": file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or error}; {_EXPECTED}") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{source} is not a weights file, or a damaged one; {_EXPECTED}") from error
+    _header(checkpoint, source)
+    return checkpoint
+
+
+def to_safetensors(checkpoint: dict[str, Any]) -> bytes:
+    """Encodes a value's checkpoint as a safetensors file; matrices in half precision."""
+    state = {k.removeprefix("value."): v.contiguous().cpu() for k, v in checkpoint["state_dict"].items()}
+    small = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
+    return save(small, {HEADER: json.dumps(checkpoint[HEADER])})
+
+
+def _header(checkpoint: Any, source: str) -> dict[str, Any]:
+    """Returns `identity` and `arguments` of the value in a checkpoint; UserError if it holds none."""
+    found = checkpoint.get(HEADER) if isinstance(checkpoint, dict) else None
+    if not isinstance(found, dict) or found.keys() != {"identity", "arguments"}:
+        raise UserError(f"{source} holds no value of svdd; {_EXPECTED}")
+    return found
 
 
 def _differences(recorded: dict[str, Any], own: dict[str, Any]) -> list[str]:
