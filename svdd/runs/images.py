@@ -4,18 +4,19 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from svdd.runs.files import sync_folder, write_atomically
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
-from svdd.runs.tar import SHARD_NAME, TarWriter, member_of, read_image, repair
+from svdd.runs.tar import SHARD_NAME, TarWriter, read_image, repair
 
-__all__ = ["RunImages", "image_name"]
+__all__ = ["RunImages", "image_name", "is_named_by"]
 
 _SUBFOLDER = re.compile(r"\d{4,}")
 _OWN_FILE = re.compile(rf"(\d{{6,}}-\d{{2,}}\.png|{SHARD_NAME.pattern})(\.tmp)?")
+_FILE = re.compile(rf"images/(?:(?:{_SUBFOLDER.pattern}|{SHARD_NAME.pattern})/)?([^/]+)")
 _IMAGES_PER_FOLDER = 10_000  # larger folders are slow to list and to back up
 
 
@@ -27,7 +28,7 @@ class RunImages:
         self._archive: TarWriter | None = None
 
     def open(self, rank: int) -> None:
-        """Gets ready to write as the process of this rank."""
+        """Prepares to write as the process of this rank."""
         if self.tar and self._archive is None:
             self._archive = TarWriter(self.folder, rank)
 
@@ -39,7 +40,26 @@ class RunImages:
 
     def write(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
         """Puts PNG files on disk and returns their rows with `file` and `sha256`."""
-        return self._write_files(images) if self._archive is None else self._write_tar(self._archive, images)
+        rows: list[ResultRow] = []
+        members: list[tuple[str, bytes]] = []
+        folders: set[Path] = set()
+        for row, png in images:
+            file = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
+            path = self.run / file
+            if self._archive is not None:
+                file = f"images/{self._archive.shard()}/{path.name}"
+            rows.append(cast(ResultRow, {**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()}))
+            if self._archive is not None:
+                members += [(path.name, png), (f"{path.stem}.json", encode(rows[-1]))]
+                continue
+            path.parent.mkdir(exist_ok=True)
+            folders |= {self.folder, path.parent}
+            write_atomically(path, png, durable=False)
+        if self._archive is not None and members:
+            self._archive.append(members, len(rows))
+        for folder in folders:
+            sync_folder(folder)
+        return rows
 
     def is_whole(self, row: Mapping[str, Any]) -> bool:
         """Whether the image of a row is there with the recorded checksum."""
@@ -49,7 +69,7 @@ class RunImages:
 
     def remove(self, everything: bool) -> None:
         """Removes files that a crash left half written, or all images; keeps all files of other origin."""
-        inside = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        inside = sorted(self.folder.glob("*"))
         subfolders = [path for path in inside if _SUBFOLDER.fullmatch(path.name) and path.is_dir()]
         for path in (*inside, *(path for folder in subfolders for path in sorted(folder.iterdir()))):
             if _OWN_FILE.fullmatch(path.name) and (everything or path.suffix == ".tmp"):
@@ -62,50 +82,19 @@ class RunImages:
         """Repairs the tar shards and removes images without a row from them."""
         wanted: dict[str, set[str]] = {}
         for row in rows:
-            if (inside := member_of(row["file"])) is not None:
-                wanted.setdefault(Path(inside[0]).name, set()).add(Path(inside[1]).stem)
+            path = PurePosixPath(row["file"])
+            if path.parent.suffix == ".tar":
+                wanted.setdefault(path.parent.name, set()).add(path.stem)
         repair(self.folder, wanted)
 
-    @staticmethod
-    def is_named_by(row: Mapping[str, Any]) -> bool:
-        """Whether a row is complete and names its image as svdd does; a prompt has the images 0 to num_images - 1.
 
-        Raises:
-            KeyError: If a column is missing.
-        """
-        place = row["prompt_index"], row["image_index"], row["num_images"]
-        if type(row["num_images"]) is not int or not 0 <= row["image_index"] < row["num_images"]:
-            return False
-        names = {image_name(*place), image_name(*place, num_prompts=_IMAGES_PER_FOLDER + 1)}
-        shard, name = member_of(row["file"]) or ("", "")
-        in_shard = name == Path(image_name(*place)).name and SHARD_NAME.fullmatch(shard.removeprefix("images/"))
-        named = row["file"] in names or (in_shard and shard.startswith("images/"))
-        return bool(named) and isinstance(row["sha256"], str)
-
-    def _write_files(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
-        rows, folders = [], {self.folder}
-        for row, png in images:
-            name = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
-            path = self.run / name
-            if path.parent not in folders:
-                path.parent.mkdir(exist_ok=True)
-                folders.add(path.parent)
-            write_atomically(path, png, durable=False)
-            rows.append(_completed(row, name, png))
-        for folder in folders:
-            sync_folder(folder)
-        return rows
-
-    def _write_tar(self, archive: TarWriter, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
-        """Writes the images into the open shard, each followed by its row."""
-        rows, members = [], []
-        for row, png in images:
-            name = Path(image_name(row["prompt_index"], row["image_index"]))
-            rows.append(_completed(row, f"images/{archive.shard()}/{name.name}", png))
-            members += [(name.name, png), (f"{name.stem}.json", encode(rows[-1]))]
-        if rows:
-            archive.append(members, len(rows))
-        return rows
+def is_named_by(row: Mapping[str, Any]) -> bool:
+    """Whether a row is complete and names its image as svdd does; a prompt has the images 0 to num_images - 1."""
+    if type(row["num_images"]) is not int or not 0 <= row["image_index"] < row["num_images"]:
+        return False
+    named = _FILE.fullmatch(row["file"])
+    right = named is not None and f"images/{named[1]}" == image_name(row["prompt_index"], row["image_index"])
+    return right and isinstance(row["sha256"], str)
 
 
 def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_prompts: int = 0) -> str:
@@ -123,7 +112,3 @@ def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_pro
     if num_prompts * num_images <= _IMAGES_PER_FOLDER:
         return f"images/{name}"
     return f"images/{prompt_index // max(1, _IMAGES_PER_FOLDER // num_images):04d}/{name}"
-
-
-def _completed(row: ResultRow, file: str, png: bytes) -> ResultRow:
-    return cast(ResultRow, {**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()})

@@ -3,8 +3,9 @@
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,10 @@ __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture on disk.
 
-    Args:
+    Attributes:
         folder: The folder in which it was found.
         file: Its path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`.
         prompt_index: The index of its prompt; without prompts, its own position.
@@ -45,10 +45,7 @@ class Picture:
 def find_pictures(folder: Path) -> list[Picture]:
     """Returns the pictures of a run in the order of its rows, or those of any folder and its subfolders by name.
 
-    Numbers in names count as numbers: 2.png comes before 10.png.
-
-    Raises:
-        UserError: If there are none.
+    Numbers in names count as numbers: 2.png comes before 10.png. Raises a UserError if there are none.
     """
     run = RunFolder(folder)
     if run.results.is_file():
@@ -70,22 +67,12 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 
 def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[list[Picture], Tensor]]:
-    """Yields pictures of equal size, at most `count` at once: float32 [n, 3, h, w] in [0, 1].
-
-    Raises:
-        UserError: If a file is no picture.
-    """
-    batch: list[Picture] = []
-    pixels: list[Tensor] = []
-    for picture in pictures:
-        tensor = torch.from_numpy(pixels_of(picture.folder, picture.file)).permute(2, 0, 1).float() / 255
-        if batch and (len(batch) == count or tensor.shape != pixels[0].shape):
-            yield batch, torch.stack(pixels)
-            batch, pixels = [], []
-        batch.append(picture)
-        pixels.append(tensor)
-    if batch:
-        yield batch, torch.stack(pixels)
+    """Yields pictures of equal size, at most `count` at once: float32 [n, 3, h, w] in [0, 1]; see `pixels_of`."""
+    read = ((picture, pixels_of(picture.folder, picture.file)) for picture in pictures)
+    for _, same in groupby(read, lambda pair: pair[1].shape):
+        while batch := list(islice(same, count)):
+            pixels = torch.from_numpy(np.stack([array for _, array in batch]))
+            yield [picture for picture, _ in batch], pixels.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def pixels_of(folder: Path, file: str) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""What one prediction step returns to the callbacks."""
+"""What one prediction step returns to the callbacks, and how it skips prompts that fail."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from svdd.runs.rows import ResultRow
+from svdd import RewardError, UserError
+from svdd.runs.rows import Prompt, ResultRow
 
-__all__ = ["Prediction"]
+__all__ = ["Prediction", "predict_or_skip"]
 
 
 @dataclass
@@ -25,3 +28,32 @@ class Prediction:
     rows: list[ResultRow]
     traces: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def predict_or_skip(
+    predict: Callable[[list[Prompt]], Prediction], batch: list[Prompt], is_fatal: Callable[[Exception], bool]
+) -> Prediction:
+    """Draws a batch; if it fails, draws its prompts one by one and skips those that fail alone too.
+
+    Args:
+        predict: Draws and scores a batch.
+        batch: Its prompts.
+        is_fatal: Whether an error would occur for every prompt, such as a device without memory; it is then raised. So
+            is every UserError except a RewardError.
+    """
+    try:
+        return predict(batch)
+    except Exception as error:
+        if is_fatal(error) or (isinstance(error, UserError) and not isinstance(error, RewardError)):
+            raise
+        message = f"{type(error).__name__}: {error}"
+    if len(batch) == 1:
+        failure = {"prompt_index": batch[0].index, "image_index": 0, "prompt": batch[0].text, "error": message}
+        return Prediction(torch.zeros(0, 3, 1, 1), [], failures=[failure])
+    parts = [predict_or_skip(predict, [prompt], is_fatal) for prompt in batch]
+    return Prediction(
+        torch.cat([part.images for part in parts if part.rows] or [parts[0].images]),
+        [row for part in parts for row in part.rows],
+        [trace for part in parts for trace in part.traces],
+        [failure for part in parts for failure in part.failures],
+    )

@@ -1,8 +1,8 @@
-"""Images in tar shards that WebDataset can read, instead of a file each; a crash at any point harms one batch at most.
+"""Images in tar shards that WebDataset can read; a crash at any point harms one batch at most.
 
 A shard holds `000012-00.png` and `000012-00.json`, the image's row, for each image. Every process writes its own
-shards, `images/00003-000000.tar`, and begins a new one whenever a run continues, so that no image is ever appended to
-an incomplete file. When the run continues, incomplete ends are cut off, and images without a row are removed.
+shards, `images/00003-000000.tar`, and begins a new one whenever a run continues: no image is ever appended to an
+incomplete file. When the run continues, incomplete ends are cut off, and images without a row are removed.
 """
 
 import errno
@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from io import FileIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from svdd.runs.files import sync_folder
+from svdd.runs.files import append, replacing, sync_folder
 
-__all__ = ["SHARD_NAME", "TarWriter", "member_of", "read_image", "repair"]
+__all__ = ["SHARD_NAME", "TarWriter", "read_image", "repair"]
 
 SHARD_NAME = re.compile(r"\d{5,}-\d{6,}\.tar")
 
@@ -40,11 +40,10 @@ class TarWriter:
 
     def shard(self) -> str:
         """Returns the name of the shard for the next batch, and opens it."""
+        name = f"{self._rank:05d}-{self._next:06d}.tar"
         if self._file is None:
-            path = self._folder / f"{self._rank:05d}-{self._next:06d}.tar"
-            self._file = FileIO(path, "x")
-            self._next, self._count = self._next + 1, 0
-        return Path(str(self._file.name)).name
+            self._file, self._count = FileIO(self._folder / name, "x"), 0
+        return name
 
     def append(self, members: Iterable[tuple[str, bytes]], images: int) -> None:
         """Appends the members of a batch in one write, and returns when they are on disk; `shard` comes first.
@@ -53,7 +52,7 @@ class TarWriter:
             OSError: If the disk is full or cannot be written; the next run drops what is incomplete.
         """
         assert self._file is not None, "call shard first"
-        self._write(self._file, b"".join(_encode(name, data) for name, data in members))
+        append(self._file, b"".join(_encode(name, data) for name, data in members))
         sync_folder(self._folder)
         self._count += images
         if self._count >= self._limit:
@@ -62,21 +61,9 @@ class TarWriter:
     def close(self) -> None:
         """Ends the open shard, if there is one."""
         if self._file is not None:
-            file, self._file = self._file, None
+            file, self._file, self._next = self._file, None, self._next + 1
             with file, suppress(OSError):  # a shard without its end can be read too
-                self._write(file, _END)
-
-    @staticmethod
-    def _write(file: FileIO, data: bytes) -> None:
-        if os.write(file.fileno(), data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
-        os.fsync(file.fileno())
-
-
-def member_of(file: str) -> tuple[str, str] | None:
-    """Splits a row's `file` into the path of a shard and a member's name; None if the image is a file of its own."""
-    path = PurePosixPath(file)
-    return (str(path.parent), path.name) if path.parent.suffix == ".tar" else None
+                append(file, _END)
 
 
 def read_image(run: Path, file: str) -> bytes:
@@ -85,19 +72,16 @@ def read_image(run: Path, file: str) -> bytes:
     Raises:
         OSError: If the image is missing or incomplete.
     """
-    inside = member_of(file)
-    if inside is None:
-        return (run / file).read_bytes()
-    shard, name = run / inside[0], inside[1]
+    path = run / file
+    shard = path.parent
+    if shard.suffix != ".tar":
+        return path.read_bytes()
     status = shard.stat()
     with _one_reader:
         members = _members(shard, status.st_size, status.st_mtime_ns)
-    if name not in members or f"{Path(name).stem}.json" not in members:  # the row is written after its image
+    if path.name not in members or f"{path.stem}.json" not in members:  # the row is written after its image
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
-    offset, size = members[name]
-    with open(shard, "rb") as content:
-        content.seek(offset)
-        return content.read(size)
+    return _read(shard, *members[path.name])
 
 
 def repair(folder: Path, wanted: dict[str, set[str]]) -> None:
@@ -107,38 +91,18 @@ def repair(folder: Path, wanted: dict[str, set[str]]) -> None:
         if not names:
             shard.unlink()
             continue
-        size = shard.stat().st_size
-        members = _scan(shard, size)
+        members = _scan(shard, shard.stat().st_size)
         if {Path(name).stem for name in members} != names:
-            _rewrite(shard, {name: place for name, place in members.items() if Path(name).stem in names})
+            with replacing(shard) as output:
+                for name, place in members.items():
+                    if Path(name).stem in names:
+                        output.write(_encode(name, _read(shard, *place)))
+                output.write(_END)
             continue
-        end = max(-(-(offset + length) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, length in members.values())
-        if end + len(_END) != size:
-            _cut(shard, end)
-
-
-def _rewrite(shard: Path, members: Members) -> None:
-    """Replaces a shard by one with some of its members, copied one by one."""
-    temporary = shard.with_name(shard.name + ".tmp")
-    with open(shard, "rb") as content, open(temporary, "wb") as output:
-        for name, (offset, size) in members.items():
-            content.seek(offset)
-            output.write(_encode(name, content.read(size)))
-        output.write(_END)
-        output.flush()
-        os.fsync(output.fileno())
-    os.replace(temporary, shard)
-    sync_folder(shard.parent)
-
-
-def _cut(shard: Path, end: int) -> None:
-    """Ends a shard after its last member, without moving anything."""
-    with open(shard, "r+b") as content:
-        content.truncate(end)
-        content.seek(end)
-        content.write(_END)
-        content.flush()
-        os.fsync(content.fileno())
+        end = max(-(-(offset + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, size in members.values())
+        if end + len(_END) != shard.stat().st_size:
+            os.truncate(shard, end)
+            os.truncate(shard, end + len(_END))  # zeros end a tar file
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -149,6 +113,12 @@ def _encode(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _read(shard: Path, offset: int, size: int) -> bytes:
+    with open(shard, "rb") as content:
+        content.seek(offset)
+        return content.read(size)
 
 
 @lru_cache(maxsize=256)
