@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from svdd import UserError
-from svdd.runs import tar as run_tar
+from svdd.runs import images as run_images
 from svdd.runs.folder import RunFolder
-from svdd.runs.tar import TarWriter, read_image, repair
+from svdd.runs.images import RunImages, TarWriter, read_image
 from svdd.runs.writer import RunWriter
 from tests.test_writer import CONFIG, Tiny, full_disk, predict, read_rows
 
@@ -151,10 +151,15 @@ def large_shard(folder):
     return path
 
 
+def keep_only(path, prompts):
+    rows = [{"file": f"images/{path.name}/{k:06d}-00.png"} for k in prompts]
+    RunImages(path.parents[1], 20, tar=True).keep_only(rows)
+
+
 def test_a_missing_end_is_added_and_nothing_copied(tmp_path):
     path = large_shard(tmp_path)
     before, inode = path.read_bytes(), path.stat().st_ino
-    repair(tmp_path / "images", {path.name: {f"{k:06d}-00" for k in range(20)}})
+    keep_only(path, range(20))
     assert path.read_bytes() == before + bytes(1024)
     assert path.stat().st_ino == inode
 
@@ -162,7 +167,7 @@ def test_a_missing_end_is_added_and_nothing_copied(tmp_path):
 def test_a_shard_is_copied_image_by_image(tmp_path):
     path = large_shard(tmp_path)
     tracemalloc.start()
-    repair(tmp_path / "images", {path.name: {f"{k:06d}-00" for k in range(1, 20)}})
+    keep_only(path, range(1, 20))
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 6_000_000
@@ -183,10 +188,11 @@ def test_many_shards_are_read_one_after_the_other(tmp_path, monkeypatch):
         folder.close_shard()
     folders[0].merge()
     folders[0].close()
-    scans, scan = [], run_tar._scan
-    monkeypatch.setattr(run_tar, "_scan", lambda *args: scans.append(args) or scan(*args))
+    opened, open_tar = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *args, **kwargs: opened.append(args) or open_tar(*args, **kwargs))
+    run_images._scan.cache_clear()
     assert RunFolder(tmp_path, tar=True).claim({}) == set(range(140))
-    assert len(scans) <= 2 * 70
+    assert 70 <= len(opened) <= 2 * 70
 
 
 def test_overwrite_removes_shards(tmp_path):

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svdd import UserError
 from svdd.runs.folder import RunFolder
+from svdd.runs.images import read_image
 from svdd.runs.rows import ResultRow
-from svdd.runs.tar import read_image
 
 __all__ = ["compare", "draw"]
 

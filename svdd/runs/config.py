@@ -47,12 +47,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 def differences(
     recorded: Mapping[str, Any], config: Mapping[str, Any], harmless: re.Pattern[str] = _HARMLESS
 ) -> list[str]:
-    """Lists the settings that differ and affect the result, with both values.
+    """Lists the settings that differ, with both values.
 
-    Args:
-        recorded: The recorded configuration.
-        config: The present configuration.
-        harmless: Matches the dotted keys that may differ; by default those of a run that draws images.
+    Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images.
     """
     there, now = (dict(_leaves(yaml.safe_load(_dump(tree)))) for tree in (recorded, config))
     return [
@@ -65,9 +62,7 @@ def differences(
 def plain(value: Any, finite: bool = False) -> Any:
     """Reduces a value to dicts, lists, strings, numbers, booleans and None, as in YAML and JSON.
 
-    Args:
-        value: Anything; tensors and arrays become (lists of) numbers, unknown objects become strings.
-        finite: Replace NaN and infinities by None, as strict JSON requires.
+    Tensors and arrays become (lists of) numbers, unknown objects strings, and with `finite` NaN and infinities None.
     """
     if value is None or isinstance(value, bool):
         return value

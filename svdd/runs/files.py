@@ -25,9 +25,7 @@ class RunError(UserError):
 def replacing(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """Opens a temporary file that takes the place of `path` at the end: a crash leaves either the old file or the new.
 
-    Args:
-        path: The file to replace.
-        durable: Also wait until the rename is on disk; if False, call `sync_folder` later.
+    With `durable` it waits until the rename is on disk; otherwise, call `sync_folder` later.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -65,10 +63,7 @@ def sync_folder(path: Path) -> None:
 def lock(path: Path, held: str, option: str = "--output") -> FileLock:
     """Locks a file until `release` or the end of this process; child processes do not inherit the lock.
 
-    Args:
-        path: The lock file; it is created if absent and names the process that holds it.
-        held: The message of the RunError if another process holds the lock.
-        option: The command-line option that names the folder.
+    The file names the process that holds it. If that is another one, the message of the RunError begins with `held`.
     """
     file_lock = FileLock(path, timeout=0, thread_local=False, on_acquired=_write_owner)
     try:

@@ -1,13 +1,13 @@
 """The folder of a run: written so that a crash at any point loses nothing, and read back.
 
-Every image is renamed into place; then its trace and then its row are appended to this process's own shards. The main
-process merges the shards when a run begins and when it ends. A row counts only if its line is complete and its image
-has the recorded SHA-256; a trace counts only with its row. Failed prompts are listed until the run continues, which
-tries them again.
+Each image is renamed into place; then its trace and then its row are appended to the shards of this process. Rank 0
+merges the shards when a run begins and when it ends. A row counts only if its line is complete and its image has the
+recorded SHA-256; a trace counts only with its row. Failed prompts are listed until the
+run continues, which tries them again.
 """
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +23,8 @@ from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.rows import ResultRow
 
 __all__ = ["RunFolder"]
+
+Entries = Sequence[Mapping[str, Any]]
 
 
 class RunFolder:
@@ -48,16 +50,16 @@ class RunFolder:
 
     def rows(self) -> Iterator[ResultRow]:
         """Yields the rows of a finished run; raises a UserError if the folder is none."""
-        name = self.results.name
         if not self.results.is_file():
-            raise UserError(f"{self.path} holds no {name}; give the --output folder of a finished `svdd predict`")
+            what = f"{self.path} holds no {self.results.name}"
+            raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
         with open(self.results, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    where = f"{self.results}, line {number}"
-                    raise UserError(f"{where} is not JSON; run the same `svdd predict` again") from error
+                    what = f"{self.results}, line {number} is not JSON"
+                    raise UserError(f"{what}; run the same `svdd predict` again") from error
 
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
@@ -80,7 +82,7 @@ class RunFolder:
             overwrite: First remove the files of an earlier run, and no others.
 
         Raises:
-            RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
+            RunError: If the folder is no run folder, has other settings, is in use, or cannot be written.
         """
         try:
             with os_errors_explained(self.path):
@@ -98,35 +100,26 @@ class RunFolder:
             raise
 
     def open_shard(self, rank: int) -> None:
-        """Locks and opens the files to which the process of this rank appends.
-
-        Raises:
-            RunError: If another process writes them, or they cannot be written.
-        """
+        """Locks and opens the files to which the process of this rank appends; raises a RunError if it cannot."""
         with os_errors_explained(self.path):
             if self._shard_lock is None:
                 held = f"another process writes as rank {rank} to {self.path}"
                 self._shard_lock = lock(self.path / f".lock-{rank:05d}", held)
             self._rows.open(rank)
             self.images.open(rank)
+            if rank == 0:
+                self.summary.unlink(missing_ok=True)  # it becomes outdated
         self._rank = rank
 
-    def write(
-        self,
-        images: Iterable[tuple[ResultRow, bytes]],
-        traces: Sequence[dict[str, Any]] = (),
-        failures: Sequence[dict[str, Any]] = (),
-    ) -> None:
+    def write(self, images: Iterable[tuple[ResultRow, bytes]], traces: Entries = (), failures: Entries = ()) -> None:
         """Puts a batch on disk: first each image, then, in one write each, the traces and a row for each image.
 
-        Args:
-            images: The row and the PNG file's bytes of each image. The rows gain `file` and `sha256`.
-            traces: As in `Prediction`.
-            failures: As in `Prediction`.
+        `images` holds the row and the PNG file's bytes of each image; the rest is as in `Prediction`. After an error,
+        earlier batches stay, and this one leaves no rows.
 
         Raises:
             ValueError: If a row or a trace could not be read back, for example a row without `num_images`.
-            RunError: If the disk is full or cannot be written; earlier batches stay, and this one leaves no rows.
+            RunError: If the disk is full or cannot be written.
         """
         assert self._rank is not None, "call open_shard first"
         with os_errors_explained(self.path):
@@ -152,8 +145,7 @@ class RunFolder:
             rows, _ = self._rows.scan()
             self._rows.merge(rows)
             self._merge_traces(rows)
-            failures, _ = self._failures.scan()
-            if failures:
+            if failures := self._failures.scan()[0]:
                 self._failures.merge(failures)
         return len({prompt for prompt, _ in rows}), len(rows), len(failures)
 
@@ -165,11 +157,6 @@ class RunFolder:
     def amend_summary(self, found: Mapping[str, Any]) -> None:
         """Adds entries to the summary."""
         self.write_summary(self.read_summary() | dict(found))
-
-    def remove_summary(self) -> None:
-        """Removes the summary before it becomes outdated."""
-        with os_errors_explained(self.summary):
-            self.summary.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes the shards and releases the folder."""
@@ -205,7 +192,7 @@ class RunFolder:
         for file in files if overwrite else (self._failures,):  # failed prompts are tried again
             file.remove()
         if overwrite:
-            self.remove_summary()
+            self.summary.unlink(missing_ok=True)
         self.images.remove(everything=overwrite)
         if recorded is None or changed or overwrite:
             write_config(self.path, config)
@@ -223,8 +210,7 @@ class RunFolder:
 
 def _finished(rows: RowIndex) -> set[int]:
     """Returns the prompts that have as many images as their rows say."""
-    counts = Counter(prompt for prompt, _ in rows)
-    expected: Counter[int] = Counter()
+    expected: defaultdict[int, list[int]] = defaultdict(list)
     for (prompt, _), place in rows.items():
-        expected[prompt] = max(expected[prompt], place.num_images)
-    return {prompt for prompt, count in counts.items() if count == expected[prompt]}
+        expected[prompt].append(place.num_images)
+    return {prompt for prompt, counts in expected.items() if len(counts) == max(counts)}

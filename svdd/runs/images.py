@@ -1,23 +1,37 @@
-"""Where the images of a run lie: in files of their own or in tar shards."""
+"""The images of a run, in files of their own or in tar shards that WebDataset can read.
 
+A shard holds `000012-00.png` and `000012-00.json`, the image's row, for each image. Every process writes its own
+shards, `images/00003-000000.tar`, and begins a new one whenever a run continues: no image is ever appended to an
+incomplete file. When the run continues, incomplete ends are cut off, and images without a row are removed.
+"""
+
+import errno
 import hashlib
+import os
 import re
+import tarfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from svdd.runs.files import sync_folder, write_atomically
+from svdd.runs.files import append, replacing, sync_folder, write_atomically
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
-from svdd.runs.tar import SHARD_NAME, TarWriter, read_image, repair
 
-__all__ = ["RunImages", "image_name", "is_named_by"]
+__all__ = ["RunImages", "TarWriter", "image_name", "is_named_by", "read_image"]
 
-_SUBFOLDER = re.compile(r"\d{4,}")
-_OWN_FILE = re.compile(rf"(\d{{6,}}-\d{{2,}}\.png|{SHARD_NAME.pattern})(\.tmp)?")
-_FILE = re.compile(rf"images/(?:(?:{_SUBFOLDER.pattern}|{SHARD_NAME.pattern})/)?([^/]+)")
 _IMAGES_PER_FOLDER = 10_000  # larger folders are slow to list and to back up
+_SUBFOLDER, _SHARD = re.compile(r"\d{4,}"), re.compile(r"\d{5,}-\d{6,}\.tar")
+_OWN_FILE = re.compile(rf"(\d{{6,}}-\d{{2,}}\.png|{_SHARD.pattern})(\.tmp)?")
+_FILE = re.compile(rf"images/(?:(?:{_SUBFOLDER.pattern}|{_SHARD.pattern})/)?([^/]+)")
+
+_END = bytes(2 * tarfile.BLOCKSIZE)
+_one_reader = threading.Lock()  # several threads would read the same headers
 
 
 class RunImages:
@@ -69,23 +83,68 @@ class RunImages:
 
     def remove(self, everything: bool) -> None:
         """Removes files that a crash left half written, or all images; keeps all files of other origin."""
-        inside = sorted(self.folder.glob("*"))
-        subfolders = [path for path in inside if _SUBFOLDER.fullmatch(path.name) and path.is_dir()]
-        for path in (*inside, *(path for folder in subfolders for path in sorted(folder.iterdir()))):
+        subfolders = [path for path in self.folder.glob("*") if _SUBFOLDER.fullmatch(path.name) and path.is_dir()]
+        for path in sorted(path for folder in (self.folder, *subfolders) for path in folder.glob("*")):
             if _OWN_FILE.fullmatch(path.name) and (everything or path.suffix == ".tmp"):
                 path.unlink()
         for folder in subfolders if everything else ():
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
 
-    def keep_only(self, rows: Iterable[ResultRow]) -> None:
+    def keep_only(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Repairs the tar shards and removes images without a row from them."""
-        wanted: dict[str, set[str]] = {}
+        wanted: dict[str, set[str]] = defaultdict(set)
         for row in rows:
             path = PurePosixPath(row["file"])
             if path.parent.suffix == ".tar":
-                wanted.setdefault(path.parent.name, set()).add(path.stem)
-        repair(self.folder, wanted)
+                wanted[path.parent.name].add(path.stem)
+        for shard in _shards(self.folder):
+            _repair(shard, wanted[shard.name])
+
+
+class TarWriter:
+    """The shards that the process of one rank writes to a folder; a shard is closed at `images_per_shard` images."""
+
+    def __init__(self, folder: Path, rank: int, images_per_shard: int = 1000) -> None:
+        self._folder, self._rank, self._limit = folder, rank, images_per_shard
+        taken = [int(path.stem.split("-")[1]) for path in _shards(folder) if path.name.startswith(f"{rank:05d}-")]
+        self._next = max(taken, default=-1) + 1
+        self._file: FileIO | None = None
+        self._count = 0
+
+    def shard(self) -> str:
+        """Returns the name of the shard for the next batch, and opens it."""
+        name = f"{self._rank:05d}-{self._next:06d}.tar"
+        if self._file is None:
+            self._file, self._count = FileIO(self._folder / name, "x"), 0
+        return name
+
+    def append(self, members: Iterable[tuple[str, bytes]], images: int) -> None:
+        """Appends the members of a batch in one write, and returns when they are on disk; `shard` comes first."""
+        assert self._file is not None, "call shard first"
+        append(self._file, b"".join(_encode(name, data) for name, data in members))
+        sync_folder(self._folder)
+        self._count += images
+        if self._count >= self._limit:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the open shard, if there is one."""
+        if self._file is not None:
+            file, self._file, self._next = self._file, None, self._next + 1
+            with file, suppress(OSError):  # a shard without its end can be read too
+                append(file, _END)
+
+
+def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_prompts: int = 0) -> str:
+    """Returns an image's path in the run folder, `images/000012-00.png`; `num_prompts` is the whole run's.
+
+    In a run of more than 10,000 images it is `images/0001/010234-00.png`, with at most 10,000 images in a subfolder.
+    """
+    name = f"{prompt_index:06d}-{image_index:02d}.png"
+    if num_prompts * num_images <= _IMAGES_PER_FOLDER:
+        return f"images/{name}"
+    return f"images/{prompt_index // max(1, _IMAGES_PER_FOLDER // num_images):04d}/{name}"
 
 
 def is_named_by(row: Mapping[str, Any]) -> bool:
@@ -97,18 +156,67 @@ def is_named_by(row: Mapping[str, Any]) -> bool:
     return right and isinstance(row["sha256"], str)
 
 
-def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_prompts: int = 0) -> str:
-    """Returns an image's path in the run folder, `images/000012-00.png`.
+def read_image(run: Path, file: str) -> bytes:
+    """Returns an image by the `file` of its row, from its own file or out of a shard; an OSError if it is not whole."""
+    path = run / file
+    shard = path.parent
+    if shard.suffix != ".tar":
+        return path.read_bytes()
+    members = _members(shard)
+    if path.name not in members or f"{path.stem}.json" not in members:  # the row is written after its image
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+    return _read(shard, *members[path.name])
 
-    In a run of more than 10,000 images it is `images/0001/010234-00.png`, with at most 10,000 images in a subfolder.
 
-    Args:
-        prompt_index: Position of the prompt in its source.
-        image_index: Position of the image among those of its prompt.
-        num_images: Images of each prompt.
-        num_prompts: Prompts of the whole run; 0 if unknown.
-    """
-    name = f"{prompt_index:06d}-{image_index:02d}.png"
-    if num_prompts * num_images <= _IMAGES_PER_FOLDER:
-        return f"images/{name}"
-    return f"images/{prompt_index // max(1, _IMAGES_PER_FOLDER // num_images):04d}/{name}"
+def _repair(shard: Path, names: set[str]) -> None:
+    """Keeps the images with these names, without suffix, in a shard; removes it if there are none."""
+    if not names:
+        shard.unlink()
+        return
+    members = _members(shard)
+    if {Path(name).stem for name in members} != names:
+        with replacing(shard) as output:
+            for name, place in members.items():
+                if Path(name).stem in names:
+                    output.write(_encode(name, _read(shard, *place)))
+            output.write(_END)
+        return
+    end = max(-(-(offset + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, size in members.values())
+    if end + len(_END) != shard.stat().st_size:
+        os.truncate(shard, end)
+        os.truncate(shard, end + len(_END))  # zeros end a tar file
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if _SHARD.fullmatch(path.name))
+
+
+def _encode(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _read(shard: Path, offset: int, size: int) -> bytes:
+    with open(shard, "rb") as content:
+        content.seek(offset)
+        return content.read(size)
+
+
+def _members(shard: Path) -> dict[str, tuple[int, int]]:
+    """Returns the offset and the size of the data of each complete member, by name."""
+    status = shard.stat()
+    with _one_reader:
+        return _scan(shard, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)  # until the shard changes
+def _scan(shard: Path, size: int, modified: int) -> dict[str, tuple[int, int]]:
+    members = {}
+    with suppress(tarfile.TarError), tarfile.open(shard, "r:", ignore_zeros=False) as archive:
+        for member in archive:
+            if member.offset_data + member.size > size:
+                break
+            members[member.name] = (member.offset_data, member.size)
+            archive.members = []  # type: ignore[attr-defined]  # it keeps every member otherwise
+    return members

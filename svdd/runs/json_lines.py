@@ -35,12 +35,7 @@ RowIndex = dict[tuple[int, int], _Place]  # the newest line about each image, by
 
 
 class ShardedFile:
-    """A merged file and the shards beside it.
-
-    Args:
-        path: The merged file.
-        is_entry: Whether the content of a line is valid; it may raise KeyError or TypeError if not.
-    """
+    """A merged file and the shards beside it; `is_entry` is false, or raises KeyError or TypeError, for a bad entry."""
 
     def __init__(self, path: Path, is_entry: Callable[[dict[str, Any]], bool] = lambda entry: True) -> None:
         self.path, self._is_entry = path, is_entry
@@ -59,11 +54,9 @@ class ShardedFile:
         return self._shard
 
     def append(self, rank: int, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Appends a line per entry to the shard of this rank, and returns when they are on disk.
+        """Appends a line per entry to this rank's shard, and returns when they are on disk.
 
-        Raises:
-            ValueError: If an entry could not be read back.
-            OSError: If the disk is full or cannot be written; the next merge drops an incomplete line.
+        Raises a ValueError if an entry could not be read back, or an OSError; the next merge drops an incomplete line.
         """
         lines = []
         for entry in entries:
@@ -85,14 +78,10 @@ class ShardedFile:
     def scan(self, accept: Callable[[dict[str, Any]], bool] | None = None) -> tuple[RowIndex, int]:
         """Returns the place of the newest accepted entry of each image, and the number of lines read.
 
-        Shards are read first: entries only ever move from them to the merged file, so none is missed meanwhile.
-
-        Args:
-            accept: Whether an entry counts; called from several threads. Default: all count.
+        Shards are read first, as entries only move from them to the merged file. `accept` is called from several
+        threads; without it all entries count.
         """
-        merged: RowIndex = {}
-        newest: RowIndex = {}
-        count = 0
+        merged, newest, count = RowIndex(), RowIndex(), 0
         with ThreadPoolExecutor(_THREADS) as pool:
             for path in (*self.shards(), self.path):
                 index, lines = merged if path == self.path else newest, _lines(path)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.runs.folder import RunFolder
-from svdd.runs.tar import read_image
+from svdd.runs.images import read_image
 
 __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 
@@ -22,19 +22,12 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class Picture(NamedTuple):
-    """A picture on disk.
-
-    Attributes:
-        folder: The folder in which it was found.
-        file: Its path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`.
-        prompt_index: The index of its prompt; without prompts, its own position.
-        prompt: The prompt's text; empty if it is unknown.
-    """
+    """A picture on disk."""
 
     folder: Path
-    file: str
-    prompt_index: int
-    prompt: str = ""
+    file: str  # path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`
+    prompt_index: int  # without prompts, its own position
+    prompt: str = ""  # empty if it is unknown
 
     @property
     def path(self) -> Path:
@@ -76,11 +69,7 @@ def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[lis
 
 
 def pixels_of(folder: Path, file: str) -> np.ndarray:
-    """Returns the pixels of the picture with this `Picture.file` in a folder, uint8 [h, w, 3].
-
-    Raises:
-        UserError: If it is no picture.
-    """
+    """Returns the pixels of a file as in `Picture`, uint8 [h, w, 3]; raises a UserError if it is no picture."""
     try:
         with Image.open(io.BytesIO(read_image(folder, file))) as image:
             return np.array(image.convert("RGB"))

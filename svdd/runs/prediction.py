@@ -17,17 +17,14 @@ __all__ = ["Prediction", "predict_or_skip"]
 class Prediction:
     """The images of a batch of prompts and what is known about each.
 
-    Args:
-        images: float [n, 3, h, w] in [0, 1], on the CPU.
-        rows: One per image, in the same order.
-        traces: One per image whose sampler made choices: prompt_index, image_index and columns, see `Trace`.
-        failures: One per prompt that could not be drawn: prompt_index, image_index (0), prompt, error.
+    A trace has prompt_index, image_index and columns, see `Trace`; a failure prompt_index, image_index (0), prompt and
+    error.
     """
 
-    images: Tensor
-    rows: list[ResultRow]
-    traces: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[dict[str, Any]] = field(default_factory=list)
+    images: Tensor  # float [n, 3, h, w] in [0, 1], on the CPU
+    rows: list[ResultRow]  # one per image, in the same order
+    traces: list[dict[str, Any]] = field(default_factory=list)  # one per image whose sampler made choices
+    failures: list[dict[str, Any]] = field(default_factory=list)  # one per prompt that could not be drawn
 
 
 def predict_or_skip(
@@ -35,11 +32,8 @@ def predict_or_skip(
 ) -> Prediction:
     """Draws a batch; if it fails, draws its prompts one by one and skips those that fail alone too.
 
-    Args:
-        predict: Draws and scores a batch.
-        batch: Its prompts.
-        is_fatal: Whether an error would occur for every prompt, such as a device without memory; it is then raised. So
-            is every UserError except a RewardError.
+    An error is raised if `is_fatal` says that it would occur for every prompt, such as a device without memory, or if
+    it is a UserError other than a RewardError.
     """
     try:
         return predict(batch)

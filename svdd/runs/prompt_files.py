@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
@@ -20,7 +20,6 @@ from svdd.runs.rows import RESERVED_COLUMNS
 __all__ = ["PromptError", "Row", "located", "open_source", "shorten", "to_record"]
 
 _MAX_LINE = 2**24  # characters; a longer line means a binary file
-_MAX_SEED = 2**63 - 1
 _UNDECODED = re.compile(r"[\x00\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _BREAKS = re.compile(r"[\t\r\n\u2028\u2029]+")
@@ -81,17 +80,17 @@ def _parse_json(text: str, line: int) -> Any:
         raise PromptError(f"line {line}: not valid JSON: {error}") from None
 
 
+def _numbered(items: Iterable[Any], place: str = "item") -> Iterator[Row]:
+    return ((f"{place} {number}", item) for number, item in enumerate(items, 1))
+
+
 def _read_txt(path: str, prompt_column: str) -> Iterator[Row]:
-    return ((f"line {number}", line) for number, line in enumerate(_read_lines(path), 1))
+    return _numbered(_read_lines(path), "line")
 
 
 def _read_jsonl(path: str, prompt_column: str) -> Iterator[Row]:
     for number, line in enumerate(_read_lines(path), 1):
         yield f"line {number}", _parse_json(line.rstrip(), number) if line.strip() else ""
-
-
-def _read_list(items: Sequence[Any]) -> Iterator[Row]:
-    return ((f"item {number}", item) for number, item in enumerate(items, 1))
 
 
 def _read_json(path: str, prompt_column: str) -> Iterator[Row]:
@@ -103,7 +102,7 @@ def _read_json(path: str, prompt_column: str) -> Iterator[Row]:
         items = items["prompts"]
     if not isinstance(items, list):
         raise PromptError(f'expected an array of prompts or {{"prompts": [...]}}, got {shorten.repr(items)}')
-    yield from _read_list(items)
+    yield from _numbered(items)
 
 
 def _read_table(path: str, prompt_column: str, delimiter: str) -> Iterator[Row]:
@@ -117,18 +116,17 @@ def _read_table(path: str, prompt_column: str, delimiter: str) -> Iterator[Row]:
             raise PromptError(f"{place}: malformed row: {error}; check the quotes") from None
         if fields is None:
             return
-        if not header:
-            header = [name.strip() for name in fields]
+        if not fields:
             if header:
-                _check_header(header, prompt_column, place)
-        elif not fields:
-            yield place, ""
+                yield place, ""
+        elif not header:
+            header = [name.strip() for name in fields]
+            with located(place):
+                _check_columns(header, prompt_column)
         elif len(fields) != len(header):
             kind = "tab" if delimiter == "\t" else "comma"
-            raise PromptError(
-                f"{place}: expected {len(header)} fields as in the header, got {len(fields)};"
-                f' put "quotes" around a field that holds a {kind}'
-            )
+            what = f"{place}: expected {len(header)} fields as in the header, got {len(fields)}"
+            raise PromptError(f'{what}; put "quotes" around a field that holds a {kind}')
         else:
             row: dict[str, Any] = dict(zip(header, fields, strict=True))
             seed = row.pop("seed", "").strip()
@@ -145,10 +143,9 @@ def _read_parquet(path: str, prompt_column: str) -> Iterator[Row]:
         raise PromptError("reading parquet needs pyarrow, which is missing: pip install 'svdd[parquet]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_header(file.schema_arrow.names, prompt_column, "schema")
-            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield f"row {number}", row
+            with located("schema"):
+                _check_columns(file.schema_arrow.names, prompt_column)
+            yield from _numbered((row for part in file.iter_batches(256) for row in part.to_pylist()), "row")
     except (pyarrow.ArrowException, OSError) as error:
         raise PromptError(f"not a readable parquet file: {' '.join(str(error).split())}") from None
 
@@ -168,19 +165,12 @@ def _check_columns(columns: Collection[str], prompt_column: str) -> None:
         shown = ", ".join(map(shorten.repr, islice(columns, 20))) or "none"
         more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
         hint = f", did you mean {near!r}?" if (near := nearest(prompt_column, list(columns))) else ""
-        raise PromptError(
-            f"no column {prompt_column!r} among the columns {shown}{more}{hint};"
-            " say with prompt_column which one holds the prompts"
-        )
+        what = f"no column {prompt_column!r} among the columns {shown}{more}{hint}"
+        raise PromptError(f"{what}; say with prompt_column which one holds the prompts")
     if taken := sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column}):
         raise PromptError(f"column {taken[0]!r} has the name of a result that svdd writes itself; rename the column")
-
-
-def _check_header(header: list[str], prompt_column: str, place: str) -> None:
-    with located(place):
-        _check_columns(header, prompt_column)
-        for repeated in (name for name, count in Counter(header).items() if count > 1):
-            raise PromptError(f"column {repeated!r} appears more than once; rename one of them")
+    if repeated := [name for name, count in Counter(columns).items() if count > 1]:
+        raise PromptError(f"column {repeated[0]!r} appears more than once; rename one of them")
 
 
 def _clean(value: Any, column: str, max_length: int) -> str:
@@ -194,9 +184,8 @@ def _clean(value: Any, column: str, max_length: int) -> str:
         raise PromptError(f"{column} holds the control character {which}; remove it")
     text = _BREAKS.sub(" ", value).strip()
     if len(text) > max_length:
-        raise PromptError(
-            f"{column} has {len(text)} characters, expected at most {max_length}; shorten it or raise max_prompt_length"
-        )
+        what = f"{column} has {len(text)} characters, expected at most {max_length}"
+        raise PromptError(f"{what}; shorten it or raise max_prompt_length")
     return text
 
 
@@ -211,7 +200,7 @@ def to_record(row: Any, prompt_column: str, max_length: int) -> bytes | None:
     text = _clean(extra.pop(prompt_column), prompt_column, max_length)
     negative_prompt = _clean(extra.pop("negative_prompt", None), "negative_prompt", max_length) or None
     seed = extra.pop("seed", None)
-    if seed is not None and (type(seed) is not int or not 0 <= seed <= _MAX_SEED):
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise PromptError(f"seed must be an integer from 0 to 2**63 - 1 or empty, got {shorten.repr(seed)}")
     if not text:
         return None
@@ -226,7 +215,7 @@ def to_record(row: Any, prompt_column: str, max_length: int) -> bytes | None:
 def open_source(prompts: Sequence[str] | str, prompt_column: str) -> tuple[str, Iterator[Row]]:
     """Returns a source's name for messages and its rows, none of them read yet."""
     if not isinstance(prompts, str):
-        return "prompts", _read_list(prompts)
+        return "prompts", _numbered(prompts)
     name = prompts if prompts.isprintable() else shorten.repr(prompts)
     path = os.path.expanduser(prompts)
     if prompts == "emoji" and not os.path.exists(path):  # the list that ships with svdd
@@ -239,8 +228,8 @@ def open_source(prompts: Sequence[str] | str, prompt_column: str) -> tuple[str, 
         if os.path.exists(path):
             raise PromptError(f"{name}: unknown kind of file, expected a name ending in one of {suffixes}")
         raise PromptError(
-            f"prompts must be a list of prompts, 'emoji' (the shipped list) or a file ending in one of {suffixes}, got "
-            f'{shorten.repr(prompts)}; write a single prompt as a list: ["a red apple"]'
+            f"prompts must be a list of prompts, 'emoji' (the shipped list) or a file ending in one of {suffixes}, "
+            f'got {shorten.repr(prompts)}; write a single prompt as a list: ["a red apple"]'
         )
     try:
         with open(path, "rb"):

@@ -80,25 +80,21 @@ class PromptDataset(Dataset[Prompt]):
 
 
 class _Share(IterableDataset[list[Prompt]]):
-    """One process's share of the unfinished prompts, in batches: every n-th, so that shares differ by one at most.
+    """One process's share of the unfinished prompts, in batches.
 
     It has no length: with one, Lightning would store the indices of all batches, and skip the hooks of a process
     without prompts, for which the others would wait.
     """
 
-    def __init__(self, dataset: PromptDataset, finished: bytearray, batch_size: int, rank: int, processes: int) -> None:
-        self._dataset, self._finished, self._batch_size = dataset, finished, batch_size
-        self._rank, self._processes = rank, processes
-        self.num_prompts = len(range(rank, finished.count(0), processes))
+    def __init__(self, dataset: PromptDataset, indices: "array[int]", batch_size: int) -> None:
+        self._dataset, self._indices, self._batch_size = dataset, indices, batch_size
+        self.num_prompts = len(indices)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        unfinished = (index for index, flag in enumerate(self._finished) if not flag)
-        mine = islice(unfinished, self._rank, None, self._processes)
         worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
-        for number in range(-(-self.num_prompts // self._batch_size)):
-            batch = list(islice(mine, self._batch_size))
-            if number % workers == worker:  # workers take turns, and the loader asks them in turn
-                yield [self._dataset[index] for index in batch]
+        for number in range(worker, -(-self.num_prompts // self._batch_size), workers):  # the loader asks them in turn
+            start = number * self._batch_size
+            yield [self._dataset[index] for index in self._indices[start : start + self._batch_size]]
 
 
 class PromptDataModule(LightningDataModule):
@@ -186,18 +182,17 @@ class PromptDataModule(LightningDataModule):
 
         Shares differ by one prompt at most. Raises a PromptError if the prompts differ between the processes.
         """
-        dataset, trainer = self.dataset, self.trainer
-        finished = self._finished
+        dataset, finished, trainer = self.dataset, self._finished, self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         if trainer is not None and world_size > 1 and distributed.is_available() and distributed.is_initialized():
             digest, finished = trainer.strategy.broadcast((dataset.digest, finished))
             if digest != dataset.digest:
-                raise PromptError(
-                    f"the prompts of process {rank} differ from those of process 0; give every node the same file"
-                )
+                what = f"the prompts of process {rank} differ from those of process 0"
+                raise PromptError(f"{what}; give every node the same file")
         if not finished.count(0):  # seen by every process; Lightning then leaves the loop out
             return DataLoader(dataset=cast(Any, ()), batch_size=None)
-        share = _Share(dataset, finished, self.batch_size, rank, world_size)
+        unfinished = (index for index, flag in enumerate(finished) if not flag)
+        share = _Share(dataset, array("Q", islice(unfinished, rank, None, world_size)), self.batch_size)
         start = _ignore_signals if self.num_workers else None
         return DataLoader(dataset=cast(Any, share), batch_size=None, num_workers=self.num_workers, worker_init_fn=start)
 

@@ -63,12 +63,8 @@ class RunWriter(L.Callback):
     def open(self, scan: bool = True, hold: bool = False) -> set[int]:
         """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
 
-        Only the process of rank 0 changes anything, and it holds the folder until the prediction ends; see
-        `RunFolder.claim` for the errors.
-
-        Args:
-            scan: Whether other processes read the folder too, or return no index and get rank 0's from the data module.
-            hold: Hold the folder after the prediction, until `close`.
+        Only rank 0 changes anything; it holds the folder until the prediction ends, or with `hold` until `close`.
+        Without `scan` the other processes return no index; the data module sends them those of rank 0.
         """
         if is_rank_zero():
             finished = self.folder.claim(self.config, self.overwrite)
@@ -95,8 +91,6 @@ class RunWriter(L.Callback):
         """Opens this process's shards."""
         self._drawn = True
         self.folder.open_shard(trainer.global_rank)
-        if trainer.is_global_zero:
-            self.folder.remove_summary()
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the rows of an earlier run to the module, after its own `on_predict_start`."""
