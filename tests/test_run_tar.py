@@ -12,7 +12,7 @@ from PIL import Image
 from svdd import UserError
 from svdd.runs import images as run_images
 from svdd.runs.folder import RunFolder
-from svdd.runs.images import RunImages, TarWriter, read_image
+from svdd.runs.images import RunImages, read_image
 from svdd.runs.writer import RunWriter
 from tests.test_writer import CONFIG, Tiny, full_disk, predict, read_rows
 
@@ -130,30 +130,38 @@ def test_a_full_disk_loses_nothing(tmp_path):
     check(tmp_path)
 
 
+def image(prompt_index, content=b"x"):
+    return {"prompt_index": prompt_index, "image_index": 0, "num_images": 1}, content
+
+
+def writer(folder, rank, **kwargs):
+    (folder / "images").mkdir(exist_ok=True)
+    images = RunImages(folder, tar=True, **kwargs)
+    images.rank = rank
+    return images
+
+
 def test_a_full_shard_is_closed(tmp_path):
-    writer = TarWriter(tmp_path, 3, images_per_shard=2)
+    images = writer(tmp_path, 3, images_per_shard=2)
     for k in range(5):
-        assert writer.shard() == f"00003-{k // 2:06d}.tar"
-        writer.append([(f"{k}.png", b"x")], 1)
-    writer.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"00003-{k:06d}.tar" for k in range(3)]
-    assert TarWriter(tmp_path, 3).shard() == "00003-000003.tar"
-    assert TarWriter(tmp_path, 4).shard() == "00004-000000.tar"
+        assert images.write([image(k)])[0]["file"] == f"images/00003-{k // 2:06d}.tar/{k:06d}-00.png"
+    images.close()
+    assert list(names(tmp_path)) == [f"00003-{k:06d}.tar" for k in range(3)]
+    assert writer(tmp_path, 3).write([image(5)])[0]["file"] == "images/00003-000003.tar/000005-00.png"
+    assert writer(tmp_path, 4).write([image(6)])[0]["file"] == "images/00004-000000.tar/000006-00.png"
 
 
 def large_shard(folder):
     """A shard of 20 images of a megabyte, without its end."""
-    (folder / "images").mkdir()
-    writer = TarWriter(folder / "images", 0)
-    path = folder / "images" / writer.shard()
+    images = writer(folder, 0)
     for k in range(20):
-        writer.append([(f"{k:06d}-00.png", bytes([k]) * 1_000_000), (f"{k:06d}-00.json", b"{}")], 1)
-    return path
+        row = images.write([image(k, bytes([k]) * 1_000_000)])[0]
+    return (folder / row["file"]).parent
 
 
 def keep_only(path, prompts):
     rows = [{"file": f"images/{path.name}/{k:06d}-00.png"} for k in prompts]
-    RunImages(path.parents[1], 20, tar=True).keep_only(rows)
+    RunImages(path.parents[1]).keep_only(rows)
 
 
 def test_a_missing_end_is_added_and_nothing_copied(tmp_path):

@@ -75,7 +75,7 @@ class CalibrateCLI(ModelCLI):
 
     @property
     def _chains(self) -> int:
-        return self.datamodule.num_prompts * self.model.images_per_prompt
+        return len(self.datamodule.dataset) * self.model.images_per_prompt
 
     def _check_folder(self, overwrite: bool) -> None:
         """Allows the same calibration again; another one replaces it only with `--overwrite`."""

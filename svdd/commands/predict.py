@@ -60,7 +60,7 @@ class PredictCLI(ModelCLI):
             prompts = PromptDataModule(**config.data.as_dict())
             self.evaluation = Evaluation(**config.evaluation.as_dict())
             self.evaluation.check()
-        digest, num_prompts = prompts.dataset.digest, prompts.num_prompts
+        digest, num_prompts = prompts.dataset.digest, len(prompts.dataset)
         prompts.teardown("predict")
         plain = self.resolved()
         plain["data"]["prompts_sha256"] = digest

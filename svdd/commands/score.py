@@ -93,7 +93,7 @@ def _measure(
             metric.update(scores[name].double(), torch.tensor([picture.prompt_index for picture in part]))
         rows += [
             {
-                "file": str(picture.path),
+                "file": str(picture.folder / picture.file),
                 "prompt_index": picture.prompt_index,
                 "prompt": picture.prompt,
                 "rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()},

@@ -15,7 +15,6 @@ from svdd.runs.files import write_atomically
 __all__ = ["CONFIG", "differences", "plain", "read_config", "write_config"]
 
 CONFIG = "config.yaml"
-
 _HEADER = "# svdd run"  # begins the file, which marks a folder as ours
 
 # Settings that do not change a run's images and rows, beyond float rounding.
@@ -44,9 +43,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else {}
 
 
-def differences(
-    recorded: Mapping[str, Any], config: Mapping[str, Any], harmless: re.Pattern[str] = _HARMLESS
-) -> list[str]:
+def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = _HARMLESS) -> list[str]:
     """Lists the settings that differ, with both values.
 
     Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images.

@@ -106,10 +106,9 @@ class RunFolder:
                 held = f"another process writes as rank {rank} to {self.path}"
                 self._shard_lock = lock(self.path / f".lock-{rank:05d}", held)
             self._rows.open(rank)
-            self.images.open(rank)
             if rank == 0:
                 self.summary.unlink(missing_ok=True)  # it becomes outdated
-        self._rank = rank
+        self._rank = self.images.rank = rank
 
     def write(self, images: Iterable[tuple[ResultRow, bytes]], traces: Entries = (), failures: Entries = ()) -> None:
         """Puts a batch on disk: first each image, then, in one write each, the traces and a row for each image.

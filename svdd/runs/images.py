@@ -23,7 +23,7 @@ from svdd.runs.files import append, replacing, sync_folder, write_atomically
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
 
-__all__ = ["RunImages", "TarWriter", "image_name", "is_named_by", "read_image"]
+__all__ = ["RunImages", "image_name", "is_named_by", "read_image"]
 
 _IMAGES_PER_FOLDER = 10_000  # larger folders are slow to list and to back up
 _SUBFOLDER, _SHARD = re.compile(r"\d{4,}"), re.compile(r"\d{5,}-\d{6,}\.tar")
@@ -35,45 +35,24 @@ _one_reader = threading.Lock()  # several threads would read the same headers
 
 
 class RunImages:
-    """The images of one run; see `RunFolder` for the arguments."""
+    """The images of one run; see `RunFolder` for the arguments. A tar shard is closed at `images_per_shard` images."""
 
-    def __init__(self, run: Path, num_prompts: int, tar: bool) -> None:
+    def __init__(self, run: Path, num_prompts: int = 0, tar: bool = False, images_per_shard: int = 1000) -> None:
         self.run, self.folder, self.num_prompts, self.tar = run, run / "images", num_prompts, tar
-        self._archive: TarWriter | None = None
-
-    def open(self, rank: int) -> None:
-        """Prepares to write as the process of this rank."""
-        if self.tar and self._archive is None:
-            self._archive = TarWriter(self.folder, rank)
+        self.rank, self._images_per_shard = 0, images_per_shard  # the rank of this process names its shards
+        self._shard: FileIO | None = None
+        self._count = 0  # images in the shard
 
     def close(self) -> None:
         """Ends the open tar shard, if there is one."""
-        if self._archive is not None:
-            self._archive.close()
-            self._archive = None
+        if self._shard is not None:
+            shard, self._shard = self._shard, None
+            with shard, suppress(OSError):  # a shard without its end can be read too
+                append(shard, _END)
 
     def write(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
         """Puts PNG files on disk and returns their rows with `file` and `sha256`."""
-        rows: list[ResultRow] = []
-        members: list[tuple[str, bytes]] = []
-        folders: set[Path] = set()
-        for row, png in images:
-            file = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
-            path = self.run / file
-            if self._archive is not None:
-                file = f"images/{self._archive.shard()}/{path.name}"
-            rows.append(cast(ResultRow, {**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()}))
-            if self._archive is not None:
-                members += [(path.name, png), (f"{path.stem}.json", encode(rows[-1]))]
-                continue
-            path.parent.mkdir(exist_ok=True)
-            folders |= {self.folder, path.parent}
-            write_atomically(path, png, durable=False)
-        if self._archive is not None and members:
-            self._archive.append(members, len(rows))
-        for folder in folders:
-            sync_folder(folder)
-        return rows
+        return self._write_tar(images) if self.tar else self._write_files(images)
 
     def is_whole(self, row: Mapping[str, Any]) -> bool:
         """Whether the image of a row is there with the recorded checksum."""
@@ -101,39 +80,40 @@ class RunImages:
         for shard in _shards(self.folder):
             _repair(shard, wanted[shard.name])
 
+    def _write_files(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
+        rows, folders = [], {self.folder}
+        for row, png in images:
+            file = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
+            path = self.run / file
+            path.parent.mkdir(exist_ok=True)
+            folders.add(path.parent)
+            write_atomically(path, png, durable=False)
+            rows.append(_complete(row, file, png))
+        for folder in folders:
+            sync_folder(folder)
+        return rows
 
-class TarWriter:
-    """The shards that the process of one rank writes to a folder; a shard is closed at `images_per_shard` images."""
+    def _write_tar(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
+        """Appends each image and its row to the open shard, all in one write."""
+        rows, members = [], []
+        for row, png in images:
+            if self._shard is None:
+                self._shard, self._count = self._new_shard(), 0
+            name = Path(image_name(row["prompt_index"], row["image_index"])).name
+            rows.append(_complete(row, f"images/{Path(str(self._shard.name)).name}/{name}", png))
+            members += [_encode(name, png), _encode(Path(name).stem + ".json", encode(rows[-1]))]
+        if self._shard is not None and members:
+            append(self._shard, b"".join(members))
+            sync_folder(self.folder)
+            self._count += len(rows)
+            if self._count >= self._images_per_shard:
+                self.close()
+        return rows
 
-    def __init__(self, folder: Path, rank: int, images_per_shard: int = 1000) -> None:
-        self._folder, self._rank, self._limit = folder, rank, images_per_shard
-        taken = [int(path.stem.split("-")[1]) for path in _shards(folder) if path.name.startswith(f"{rank:05d}-")]
-        self._next = max(taken, default=-1) + 1
-        self._file: FileIO | None = None
-        self._count = 0
-
-    def shard(self) -> str:
-        """Returns the name of the shard for the next batch, and opens it."""
-        name = f"{self._rank:05d}-{self._next:06d}.tar"
-        if self._file is None:
-            self._file, self._count = FileIO(self._folder / name, "x"), 0
-        return name
-
-    def append(self, members: Iterable[tuple[str, bytes]], images: int) -> None:
-        """Appends the members of a batch in one write, and returns when they are on disk; `shard` comes first."""
-        assert self._file is not None, "call shard first"
-        append(self._file, b"".join(_encode(name, data) for name, data in members))
-        sync_folder(self._folder)
-        self._count += images
-        if self._count >= self._limit:
-            self.close()
-
-    def close(self) -> None:
-        """Ends the open shard, if there is one."""
-        if self._file is not None:
-            file, self._file, self._next = self._file, None, self._next + 1
-            with file, suppress(OSError):  # a shard without its end can be read too
-                append(file, _END)
+    def _new_shard(self) -> FileIO:
+        taken = [path.stem.split("-") for path in _shards(self.folder)]
+        number = max((int(number) for rank, number in taken if int(rank) == self.rank), default=-1) + 1
+        return FileIO(self.folder / f"{self.rank:05d}-{number:06d}.tar", "x")
 
 
 def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_prompts: int = 0) -> str:
@@ -145,6 +125,10 @@ def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_pro
     if num_prompts * num_images <= _IMAGES_PER_FOLDER:
         return f"images/{name}"
     return f"images/{prompt_index // max(1, _IMAGES_PER_FOLDER // num_images):04d}/{name}"
+
+
+def _complete(row: ResultRow, file: str, png: bytes) -> ResultRow:
+    return cast(ResultRow, {**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()})
 
 
 def is_named_by(row: Mapping[str, Any]) -> bool:

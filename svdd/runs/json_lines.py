@@ -63,10 +63,8 @@ class ShardedFile:
             lines.append(encode(entry) + b"\n")
             if self._parse(lines[-1]) is None:
                 given = {name: entry.get(name) for name in ("prompt_index", "image_index", "num_images")}
-                raise ValueError(
-                    f"an entry of {self.path.name} needs the integers prompt_index and image_index, and a result row "
-                    f"num_images > image_index >= 0, got {given}"
-                )
+                what = f"an entry of {self.path.name} needs the integers prompt_index and image_index"
+                raise ValueError(f"{what}, and a result row num_images > image_index >= 0, got {given}")
         append(self.open(rank), b"".join(lines))
 
     def close(self) -> None:

@@ -29,11 +29,6 @@ class Picture(NamedTuple):
     prompt_index: int  # without prompts, its own position
     prompt: str = ""  # empty if it is unknown
 
-    @property
-    def path(self) -> Path:
-        """The full path."""
-        return self.folder / self.file
-
 
 def find_pictures(folder: Path) -> list[Picture]:
     """Returns the pictures of a run in the order of its rows, or those of any folder and its subfolders by name.

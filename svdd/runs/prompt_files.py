@@ -7,11 +7,10 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
-from itertools import islice
 from typing import Any
 
 from svdd import UserError, nearest
@@ -160,11 +159,11 @@ _READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
 }
 
 
-def _check_columns(columns: Collection[str], prompt_column: str) -> None:
+def _check_columns(columns: list[str], prompt_column: str) -> None:
     if prompt_column not in columns:
-        shown = ", ".join(map(shorten.repr, islice(columns, 20))) or "none"
+        shown = ", ".join(map(shorten.repr, columns[:20])) or "none"
         more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-        hint = f", did you mean {near!r}?" if (near := nearest(prompt_column, list(columns))) else ""
+        hint = f", did you mean {near!r}?" if (near := nearest(prompt_column, columns)) else ""
         what = f"no column {prompt_column!r} among the columns {shown}{more}{hint}"
         raise PromptError(f"{what}; say with prompt_column which one holds the prompts")
     if taken := sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column}):
@@ -195,7 +194,7 @@ def to_record(row: Any, prompt_column: str, max_length: int) -> bytes | None:
         row = {prompt_column: row}
     if not isinstance(row, dict):
         raise PromptError(f"expected a prompt as a string or an object, got {shorten.repr(row)}")
-    _check_columns(row, prompt_column)
+    _check_columns(list(row), prompt_column)
     extra = dict(row)
     text = _clean(extra.pop(prompt_column), prompt_column, max_length)
     negative_prompt = _clean(extra.pop("negative_prompt", None), "negative_prompt", max_length) or None

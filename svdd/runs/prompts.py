@@ -24,10 +24,10 @@ __all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError"]
 
 
 class PromptDataset(Dataset[Prompt]):
-    """The prompts of a source, checked in one pass and kept in an unnamed temporary file; arguments as below.
+    """The prompts of a source, checked in one pass; see `PromptDataModule`. Raises a PromptError if it cannot be used.
 
-    Memory holds eight bytes a prompt. Threads and other processes may read too, and a killed process leaves no file.
-    `digest` is the SHA-256 of all prompts and their columns. Raises a PromptError if the source cannot be used.
+    They lie in an unnamed temporary file, which even a killed process does not leave behind, and memory holds eight
+    bytes a prompt. Threads and other processes may read too. `digest` is the SHA-256 of all prompts and their columns.
     """
 
     def __init__(
@@ -115,8 +115,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_length: Longest prompt accepted, in characters; a longer one is an error.
 
     Raises:
-        ValueError: If a number is out of range or `prompt_column` is a column with another meaning.
-        TypeError: If `prompts` is neither a list nor a path.
+        ValueError: If an argument is out of range; a TypeError if `prompts` is neither a list nor a path.
     """
 
     def __init__(
@@ -160,17 +159,12 @@ class PromptDataModule(LightningDataModule):
             self.dataset.close()
             del self.dataset
 
-    @property
-    def num_prompts(self) -> int:
-        """Number of prompts in the source (at most `limit`), the skipped ones included."""
-        return len(self.dataset)
-
     def skip(self, indices: Collection[int]) -> None:
         """Leaves finished prompts out of the loader; the others keep their index. Calls add up until `teardown`.
 
         Indices past the end are ignored. With several processes, those that rank 0 skips count for all.
         """
-        num_prompts = self.num_prompts
+        num_prompts = len(self.dataset)
         for index in indices:
             if index < 0:
                 raise ValueError(f"indices of prompts must be >= 0, got {index}")

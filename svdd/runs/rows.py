@@ -6,7 +6,9 @@ from typing import Any, NamedTuple, TypedDict, cast
 __all__ = ["RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row"]
 
 
-class _Always(TypedDict):
+class ResultRow(TypedDict, total=False):
+    """What is known about one image, with the other columns of the prompt's source."""
+
     prompt_index: int  # position of the prompt in its source, from 0
     image_index: int  # position of the image among those of its prompt, from 0
     num_images: int  # of the prompt
@@ -14,12 +16,7 @@ class _Always(TypedDict):
     seed: int  # of the image's noise
     rewards: dict[str, float]  # score by reward, the guide first
     ledger: dict[str, float]  # work done for the image: rows, calls and seconds
-
-
-class ResultRow(_Always, total=False):
-    """What is known about one image, with the other columns of the prompt's source."""
-
-    negative_prompt: str
+    negative_prompt: str  # this and the following only where they apply
     particle: int  # position among the particles that the sampler returned for one seed
     particle_weight: float
     path_kl: float  # divergence of the guided path from the model's own, in nats
@@ -56,10 +53,7 @@ def result_row(
     particle: tuple[int, float] | None = None,
     path_kl: float | None = None,
 ) -> ResultRow:
-    """Builds the row of an image that is not yet written, with its columns in the order of the results file.
-
-    The arguments are the fields of `ResultRow`; `particle` is the particle's position and its weight.
-    """
+    """Builds the row of an image that is not yet written, columns in order; `particle` is its position and weight."""
     row: dict[str, Any] = {"prompt_index": prompt.index, "image_index": image_index, "num_images": num_images}
     row["prompt"] = prompt.text
     if prompt.negative_prompt is not None:

@@ -2,8 +2,7 @@
 
 import io
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -132,7 +131,11 @@ class RunWriter(L.Callback):
             return
         if not self._drawn and trainer.is_global_zero:
             self.on_predict_epoch_start(trainer, pl_module)
-            with _alone(pl_module):
+            with ExitStack() as stack:
+                for metric in pl_module.modules():
+                    if isinstance(metric, Metric):
+                        stack.callback(setattr, metric, "distributed_available_fn", metric.distributed_available_fn)
+                        metric.distributed_available_fn = lambda: False
                 pl_module.on_predict_epoch_end()
             if not self.folder.summary.exists():
                 self._finish(pl_module)
@@ -154,17 +157,6 @@ class RunWriter(L.Callback):
             self.folder.close_shard()
         else:
             self.close()
-
-
-@contextmanager
-def _alone(module: L.LightningModule) -> Iterator[None]:
-    """Keeps the metrics of a module from gathering from other processes."""
-    with ExitStack() as stack:
-        for metric in module.modules():
-            if isinstance(metric, Metric):
-                stack.callback(setattr, metric, "distributed_available_fn", metric.distributed_available_fn)
-                metric.distributed_available_fn = lambda: False
-        yield
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:
