@@ -55,8 +55,9 @@ def test_the_aesthetic_head_gives_the_published_numbers():
 def test_the_aesthetic_score_is_the_head_on_the_normalised_embedding(tiny_clip, tiny_head):
     images = ((pictures(4, 32, 32) * 0.4 + 0.3) * 255).round() / 255
     reward = Aesthetic(tiny_clip, tiny_head)
+    reward.load()
     clip = CLIPVisionModelWithProjection.from_pretrained(tiny_clip).eval()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (reward.network.mean, reward.network.std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (reward.mean, reward.std))
     with torch.no_grad():
         features = clip(pixel_values=(images - mean) / std).image_embeds.double().numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)

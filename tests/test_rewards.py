@@ -116,11 +116,11 @@ def test_every_float_is_taken(reward, dtype):
     torch.testing.assert_close(scores, reward.score(images, PROMPTS[:2]), rtol=0.1, atol=0.02)
 
 
-def test_not_square_images_are_taken(reward):
+def test_non_square_images_are_accepted(reward):
     assert reward.score(pictures(2, 24, 56), PROMPTS[:2]).shape == (2,)
 
 
-def test_images_that_are_slices_of_others_are_taken(reward):
+def test_non_contiguous_images_are_accepted(reward):
     images = pictures(4)
     part = images.permute(0, 1, 3, 2)[::2]
     torch.testing.assert_close(reward.score(part, PROMPTS[::2]), reward.score(part.contiguous(), PROMPTS[::2]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from svdd import UserError
-from svdd.commands.configs import with_shipped_configs
+from svdd.commands.parser import with_shipped_configs
 from tools.oldest import constraints
 
 ROOT = Path(__file__).parent.parent

@@ -1,9 +1,9 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
 import inspect
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import lightning as L
@@ -11,32 +11,42 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from svdd import Stopped
-from svdd.commands.parser import Parser, as_user_errors
+from svdd import Stopped, UserError
+from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
+from svdd.values.learned import LearnedValue
 from svdd.values.pretrained import learned_class
+from svdd.values.weights import read_weights
 
 __all__ = ["ModelCLI"]
+
+_CLASSES = {  # whose arguments can be given without naming them
+    "model.diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
+    "model.sampler": "svdd.samplers.svdd.SVDD",
+    "model.value": "svdd.values.posterior_mean.PosteriorMean",
+}
 
 
 class ModelCLI(LightningCLI):
     """A command that builds a LightningModule, its data and a Trainer from a configuration.
 
+    Args:
+        words: The command line after the command's name.
+
     Attributes:
+        command: The command's name, and that of the Trainer's method.
         builds: The classes of module, data module and Trainer.
-        group: The processes of this command; None for one.
+        defaults: Default settings besides those of the three classes.
+        hidden: Arguments of the Trainer's method that are no options.
     """
 
+    command: ClassVar[str]
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
-    group: Group | None
+    defaults: ClassVar[dict[str, Any]] = {}
+    hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})
 
-    def __init__(self, words: Sequence[str] | None) -> None:
-        """Runs the command.
-
-        Args:
-            words: The command line, beginning with the command's name; the process's own by default.
-        """
+    def __init__(self, words: Sequence[str]) -> None:
         module, data, trainer = self.builds
         with ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
@@ -48,30 +58,65 @@ class ModelCLI(LightningCLI):
                 trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
                 auto_configure_optimizers=False,
                 parser_class=Parser,
-                args=None if words is None else list(words),
+                parser_kwargs={"prog": "svdd"},
+                args=[self.command, *with_shipped_configs(words)],
             )
 
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """Returns the command and the arguments that it hides."""
+        return {cls.command: {*cls.hidden}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the output folder, and the classes whose arguments can be given without naming them."""
-        defaults = {
-            "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
-            "sampler": "svdd.samplers.svdd.SVDD",
-            "value": "svdd.values.posterior_mean.PosteriorMean",
-        }
-        known = inspect.signature(self.builds[0]).parameters
-        parser.set_defaults({f"model.{k}": {"class_path": path} for k, path in defaults.items() if k in known})
+        """Adds the run folder, the restarts and the defaults."""
+        restarts = "How often all processes restart after one of several has died."
         parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
-        parser.add_argument(
-            "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
-        )
+        parser.add_argument("--max_restarts", type=int, default=0, help=restarts)
+        known = {f"model.{name}" for name in inspect.signature(self.builds[0]).parameters}
+        parser.set_defaults({k: {"class_path": path} for k, path in _CLASSES.items() if k in known} | self.defaults)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Starts or joins the other processes as soon as the Trainer's settings are known."""
         super().parse_arguments(parser, args)
-        config = self.config[self.config["subcommand"]]
+        self.settings = self.config[self.command]
         with as_user_errors():
-            self.group = join(config.trainer, config.max_restarts, sys.argv[1:] if args is None else args)
+            self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checks the file of a learned value early; `--ckpt_path FILE` selects its value in place of the default one.
+
+        Raises:
+            UserError: If the file holds no learned value, or `--ckpt_path` contradicts `model.value`.
+        """
+        value, path = self.settings.model.value, self.settings.get("ckpt_path")
+        value = value or Namespace(class_path=_CLASSES["model.value"], init_args=Namespace())
+        arguments, made = value.get("init_args", Namespace()), resolve_name(value.class_path)
+        if path is None:
+            if arguments.get("pretrained") and (not isinstance(made, type) or issubclass(made, LearnedValue)):
+                read_weights(arguments.pretrained)
+            return
+        known = learned_class(path)
+        if "pretrained" not in arguments:
+            if made is not resolve_name(_CLASSES["model.value"]):
+                raise UserError(
+                    f"--ckpt_path {path} holds a {known.__name__}, but model.value is {made.__name__}, which has no "
+                    f"weights: give --model.value {known.__name__}, or leave out --ckpt_path"
+                )
+            value = Namespace(class_path=f"{known.__module__}.{known.__name__}", init_args=Namespace())
+        value.init_args.pretrained, self.settings.model.value = path, value
+        self.settings.ckpt_path = None  # Lightning would read settings of the module from it
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the whole configuration of the command as plain values."""
+        plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
+        plain.pop("config", None)
+        return plain
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
+        with as_user_errors():
+            super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the command; an error because another process has died is left to that process to explain.
@@ -87,26 +132,3 @@ class ModelCLI(LightningCLI):
             raise
         if self.group is not None:
             self.group.leave()
-
-    def resolved(self) -> dict[str, Any]:
-        """Returns the whole configuration of the command as plain values."""
-        plain = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        plain.pop("config", None)
-        return plain
-
-    def _parse_ckpt_path(self) -> None:
-        """Makes `--ckpt_path FILE` select the value in the file, where Lightning would read settings from it."""
-        config = self.config[self.config["subcommand"]]
-        path = config.get("ckpt_path")
-        if path is None:
-            return
-        known = learned_class(path)  # also refuses what is not a checkpoint
-        config["ckpt_path"] = None
-        if "pretrained" not in config.model.value.get("init_args", {}):
-            config.model.value = Namespace(class_path=f"{known.__module__}.{known.__name__}", init_args=Namespace())
-        config.model.value.init_args.pretrained = path
-
-    def instantiate_classes(self) -> None:
-        """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
-        with as_user_errors():
-            super().instantiate_classes()

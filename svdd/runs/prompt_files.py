@@ -13,7 +13,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from svdd import UserError, nearest
+from svdd import UserError, did_you_mean
 from svdd.runs.rows import RESERVED_COLUMNS
 
 __all__ = ["PromptError", "Row", "located", "open_source", "shorten", "to_record"]
@@ -163,9 +163,9 @@ def _check_columns(columns: list[str], prompt_column: str) -> None:
     if prompt_column not in columns:
         shown = ", ".join(map(shorten.repr, columns[:20])) or "none"
         more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-        hint = f", did you mean {near!r}?" if (near := nearest(prompt_column, columns)) else ""
-        what = f"no column {prompt_column!r} among the columns {shown}{more}{hint}"
-        raise PromptError(f"{what}; say with prompt_column which one holds the prompts")
+        what = f"no column {prompt_column!r} among the columns {shown}{more}"
+        hint = did_you_mean(prompt_column, columns, ", ")
+        raise PromptError(f"{what}{hint}; say with prompt_column which one holds the prompts")
     if taken := sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column}):
         raise PromptError(f"column {taken[0]!r} has the name of a result that svdd writes itself; rename the column")
     if repeated := [name for name, count in Counter(columns).items() if count > 1]:
