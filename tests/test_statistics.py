@@ -51,7 +51,7 @@ def interval(scores: torch.Tensor, prompts: torch.Tensor | None) -> tuple[float,
 
 
 def test_the_interval_covers_the_mean_of_correlated_images():
-    """Coverage of 200 data sets: 95 % with clusters (12 misses more are four standard errors), about 65 % without."""
+    """Coverage of 200 data sets: 95 % with clusters (four standard errors are 12 data sets), about 65 % without."""
     covered = {True: 0, False: 0}
     for seed in range(200):
         scores, prompts = clustered(seed)
@@ -332,7 +332,7 @@ def test_noise_is_no_over_optimisation(prompts, held_out):
     assert 0.01 < sum(alarms) / len(alarms) < 0.025 + 4 * 0.0035
 
 
-def test_a_single_prompt_shows_nothing(tmp_path):
+def test_a_single_prompt_gives_no_interval(tmp_path):
     plain = write_run(tmp_path / "plain", {"guide": [0.0], "held": [0.0]})
     run = write_run(tmp_path / "run", {"guide": [5.0], "held": [-5.0]})
     comparison = against(run, plain)
