@@ -314,7 +314,7 @@ def test_truncated_and_overlong_sequences(write, content):
     assert "line 1: byte 0x" in message(write("p.txt", content))
 
 
-def test_a_line_without_end_is_refused(write):
+def test_an_overlong_line_is_refused(write):
     assert message(write("p.txt", b"x" * 2**24)).endswith(
         "line 1: is longer than 16777216 characters; is this a text file?"
     )
