@@ -1,4 +1,4 @@
-"""Prompts of the benchmarks, and differences that are paired by prompt."""
+"""Prompts of the benchmarks, and differences paired by prompt."""
 
 import torch
 

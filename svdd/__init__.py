@@ -10,14 +10,12 @@ if TYPE_CHECKING:
     from svdd.diffusion import StableDiffusion as StableDiffusion
     from svdd.guided_diffusion import GuidedDiffusion as GuidedDiffusion
 
-# Imported on first use, so that `import svdd` stays fast.
-__getattr__, _, __all__ = lazy_loader.attach(
+__getattr__, _, __all__ = lazy_loader.attach(  # imports on first use, so that `import svdd` stays fast
     __name__,
     ["diffusion", "rewards", "samplers", "state", "values"],
     {"diffusion.stable_diffusion": ["StableDiffusion"], "guided_diffusion": ["GuidedDiffusion"]},
 )
-__all__ += ["Incomplete", "RewardError", "Stopped", "UserError", "__version__"]
-__all__ += ["did_you_mean", "first_line", "missing_methods"]
+__all__ += ["Incomplete", "RewardError", "Stopped", "UserError", "did_you_mean", "first_line", "missing_methods"]
 __dir__ = __all__.copy
 
 try:

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pkgutil import resolve_name
 
 from svdd import UserError, __version__, did_you_mean
@@ -44,12 +43,8 @@ options:
 One class's own settings: svdd predict --model.sampler.help SVDD"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for an error that the user can fix.
-
-    Args:
-        arguments: The command line without the program's name; the process's own by default.
-    """
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line, by default that of the process, and returns 0, or 2 for an error that the user can fix."""
     if arguments is None:
         arguments = sys.argv[1:]
         signals.listen()  # also while libraries are imported
@@ -59,8 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "--version"):
         print(f"svdd {__version__}" if command == "--version" else _HELP)
         return 0
-    if not sys.stderr.isatty():  # no progress bars in log files
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
         if command not in _COMMANDS:

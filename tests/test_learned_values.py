@@ -155,7 +155,7 @@ def test_estimates_do_not_depend_on_other_rows(trained):
             torch.testing.assert_close(trained.value(alone)[0], whole[k], rtol=1e-5, atol=1e-6)
 
 
-def test_an_untrained_value_says_what_to_do():
+def test_an_untrained_value_has_an_actionable_error():
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(3), SVDD(2), network())
     with pytest.raises(UserError, match=r"LatentConvValue is not trained yet: run `svdd fit` first"):
         model.sample([""])
@@ -265,7 +265,7 @@ def test_a_flipped_bit_is_found(filled):
     assert filled.missing() == [2]
 
 
-def test_another_setting_has_a_folder_of_its_own(tmp_path, filled):
+def test_other_settings_have_a_separate_folder(tmp_path, filled):
     other = RolloutCache(tmp_path, {"steps": [2]}, 150)
     assert other.path != filled.path
     assert other.missing() == [0, 1, 2]
@@ -450,7 +450,7 @@ def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffu
         ValueFitting(reward, diffusion, network()).on_load_checkpoint(checkpoint)
 
 
-def test_weights_of_another_size_or_none_at_all_are_refused(trained, tmp_path):
+def test_weights_of_another_size_and_missing_weights_are_refused(trained, tmp_path):
     path = tmp_path / "value.safetensors"
     path.write_bytes(trained.value.weights().to_bytes())
     larger = LatentConvValue(channels=64, pretrained=str(path))

@@ -1,7 +1,6 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
 import inspect
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pkgutil import resolve_name
 from typing import Any, ClassVar
@@ -17,42 +16,28 @@ from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
 from svdd.values.learned import LearnedValue
 from svdd.values.pretrained import learned_class
-from svdd.values.weights import read_weights
 
 __all__ = ["ModelCLI"]
 
-_CLASSES = {  # whose arguments can be given without naming them
-    "model.diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
-    "model.sampler": "svdd.samplers.svdd.SVDD",
-    "model.value": "svdd.values.posterior_mean.PosteriorMean",
-}
-
 
 class ModelCLI(LightningCLI):
-    """A command that builds a LightningModule, its data and a Trainer from a configuration.
+    """A command that builds a module, its data and a Trainer from `words`, the command line after its name."""
 
-    Args:
-        words: The command line after the command's name.
-
-    Attributes:
-        command: The command's name, and that of the Trainer's method.
-        builds: The classes of module, data module and Trainer.
-        defaults: Default settings besides those of the three classes.
-        hidden: Arguments of the Trainer's method that are no options.
-    """
-
-    command: ClassVar[str]
+    command: ClassVar[str]  # its name, and that of the Trainer's method
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
-    defaults: ClassVar[dict[str, Any]] = {}
-    hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})
+    classes: ClassVar[dict[str, str]] = {  # whose arguments can be given without naming them
+        "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
+        "sampler": "svdd.samplers.svdd.SVDD",
+        "value": "svdd.values.posterior_mean.PosteriorMean",
+    }
+    defaults: ClassVar[dict[str, Any]] = {}  # of other settings
+    hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})  # no options
 
-    def __init__(self, words: Sequence[str]) -> None:
-        module, data, trainer = self.builds
+    def __init__(self, words: list[str]) -> None:
         with ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
-                module,
-                data,
-                trainer_class=trainer,
+                *self.builds[:2],
+                trainer_class=self.builds[2],
                 save_config_callback=None,
                 seed_everything_default=False,
                 trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
@@ -69,12 +54,13 @@ class ModelCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run folder, the restarts and the defaults."""
-        restarts = "How often all processes restart after one of several has died."
         parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
-        parser.add_argument("--max_restarts", type=int, default=0, help=restarts)
-        known = {f"model.{name}" for name in inspect.signature(self.builds[0]).parameters}
-        parser.set_defaults({k: {"class_path": path} for k, path in _CLASSES.items() if k in known} | self.defaults)
+        parser.add_argument(
+            "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
+        )
+        known = self.classes.keys() & inspect.signature(self.builds[0]).parameters
+        parser.set_defaults({f"model.{k}": {"class_path": self.classes[k]} for k in known} | self.defaults)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Starts or joins the other processes as soon as the Trainer's settings are known."""
@@ -84,34 +70,28 @@ class ModelCLI(LightningCLI):
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, args)
 
     def _parse_ckpt_path(self) -> None:
-        """Checks the file of a learned value early; `--ckpt_path FILE` selects its value in place of the default one.
-
-        Raises:
-            UserError: If the file holds no learned value, or `--ckpt_path` contradicts `model.value`.
-        """
+        """Checks a learned value's file early; `--ckpt_path FILE` selects its value in place of the default one."""
         value, path = self.settings.model.value, self.settings.get("ckpt_path")
-        value = value or Namespace(class_path=_CLASSES["model.value"], init_args=Namespace())
+        value = value or Namespace(class_path=self.classes["value"], init_args=Namespace())
         arguments, made = value.get("init_args", Namespace()), resolve_name(value.class_path)
         if path is None:
             if arguments.get("pretrained") and (not isinstance(made, type) or issubclass(made, LearnedValue)):
-                read_weights(arguments.pretrained)
+                learned_class(arguments.pretrained)  # reads the file
             return
         known = learned_class(path)
+        name = known.__name__
         if "pretrained" not in arguments:
-            if made is not resolve_name(_CLASSES["model.value"]):
-                raise UserError(
-                    f"--ckpt_path {path} holds a {known.__name__}, but model.value is {made.__name__}, which has no "
-                    f"weights: give --model.value {known.__name__}, or leave out --ckpt_path"
-                )
-            value = Namespace(class_path=f"{known.__module__}.{known.__name__}", init_args=Namespace())
+            if made is not resolve_name(self.classes["value"]):
+                found = f"--ckpt_path {path} holds a {name}, but model.value is {made.__name__}, which has no weights"
+                raise UserError(f"{found}: give --model.value {name}, or leave out --ckpt_path")
+            value = Namespace(class_path=f"{known.__module__}.{name}", init_args=Namespace())
         value.init_args.pretrained, self.settings.model.value = path, value
         self.settings.ckpt_path = None  # Lightning would read settings of the module from it
 
     def resolved(self) -> dict[str, Any]:
         """Returns the whole configuration of the command as plain values."""
         plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
-        plain.pop("config", None)
-        return plain
+        return {name: setting for name, setting in plain.items() if name != "config"}
 
     def instantiate_classes(self) -> None:
         """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
@@ -119,11 +99,7 @@ class ModelCLI(LightningCLI):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command; an error because another process has died is left to that process to explain.
-
-        Raises:
-            Stopped: In place of such an error.
-        """
+        """Runs the command; an error because another process has died becomes `Stopped`."""
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:

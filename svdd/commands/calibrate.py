@@ -42,11 +42,7 @@ class CalibrateCLI(ModelCLI):
             parser.add_argument(f"--model.{name}", type=Any, default=None, help=SUPPRESS)
 
     def before_instantiate_classes(self) -> None:
-        """Names the settings that have no effect, and checks the output folder before weights are loaded.
-
-        Raises:
-            RunError: If the folder holds other files; or another calibration, without `--overwrite`.
-        """
+        """Names the settings that have no effect, and checks the output folder before weights are loaded."""
         config = self.settings
         unused = [f"model.{name}" for name in sorted(_UNUSED) if config.model.pop(name, None) is not None]
         if unused:
@@ -58,14 +54,12 @@ class CalibrateCLI(ModelCLI):
                 raise RunError(f"{self.folder} is not empty and holds no calibration; choose another --output")
             known = recorded.exists() and not config.overwrite
             if known and (changed := differences(read_config(recorded), self.resolved())):
-                raise RunError(
-                    f"{self.folder} holds a calibration with other settings: {'; '.join(changed)}. "
-                    "Choose another --output, or replace the old one with --overwrite true"
-                )
+                found = f"{self.folder} holds a calibration with other settings: {'; '.join(changed)}"
+                raise RunError(f"{found}. Choose another --output, or replace the old one with --overwrite true")
 
     def before_calibrate(self) -> None:
         """Refuses too few steps or chains before any is drawn."""
-        self.chains = self.datamodule.num_prompts * self.model.images_per_prompt
+        self.chains = len(self.datamodule.dataset) * self.model.images_per_prompt
         check_counts(self.model.diffusion.num_inference_steps, self.chains)
 
     def after_calibrate(self) -> None:

@@ -37,28 +37,37 @@ class FitCLI(ModelCLI):
 
     command, builds = "fit", (ValueFitting, RolloutDataModule, L.Trainer)
     hidden = ModelCLI.hidden | {"train_dataloaders", "val_dataloaders", "ckpt_path"}
-    defaults: ClassVar = {
-        "model.value": {"class_path": "svdd.values.latent_conv.LatentConvValue"},
-        "output": "runs/fit",
-        "trainer.max_epochs": 20,
-        "trainer.num_sanity_val_steps": 0,
-    }
+    classes: ClassVar = ModelCLI.classes | {"value": "svdd.values.latent_conv.LatentConvValue"}
+    defaults: ClassVar = {"output": "runs/fit", "trainer.max_epochs": 20, "trainer.num_sanity_val_steps": 0}
 
     def before_instantiate_classes(self) -> None:
         """Claims the output folder for this configuration, until the end."""
         self.folder = Path(self.settings.output)
-        if is_rank_zero():
-            config = self.resolved()
-            with as_user_errors():
-                config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
-            with os_errors_explained(self.folder):
-                self._claim(config)
+        if not is_rank_zero():
+            return
+        config = self.resolved()
+        with as_user_errors():
+            config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
+        with os_errors_explained(self.folder):
+            recorded = read_config(self.folder)
+            names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+            if recorded is None and names - {".lock", f"{CONFIG}.tmp"}:
+                raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._around.callback(lock(self.folder / ".lock", f"{self.folder} is in use by another run").release)
+            if self.settings.overwrite:
+                for name in ("checkpoints", "logs"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                (self.folder / "value.safetensors").unlink(missing_ok=True)
+            elif names - _BEFORE_A_CHECKPOINT and (changed := differences(recorded or {}, config, _HARMLESS)):
+                found = f"{self.folder} holds a training with other settings: {'; '.join(changed)}"
+                raise RunError(f"{found}. Choose another --output, or remove the old one with --overwrite true")
+            write_config(self.folder, config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds checkpoints after every epoch and, unless another logger is configured, metrics.csv."""
-        folder = self.folder / "checkpoints"
         self._checkpoints = ModelCheckpoint(
-            folder, "best", monitor="val_loss", save_last=True, enable_version_counter=False
+            self.folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
         )
         if self._get(self.config_init, "trainer.logger", default=False) in (False, None, True):
             kwargs["logger"] = CSVLogger(self.folder, name="logs")
@@ -79,24 +88,6 @@ class FitCLI(ModelCLI):
             known = " (1 is that of the mean reward)" if isinstance(value.loss, MeanLoss) else ""
             print(f"best held-out loss {float(score):.4g}{known}, {best}")
         print(f"use it: svdd predict ... --ckpt_path {file}")
-
-    def _claim(self, config: dict[str, Any]) -> None:
-        recorded = read_config(self.folder)
-        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        if recorded is None and names - {".lock", f"{CONFIG}.tmp"}:
-            raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._around.callback(lock(self.folder / ".lock", f"{self.folder} is in use by another run").release)
-        if self.settings.overwrite:
-            for name in ("checkpoints", "logs"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / "value.safetensors").unlink(missing_ok=True)
-        elif names - _BEFORE_A_CHECKPOINT and (changed := differences(recorded or {}, config, _HARMLESS)):
-            raise RunError(
-                f"{self.folder} holds a training with other settings: {'; '.join(changed)}. "
-                "Choose another --output, or remove the old one with --overwrite true"
-            )
-        write_config(self.folder, config)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.folder / "checkpoints" / "last.ckpt"

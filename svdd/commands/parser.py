@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
@@ -20,7 +20,6 @@ from svdd.commands.registry import KINDS, catalogue, import_all
 
 __all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
 
-_PACKAGE = Path(__file__).parents[1]
 _CARRY_OVER = "discard_init_args_on_class_path_change"
 _NOISE = re.compile(
     r"Expected a <class 'NoneType'>|Expected a path but |Does not validate against|Given value|^\s*(Subtypes|Errors):"
@@ -38,7 +37,7 @@ class Parser(LightningArgumentParser):
         import_all()
         warnings.filterwarnings("ignore", message=f".*({_HIDDEN_WARNINGS})")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty():  # no progress bars in log files, also none of huggingface_hub
             from transformers.utils.logging import disable_progress_bar
 
             disable_progress_bar()
@@ -55,21 +54,15 @@ class Parser(LightningArgumentParser):
 
 
 def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
-    """Discards all arguments of a class that another class replaces; jsonargparse keeps those that both have.
-
-    Then `--model.sampler SMC` over a configuration with SVDD would keep its `num_particles: 1`, which guides nothing.
-    """
+    """Discards all arguments of a class that another replaces: SMC must not keep SVDD's default of one particle."""
     if previous and "init_args" in previous and previous["class_path"] != following["class_path"]:
         previous["init_args"] = jsonargparse.Namespace()
 
 
-def with_shipped_configs(words: Sequence[str]) -> list[str]:
-    """Replaces the names of shipped configurations on a command line by their paths.
+def with_shipped_configs(words: list[str]) -> list[str]:
+    """Replaces the names of shipped configurations on a command line by their paths; raises UserError if unknown.
 
     A name has letters, digits, `_` and `-`, and may end in `.yaml`. A file of that name in the working directory wins.
-
-    Raises:
-        UserError: If `--config` names neither a file nor a shipped configuration.
     """
     found = list(words)
     for k, word in enumerate(words):
@@ -83,14 +76,15 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
 def _find_config(name: str) -> str:
     if not re.fullmatch(r"[\w-]+(\.yaml)?", name) or Path(name).is_file():
         return name
-    wheel, source_tree = _PACKAGE / "assets" / "configs", _PACKAGE.parent / "configs"
-    folder = wheel if wheel.is_dir() else source_tree
-    for path in (Path(f"{name.removesuffix('.yaml')}.yaml"), folder / f"{name.removesuffix('.yaml')}.yaml"):
-        if path.is_file():
-            return str(path)
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    hint = did_you_mean(name, known)
-    raise UserError(f"--config {name}: no such file or shipped configuration; known: {', '.join(known)}{hint}")
+    wheel, source_tree = Path(__file__).parents[1] / "assets" / "configs", Path(__file__).parents[2] / "configs"
+    known = {path.stem: str(path) for path in sorted((wheel if wheel.is_dir() else source_tree).glob("*.yaml"))}
+    stem = name.removesuffix(".yaml")
+    if Path(f"{stem}.yaml").is_file():
+        return f"{stem}.yaml"
+    if stem not in known:
+        told = f"known: {', '.join(known)}{did_you_mean(name, known)}"
+        raise UserError(f"--config {name}: no such file or shipped configuration; {told}")
+    return known[stem]
 
 
 @contextmanager
@@ -105,12 +99,7 @@ def as_user_errors() -> Iterator[None]:
 
 
 def explain(message: str, command: str | None = None) -> str:
-    """Returns the part of a parser's message that names the setting, the value given and what was expected.
-
-    Args:
-        message: jsonargparse's message; for a class setting it is a tree of all types that were tried.
-        command: The command at hand; None inside a class, whose message becomes part of the command's.
-    """
+    """Returns setting, value and what was expected, out of jsonargparse's message, a tree of all types it tried."""
     setting = re.match(r'\s*Parser key "([^"]+)":?\s*', message)
     key, rest = (f"{setting[1]}: ", message[setting.end() :]) if setting else ("", message)
     name = setting[1] if setting else "model.CLASS"
@@ -124,7 +113,7 @@ def explain(message: str, command: str | None = None) -> str:
         return f"{key}class {given[1]!r} cannot be used: {missing_methods(resolve_name(given[1]))}"
     if argument := re.search(r"Option '([^']+)' is not accepted", rest):
         told = f"{key}no argument {argument[1]!r}; `svdd {command} --{name}.help NAME` lists what class NAME takes"
-        return told if command else message
+        return told if command else message  # which becomes part of the message about the command
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):
         return f"{key}class {path[1]!r} cannot be used: {path[2].strip()} (the working directory is searched for files)"
     if inner := re.search(r'Parser key "([^"]+)":?\s*(.*)', rest):

@@ -34,9 +34,8 @@ class PredictCLI(ModelCLI):
         """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(Evaluation, "evaluation")
-        tar = "Write images into tar shards (WebDataset) instead of PNG files."
         patience = "Seconds to wait for other processes, once done, while none of them finishes a batch."
-        parser.add_argument("--tar", type=bool, default=False, help=tar)
+        parser.add_argument("--tar", type=bool, default=False, help="Write WebDataset tar shards instead of PNG files.")
         parser.add_argument("--patience", type=float, default=3600.0, help=patience)
 
     def before_instantiate_classes(self) -> None:
@@ -47,12 +46,12 @@ class PredictCLI(ModelCLI):
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             self.evaluation.check()
             plain = self.resolved()
-            plain["data"]["prompts_sha256"] = prompts.digest
+            plain["data"]["prompts_sha256"] = prompts.dataset.digest
             arguments = (plain["model"].get("value") or {}).get("init_args", {})
             if arguments.get("pretrained") and (file := weights_file(str(arguments["pretrained"]))).is_file():
                 plain["value_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
-            self.writer = RunWriter(output, plain, overwrite, prompts.num_prompts, tar)
+            self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
         prompts.teardown("predict")
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
@@ -77,21 +76,16 @@ class PredictCLI(ModelCLI):
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
-        """Prints where the images are and how they score.
-
-        Raises:
-            UserError: If there is no image.
-            Incomplete: If prompts have failed; everything else is done by then.
-        """
+        """Prints where the images are and how they score; raises Incomplete at the end if prompts have failed."""
         summary, failed = self.model.summary, self.writer.failed_prompts
         if not self.trainer.is_global_zero or not summary:
             return
+        count = summary["rewards"][summary["guide"]]["count"]
         if failed:
             where = f"see {self.writer.folder.failures}; the same command tries them again"
             print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
-        count = summary["rewards"][summary["guide"]]["count"]
-        if failed and not count:
-            raise UserError("no prompt could be drawn, so no picture was made")
+            if not count:
+                raise UserError("no prompt could be drawn, so no picture was made")
         print(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
             by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
@@ -102,7 +96,7 @@ class PredictCLI(ModelCLI):
             raise Incomplete(3)
 
     def _evaluate(self, summary: dict[str, Any]) -> None:
-        """Measures the finished pictures, adds what was found to the summary, and warns of over-optimisation."""
+        """Measures the finished pictures, adds what was found to the summary file, and warns of over-optimisation."""
         folder, baseline = self.writer.folder, self.evaluation.baseline
         found = self.evaluation.measure(find_pictures(folder.path), self.trainer.strategy.root_device)
         if baseline is not None:
@@ -111,12 +105,11 @@ class PredictCLI(ModelCLI):
             fallen = over_optimised(comparison, summary["guide"], better)
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
-                interval = f"[{entry['ci95_low']:+.3g}, {entry['ci95_high']:+.3g}]"
-                print(f"{name} - {baseline}: {entry['difference']:+.3g} {interval}")
+                line = "{difference:+.3g} [{ci95_low:+.3g}, {ci95_high:+.3g}]".format_map(entry)
+                print(f"{name} - {baseline}: {line}")
             if fallen:
                 print(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", file=sys.stderr)
         if found:
-            summary |= found
             folder.amend_summary(found)
             print_measurements(found)
         report(self.trainer.loggers, found, folder.path)
@@ -126,30 +119,27 @@ class PredictCLI(ModelCLI):
 
 
 class StepProgress(L.Callback):
-    """Progress bars: the prompts of this process, the current step and the mean value there."""
+    """A progress bar: the prompts of this process, the current step and the mean value there."""
+
+    _bar, _mean = tqdm(disable=True), ""  # until the prediction starts
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Opens the bars and registers for the steps of the module."""
+        """Opens the bar and registers for the steps of the module."""
         prompts = getattr(trainer.predict_dataloaders.dataset, "num_prompts", None)  # of this process; None: unknown
-        self._prompts = tqdm(total=prompts, desc="prompts", position=0)
-        self._steps = tqdm(total=pl_module.diffusion.num_inference_steps, desc="steps", position=1, leave=False)
+        self._bar, self._num_steps = tqdm(total=prompts, desc="prompts"), pl_module.diffusion.num_inference_steps
         pl_module.on_step = self._show_step
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *indices: int) -> None:
-        """Advances the bar of the prompts."""
-        self._prompts.update(len(batch))
+        """Advances the bar."""
+        self._bar.update(len(batch))
 
     def on_predict_end(self, trainer: Any, pl_module: Any, exception: BaseException | None = None) -> None:
-        """Closes the bars."""
-        if pl_module.on_step is not None:
-            self._steps.close()
-            self._prompts.close()
-            pl_module.on_step = None
+        """Closes the bar, so that it does not overwrite what is printed next."""
+        self._bar.close()
 
-    on_exception = on_predict_end  # so that the bars do not overwrite the error
+    on_exception = on_predict_end
 
     def _show_step(self, i: int, value: float | None) -> None:
-        self._steps.n = i
         if value is not None:
-            self._steps.set_postfix_str(f"mean value {value:.4g}", refresh=False)
-        self._steps.refresh()
+            self._mean = f", mean value {value:.4g}"
+        self._bar.set_postfix_str(f"step {i} of {self._num_steps}{self._mean}")

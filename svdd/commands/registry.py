@@ -1,13 +1,9 @@
-"""The classes that can be selected by name, and `svdd list`.
-
-Every imported concrete subclass of `Diffusion`, `Sampler`, `Value` and `Reward` is selectable by its class name: the
-built-in ones, those of plug-ins, and a user's own.
-"""
+"""The classes that can be selected by name, built-in ones, those of plug-ins and a user's own, and `svdd list`."""
 
 import ast
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,7 +13,6 @@ from svdd import UserError
 
 __all__ = ["KINDS", "Entry", "catalogue", "import_all", "show"]
 
-PLUGIN_GROUP = "svdd.plugins"
 KINDS = {  # kind: (package of the built-ins, base class)
     "diffusion": ("svdd.diffusion", "Diffusion"),
     "sampler": ("svdd.samplers", "Sampler"),
@@ -38,9 +33,10 @@ class Entry(NamedTuple):
 def import_all() -> None:
     """Imports every built-in class and every plug-in; a plug-in that fails to import warns and is skipped."""
     for package, _ in KINDS.values():
-        for path in _modules(package):
-            import_module(f"{package}.{path.stem}")
-    for plugin in entry_points(group=PLUGIN_GROUP):
+        folder = import_module(package)
+        for name in folder.__all__:
+            getattr(folder, name)  # imported on first use
+    for plugin in entry_points(group="svdd.plugins"):
         try:
             plugin.load()
         except Exception as error:  # a third-party package can raise anything, and must not stop the others
@@ -52,37 +48,29 @@ def import_all() -> None:
 def catalogue() -> list[Entry]:
     """Returns all selectable classes, by kind and name; built-in ones are read from their source, not imported."""
     entries = {entry for kind in KINDS for entry in _read_sources(kind)}
-    if entry_points(group=PLUGIN_GROUP):
+    if entry_points(group="svdd.plugins"):
         import_all()
         entries |= {entry for kind in KINDS for entry in _read_imported(kind)}
     return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry))
 
 
-def show(kinds: Sequence[str]) -> None:
-    """Runs `svdd list` for the given kinds, by default for all.
-
-    Raises:
-        UserError: If a kind is unknown.
-    """
+def show(kinds: list[str]) -> None:
+    """Runs `svdd list` for the given kinds, by default for all; raises UserError if one is unknown."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
     entries = [entry for entry in catalogue() if not kinds or entry.kind in kinds]
     width = max(len(entry.name) for entry in entries)
     for kind in kinds or KINDS:
         print(f"{kind}:")
-        for _, name, description, package in (entry for entry in entries if entry.kind == kind):
+        for name, description, package in (entry[1:] for entry in entries if entry.kind == kind):
             print(f"  {name:<{width}}  {description}{'' if package == 'svdd' else f'  [{package}]'}")
-
-
-def _modules(package: str) -> list[Path]:
-    folder = Path(__file__).parents[1] / package.split(".")[1]
-    return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))
 
 
 def _read_sources(kind: str) -> Iterator[Entry]:
     """Yields the concrete built-in classes below the base class of this kind, however far."""
     package, base = KINDS[kind]
-    nodes = [node for path in _modules(package) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    paths = (Path(__file__).parents[1] / package.split(".")[1]).glob("[!_]*.py")
+    nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     parents = {name: {b.id for b in node.bases if isinstance(b, ast.Name)} for name, node in classes.items()}
     known = {base}

@@ -1,7 +1,8 @@
 """`svdd score`: measures pictures that exist already."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,19 @@ from svdd.runs.prompts import PromptDataset
 
 __all__ = ["print_measurements", "score"]
 
+_LINE = "mean {mean:.4g} [{ci95_low:.4g}, {ci95_high:.4g}], std {std:.3g}, median {median:.4g}, top 10 % {top10:.4g}"
+_NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
-def score(words: Sequence[str]) -> None:
-    """Runs `svdd score` with the command line after its name.
 
-    Raises:
-        UserError: If an argument, a picture or a prompt is wrong, or a reward fails.
-    """
+def score(words: list[str]) -> None:
+    """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
     parser = Parser(prog="svdd score", description="Scores existing pictures with any reward.")
     parser.add_argument("--config", action="config", help="YAML file with these settings.")
     parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
     parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
     parser.add_argument("--images", type=str, required=True, help="Folder of pictures, or a run folder.")
-    order = "in the order of their names (2 before 10); a run folder brings its own."
-    parser.add_argument(
-        "--prompts", type=str | None, default=None, help=f"File with the prompt of each picture, {order}"
-    )
+    prompts = "File with the pictures' prompts, in the order of their names (2 before 10); a run folder has its own."
+    parser.add_argument("--prompts", type=str | None, default=None, help=prompts)
     parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
@@ -47,17 +45,16 @@ def score(words: Sequence[str]) -> None:
     device = _device(settings.device)
     settings.evaluation.check()
     pictures = _read_prompts(find_pictures(Path(settings.images)), Path(settings.images), settings.prompts)
-    rows, statistics = _measure(pictures, [settings.reward, *settings.eval_rewards], settings.batch_size, device)
+    rewards = {reward.name: reward for reward in (settings.reward, *settings.eval_rewards)}
+    if len(rewards) < 1 + len(settings.eval_rewards):
+        names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
+        raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
+    rows, statistics = _score(pictures, rewards, settings.batch_size, device)
     if not any(picture.prompt for picture in pictures):
-        unknown = "no prompts are known, so rewards that read them saw empty ones: --prompts"
-        print(f"svdd: warning: {unknown}", file=sys.stderr)
+        print(f"svdd: warning: {_NO_PROMPTS}", file=sys.stderr)
     summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
     for name, entry in statistics.items():
-        print(
-            f"{name}: mean {entry['mean']:.4g} [{entry['ci95_low']:.4g}, {entry['ci95_high']:.4g}], "
-            f"std {entry['std']:.3g}, median {entry['median']:.4g}, top 10 % {entry['top10']:.4g}, "
-            f"{entry['count']:.0f} images"
-        )
+        print(f"{name}: {_LINE.format_map(entry)}, {entry['count']:.0f} images")
     print_measurements(summary)
     if settings.output is not None:
         run = RunFolder(settings.output)
@@ -76,27 +73,21 @@ def print_measurements(found: Mapping[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def _measure(
-    pictures: list[Picture], rewards: list[Reward], batch_size: int, device: torch.device
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+def _score(pictures: list[Picture], rewards: dict[str, Reward], count: int, device: torch.device) -> tuple[list, dict]:
     """Returns one row per picture, and the statistics of each reward."""
-    metrics = {reward.name: RewardStatistics(higher_is_better=reward.higher_is_better) for reward in rewards}
-    if len(metrics) < len(rewards):
-        names = ", ".join(reward.name for reward in rewards)
-        raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
-    rows: list[dict[str, Any]] = []
-    chunker = Chunker()
-    for reward in rewards:
+    metrics = {name: RewardStatistics(higher_is_better=reward.higher_is_better) for name, reward in rewards.items()}
+    rows, chunker = [], Chunker()
+    for reward in rewards.values():
         reward.to(device).eval().load()
-    for part, images in read_pictures(pictures, batch_size):
+    for part, images in read_pictures(pictures, count):
         prompts, shown = [picture.prompt for picture in part], images.to(device)
-        scores = {reward.name: chunker.map(reward.score, len(part), shown, prompts).cpu() for reward in rewards}
+        scores = {name: chunker.map(reward.score, len(part), shown, prompts).cpu() for name, reward in rewards.items()}
         for name, metric in metrics.items():
             metric.update(scores[name].double(), torch.tensor([picture.prompt_index for picture in part]))
         for k, picture in enumerate(part):
-            numbers = {name: float(f"{values[k]:.7g}") for name, values in scores.items()}
-            place = {"prompt_index": picture.prompt_index, "prompt": picture.prompt}
-            rows.append({"file": str(picture.path), **place, "rewards": numbers})
+            file = str(picture.folder / picture.file)
+            row = {"file": file, "prompt_index": picture.prompt_index, "prompt": picture.prompt}
+            rows.append(row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}})
     return rows, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
 
 
@@ -106,18 +97,13 @@ def _read_prompts(pictures: list[Picture], folder: Path, file: str | None) -> li
         return pictures
     if RunFolder(folder).results.is_file():
         raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
-    with as_user_errors():
-        dataset = PromptDataset(file)
-    texts = [dataset[k].text for k in range(len(dataset))]
-    dataset.close()
+    with as_user_errors(), closing(PromptDataset(file)) as dataset:
+        texts = [dataset[k].text for k in range(len(dataset))]
     if len(texts) != len(pictures):
-        raise UserError(
-            f"{file} has {len(texts)} prompts for {len(pictures)} pictures in {folder}; expected one for each, in the "
-            "order of the pictures' names"
-        )
+        found = f"{file} has {len(texts)} prompts for {len(pictures)} pictures in {folder}"
+        raise UserError(f"{found}; expected one for each, in the order of the pictures' names")
     first = {text: k for k, text in reversed([*enumerate(texts)])}
-    pairs = zip(pictures, texts, strict=True)
-    return [replace(picture, prompt_index=first[text], prompt=text) for picture, text in pairs]
+    return [replace(pictures[k], prompt_index=first[text], prompt=text) for k, text in enumerate(texts)]
 
 
 def _device(name: str) -> torch.device:

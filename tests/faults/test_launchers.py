@@ -77,7 +77,7 @@ def test_a_signal_to_a_started_process(case: Case, whole: Case, table: Callable)
     table("SIGTERM to one of two processes", "both finished their batch, no process left", 143, lost)
 
 
-def test_a_killed_process_takes_the_other_along(case: Case, whole: Case, table: Callable):
+def test_a_killed_process_ends_the_other(case: Case, whole: Case, table: Callable):
     command = case.fork(*TWO)
     pids = ranks(case)
     before = case.finished()
@@ -105,7 +105,7 @@ def test_a_killed_process_restarts(case: Case, whole: Case, table: Callable):
     table("SIGKILL of one of two processes, --max_restarts 1", "both started again and finished the run", 0, lost)
 
 
-def test_a_killed_command_takes_its_processes_along(case: Case, whole: Case, table: Callable):
+def test_a_killed_command_ends_its_processes(case: Case, whole: Case, table: Callable):
     command = case.fork(*TWO)
     case.waiting(2)
     before = case.finished()

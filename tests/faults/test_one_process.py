@@ -174,7 +174,7 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
     )
 
 
-def test_nothing_but_failures_is_an_error(tmp_path):
+def test_a_run_without_any_image_is_an_error(tmp_path):
     case = Case(tmp_path / "case", ["there", "and there"])
     process = case.fork("--model.on_error", "skip", environment=BAD)
     process.join(60)
