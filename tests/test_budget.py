@@ -217,7 +217,7 @@ def test_a_budget_chooses_the_largest_count(sampler, budget, number):
 @pytest.mark.parametrize(
     ("sampler", "value_rows", "budget", "number"),
     [
-        (SVDD(), 2, 200, 11),  # 1 + 2 * 11 * 9: each candidate once ahead, and once for what is kept
+        (SVDD(), 2, 200, 11),  # 1 + 2 * 11 * 9: two rows per candidate
         (BestOfN(), 2, 100, 10),  # the value is used at the end, where it costs nothing
         (BlockwiseBestOfN(block_size=5), 0, 100, 12),  # 2 + 12 * 8
         (BestOfN(), 0, 100, 10),
@@ -327,7 +327,7 @@ GLOBAL = {
 
 
 @pytest.mark.parametrize("draw", GLOBAL.values(), ids=GLOBAL)
-def test_a_draw_from_a_global_generator_is_named_before_anything_is_drawn(draw):
+def test_a_draw_from_a_global_generator_is_reported_before_sampling(draw):
     def mistake(state):
         draw(state)
         return state

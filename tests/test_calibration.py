@@ -115,7 +115,7 @@ def test_values_at_the_end_are_not_evaluated():
         (["--data.limit", "2", "--model.images_per_prompt", "1"], "needs at least 3 chains, better hundreds, got 2"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_it_is_drawn(calibrate, capsys, monkeypatch, arguments, message):
+def test_an_impossible_calibration_is_refused_before_sampling(calibrate, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(Calibration, "test_step", lambda *_: pytest.fail("a chain was drawn"))
     assert calibrate(*arguments) == 2
     assert message in capsys.readouterr().err
@@ -219,7 +219,7 @@ def one_thread():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [["apple", "panda", "car"], ["apple"]], ids=["uneven shares", "an empty share"])
-def test_two_processes_measure_what_one_does(calibrate, one_thread, tmp_path, prompts):
+def test_two_processes_measure_the_same_as_one(calibrate, one_thread, tmp_path, prompts):
     words = ["--data.prompts", json.dumps(prompts), "--data.batch_size", "1"]
     assert calibrate(*words, "--output", str(tmp_path / "one")) == 0
     words += ["--output", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]

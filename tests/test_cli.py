@@ -233,7 +233,7 @@ def test_a_mistake_in_a_custom_sampler_names_class_and_method(refused, tmp_path,
         ("broken.json", b'["apple", ', "not valid JSON"),
     ],
 )
-def test_a_bad_prompt_file_is_named_with_the_place(refused, tmp_path, name, content, expected):
+def test_a_bad_prompt_file_is_named_in_the_error(refused, tmp_path, name, content, expected):
     path = tmp_path / name
     path.write_bytes(content)
     line = refused("--data.prompts", str(path))
@@ -462,7 +462,7 @@ def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
         (["--model.value.loss", "svdd.values.losses.SoftLoss"], "alpha"),
     ],
 )
-def test_what_fit_cannot_do_is_one_line_and_code_2(fit, capsys, arguments, expected):
+def test_an_impossible_fit_is_one_line_and_code_2(fit, capsys, arguments, expected):
     assert fit(*arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert expected in lines[-1]
@@ -481,7 +481,7 @@ def test_another_value_without_arguments_is_fitted(tiny_clip, tmp_path):
     assert (tmp_path / "value" / "value.safetensors").is_file()
 
 
-def test_a_future_jsonargparse_without_what_is_replaced_is_refused(monkeypatch):
+def test_an_incompatible_jsonargparse_is_refused(monkeypatch):
     import jsonargparse._typehints
 
     monkeypatch.delattr(jsonargparse._typehints, "discard_init_args_on_class_path_change")

@@ -99,7 +99,7 @@ def test_a_value_on_features_belongs_to_what_it_reads(sd15, tiny_clip, tmp_path)
         GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(str(other), width=8, pretrained=str(path)))
 
 
-def test_models_of_one_name_are_told_apart_by_their_weights(sd15, tmp_path):
+def test_models_of_one_name_are_distinguished_by_their_weights(sd15, tmp_path):
     """Another fine-tune in a folder of the same name does not reuse the first one's rollouts."""
     name = sd15.rsplit("/", 1)[-1]
     same, tuned, half = (tmp_path / kind / name for kind in ("same", "tuned", "half"))

@@ -273,7 +273,7 @@ def test_a_flipped_bit_is_found(filled):
     assert filled.missing() == [2]
 
 
-def test_another_setting_has_a_folder_of_its_own(tmp_path, filled):
+def test_other_settings_have_a_separate_folder(tmp_path, filled):
     other = RolloutCache(tmp_path, {"steps": [2]}, 150)
     assert other.path != filled.path
     assert other.missing() == [0, 1, 2]
@@ -459,7 +459,7 @@ def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffu
         ValueFitting(reward, diffusion, network()).on_load_checkpoint(checkpoint)
 
 
-def test_weights_of_another_size_or_none_at_all_are_refused(trained, tmp_path):
+def test_weights_of_another_size_and_missing_weights_are_refused(trained, tmp_path):
     path = tmp_path / "value.safetensors"
     path.write_bytes(to_safetensors(trained.value.checkpoint()))
     larger = LatentConvValue(channels=64, pretrained=str(path))

@@ -93,7 +93,7 @@ def test_sample_returns_images_and_their_scores(sd15):
     assert not torch.equal(images[1], images[2])
 
 
-def test_sample_takes_one_prompt_and_seeds_of_their_own(sd15):
+def test_sample_accepts_one_prompt_and_explicit_seeds(sd15):
     model = model_of(sd15, diffusion=StableDiffusion(sd15, 2, chunk_size=1))
     images, scores = model.sample("panda", seed=8)
     assert (images.shape, scores.shape) == ((1, 3, 64, 64), (1,))

@@ -30,7 +30,7 @@ from svdd.rewards.sharpness import Sharpness
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
-from svdd.runs.failures import predict_or_skip
+from svdd.runs.prediction import predict_or_skip
 from svdd.runs.prompts import Prompt
 from tests.test_rewards import PROMPTS, as_pil, pictures
 
@@ -271,7 +271,7 @@ def test_weights_read_in_inference_mode_serve_gradients_later(tiny_clip, tiny_he
     assert images.grad.abs().max() > 0
 
 
-def test_a_file_of_the_hub_is_named_by_three_parts(tmp_path):
+def test_a_hub_file_has_a_name_of_three_parts(tmp_path):
     (tmp_path / "head.pth").write_bytes(b"x")
     assert find_file(str(tmp_path / "head.pth")) == tmp_path / "head.pth"
     with pytest.raises(UserError, match="expected a path, or owner/name/file"):
@@ -441,7 +441,7 @@ def test_a_weighted_sum_adds_up():
         WeightedSum([])
 
 
-def test_z_scores_have_mean_0_and_spread_1_on_what_they_were_estimated_on(tmp_path):
+def test_z_scores_have_mean_0_and_std_1_on_their_own_sample(tmp_path):
     images, reward = pictures(4), Brightness()
     raw = reward.score(images, PROMPTS).double()
     summary = {"sampler": "Unguided", "rewards": {"Brightness": {"mean": float(raw.mean()), "std": float(raw.std())}}}

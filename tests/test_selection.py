@@ -20,7 +20,7 @@ def stratified(count: int, groups: int = 1) -> torch.Tensor:
     return ((torch.arange(count, dtype=torch.float64) + 0.5) / count).repeat(groups, 1)
 
 
-def test_top_takes_the_best_first_and_each_group_for_itself():
+def test_top_sorts_the_best_first_in_each_group():
     log_w = weights([1, 5, 3, 4], [9, -9, 0, 8])
     assert top(log_w).tolist() == [[1], [0]]
     assert top(log_w, 3).tolist() == [[1, 3, 2], [0, 3, 2]]

@@ -125,7 +125,7 @@ def test_a_sampler_may_shift_the_mean(state):
     torch.testing.assert_close(shifted.x, other.x + 1)
 
 
-def test_a_deterministic_step_draws_nothing():
+def test_a_deterministic_step_draws_no_noise():
     diffusion = GaussianDiffusion(3, eta=0.0)
     state = State.start(diffusion, ["a"], [1])
     before = state.context.generators[0].get_state()
@@ -165,7 +165,7 @@ def test_groups_need_not_be_images(state):
 # ---- randomness
 
 
-def test_the_start_is_what_the_images_own_generator_draws(diffusion):
+def test_the_start_comes_from_the_images_own_generator(diffusion):
     state = State.start(diffusion, ["a", "b"], [3, 2**63 - 1], 2)
     for k, seed in enumerate([3, 2**63 - 1]):
         generator = torch.Generator().manual_seed(seed)

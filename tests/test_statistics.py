@@ -51,7 +51,7 @@ def interval(scores: torch.Tensor, prompts: torch.Tensor | None) -> tuple[float,
 
 
 def test_the_interval_covers_the_mean_of_correlated_images():
-    """Coverage of 200 data sets: 95 % with clusters (12 misses more are four standard errors), about 65 % without."""
+    """Coverage of 200 data sets: 95 % with clusters (four standard errors are 12 data sets), about 65 % without."""
     covered = {True: 0, False: 0}
     for seed in range(200):
         scores, prompts = clustered(seed)
@@ -332,7 +332,7 @@ def test_noise_is_no_over_optimisation(prompts, held_out):
     assert 0.01 < sum(alarms) / len(alarms) < 0.025 + 4 * 0.0035
 
 
-def test_a_single_prompt_shows_nothing(tmp_path):
+def test_a_single_prompt_gives_no_interval(tmp_path):
     plain = write_run(tmp_path / "plain", {"guide": [0.0], "held": [0.0]})
     run = write_run(tmp_path / "run", {"guide": [5.0], "held": [-5.0]})
     comparison = against(run, plain)
@@ -372,7 +372,7 @@ def test_images_are_read_unchanged(tmp_path):
     Image.new("L", (20, 10), 255).save(folder / "9-grey.jpg")
     (folder / "notes.txt").write_text("no picture")
     pictures = find_pictures(folder)
-    assert [picture.path.name for picture in pictures] == ["000.png", "001.png", "002.png", "9-grey.jpg"]
+    assert [picture.file for picture in pictures] == ["000.png", "001.png", "002.png", "9-grey.jpg"]
     batches = list(read_pictures(pictures, 2))
     assert [list(images.shape) for _, images in batches] == [[2, 3, 32, 32], [1, 3, 32, 32], [1, 3, 10, 20]]
     assert batches[2][1].min() > 0.99

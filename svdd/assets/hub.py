@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svdd import UserError, first_line
 
-__all__ = ["ASSETS", "find_file", "fit_weights", "loading", "locate", "read_auto", "read_model", "read_weights"]
+__all__ = [
+    "ASSETS",
+    "find_file",
+    "fit_weights",
+    "loading",
+    "locate",
+    "offline",
+    "read_auto",
+    "read_model",
+    "read_weights",
+]
 
 ASSETS = Path(__file__).parent  # the models that ship with svdd
 
@@ -42,6 +52,17 @@ def loading(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # of many types
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def offline(wanted: bool) -> Iterator[None]:
+    """Restricts the hub's client to its cache, where `local_files_only` cannot be passed on."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = wanted or before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:

@@ -59,7 +59,7 @@ class CalibrateCLI(ModelCLI):
 
     def before_calibrate(self) -> None:
         """Refuses too few chains before any is drawn."""
-        self.chains = self.datamodule.num_prompts * self.model.images_per_prompt
+        self.chains = len(self.datamodule.dataset) * self.model.images_per_prompt
         require_chains(self.chains)
 
     def after_calibrate(self) -> None:

@@ -38,7 +38,7 @@ def test_a_signal_to_the_command(case: Case, whole: Case, table: Callable, numbe
     before = case.finished()
     (os.kill if number == signal.SIGTERM else os.killpg)(command.pid, number)
     name = signal.Signals(number).name
-    until(lambda: f"svdd: {name}: the batch at work is finished first" in case.said())
+    until(lambda: f"svdd: {name}: the current batch is finished first" in case.said())
     case.gate.touch()
     assert end(case, command) == code, case.said()
     assert len(case.finished()) == 8  # two batches of each
@@ -77,7 +77,7 @@ def test_a_signal_to_a_started_process(case: Case, whole: Case, table: Callable)
     table("SIGTERM to one of two processes", "both finished their batch, no process left", 143, lost)
 
 
-def test_a_killed_process_takes_the_other_along(case: Case, whole: Case, table: Callable):
+def test_a_killed_process_ends_the_other(case: Case, whole: Case, table: Callable):
     command = case.fork(*TWO)
     pids = ranks(case)
     before = case.finished()
@@ -105,7 +105,7 @@ def test_a_killed_process_restarts(case: Case, whole: Case, table: Callable):
     table("SIGKILL of one of two processes, --max_restarts 1", "both started again and finished the run", 0, lost)
 
 
-def test_a_killed_command_takes_its_processes_along(case: Case, whole: Case, table: Callable):
+def test_a_killed_command_ends_its_processes(case: Case, whole: Case, table: Callable):
     command = case.fork(*TWO)
     case.waiting(2)
     before = case.finished()

@@ -4,15 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import ASSETS, fit_weights, loading, locate, read_model, read_weights
+from svdd.assets.hub import ASSETS, fit_weights, loading, locate, offline, read_model, read_weights
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
 
 __all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "colour_statistics", "read_clip"]
@@ -122,8 +120,7 @@ class OpenClipModel(ClipModel):
         if tag and local_files_only and not open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub"):
             problem = f"open_clip downloads {tag!r} for {architecture} from outside the hub"
             raise UserError(f"{problem}, so local_files_only cannot be kept; give a weights file")
-        offline = patch.object(constants, "HF_HUB_OFFLINE", local_files_only or constants.HF_HUB_OFFLINE)
-        with loading(f"{architecture!r} of open_clip"), offline:
+        with loading(f"{architecture!r} of open_clip"), offline(local_files_only):
             self.clip = open_clip.create_model(architecture, tag, load_weights=not own_file, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(architecture)
         if own_file:
