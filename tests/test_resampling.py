@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 
-from svdd.samplers.toolbox.resampling import RESAMPLERS
-from svdd.samplers.toolbox.selection import effective_sample_size
-from svdd.samplers.toolbox.tempering import SCHEDULES, next_exponent
-from svdd.samplers.toolbox.weights import POTENTIALS, Weighing, Weights
+from svdd.samplers.toolbox.selection import RESAMPLERS, effective_sample_size
+from svdd.samplers.toolbox.weights import POTENTIALS, SCHEDULES, Weighing, Weights, next_exponent
 
 NAMES = list(RESAMPLERS)
 WEIGHTS = {

@@ -8,13 +8,10 @@ arXiv 2501.05803 (tempering).
 
 from typing import Literal
 
-from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_noise
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import probabilities
 from svdd.samplers.toolbox.weights import Weighing, Weights
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["SMC"]
 
@@ -40,9 +37,6 @@ class SMC(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
         guide_every: Weigh at every k-th step.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     budget_argument = "num_particles"
@@ -61,9 +55,8 @@ class SMC(Sampler):
         guide_every: int = 1,
     ) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles = num_particles
+        self.num_particles, self.window = num_particles, Window(guide_start, guide_stop, guide_every)
         self.weighing = Weighing(alpha, potential, resampler, ess_threshold, tempering, returns)
-        self.window = Window(guide_start, guide_stop, guide_every)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if copies of a particle would stay identical."""

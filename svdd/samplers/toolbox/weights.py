@@ -1,12 +1,14 @@
-"""Feynman-Kac weights of a population of particles.
+"""Feynman-Kac weights of a population of particles, and their tempering.
 
 Particle k of an image has the weight w = prod_j G_j, with one potential G_j per weighed state. Potentials of every kind
 multiply to exp(r / alpha) over a whole chain, so that the weighted ends follow p(x) exp(r(x) / alpha), and the mean of
-w is an unbiased estimate of Z = E[exp(r / alpha)].
+w is an unbiased estimate of Z = E[exp(r / alpha)]. The targets on the way are p_i(x_i) exp(lambda_i v_i(x_i) / alpha):
+early values are inaccurate, and a small exponent lambda_i limits their effect.
 
 Sources: Chopin and Papaspiliopoulos, An Introduction to Sequential Monte Carlo, 2020, chapters 5 and 10; Singhal et
 al., A General Framework for Inference-time Scaling and Steering of Diffusion Models, 2025, arXiv 2501.06848
-(FK-steering: the four potentials).
+(FK-steering: potentials); Kim, Kim and Park, 2025, arXiv 2501.05803 (DAS: exponential and adaptive tempering); Jasra et
+al., Inference for Levy-Driven Stochastic Volatility Models via Adaptive Sequential Monte Carlo, 2011 (next exponent).
 """
 
 import math
@@ -17,11 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdd.samplers.toolbox.resampling import RESAMPLERS
-from svdd.samplers.toolbox.selection import draw, effective_sample_size, top
-from svdd.samplers.toolbox.tempering import SCHEDULES, next_exponent
+from svdd.samplers.toolbox.selection import RESAMPLERS, draw, effective_sample_size, top
 
-__all__ = ["POTENTIALS", "Weighing", "Weights"]
+__all__ = ["POTENTIALS", "SCHEDULES", "Weighing", "Weights", "next_exponent"]
 
 
 class Weights(NamedTuple):
@@ -60,14 +60,16 @@ POTENTIALS: dict[str, Callable[[Weights, Tensor], Tensor]] = {  # (weights, temp
     "immediate": lambda weights, tempered: tempered,
 }
 
+SCHEDULES: dict[str, Callable[[float], float]] = {  # i / T -> lambda
+    "none": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "exponential": lambda progress: 2.0**progress - 1.0,  # (1 + gamma)^i - 1 with the gamma that makes it end at 1
+}
+
 
 @dataclass(frozen=True)
 class Weighing:
-    """How `SMC` and `TwistedSMC` weigh, resample and return; the arguments are theirs.
-
-    Raises:
-        ValueError: If a setting is unknown, out of range, or excluded by another.
-    """
+    """How `SMC` and `TwistedSMC` weigh, resample and return; their arguments, checked with ValueError."""
 
     alpha: float
     potential: str
@@ -99,9 +101,9 @@ class Weighing:
 
     def weigh(self, weights: Weights, values: Tensor, progress: float) -> Weights:
         """Multiplies by the potentials of values [images, particles] at progress = i / T; at 1 to exp(r / alpha)."""
-        scaled, potential = values.double() / self.alpha, POTENTIALS[self.potential]
+        scaled, potential = values.double() / self.alpha, self.potential
         if progress == 1:
-            exponent, potential = torch.ones_like(weights.exponent), POTENTIALS["difference"]
+            exponent, potential = torch.ones_like(weights.exponent), "difference"
         elif self.tempering == "adaptive":
             n = scaled.shape[1]
             exponent = next_exponent(
@@ -112,21 +114,12 @@ class Weighing:
         else:
             exponent = torch.full_like(weights.exponent, SCHEDULES[self.tempering](progress))
         tempered = exponent * scaled
-        log_g = potential(weights, tempered)
-        return Weights(
-            weights.log_w + log_g,
-            weights.log_potentials + log_g,
-            weights.peak.maximum(tempered),
-            weights.total + tempered,
-            exponent,
-        )
+        log_g = POTENTIALS[potential](weights, tempered)
+        peak, total = weights.peak.maximum(tempered), weights.total + tempered
+        return Weights(weights.log_w + log_g, weights.log_potentials + log_g, peak, total, exponent)
 
     def resample(self, weights: Weights, uniforms: Tensor) -> tuple[Tensor, Weights]:
-        """Resamples the images whose effective sample size is low, with uniforms [images, particles] in [0, 1).
-
-        Returns:
-            Index of the kept particles, int64 [images, particles], and their weights.
-        """
+        """Resamples images of low effective sample size; index and uniforms in [0, 1) are [images, particles]."""
         images, particles = weights.log_w.shape
         low = self.ess_threshold * particles * (1 + 1e-6)  # adaptive tempering stops at the threshold, up to rounding
         poor = (effective_sample_size(weights.log_w) <= low)[:, None]
@@ -144,3 +137,20 @@ class Weighing:
         if self.returns == "drawn":
             return draw(weights.log_w, uniforms(1))
         return torch.arange(rewards.shape[1], device=rewards.device).expand(len(rewards), -1)
+
+
+def next_exponent(log_w: Callable[[Tensor], Tensor], exponent: Tensor, size: float) -> Tensor:
+    """Returns the largest exponents, at most 1, at which the effective sample size is at least `size`, by bisection.
+
+    Args:
+        log_w: From exponents [groups, 1] to log-weights [groups, rows].
+        exponent: The current exponents, float64 [groups, 1]; they stay where the size is already lower.
+        size: Effective sample size to keep, 1 .. rows.
+    """
+    one = torch.ones_like(exponent)
+    low, high = exponent, one
+    for _ in range(40):
+        middle = (low + high) / 2
+        enough = effective_sample_size(log_w(middle))[:, None] >= size
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return torch.where(effective_sample_size(log_w(one))[:, None] >= size, one, low)
