@@ -13,16 +13,7 @@ from svdd.state.state import Start, State
 from svdd.state.trace import Selection, count_distinct
 from svdd.values.base import Value
 
-__all__ = [
-    "Diffusion",
-    "Sampler",
-    "Start",
-    "State",
-    "Value",
-    "require_at_least_one",
-    "require_guidance",
-    "require_noise",
-]
+__all__ = ["Diffusion", "Sampler", "Start", "State", "Value", "require_at_least_one", "require_noise", "require_window"]
 
 
 class Sampler(ABC):
@@ -50,12 +41,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(self, start: Start, value: Value) -> State:
-        """Returns the state at the end of the chain, with equally many rows per image.
-
-        Args:
-            start: `start(n)` returns n rows per image at i = 0.
-            value: Estimates the reward that a row will reach; at the end of the chain, returns the reward itself.
-        """
+        """Takes `start(n)`, n rows per image at i = 0, to the end of the chain; returns equally many rows per image."""
 
     def __call__(self, start: Start, value: Value) -> State:
         """Runs `sample`; raises UserError unless it returns the end of the chain, with equally many rows per image."""
@@ -133,10 +119,10 @@ def require_noise(diffusion: Diffusion, name: str, count: int, window: Window | 
             "candidates of a particle are the same image; set eta above 0 (1.0 as in the paper), or use BestOfN"
         )
     if count > 1 and window is not None:
-        require_guidance(diffusion, window)
+        require_window(diffusion, window)
 
 
-def require_guidance(diffusion: Diffusion, window: Window) -> None:
+def require_window(diffusion: Diffusion, window: Window) -> None:
     """Raises UserError if no step of the window draws noise."""
     steps = diffusion.num_inference_steps
     if not any(window.guides(i, steps) and diffusion.std(i) > 0 for i in range(steps)):

@@ -24,8 +24,7 @@ class BlockwiseBestOfN(Sampler):
         num_candidates: M, candidates of each block.
         block_size: Steps of a block; the first one is shorter where they do not divide the chain.
         alpha: Temperature in units of the reward; 0 takes the best.
-        score_parent: Score a candidate by its x0 one step before the end of the block, which is already known.
-            Needs block_size > 1.
+        score_parent: Score a candidate by its known x0 one step before the end of the block. Needs block_size > 1.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
     """

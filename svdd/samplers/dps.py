@@ -10,7 +10,7 @@ import math
 import torch
 
 from svdd import UserError
-from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_guidance
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_window
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["DPS"]
@@ -50,7 +50,7 @@ class DPS(Sampler):
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the value has no gradient, or every guided step is without noise."""
         super().check(diffusion, value)
-        require_guidance(diffusion, self.window)
+        require_window(diffusion, self.window)
         if not self.through_denoiser and value.most_rows == 0:
             raise UserError(
                 f"DPS with through_denoiser=False needs a value of x0, and {value.describe()} reads x; set it to true"
@@ -67,7 +67,6 @@ class DPS(Sampler):
             v, slope = state.gradient(value, self.through_denoiser)
             state.context.report(state.i, float(v.mean()))
             state = self.keep(state, first_row, v[:, None], kl=0.0)  # one row per image: for the trace alone
-            # of two normal laws of equal std
-            kl = (self.scale * state.std) ** 2 / 2 * slope.flatten(1).double().square().sum(1)
+            kl = (self.scale * state.std) ** 2 / 2 * slope.flatten(1).double().square().sum(1)  # normal laws, equal std
             state = state.propose(mean=state.prediction.mean + self.scale * state.std**2 * slope, kl=kl)
         return state

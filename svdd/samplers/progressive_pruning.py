@@ -22,8 +22,7 @@ class ProgressivePruning(Sampler):
     2. at each further entry (fraction, survivors): keep the survivors of the highest value
     3. return the end of the highest reward
 
-    Costs the chains alive at each step before pruning, after it with a learned value: by default about N T denoiser
-    rows per image.
+    Costs about N T denoiser rows per image: at each step the chains before pruning, after it with a learned value.
 
     Args:
         num_particles: N; the default schedule costs about as much as N whole chains.
@@ -34,9 +33,7 @@ class ProgressivePruning(Sampler):
     budget_argument = "num_particles"
 
     def __init__(
-        self,
-        num_particles: int = 8,
-        schedule: Sequence[tuple[float, float]] = ((0.0, 2.0), (0.25, 1.0), (0.5, 0.5)),
+        self, num_particles: int = 8, schedule: Sequence[tuple[float, float]] = ((0.0, 2.0), (0.25, 1.0), (0.5, 0.5))
     ) -> None:
         require_at_least_one(num_particles=num_particles)
         fractions, survivors = [fraction for fraction, _ in schedule], [survivors for _, survivors in schedule]

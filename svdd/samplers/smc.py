@@ -1,16 +1,13 @@
 """Sequential Monte Carlo: particles that carry weights and are resampled when the weights degenerate.
 
 Target: p(x) exp(r(x) / alpha), exactly as the number of particles grows, for any value.
-Sources: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
-(values as twisting functions); Singhal et al., 2025, arXiv 2501.06848 (FK-steering: potentials); Kim et al., 2025,
-arXiv 2501.05803 (tempering).
+Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775.
+FK-steering and tempering: see `svdd.samplers.toolbox.weights`.
 """
-
-from typing import Literal
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import probabilities
-from svdd.samplers.toolbox.weights import Weighing, Weights
+from svdd.samplers.toolbox.weights import Potential, Resampler, Returns, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["SMC"]
@@ -45,11 +42,11 @@ class SMC(Sampler):
         self,
         num_particles: int = 8,
         alpha: float = 0.1,
-        potential: Literal["difference", "max", "sum", "immediate"] = "difference",
-        resampler: Literal["multinomial", "stratified", "systematic", "residual", "ssp"] = "ssp",
+        potential: Potential = "difference",
+        resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
-        tempering: Literal["none", "linear", "exponential", "adaptive"] = "none",
-        returns: Literal["best", "drawn", "all"] = "best",
+        tempering: Tempering = "none",
+        returns: Returns = "best",
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,

@@ -1,16 +1,13 @@
 """Twisted sequential Monte Carlo: particles move along the gradient of the value, and weights account for it.
 
 Target: p(x) exp(r(x) / alpha), exactly as the number of particles grows.
-Sources: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
-(TDS); Kim, Kim and Park, Test-time Alignment of Diffusion Models without Reward Over-optimization, 2025,
-arXiv 2501.05803 (DAS: tempering).
+Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
+(TDS). Tempering (DAS): see `svdd.samplers.toolbox.weights`.
 """
 
-from typing import Literal
-
-from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_guidance
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_window
 from svdd.samplers.toolbox.selection import probabilities
-from svdd.samplers.toolbox.weights import Weighing, Weights
+from svdd.samplers.toolbox.weights import Resampler, Returns, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["TwistedSMC"]
@@ -45,10 +42,10 @@ class TwistedSMC(Sampler):
         self,
         num_particles: int = 4,
         alpha: float = 0.1,
-        resampler: Literal["multinomial", "stratified", "systematic", "residual", "ssp"] = "ssp",
+        resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
-        tempering: Literal["none", "linear", "exponential", "adaptive"] = "exponential",
-        returns: Literal["best", "drawn", "all"] = "best",
+        tempering: Tempering = "exponential",
+        returns: Returns = "best",
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,
@@ -60,7 +57,7 @@ class TwistedSMC(Sampler):
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the value has no gradient, or every guided step is without noise."""
         super().check(diffusion, value)
-        require_guidance(diffusion, self.window)
+        require_window(diffusion, self.window)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the ends that `returns` selects for each image."""

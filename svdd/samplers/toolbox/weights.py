@@ -13,8 +13,8 @@ al., Inference for Levy-Driven Stochastic Volatility Models via Adaptive Sequent
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,23 +23,20 @@ from svdd.samplers.toolbox.selection import RESAMPLERS, draw, effective_sample_s
 
 __all__ = ["POTENTIALS", "SCHEDULES", "Weighing", "Weights", "next_exponent"]
 
+Potential = Literal["difference", "max", "sum", "immediate"]
+Resampler = Literal["multinomial", "stratified", "systematic", "residual", "ssp"]
+Tempering = Literal["none", "linear", "exponential", "adaptive"]
+Returns = Literal["best", "drawn", "all"]
+
 
 class Weights(NamedTuple):
-    """Log-weights of each image's particles and their history, float64 [images, particles].
+    """Log-weights of each image's particles and their history, float64 [images, particles]."""
 
-    Args:
-        log_w: Accumulated log-weights; resampled particles share the mean weight, so that the mean estimates Z.
-        log_potentials: Sum of the log-potentials along each particle's path, unchanged by resampling.
-        peak: Largest tempered value along that path.
-        total: Sum of the tempered values along it.
-        exponent: Current tempering exponent, [images, 1].
-    """
-
-    log_w: Tensor
-    log_potentials: Tensor
-    peak: Tensor
-    total: Tensor
-    exponent: Tensor
+    log_w: Tensor  # resampled particles share the mean weight, so that the mean always estimates Z
+    log_potentials: Tensor  # sum along each particle's path, unchanged by resampling
+    peak: Tensor  # largest tempered value along that path
+    total: Tensor  # sum of the tempered values along it
+    exponent: Tensor  # of the tempering, [images, 1]
 
     @staticmethod
     def equal(images: int, particles: int, device: torch.device) -> "Weights":
@@ -72,25 +69,21 @@ class Weighing:
     """How `SMC` and `TwistedSMC` weigh, resample and return; their arguments, checked with ValueError."""
 
     alpha: float
-    potential: str
-    resampler: str
+    potential: Potential
+    resampler: Resampler
     ess_threshold: float
-    tempering: str
-    returns: str = "best"
+    tempering: Tempering
+    returns: Returns = "best"
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
             raise ValueError(f"alpha must be > 0, got {self.alpha}; for the limit of alpha = 0 use SVDD")
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in 0 .. 1 (never .. at every step), got {self.ess_threshold}")
-        for name, known in (
-            ("potential", [*POTENTIALS]),
-            ("resampler", [*RESAMPLERS]),
-            ("tempering", [*SCHEDULES, "adaptive"]),
-            ("returns", ["best", "drawn", "all"]),
-        ):
-            if (given := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+        for field in fields(self):
+            known, given = get_args(field.type), getattr(self, field.name)
+            if known and given not in known:
+                raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {given!r}")
         if self.tempering == "adaptive" and self.potential != "difference":
             raise ValueError(f"adaptive tempering goes with potential 'difference' only, got {self.potential!r}")
         if self.tempering == "adaptive" and not 0 < self.ess_threshold < 1:
@@ -106,11 +99,7 @@ class Weighing:
             exponent, potential = torch.ones_like(weights.exponent), "difference"
         elif self.tempering == "adaptive":
             n = scaled.shape[1]
-            exponent = next_exponent(
-                lambda exponent: weights.log_w + (exponent * scaled - weights.log_potentials),
-                weights.exponent,
-                max(self.ess_threshold, 1 / n) * n,
-            )
+            exponent = next_exponent(weights, scaled, max(self.ess_threshold, 1 / n) * n)
         else:
             exponent = torch.full_like(weights.exponent, SCHEDULES[self.tempering](progress))
         tempered = exponent * scaled
@@ -139,18 +128,23 @@ class Weighing:
         return torch.arange(rewards.shape[1], device=rewards.device).expand(len(rewards), -1)
 
 
-def next_exponent(log_w: Callable[[Tensor], Tensor], exponent: Tensor, size: float) -> Tensor:
-    """Returns the largest exponents, at most 1, at which the effective sample size is at least `size`, by bisection.
+def next_exponent(weights: Weights, scaled: Tensor, size: float) -> Tensor:
+    """Returns the largest next exponents, at most 1, that keep the effective sample size, by bisection; [images, 1].
 
     Args:
-        log_w: From exponents [groups, 1] to log-weights [groups, rows].
-        exponent: The current exponents, float64 [groups, 1]; they stay where the size is already lower.
-        size: Effective sample size to keep, 1 .. rows.
+        weights: The weights so far; an exponent stays if the effective sample size is already lower.
+        scaled: Values / alpha, float64 [images, particles].
+        size: Effective sample size to keep with the potentials `difference`, 1 .. particles.
     """
-    one = torch.ones_like(exponent)
-    low, high = exponent, one
+
+    def enough(exponent: Tensor) -> Tensor:
+        log_w = weights.log_w + POTENTIALS["difference"](weights, exponent * scaled)
+        return effective_sample_size(log_w)[:, None] >= size
+
+    low, one = weights.exponent, torch.ones_like(weights.exponent)
+    high = one
     for _ in range(40):
         middle = (low + high) / 2
-        enough = effective_sample_size(log_w(middle))[:, None] >= size
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return torch.where(effective_sample_size(log_w(one))[:, None] >= size, one, low)
+        holds = enough(middle)
+        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    return torch.where(enough(one), one, low)
