@@ -21,14 +21,10 @@ class Sampler(ABC):
 
     A subclass implements `sample`; `svdd.samplers.budget` counts its cost. Constructors raise ValueError for arguments
     out of range.
-
-    Attributes:
-        budget_argument: The constructor argument, a count, that a budget may choose; None if there is none.
-        needs_gradient: Whether `sample` differentiates the value.
     """
 
-    budget_argument: ClassVar[str | None] = None
-    needs_gradient: ClassVar[bool] = False
+    budget_argument: ClassVar[str | None] = None  # the constructor argument, a count, that a budget may choose
+    needs_gradient: ClassVar[bool] = False  # whether `sample` differentiates the value
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Sampler":
@@ -90,7 +86,6 @@ class Sampler(ABC):
         """Selects rows of every image, as `State.select` does, and records the selection in the trace.
 
         Args:
-            state: The candidate rows.
             index: The rows to keep, int64 [images, k].
             values: The values that decided, [images, rows].
             log_w: Log-weights, if any, [images, rows]; the trace records their effective sample size.

@@ -6,12 +6,10 @@ __all__ = ["BestOfN"]
 
 
 class BestOfN(Sampler):
-    """Best of N independent images by the reward.
+    """Best of N independent images by the reward, for N T denoiser rows per image.
 
     1. draw N chains from the pretrained model
     2. return the end of the highest reward
-
-    Costs N T denoiser rows per image.
 
     Args:
         num_particles: N, images drawn for each one returned.

@@ -59,8 +59,7 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
             raise
         except Exception as error:
             raise Uncountable(
-                f"{method} failed on the chain of one number on which costs are counted, with "
-                f"{type(error).__name__}: {error}"
+                f"{method} failed on the chain of one number that counts costs, with {type(error).__name__}: {error}"
             ) from error
     if before != _global_generators():
         raise UserError(
@@ -111,16 +110,14 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
         except ValueError:
             return math.nan
         if cost.returned != least.returned:
-            raise UserError(
-                f"{cannot} every particle is returned, so that it does not change the cost; set it yourself"
-            )
+            raise UserError(f"{cannot} every particle is returned, so the cost is the same; set it yourself")
         return cost.rows
 
     slope = rows_of(2, math.inf) - least.rows
     best = min(1 + int((budget - least.rows) / slope), budget) if slope > 0 else 1  # right if the cost is linear
     if not rows_of(best) <= budget < rows_of(best + 1):
         best = 1 + bisect_left(range(2, budget + 1), True, key=lambda number: not rows_of(number) <= budget)
-    if not max(rows_of(best), rows_of(best + 1)) > least.rows:
+    if not (slope > 0 or max(rows_of(best), rows_of(best + 1)) > least.rows):
         raise UserError(
             f"{cannot} with {type(value).__name__} it does not change the cost of {least.rows:g} denoiser rows per "
             "image; set it yourself and leave the budget out"
@@ -184,10 +181,9 @@ def _global_generators() -> bytes:
 
 def _arguments(sampler: Sampler, name: str) -> inspect.BoundArguments:
     """Returns the arguments of the sampler's constructor, defaults included; `name` must be one of them."""
-    args, kwargs = sampler.arguments
+    (args, kwargs), kind = sampler.arguments, type(sampler).__name__
     bound = inspect.signature(type(sampler)).bind(*args, **kwargs)
     bound.apply_defaults()
     if name not in bound.arguments:
-        kind = type(sampler).__name__
         raise UserError(f"{kind}.budget_argument is {name!r}, which is no argument of {kind}'s constructor")
     return bound

@@ -10,12 +10,10 @@ __all__ = ["RandomSearch"]
 
 
 class RandomSearch(Sampler):
-    """Random search over the initial noise: N starts, the best end.
+    """Random search over the initial noise: the best end of N starts, for N T denoiser rows per image.
 
     1. draw N starts and run each to its end, all with the same noise in the steps, so that only the starts differ
     2. return the end of the highest reward
-
-    Costs N T denoiser rows per image.
 
     Args:
         num_candidates: N, starts of each image.

@@ -69,8 +69,7 @@ class SVDD(Sampler):
         state = start(self.num_particles)
         log_potentials = torch.zeros(state.num_images, self.num_particles, dtype=torch.float64, device=state.x.device)
         while not state.done:
-            guided = state.std > 0 and self.window.guides(state.i, state.num_steps)
-            m = self.num_candidates if guided else 1
+            m = self.num_candidates if state.std > 0 and self.window.guides(state.i, state.num_steps) else 1
             parents, state = state, state.propose(m)
             kept = 1 if state.done else self.num_particles
             if len(state.x) == kept * state.num_images:  # nothing to select from

@@ -6,12 +6,10 @@ __all__ = ["Unguided"]
 
 
 class Unguided(Sampler):
-    """Plain sampling, without any selection.
+    """Plain sampling, without any selection, for T denoiser rows per image.
 
     1. start from noise
     2. at each step x_{i+1} ~ N(mean_i(x_i), std_i^2 I)
-
-    Costs T denoiser rows per image.
     """
 
     def sample(self, start: Start, value: Value) -> State:

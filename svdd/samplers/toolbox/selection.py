@@ -116,8 +116,7 @@ RESAMPLERS = dict(multinomial=draw, stratified=_stratified, systematic=_systemat
 
 
 def _expected(log_w: Tensor) -> Tensor:
-    """Returns the expected copies k W, float64 [g, k]."""
-    return _rounded(probabilities(log_w) * log_w.shape[1])
+    return _rounded(probabilities(log_w) * log_w.shape[1])  # copies k W
 
 
 def _rounded(numbers: Tensor) -> Tensor:

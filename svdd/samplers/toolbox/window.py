@@ -11,10 +11,7 @@ class Window:
     Args:
         start: First guided step, as a fraction of the chain, 0 .. 1.
         stop: Where guidance ends, as a fraction of the chain, above `start`, at most 1.
-        every: k, steps from one guided step to the next.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        every: k, steps from one guided step to the next, at least 1.
     """
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, every: int = 1) -> None:
