@@ -1,12 +1,22 @@
 """Resamplers: counts within bounds, unbiased, right at the corners; and the weights that ask for them."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from svdd.samplers.toolbox.selection import RESAMPLERS, effective_sample_size
-from svdd.samplers.toolbox.weights import POTENTIALS, SCHEDULES, Weighing, Weights, next_exponent
+from svdd.samplers.toolbox.weights import (
+    POTENTIALS,
+    SCHEDULES,
+    Potential,
+    Resampler,
+    Tempering,
+    Weighing,
+    Weights,
+    next_exponent,
+)
 
 NAMES = list(RESAMPLERS)
 WEIGHTS = {
@@ -120,6 +130,12 @@ def test_the_effective_sample_size():
 def weighing(**options) -> Weighing:
     defaults = {"alpha": 0.5, "potential": "difference", "resampler": "ssp", "ess_threshold": 0.5, "tempering": "none"}
     return Weighing(**defaults | options)
+
+
+def test_every_setting_that_a_sampler_accepts_is_implemented():
+    assert get_args(Potential) == tuple(POTENTIALS)
+    assert get_args(Resampler) == tuple(RESAMPLERS)
+    assert get_args(Tempering) == (*SCHEDULES, "adaptive")
 
 
 def path_of_values(groups=3, particles=6, steps=5, seed=0) -> list[torch.Tensor]:

@@ -86,6 +86,7 @@ class Sampler(ABC):
         """Selects rows of every image, as `State.select` does, and records the selection in the trace.
 
         Args:
+            state: The candidate rows.
             index: The rows to keep, int64 [images, k].
             values: The values that decided, [images, rows].
             log_w: Log-weights, if any, [images, rows]; the trace records their effective sample size.

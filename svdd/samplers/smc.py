@@ -7,7 +7,7 @@ FK-steering and tempering: see `svdd.samplers.toolbox.weights`.
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import probabilities
-from svdd.samplers.toolbox.weights import Potential, Resampler, Returns, Tempering, Weighing, Weights
+from svdd.samplers.toolbox.weights import Ends, Potential, Resampler, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["SMC"]
@@ -46,7 +46,7 @@ class SMC(Sampler):
         resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
         tempering: Tempering = "none",
-        returns: Returns = "best",
+        returns: Ends = "best",
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,

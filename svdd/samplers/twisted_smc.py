@@ -7,7 +7,7 @@ Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Di
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_window
 from svdd.samplers.toolbox.selection import probabilities
-from svdd.samplers.toolbox.weights import Resampler, Returns, Tempering, Weighing, Weights
+from svdd.samplers.toolbox.weights import Ends, Resampler, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["TwistedSMC"]
@@ -45,7 +45,7 @@ class TwistedSMC(Sampler):
         resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
         tempering: Tempering = "exponential",
-        returns: Returns = "best",
+        returns: Ends = "best",
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,

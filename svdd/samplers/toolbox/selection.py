@@ -126,7 +126,6 @@ def _rounded(numbers: Tensor) -> Tensor:
 
 
 def _first_above(steps: Tensor, points: Tensor) -> Tensor:
-    """Returns the index of the first of the rising steps above each point."""
     return torch.searchsorted(steps, points.expand_as(steps).contiguous(), right=True)
 
 

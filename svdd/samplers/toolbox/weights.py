@@ -21,12 +21,22 @@ from torch import Tensor
 
 from svdd.samplers.toolbox.selection import RESAMPLERS, draw, effective_sample_size, top
 
-__all__ = ["POTENTIALS", "SCHEDULES", "Weighing", "Weights", "next_exponent"]
+__all__ = [
+    "POTENTIALS",
+    "SCHEDULES",
+    "Ends",
+    "Potential",
+    "Resampler",
+    "Tempering",
+    "Weighing",
+    "Weights",
+    "next_exponent",
+]
 
 Potential = Literal["difference", "max", "sum", "immediate"]
 Resampler = Literal["multinomial", "stratified", "systematic", "residual", "ssp"]
 Tempering = Literal["none", "linear", "exponential", "adaptive"]
-Returns = Literal["best", "drawn", "all"]
+Ends = Literal["best", "drawn", "all"]
 
 
 class Weights(NamedTuple):
@@ -73,7 +83,7 @@ class Weighing:
     resampler: Resampler
     ess_threshold: float
     tempering: Tempering
-    returns: Returns = "best"
+    returns: Ends = "best"
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
