@@ -1,4 +1,4 @@
-"""Does it guide? SVDD beside best-of-N and plain sampling on the embedded model: same prompts, same seeds.
+"""SVDD, best-of-N and plain sampling on the embedded model: same prompts, same seeds.
 
 Writes benchmarks/guidance.md: for each guide reward the mean under each sampler, the paired differences with 95 %
 intervals (Student's t over prompts; the images of a prompt are averaged first), the held-out judge and the cost.
@@ -27,7 +27,7 @@ PROMPTS = ALL_PROMPTS[:16]
 
 @torch.no_grad()
 def measure(sampler: Sampler, guide: Reward, others: list[Reward], images: int, steps: int) -> dict:
-    """Draws `images` pictures of every prompt and returns all scores [prompts, images] and the ledger."""
+    """Samples `images` images of every prompt; returns all scores [prompts, images] and the ledger."""
     diffusion = StableDiffusion("emoji", num_inference_steps=steps, guidance_scale=3.0, eta=1.0)
     value = PosteriorMean()
     value.bind(guide, diffusion)
@@ -67,7 +67,7 @@ def main() -> None:
         "",
         f"{len(PROMPTS)} prompts x {options.images} images, T = {options.steps}, guidance scale 3, eta 1, same seeds. "
         "Differences are paired by prompt, with 95 % intervals. `CLIPScore-judge` is held out: a second CLIP, trained "
-        "apart. Made by `python -m benchmarks.guidance`.",
+        "separately. Made by `python -m benchmarks.guidance`.",
     ]
     for guide, others in ((jpeg, [clip, judge]), (clip, [judge, jpeg])):
         results = {

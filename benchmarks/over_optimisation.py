@@ -1,7 +1,7 @@
-"""Does the over-optimisation check fire where it should, and only there? And do two rewards rise at once?
+"""The over-optimisation check with strong and mild guidance, and a sum of two rewards.
 
 Writes benchmarks/over_optimisation.md: `svdd predict` on the embedded model against an unguided baseline, with the
-commands, the differences and what the check said. The runs stay in runs/over-optimisation.
+commands, the differences and the result of the check. The runs stay in runs/over-optimisation.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SUM = ["predict", "--config", "configs/weighted_sum.yaml"]
 
 
 def draw(name: str, *words: str) -> tuple[str, dict, str]:
-    """Returns the command of a run, its summary and the warning that it printed, if any."""
+    """Returns the command of a run, its summary and its warning, if any."""
     command = [*words, "--output", str(RUNS / name)]
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
@@ -37,7 +37,7 @@ def draw(name: str, *words: str) -> tuple[str, dict, str]:
 
 
 def row(name: str, summary: dict, columns: list[str]) -> str:
-    """Returns a line of a table: the differences to the baseline and what the check found."""
+    """Returns a table row: the differences to the baseline and the result of the check."""
     found = summary["baseline"]
     cells = []
     for column in columns:
@@ -49,7 +49,7 @@ def row(name: str, summary: dict, columns: list[str]) -> str:
 
 
 def main() -> None:
-    """Draws, prints and writes the page."""
+    """Samples, prints and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--candidates", type=int, default=32)
@@ -79,8 +79,9 @@ def main() -> None:
         "",
         f"The embedded model, {options.prompts} prompts x 1 image, T = 25, guidance scale 3, eta 1, SVDD, alpha 0, one "
         "thread; for speed the value takes the tiny decoder and no guidance. Differences to an unguided run of the "
-        "same prompts and seeds, paired by prompt, with 95 % intervals (Student's t). What is not the guide was held "
-        "out; `CLIPScore-judge` is a second CLIP, trained apart. Made by `python -m benchmarks.over_optimisation`.",
+        "same prompts and seeds, paired by prompt, with 95 % intervals (Student's t). Rewards other than the guide "
+        "are held out; `CLIPScore-judge` is a second CLIP, trained separately. Made by "
+        "`python -m benchmarks.over_optimisation`.",
         "",
         "| guide | Compressibility | CLIPScore | CLIPScore-judge | the check |",
         "|---|---:|---:|---:|---|",

@@ -1,6 +1,6 @@
 """The framework's overhead: plain sampling against diffusers' own loop, and the unaccounted share of an SVDD run.
 
-Writes benchmarks/overhead.md. The two loops alternate, and the ratio is that of their medians.
+Writes benchmarks/overhead.md. The two loops alternate; the ratio is between their medians.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Prompts of the benchmarks, and differences that are paired by prompt."""
-
-import math
+"""Prompts of the benchmarks, and differences paired by prompt."""
 
 import torch
+
+from svdd.evaluation.baseline import paired
 
 __all__ = ["PROMPTS", "interval"]
 
@@ -32,13 +32,9 @@ PROMPTS = (
     "whale on a teal background",
     "crown on a purple background",
 )
-T_95 = {15: 2.1314, 23: 2.0687, 7: 2.3646}  # two-sided 95 % quantile of Student's t
 
 
 def interval(first: torch.Tensor, second: torch.Tensor) -> str:
-    """Returns mean and 95 % interval of first - second, [prompts, images] each."""
-    difference = (first - second).mean(1).double()
-    n = len(difference)
-    half = T_95[n - 1] * float(difference.std()) / math.sqrt(n)
-    mean = float(difference.mean())
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    """Returns mean and 95 % interval (Student's t) of first - second over prompts, [prompts, images] each."""
+    found = paired((first - second).mean(1).double().tolist())
+    return f"{found['difference']:+.3f} [{found['ci95_low']:+.3f}, {found['ci95_high']:+.3f}]"

@@ -1,6 +1,6 @@
-"""Cheaper and longer look-aheads: SVDD with each value on the embedded model, guided by CLIPScore.
+"""Previews and lookahead: SVDD with each value on the embedded model, guided by CLIPScore.
 
-Writes benchmarks/previews.md. Lookahead gets fewer candidates, so that its denoiser rows match.
+Writes benchmarks/previews.md. `Lookahead` has fewer candidates, for equal denoiser rows.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
             held_out[name].append(judge.score(pictures, part)[:, None])
     base, n = "PosteriorMean", len(prompts)
     lines = [
-        "# Previews and look-aheads",
+        "# Previews and lookahead",
         "",
         f"SVDD with CLIPScore on the embedded model, T = {STEPS}, guidance scale 3, eta 1, {n} prompts, same seeds. "
         "Differences to PosteriorMean are paired by prompt, with 95 % intervals. CPU seconds on "

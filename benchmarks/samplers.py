@@ -1,7 +1,7 @@
 """All samplers at equal compute on the embedded model: same prompts, same seeds, two budgets, two guide rewards.
 
-Draws in the order of the table, keeps every finished entry in a JSON file and continues there; writes
-benchmarks/samplers.md from whatever the files hold.
+Samples in the order of the table, keeps every finished entry in a JSON file, continues after the last one, and writes
+benchmarks/samplers.md from the finished entries.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 STEPS, AT_ONCE = 25, 4
-ALPHA = {"Compressibility": 0.1, "CLIPScore": 0.01}  # about half the reward's spread within a prompt, a third of it
+ALPHA = {"Compressibility": 0.1, "CLIPScore": 0.01}  # about 1/2 and 1/3 of the spread within a prompt
 IMAGES = 2  # per prompt
 PLAIN, BASELINE = "Unguided", "BestOfN"
 
@@ -66,7 +66,7 @@ def entries(guide: Reward, budget: int) -> dict[str, Callable[[], Sampler]]:
 
 
 def unbudgeted(guide: Reward) -> dict[str, Callable[[], Sampler]]:
-    """Returns the samplers that cost T rows whatever the budget."""
+    """Returns the samplers that cost T rows for any budget."""
     table: dict[str, Callable[[], Sampler]] = {PLAIN: Unguided}
     if guide.differentiable:
         table["DPS, scale 100"] = lambda: DPS(scale=100)
@@ -82,7 +82,7 @@ def draw(
     others: list[Reward],
     prompts: Any = PROMPTS,
 ) -> dict[str, Any]:
-    """Draws IMAGES pictures of every prompt; returns scores [prompts][images], cost and diversity."""
+    """Samples IMAGES images of every prompt; returns scores [prompts][images], cost and diversity."""
     value, clip = PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
     value.bind(guide, diffusion)
     rewards = (guide, *others)
@@ -163,9 +163,9 @@ def report(results: dict[str, Any], guides: list[tuple[Reward, list[Reward]]]) -
         "",
         f"The embedded model, T = {STEPS}, guidance scale 3, eta 1, same prompts and seeds; every count is the largest "
         "within the budget. Differences are paired by prompt, with 95 % intervals (Student's t). `CLIPScore-judge` is "
-        "held out: a second CLIP, trained apart. Diversity is the mean of 1 - cosine of the CLIP embeddings of two "
-        "images of a prompt, `overall` that of any two images. Seconds are CPU seconds on one thread over those of "
-        "BestOfN. Samplers with 25 rows do not scale with a budget and appear in each table. Made by "
+        "held out: a second CLIP, trained separately. Diversity is the mean of 1 - cosine of the CLIP embeddings over "
+        "pairs of images of a prompt, `overall` over all pairs. Seconds are CPU seconds on one thread divided by "
+        "those of BestOfN. Samplers with 25 rows do not scale with a budget and appear in each table. Made by "
         "`python -m benchmarks.samplers`.",
     ]
     for guide, others in guides:
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guides", nargs="+", default=["Compressibility", "CLIPScore"])
     parser.add_argument("--budgets", nargs="+", type=int, default=[200, 800])
-    parser.add_argument("--only-report", action="store_true", help="write the page from what is there")
+    parser.add_argument("--only-report", action="store_true", help="write the page from the finished entries")
     parser.add_argument("--kept", type=Path, default=Path("build/samplers"), help="folder of finished entries")
     options = parser.parse_args()
     clip, judge, jpeg = CLIPScore(), CLIPScore("emoji-judge"), Compressibility()

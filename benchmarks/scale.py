@@ -1,7 +1,7 @@
-"""What a run costs beside its model: memory, open files and seconds per prompt, from a hundred prompts on.
+"""The overhead of a run: memory, open files and seconds per prompt, from a hundred prompts up.
 
-Writes benchmarks/scale.md. The model is a stub, so that nothing but the machinery is measured. With `--processes` it
-also measures two one-thread processes against one, on the embedded model.
+Writes benchmarks/scale.md. The model is a stub, so only the overhead is measured. With `--processes` it also compares
+two one-thread processes with one, on the embedded model.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STUB = {
 
 
 class Peak(threading.Thread):
-    """Watches this process's resident memory and open files until it is stopped."""
+    """Records the maxima of this process's resident memory and open files until it is stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -38,7 +38,7 @@ class Peak(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Looks ten times a second."""
+        """Samples ten times a second."""
         while not self._over.wait(0.1):
             self.memory = max(self.memory, resident())
             self.files = max(self.files, len(os.listdir("/proc/self/fd")))
@@ -55,7 +55,7 @@ def resident() -> int:
 
 
 def measure(count: int) -> None:
-    """Runs `count` prompts, then the same command again, and prints what both took as JSON."""
+    """Runs `count` prompts, then the same command again, and prints the costs of both as JSON."""
     from svdd.__main__ import main
 
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
@@ -82,23 +82,23 @@ def measure(count: int) -> None:
 
 
 def own_process(*words: str) -> str:
-    """Runs this module in a process of its own and returns the last line that it prints."""
+    """Runs this module in a separate process and returns the last line of its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.scale", *words]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()[-1]
 
 
 class Speed(NamedTuple):
-    """Seconds for each prompt: on the clock, and of all processors together, which other jobs do not change."""
+    """Seconds per prompt: wall time, and CPU time of all processes, which does not depend on other jobs."""
 
     wall: float
     processor: float
 
 
 def speed(devices: int, prompts: int) -> Speed:
-    """Returns what one-thread processes need for a prompt, without their start.
+    """Returns the seconds per prompt of one-thread processes, without start-up.
 
-    The start is what a run of two prompts takes; wall times are the runs' own `wall_seconds`.
+    Start-up is the time of a run of two prompts; wall times are the runs' `wall_seconds`.
     """
     runs = []
     for limit in (2, prompts):
@@ -118,9 +118,9 @@ def speed(devices: int, prompts: int) -> Speed:
 
 
 def table(results: list[dict]) -> list[str]:
-    """Returns the page's lines about the stub."""
+    """Returns the lines of the page about the stub."""
     lines = [
-        "| prompts | seconds per prompt | memory beyond the start, MB | resident in all, MB | open files "
+        "| prompts | seconds per prompt | memory above start-up, MB | resident in total, MB | open files "
         "| the same command again, s | its memory, MB |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -145,9 +145,9 @@ def main() -> None:
         return measure(options.measure)
     results = [json.loads(own_process("--measure", str(count))) for count in options.counts]
     lines = [
-        "# A run beside its model",
+        "# Overhead of a run",
         "",
-        "A stub that costs next to nothing in place of the model, 16 prompts a batch, one CPU thread, files in memory.",
+        "A nearly free stub in place of the model, batches of 16 prompts, one CPU thread, files in memory.",
         "Made by `python -m benchmarks.scale`.",
         "",
         *table(results),
@@ -157,13 +157,13 @@ def main() -> None:
         one, two = speed(1, options.processes), speed(2, options.processes)
         lines += [
             "",
-            f"Two one-thread processes draw **{one.wall / two.wall:.2f} times** as many prompts a second as one, on "
-            "the clock. This asks for two cores that nothing else uses, so that other jobs lower it: here were "
-            f"{os.cpu_count()} cores with a load average of {load:.1f} before the measurement.",
+            f"Two one-thread processes draw **{one.wall / two.wall:.2f} times** as many prompts a second as one, "
+            "by wall time. Other jobs on the two cores lower this ratio: the machine had "
+            f"{os.cpu_count()} cores and a load average of {load:.1f} before the measurement.",
             "",
-            f"The embedded model, SVDD, M = 8, T = 25, {options.processes} prompts, without the start:",
+            f"The embedded model, SVDD, M = 8, T = 25, {options.processes} prompts, without start-up:",
             "",
-            "| processes | seconds per prompt | processor seconds per prompt |",
+            "| processes | seconds per prompt | CPU seconds per prompt |",
             "|---:|---:|---:|",
             f"| 1 | {one.wall:.2f} | {one.processor:.2f} |",
             f"| 2 | {two.wall:.2f} | {two.processor:.2f} |",

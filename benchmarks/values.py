@@ -1,7 +1,7 @@
 """Learned value against posterior mean on the embedded model: correlation by step, reward and wall time.
 
-Writes benchmarks/values.md and docs/images/calibration.png. Value and sampler are those of
-configs/svdd_mc_compressibility.yaml; `--pretrained` names other weights.
+Writes benchmarks/values.md and docs/images/calibration.png. Value and sampler come from
+configs/svdd_mc_compressibility.yaml; `--pretrained` selects other weights.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "svdd_mc_compressibility.yam
 
 @torch.no_grad()
 def correlations(diffusion: StableDiffusion, values: dict[str, Value], images: int) -> dict[str, Any]:
-    """Evaluates all values on the same fresh chains and returns a calibration table for each."""
+    """Evaluates all values on the same new chains and returns a calibration table for each."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in values}
     rewards = []
     for k, prompt in enumerate(PROMPTS):
@@ -55,7 +55,7 @@ def correlations(diffusion: StableDiffusion, values: dict[str, Value], images: i
 def alternate(
     diffusion: StableDiffusion, samplers: dict[str, tuple[Sampler, Value]], images: int, prompts: Any = PROMPTS
 ) -> dict[str, dict[str, Any]]:
-    """Draws with all samplers in turn: guide scores [prompts, images], CLIP scores, rows, seconds per image."""
+    """Runs all samplers in turn; returns guide scores [prompts, images], CLIP scores, rows, seconds per image."""
     clip = CLIPScore()
     runs: dict[str, dict[str, Any]] = {
         name: {"guide": [], "clip": [], "rows": 0.0, "seconds": 0.0, "wall": 0.0} for name in samplers
@@ -123,8 +123,8 @@ def main() -> None:
         "",
         "## Correlation with the final reward, by step",
         "",
-        f"{4 * len(PROMPTS)} fresh chains, 4 per prompt. `within` is the rank correlation of deviations from the "
-        "prompt's mean: the signal a sampler can use.",
+        f"{4 * len(PROMPTS)} new chains, 4 per prompt. `within` is the rank correlation of deviations from the "
+        "prompt's mean, which a sampler can use.",
         "",
         "| step | learned | posterior mean | learned, within | posterior mean, within | learned, explained variance "
         "| posterior mean, explained variance |",
@@ -153,7 +153,7 @@ def main() -> None:
     lines += [
         "",
         f"{rival} costs {rivals[rival]['seconds'] / guided['seconds']:.2f} times the CPU seconds of SVDD with the "
-        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])} kB. It guides until "
+        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])} kB. SVDD guides until "
         f"{search['guide_stop']:g} of the chain; `every step` includes the last one, whose {m} candidates are decoded "
         "and scored by the reward itself.",
         "",

@@ -1,45 +1,27 @@
 """Steer text-to-image diffusion models with any reward, at inference time, without training or gradients."""
 
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import lazy_loader
 
 if TYPE_CHECKING:
-    from svdd import diffusion, rewards, samplers, state, values
-    from svdd.diffusion import StableDiffusion
-    from svdd.guided_diffusion import GuidedDiffusion
+    from svdd.diffusion import StableDiffusion as StableDiffusion
+    from svdd.guided_diffusion import GuidedDiffusion as GuidedDiffusion
 
-__all__ = [
-    "GuidedDiffusion",
-    "Incomplete",
-    "RewardError",
-    "StableDiffusion",
-    "Stopped",
-    "UserError",
-    "__version__",
-    "diffusion",
-    "first_line",
-    "missing_methods",
-    "nearest",
-    "rewards",
-    "samplers",
-    "state",
-    "values",
-]
-
-# Imported on first use, so that `import svdd` stays fast.
-__getattr__, _, _ = lazy_loader.attach(
+__getattr__, _, __all__ = lazy_loader.attach(  # imports on first use, so that `import svdd` stays fast
     __name__,
     ["diffusion", "rewards", "samplers", "state", "values"],
     {"diffusion.stable_diffusion": ["StableDiffusion"], "guided_diffusion": ["GuidedDiffusion"]},
 )
+__all__ += ["Incomplete", "RewardError", "Stopped", "UserError", "did_you_mean", "first_line", "missing_methods"]
+__dir__ = __all__.copy
 
 try:
     __version__ = version("svdd")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
-
 
 SUMMARY_FILE = "summary.json"  # in a run folder; rewards may read it, and know nothing else of runs
 
@@ -70,18 +52,13 @@ def missing_methods(cls: type) -> str:
 
 def first_line(error: object) -> str:
     """Returns the first line of an error's message, or the name of its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def nearest(name: str, known: list[str]) -> str | None:
-    """Returns the known name most similar to `name`, or None if none is close."""
+def did_you_mean(name: str, known: Iterable[str], separator: str = "; ") -> str:
+    """Returns `separator` and a hint at the known name most similar to `name`; empty if none is close."""
     from difflib import get_close_matches
 
     lowered = {candidate.lower(): candidate for candidate in known}
     match = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
-    return lowered[match[0]] if match else None
-
-
-def __dir__() -> list[str]:
-    return __all__
+    return f"{separator}did you mean {lowered[match[0]]!r}?" if match else ""

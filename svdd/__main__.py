@@ -1,15 +1,23 @@
-"""The `svdd` command: dispatches to `svdd.commands`, which it imports on demand."""
+"""The `svdd` command: imports the command at hand from `svdd.commands`, and runs it."""
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from pkgutil import resolve_name
 
-from svdd import UserError, __version__
+from svdd import UserError, __version__, did_you_mean
+from svdd.runs.processes.signals import AGENT, die_with_parent, signals
 
 __all__ = ["main"]
 
-_COMMANDS = ("predict", "fit", "calibrate", "score", "compare", "list")
+_COMMANDS = {  # name: module and function in svdd.commands
+    "predict": "predict:PredictCLI",
+    "fit": "fit:FitCLI",
+    "calibrate": "calibrate:CalibrateCLI",
+    "score": "score:score",
+    "compare": "compare:compare",
+    "list": "registry:show",
+}
 _HELP = """\
 usage: svdd COMMAND [options]
 
@@ -32,76 +40,38 @@ options:
   -h, --help       this help; `svdd predict --help` lists all settings
   --version        print the version
 
-One class's own settings: svdd predict --model.sampler.help SVDD
-"""
+One class's own settings: svdd predict --model.sampler.help SVDD"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for an error that the user can fix.
-
-    Args:
-        arguments: The command line without the program's name; the process's own by default.
-    """
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line, by default that of the process, and returns 0, or 2 for an error that the user can fix."""
     if arguments is None:
-        _listen()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    command = words[0] if words else "--help"
-    if command in ("-h", "--help"):
-        print(_HELP, end="")
+        arguments = sys.argv[1:]
+        signals.listen()  # also while libraries are imported
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()
+    command, *words = arguments or ["--help"]
+    if command in ("-h", "--help", "--version"):
+        print(f"svdd {__version__}" if command == "--version" else _HELP)
         return 0
-    if command == "--version":
-        print(f"svdd {__version__}")
-        return 0
-    if not sys.stderr.isatty():  # no progress bars in log files
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
-        if command == "list":
-            from svdd.commands.registry import show
-
-            show(words[1:])
-        elif command == "compare":
-            from svdd.commands.compare import compare
-
-            compare(words[1:])
-        elif command in _COMMANDS:
-            from svdd.commands.cli import run
-
-            run(arguments)
-        else:
-            from svdd import nearest
-
-            near = nearest(command, list(_COMMANDS))
-            hint = f"; did you mean {near!r}?" if near else ""
+        if command not in _COMMANDS:
+            hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
+        resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
     except UserError as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
-        _report(f"error: {error}")
+        if AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:  # the command that started this one reports
+            with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+                json.dump({"svdd": True, "message": f"error: {error}", "timestamp": 0}, file)
+        else:
+            print(f"svdd: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `svdd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _listen() -> None:
-    """Handles signals from now on, also while libraries are imported, and ends this process with its launcher."""
-    from svdd.runs.processes.signals import die_with_parent, signals
-
-    signals.listen()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-
-
-def _report(message: str) -> None:
-    """Prints an error, or hands it to the svdd command that started this process, which prints it once."""
-    from svdd.runs.processes.signals import AGENT
-
-    if AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
-        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
-            json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
-    else:
-        print(f"svdd: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

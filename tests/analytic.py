@@ -1,4 +1,4 @@
-"""Chains whose every law is known: an exact denoiser for a Gaussian and for a Gaussian mixture, in float64."""
+"""Chains with known laws: exact denoisers for a Gaussian and for Gaussian mixtures, in float64."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from svdd.values.base import Value
 class AnalyticDiffusion(Diffusion):
     """DDIM-eta steps (formula 12 of arXiv 2010.02502) over a variance-preserving schedule of T + 1 levels.
 
-    Subclasses give E[x_0 | x_i]. `decode` changes nothing but the shape: a reward reads the latent off the image. A
-    prompt that is a number moves its prior by as much; every other prompt does not.
+    Subclasses implement E[x_0 | x_i]. `decode` only reshapes, so a reward reads the latent from the image. A prompt
+    that is a number shifts the prior by that number; other prompts have no effect.
     """
 
     def __init__(self, num_inference_steps, eta=1.0, size=2, first=0.05, last=0.97, chunk_size="auto"):
@@ -25,7 +25,7 @@ class AnalyticDiffusion(Diffusion):
         self.eta, self.size = eta, size
         self.signal = np.linspace(first, last, num_inference_steps + 1).tolist()  # cumulative, at step i
         self.encoded: list[list[tuple[str, str | None]]] = []
-        self.denoised_rows: list[int] = []  # what really went through, to hold the ledger against
+        self.denoised_rows: list[int] = []  # rows evaluated, to check the ledger
 
     latent_shape = property(lambda self: (1, 1, self.size))
     dtype = property(lambda self: torch.float64)
@@ -64,7 +64,7 @@ class AnalyticDiffusion(Diffusion):
 class GaussianDiffusion(AnalyticDiffusion):
     """Prior N(mu, s^2 I): the posterior mean, hence the kernel's mean, is linear in x.
 
-    The law of the chain's end is Gaussian, but not the prior: each step uses x_0's mean where it should draw it.
+    The law of the chain's end is Gaussian but differs from the prior: each step uses the mean of x_0, not a sample.
     """
 
     def __init__(self, num_inference_steps, mu=0.3, s=0.8, **options):
@@ -128,7 +128,7 @@ class MixtureDiffusion(AnalyticDiffusion):
         """Returns the mass of x_T on the grid.
 
         Args:
-            tilt: exp(r / alpha) on the grid: every step is then drawn from the kernel times the exact soft value.
+            tilt: exp(r / alpha) on the grid: every step then samples from the kernel times the exact soft value.
         """
         law = np.exp(-(self.grid**2) / 2)
         law /= law.sum()
@@ -148,7 +148,7 @@ class MixtureDiffusion(AnalyticDiffusion):
 
 
 class Linear(Reward):
-    """r(x) = b . x of the latent that the image carries."""
+    """r(x) = b . x, where x is the latent in the image."""
 
     differentiable = True
 
@@ -161,7 +161,7 @@ class Linear(Reward):
 
 
 class ExactSoftValue(Value):
-    """alpha log E[exp(b . x_T / alpha) | x_i] = b . (A x + c) + V |b|^2 / (2 alpha); asks for x0 at the end only."""
+    """alpha log E[exp(b . x_T / alpha) | x_i] = b . (A x + c) + V |b|^2 / (2 alpha); uses x0 at the end only."""
 
     def __init__(self, alpha):
         super().__init__()
@@ -186,17 +186,17 @@ class GridSoftValue(Value):
     def estimate(self, state: State) -> Tensor:
         return torch.from_numpy(np.interp(state.x.flatten().numpy(), self.grid, self.table[state.i]))
 
-    forward = estimate  # at the end too: the reward is known on the grid only
+    forward = estimate  # at the end too: the reward is defined on the grid only
 
 
 def bound(value: Value, reward: Reward) -> Value:
-    """Returns the value with its reward, on a chain that none of these values depends on."""
+    """Returns the value bound to its reward; these values do not depend on the chain."""
     value.bind(reward, GaussianDiffusion(2))
     return value
 
 
 def run(diffusion, sampler, value, count=None, prompts=None, seeds=None) -> State:
-    """Samples `count` images of one prompt, or one per prompt given, with seeds 0, 1, ..."""
+    """Samples `count` images of one prompt, or one image per prompt, with seeds 0, 1, ..."""
     prompts = [""] * count if prompts is None else prompts
     seeds = range(len(prompts)) if seeds is None else seeds
     return sampler(Start(diffusion, prompts, list(seeds)), value)
@@ -212,8 +212,7 @@ def _number(prompt: str) -> float:
 class PlaneMixtureDiffusion(AnalyticDiffusion):
     """Prior sum_k w_k N(mu_k, s^2 I) in the plane; the law of the chain's end is an integral over a grid.
 
-    A Gaussian kernel with equal variances is the product of one in each coordinate, so a step of the law costs no more
-    than a matrix product.
+    An isotropic Gaussian kernel factors over the coordinates, so one step of the law is two matrix products.
     """
 
     weights = (0.5, 0.3, 0.2)
@@ -249,7 +248,7 @@ class PlaneMixtureDiffusion(AnalyticDiffusion):
 
 
 class Quadratic(Reward):
-    """r(x) = -|x - centre|^2 / 2 of the latent that the image carries."""
+    """r(x) = -|x - centre|^2 / 2, where x is the latent in the image."""
 
     differentiable = True
 

@@ -2,7 +2,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use no hub
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory) -> str:
-    """A folder laid out as Stable Diffusion 1.5's: PNDM scheduler, epsilon prediction, a safety checker on disk."""
+    """A folder in the layout of Stable Diffusion 1.5: PNDM scheduler, epsilon prediction, a safety checker on disk."""
     return save_tiny_pipeline(tmp_path_factory.mktemp("sd15"), "sd15")
 
 
 @pytest.fixture(scope="session")
 def sd21(tmp_path_factory) -> str:
-    """A folder laid out as Stable Diffusion 2.1's: DDIM scheduler, v prediction, no safety checker."""
+    """A folder in the layout of Stable Diffusion 2.1: DDIM scheduler, v prediction, no safety checker."""
     return save_tiny_pipeline(tmp_path_factory.mktemp("sd21"), "sd21")
 
 

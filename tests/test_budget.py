@@ -1,4 +1,4 @@
-"""Costs counted on a chain of one number: against formulas, against real runs, and what a budget makes of them."""
+"""Costs counted on a one-number chain: compared with formulas and real runs, and used to fit a budget."""
 
 import inspect
 import math
@@ -32,7 +32,7 @@ B = [0.6, -0.8]
 
 
 def value_of(rows: int = 1):
-    """A value that takes at most as many denoiser rows per evaluation: 0, 1 or more."""
+    """Returns a value with a maximum of `rows` denoiser rows per evaluation."""
     value = ExactSoftValue(0.7) if rows == 0 else Lookahead(rows - 1)
     value.most_rows = rows
     return bound(value, Linear(B))
@@ -43,12 +43,12 @@ def name_of(case) -> str:
 
 
 def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
-    """Denoiser rows and gradient rows per image, as the samplers' docstrings have them.
+    """Returns denoiser rows and gradient rows per image by the formulas in the samplers' docstrings.
 
     Args:
-        sampler: One whose windows are spelled out as guide_start, guide_stop and guide_every.
+        sampler: A sampler with the attributes guide_start, guide_stop and guide_every.
         steps: T.
-        free: Whether the value takes no denoiser row.
+        free: Whether the value uses no denoiser rows.
     """
     given = current_arguments(sampler)
     n, m = given.get("num_particles", 1), given.get("num_candidates", 1)
@@ -169,7 +169,7 @@ def test_a_step_without_noise_is_counted_as_one():
 
 @pytest.mark.parametrize("sampler", [SVDD(5), BestOfN(3), ProgressivePruning(4), TwistedSMC(2)], ids=label)
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_a_value_that_looks_ahead_is_counted_at_its_most(sampler, ahead):
+def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
     diffusion, value = GaussianDiffusion(6), bound(Lookahead(ahead), Linear(B))
     cost = count(sampler, diffusion, value)
     ledger = run(diffusion, sampler, value, 1).context.ledger
@@ -217,14 +217,14 @@ def test_a_budget_chooses_the_largest_count(sampler, budget, number):
 @pytest.mark.parametrize(
     ("sampler", "value_rows", "budget", "number"),
     [
-        (SVDD(), 2, 200, 11),  # 1 + 2 * 11 * 9: each candidate once ahead, and once for what is kept
+        (SVDD(), 2, 200, 11),  # 1 + 2 * 11 * 9: two rows per candidate
         (BestOfN(), 2, 100, 10),  # the value is used at the end, where it costs nothing
         (BlockwiseBestOfN(block_size=5), 0, 100, 12),  # 2 + 12 * 8
         (BestOfN(), 0, 100, 10),
     ],
     ids=name_of,
 )
-def test_a_budget_knows_what_the_value_costs(sampler, value_rows, budget, number):
+def test_a_budget_includes_the_cost_of_the_value(sampler, value_rows, budget, number):
     chosen = fit_budget(sampler, budget, GaussianDiffusion(10), value_of(value_rows))
     assert current_count(chosen) == {sampler.budget_argument: number}
 
@@ -240,7 +240,7 @@ def test_a_cost_that_rises_in_steps_stays_within_its_budget(budget, schedule):
 
 @pytest.mark.parametrize("sampler", [SVDD(), SMC(), ZeroOrderSearch(), BlockwiseBestOfN()], ids=label)
 def test_a_budget_needs_few_counts(sampler, monkeypatch):
-    """A cost that is linear in the count is found by extrapolation: the work stays near that of one run."""
+    """A linear cost is extrapolated, so the total work stays close to that of one run."""
     runs = []
     sample = type(sampler).sample
     monkeypatch.setattr(type(sampler), "sample", lambda self, *both: runs.append(1) or sample(self, *both))
@@ -265,7 +265,7 @@ def test_a_budget_needs_few_counts(sampler, monkeypatch):
     ],
     ids=name_of,
 )
-def test_what_a_budget_cannot_do_is_said(sampler, value_rows, budget, message):
+def test_a_budget_that_cannot_choose_a_count_is_refused(sampler, value_rows, budget, message):
     with pytest.raises(UserError, match=message):
         fit_budget(sampler, budget, GaussianDiffusion(10), value_of(value_rows))
     with pytest.raises(UserError, match=message):
@@ -277,11 +277,11 @@ def test_a_budget_below_one_is_refused():
         GuidedDiffusion(Linear(B), GaussianDiffusion(10), SVDD(), budget=0)
 
 
-# ---- mistakes in a sampler of one's own
+# ---- mistakes in a user's sampler
 
 
 class Own(Sampler):
-    """Samples plainly, with one mistake."""
+    """Plain sampling with one mistake."""
 
     def __init__(self, mistake=None, number: int = 1) -> None:
         self.mistake = mistake
@@ -327,7 +327,7 @@ GLOBAL = {
 
 
 @pytest.mark.parametrize("draw", GLOBAL.values(), ids=GLOBAL)
-def test_a_draw_from_a_global_generator_is_named_before_anything_is_drawn(draw):
+def test_a_draw_from_a_global_generator_is_reported_before_sampling(draw):
     def mistake(state):
         draw(state)
         return state

@@ -1,4 +1,4 @@
-"""`svdd calibrate`: the numbers against definitions, the chains against plain ones, the files."""
+"""`svdd calibrate`: its numbers against their definitions, its chains against plain ones, and its files."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ def ranks(numbers) -> np.ndarray:
     return np.argsort(np.argsort(np.asarray(numbers)))
 
 
-def test_the_numbers_are_what_they_are_called():
+def test_the_numbers_match_their_definitions():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(40, generator=generator, dtype=torch.float64)
     values = rewards[:, None] * torch.tensor([0.1, 2.0]) + torch.randn(40, 2, generator=generator, dtype=torch.float64)
@@ -51,8 +51,8 @@ def test_one_chain_per_prompt_has_no_spread_within():
     assert table[0]["spearman"] == table[0]["spearman"]
 
 
-def test_an_exact_value_is_found_to_be_one():
-    """The exact soft value of a nearly flat tilt is the expected reward: no bias, and variance explained as known."""
+def test_an_exact_value_has_no_bias():
+    """For a nearly flat tilt the exact soft value has no bias and explains the known share of the variance."""
     diffusion, reward = GaussianDiffusion(4), Linear([0.6, -0.8])
     model = Calibration(reward, diffusion, ExactSoftValue(1e6), images_per_prompt=4)
     model.test_step([Prompt(p, "", None, None, {}) for p in range(500)], 0)
@@ -69,7 +69,7 @@ def test_an_exact_value_is_found_to_be_one():
 
 @pytest.fixture
 def calibrate(sd15, tmp_path):
-    """Measures nine chains of a random model into the folder c; `words` is the command line without that folder."""
+    """Calibrates on nine chains of a random model, with output folder c; `words` omits that folder."""
     words = ["calibrate", "--model.reward", "Compressibility", "--model.diffusion.pretrained", sd15]
     words += ["--model.diffusion.num_inference_steps", "4", "--model.images_per_prompt", "3"]
     words += ["--data.prompts", '["apple", "panda", "car"]', "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
@@ -95,14 +95,14 @@ def test_the_command_writes_table_and_plot(calibrate, tmp_path, capsys):
         assert picture.width > 500
 
 
-def test_what_is_not_a_number_is_null(tmp_path):
+def test_nan_is_written_as_null(tmp_path):
     table = measure(torch.randn(5, 2).double(), torch.randn(5).double(), torch.arange(5))
     write(tmp_path, table, {"value": "x"})
     assert json.loads((tmp_path / "calibration.json").read_text())["steps"][0]["spearman_within"] is None
     assert plot(tmp_path / "p.png", {"a": table, "b": table}, "title")
 
 
-def test_values_at_the_end_are_not_asked_for():
+def test_values_at_the_end_are_not_evaluated():
     model = Calibration(Linear([1.0, 0.0]), GaussianDiffusion(3))
     model.test_step([Prompt(0, "", None, None, {})], 0)
     assert model._seen[0].shape == (1, 2 + 2 + 1)
@@ -115,13 +115,13 @@ def test_values_at_the_end_are_not_asked_for():
         (["--data.limit", "2", "--model.images_per_prompt", "1"], "needs at least 3 chains, better hundreds, got 2"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_it_is_drawn(calibrate, capsys, monkeypatch, arguments, message):
+def test_an_impossible_calibration_is_refused_before_sampling(calibrate, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(Calibration, "test_step", lambda *_: pytest.fail("a chain was drawn"))
     assert calibrate(*arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_numbers_that_would_say_nothing_are_not_given():
+def test_too_few_chains_and_constant_rewards_are_refused():
     for chains in (1, 2):
         with pytest.raises(UserError, match=f"needs at least 3 chains, better hundreds, got {chains}"):
             measure(torch.randn(chains, 2).double(), torch.randn(chains).double(), torch.arange(chains))
@@ -129,7 +129,7 @@ def test_numbers_that_would_say_nothing_are_not_given():
         measure(torch.zeros(4, 2).double(), torch.ones(4).double(), torch.arange(4))
 
 
-def test_a_checkpoint_is_looked_at_before_anything_is_built(calibrate, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_is_checked_before_anything_is_built(calibrate, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(CalibrateCLI, "instantiate_classes", lambda _: pytest.fail("the model was built"))
     header = {"identity": {"value": "LatentConvValue"}, "arguments": {}}
     (tmp_path / "whole.ckpt").write_bytes(saved({"svdd_value": header, "state_dict": {"value.w": torch.ones(500)}}))
@@ -170,11 +170,11 @@ def test_a_trained_value_is_measured_from_its_checkpoint(calibrate, sd15, tmp_pa
     words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
     assert main(["fit", *words, *network]) == 0
     checkpoint = tmp_path / "value" / "checkpoints" / "last.ckpt"
-    assert calibrate("--ckpt_path", str(checkpoint)) == 0  # which names its class and arguments
+    assert calibrate("--ckpt_path", str(checkpoint)) == 0  # the checkpoint stores class and arguments
     assert json.loads((tmp_path / "c" / "calibration.json").read_text())["value"] == "LatentConvValue"
 
 
-def test_settings_of_a_prediction_are_accepted_and_said_to_have_no_effect(calibrate, tmp_path, capsys):
+def test_settings_of_predict_are_accepted_and_reported_as_unused(calibrate, tmp_path, capsys):
     path = tmp_path / "shared.yaml"
     sampler = {"class_path": "SVDD", "init_args": {"num_candidates": 3}}
     path.write_text(yaml.safe_dump({"model": {"sampler": sampler, "eval_rewards": ["CLIPScore"], "budget": 9}}))
@@ -188,7 +188,7 @@ def test_settings_of_a_prediction_are_accepted_and_said_to_have_no_effect(calibr
     assert "model.candidates" in capsys.readouterr().err
 
 
-def test_another_calibration_takes_the_place_of_one_only_when_told_to(calibrate, tmp_path, capsys):
+def test_another_calibration_needs_overwrite(calibrate, tmp_path, capsys):
     assert calibrate() == calibrate("--data.batch_size", "3") == 0  # the same again
     first = (tmp_path / "c" / "calibration.csv").read_bytes()
     capsys.readouterr()
@@ -210,7 +210,7 @@ def test_a_folder_of_something_else_is_left_alone(calibrate, tmp_path, capsys, o
 
 @pytest.fixture
 def one_thread():
-    """How many threads share a sum decides its last bit."""
+    """The number of threads affects the last bit of a sum."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -219,7 +219,7 @@ def one_thread():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [["apple", "panda", "car"], ["apple"]], ids=["uneven shares", "an empty share"])
-def test_two_processes_measure_what_one_does(calibrate, one_thread, tmp_path, prompts):
+def test_two_processes_measure_the_same_as_one(calibrate, one_thread, tmp_path, prompts):
     words = ["--data.prompts", json.dumps(prompts), "--data.batch_size", "1"]
     assert calibrate(*words, "--output", str(tmp_path / "one")) == 0
     words += ["--output", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]

@@ -1,4 +1,4 @@
-"""Chunks change how much is worked on at once, and nothing else."""
+"""The chunk size changes the rows per call and nothing else."""
 
 import warnings
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Pair(NamedTuple):
 
 
 class Device:
-    """Doubles rows; more than `capacity` at once do not fit."""
+    """Doubles rows; raises an out-of-memory error above `capacity` rows."""
 
     def __init__(self, capacity):
         self.capacity, self.tried = capacity, []
@@ -49,7 +49,7 @@ def test_a_plain_tensor_comes_back_as_one():
     assert torch.equal(Chunker(3).map(lambda rows: rows + 1, 10, ROWS), ROWS + 1)
 
 
-@pytest.mark.filterwarnings("ignore:out of memory")  # pytest repeats those that `match` did not name
+@pytest.mark.filterwarnings("ignore:out of memory")  # pytest re-emits warnings that `match` does not cover
 def test_auto_halves_on_out_of_memory_warns_and_keeps_the_size():
     chunker, device = Chunker(), Device(capacity=3)
     with pytest.warns(UserWarning, match="out of memory with 10 rows at once: chunk_size is now 5") as caught:
@@ -64,7 +64,7 @@ def test_auto_halves_on_out_of_memory_warns_and_keeps_the_size():
     assert device.tried == [2] * 5
 
 
-def test_memory_that_runs_out_midway_loses_nothing():
+def test_running_out_of_memory_midway_loses_nothing():
     device = Device(capacity=10)
 
     def shrinking(rows, names):
@@ -82,7 +82,7 @@ def test_memory_that_runs_out_midway_loses_nothing():
 
 @pytest.mark.filterwarnings("ignore:out of memory")
 @pytest.mark.parametrize(("size", "capacity"), [(4, 3), (1, 0), ("auto", 0)])
-def test_what_cannot_be_made_smaller_is_the_callers_error(size, capacity):
+def test_out_of_memory_at_the_smallest_chunk_is_raised(size, capacity):
     with pytest.raises(torch.OutOfMemoryError):
         Chunker(size).map(Device(capacity), 10, ROWS, NAMES)
 
@@ -96,7 +96,7 @@ def test_other_errors_pass_through():
 
 
 @pytest.mark.parametrize("size", [0, -1, "all", "8"])
-def test_a_size_that_is_none_is_refused(size):
+def test_an_invalid_size_is_refused(size):
     with pytest.raises(ValueError, match=f"chunk_size must be 'auto' or an integer >= 1, got {size!r}"):
         Chunker(size)
 

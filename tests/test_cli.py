@@ -1,4 +1,4 @@
-"""The command line as a user types it: real runs on tiny models, real errors."""
+"""The command line: complete runs on tiny models, and error messages."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def predict(config, tmp_path):
 
 @pytest.fixture
 def refused(predict, capsys, tmp_path):
-    """Runs the command, which must end with code 2, one line and nothing on disk; returns the line."""
+    """Runs a command, asserts exit code 2, one line and no output folder, and returns the line."""
 
     def run(*arguments: str) -> str:
         capsys.readouterr()
@@ -67,7 +67,7 @@ def refused(predict, capsys, tmp_path):
     return run
 
 
-def test_a_run_leaves_what_the_design_promises(predict, tmp_path, read_rows):
+def test_a_run_writes_all_documented_files(predict, tmp_path, read_rows):
     assert predict("--model.eval_rewards+=Incompressibility", "--model.images_per_prompt", "2") == 0
     run = tmp_path / "run"
     rows = read_rows(run)
@@ -163,7 +163,10 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),
         (["--model.eval_rewards+=Nope"], "unknown reward 'Nope'"),
         (["--model.reward", "my_module.Mine"], "No module named 'my_module'"),
-        (["--model.sampler", "SVDD", "--model.sampler.candidates", "3"], "no argument 'candidates'"),
+        (
+            ["--model.sampler", "SVDD", "--model.sampler.candidates", "3"],
+            "no argument 'candidates'; `svdd predict --model.sampler.help NAME` lists what class NAME takes",
+        ),
         (["--model.sampler.num_candidates", "many"], "expected int, got many"),
         (["--model.sampler.num_candidates", "0"], "num_candidates must be >= 1, got 0"),
         (["--model.sampler.alpha", "-1"], "alpha must be >= 0, got -1.0"),
@@ -192,7 +195,7 @@ def test_a_bad_setting_is_one_line_and_code_2(refused, arguments, expected):
     assert expected in refused(*arguments)
 
 
-def test_a_mistake_in_a_sampler_of_ones_own_names_class_and_method(refused, tmp_path, monkeypatch):
+def test_a_mistake_in_a_custom_sampler_names_class_and_method(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "wrong_samplers.py").write_text(
@@ -230,7 +233,7 @@ def test_a_mistake_in_a_sampler_of_ones_own_names_class_and_method(refused, tmp_
         ("broken.json", b'["apple", ', "not valid JSON"),
     ],
 )
-def test_a_bad_prompt_file_is_named_with_the_place(refused, tmp_path, name, content, expected):
+def test_a_bad_prompt_file_is_named_in_the_error(refused, tmp_path, name, content, expected):
     path = tmp_path / name
     path.write_bytes(content)
     line = refused("--data.prompts", str(path))
@@ -238,14 +241,14 @@ def test_a_bad_prompt_file_is_named_with_the_place(refused, tmp_path, name, cont
     assert expected in line
 
 
-def test_blank_lines_are_skipped_and_said(predict, tmp_path, prompts_file, read_rows):
+def test_blank_lines_are_skipped_with_a_message(predict, tmp_path, prompts_file, read_rows):
     prompts_file.write_text("apple\n\n\npanda\n")
     with pytest.warns(UserWarning, match="skipped 2 blank prompts, the first at line 2"):
         assert predict() == 0
     assert [row["prompt"] for row in read_rows(tmp_path / "run")] == ["apple", "panda"]
 
 
-def test_a_folder_that_is_no_pipeline(refused, tmp_path):
+def test_a_folder_without_a_pipeline(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no model_index.json" in refused("--model.diffusion.pretrained", str(tmp_path / "empty"))
 
@@ -258,7 +261,7 @@ def test_an_output_that_is_a_file(predict, capsys, tmp_path, config):
     assert path.read_text() == "mine"
 
 
-def test_a_foreign_folder_is_not_written_over(predict, capsys, tmp_path):
+def test_an_unrelated_folder_is_not_overwritten(predict, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     assert predict("--overwrite", "true") == 2
@@ -296,7 +299,7 @@ def own_rewards(tmp_path, monkeypatch):
     sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path)]
 
 
-def test_a_reward_of_ones_own_in_the_working_directory(predict, own_rewards, tmp_path, read_rows):
+def test_a_custom_reward_in_the_working_directory(predict, own_rewards, tmp_path, read_rows):
     assert predict("--model.reward", "own_rewards.Redness") == 0
     for row in read_rows(tmp_path / "run"):
         red = np.asarray(Image.open(tmp_path / "run" / row["file"]))[..., 0].mean() / 255
@@ -313,7 +316,7 @@ def test_a_bad_reward_ends_the_run_in_one_line_and_keeps_what_is_done(predict, o
     assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir()) == ["000000-00.png", "000001-00.png"]
 
 
-def test_a_budget_is_met_and_said(predict, capsys, tmp_path, read_rows):
+def test_a_budget_is_met_and_reported(predict, capsys, tmp_path, read_rows):
     assert predict("--model.budget", "20") == 0
     assert "budget 20: SVDD with num_candidates=9, denoiser_rows=19 per image" in capsys.readouterr().out
     assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {19}
@@ -321,7 +324,7 @@ def test_a_budget_is_met_and_said(predict, capsys, tmp_path, read_rows):
     assert summary["budget"] == {"denoiser_rows": 20, "chosen": {"num_candidates": 9, "denoiser_rows": 19}}
 
 
-def test_particles_leave_their_weights_and_their_lineage(predict, tmp_path, read_rows):
+def test_particles_write_weights_and_lineage(predict, tmp_path, read_rows):
     sampler = ["--model.sampler", "SMC", "--model.sampler.num_particles", "3", "--model.sampler.returns", "all"]
     assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "1") == 0
     run = tmp_path / "run"
@@ -349,14 +352,14 @@ def test_gradients_flow_on_the_command_line(predict, tiny_clip, tmp_path, read_r
 
 
 def test_another_class_starts_from_its_own_defaults(predict, tmp_path):
-    """SVDD's `num_particles: 1` and `alpha: 0.0` must not become SMC's."""
+    """SVDD's `num_particles: 1` and `alpha: 0.0` are not passed on to SMC."""
     assert predict("--model.sampler", "SMC", "--model.sampler.potential", "max") == 0
     arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
     assert (arguments["num_particles"], arguments["alpha"], arguments["potential"]) == (8, 0.1, "max")
     assert "num_candidates" not in arguments
 
 
-def test_the_same_class_keeps_what_the_config_says(predict, tmp_path):
+def test_the_same_class_keeps_the_settings_of_the_config(predict, tmp_path):
     assert predict("--model.sampler", "SVDD", "--model.sampler.alpha", "0.5") == 0
     arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
     assert (arguments["num_candidates"], arguments["alpha"]) == (2, 0.5)
@@ -373,7 +376,7 @@ def fit(config, tmp_path):
 
 
 def fit_config(config: Path) -> Path:
-    """The same model with a value that learns, without a sampler."""
+    """The same model with a learned value and no sampler."""
     settings = yaml.safe_load(config.read_text())
     del settings["model"]["sampler"]
     settings["model"]["value"] = {"class_path": "LatentConvValue", "init_args": {"channels": 8, "num_blocks": 1}}
@@ -411,13 +414,30 @@ def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_ro
     assert "garbage.ckpt' is not a weights file, or a damaged one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.value", "LatentConvValue", "--model.value.pretrained", "none.safetensors"], "cannot be read"),
+        (["--model.value", "svdd.values.load_value", "--model.value.pretrained", "none.ckpt"], "cannot be read"),
+        (["--ckpt_path", "none.ckpt"], "cannot be read"),
+        (
+            ["--model.value", "Lookahead", "--ckpt_path", "emoji-compressibility"],
+            "holds a LatentConvValue, but model.value is Lookahead, which has no weights: give",
+        ),
+    ],
+)
+def test_the_file_of_a_value_is_checked_before_the_run_folder_is_made(refused, tmp_path, arguments, expected):
+    assert expected in refused(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
     assert fit("--trainer.max_epochs", "1") == 0
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert fit("--trainer.max_epochs", "3") == 0
     last = torch.load(tmp_path / "value" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["epoch"] == 2
-    assert last["global_step"] == 3 * 3  # 22 states in batches of 8, three epochs: none is done twice
+    assert last["global_step"] == 3 * 3  # 22 states in batches of 8, three epochs, none repeated
     assert len(list((tmp_path / "value" / "logs").iterdir())) == 2
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == cached
     capsys.readouterr()
@@ -438,18 +458,19 @@ def test_an_interrupted_fit_continues(fit, capsys, tmp_path):
         (["--data.num_rollouts", "0"], "num_rollouts must be >= 4"),
         (["--data.prompts", "/no/such.txt"], "no such file"),
         (["--model.value", "LatentConv"], "did you mean 'LatentConvValue'?"),
+        (["--model.value.chanels", "3"], "`svdd fit --model.value.help NAME` lists what class NAME takes"),
         (["--model.value.loss", "svdd.values.losses.SoftLoss"], "alpha"),
     ],
 )
-def test_what_fit_cannot_do_is_one_line_and_code_2(fit, capsys, arguments, expected):
+def test_an_impossible_fit_is_one_line_and_code_2(fit, capsys, arguments, expected):
     assert fit(*arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert expected in lines[-1]
     assert lines[-1].startswith("svdd: error: ")
 
 
-def test_another_value_without_arguments_of_its_own_is_fitted(tiny_clip, tmp_path):
-    """The configuration names a value with a loss, whose arguments are all discarded."""
+def test_another_value_without_arguments_is_fitted(tiny_clip, tmp_path):
+    """All arguments of the configuration's value are discarded, its loss included."""
     words = ["--model.diffusion.num_inference_steps", "3", "--data.num_rollouts", "6", "--data.batch_size", "8"]
     words += ["--data.cache", str(tmp_path / "cache"), "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
     config = str(REPOSITORY / "configs" / "fit_value_compressibility.yaml")
@@ -460,7 +481,7 @@ def test_another_value_without_arguments_of_its_own_is_fitted(tiny_clip, tmp_pat
     assert (tmp_path / "value" / "value.safetensors").is_file()
 
 
-def test_a_future_jsonargparse_without_what_is_replaced_is_refused(monkeypatch):
+def test_an_incompatible_jsonargparse_is_refused(monkeypatch):
     import jsonargparse._typehints
 
     monkeypatch.delattr(jsonargparse._typehints, "discard_init_args_on_class_path_change")
@@ -475,7 +496,7 @@ def test_a_schedule_is_a_list_of_pairs(predict, tmp_path, read_rows):
     assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {6 + 6 + 6}
 
 
-def test_later_configs_lie_over_earlier_ones(config, tmp_path, read_rows):
+def test_later_configs_override_earlier_ones(config, tmp_path, read_rows):
     best = REPOSITORY / "configs" / "best_of_n.yaml"
     run = str(tmp_path / "run")
     arguments = ["--config", str(config), "--config", str(best), "--model.sampler.num_particles", "3", "--output", run]
@@ -485,12 +506,12 @@ def test_later_configs_lie_over_earlier_ones(config, tmp_path, read_rows):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_every_config_runs(path, sd15, tiny_clip, config, tmp_path, read_rows):
-    """As it is, but for hub models, which become tiny ones, for length, and for the machines that it wants."""
+    """Each file runs with tiny models in place of hub models, fewer steps and one device."""
     settings = yaml.safe_load(path.read_text())
     text = path.read_text().replace("stable-diffusion-v1-5/stable-diffusion-v1-5", sd15)
     text = text.replace("openai/clip-vit-large-patch14", tiny_clip)
     (tmp_path / "adapted.yaml").write_text(text)
-    base = ["--config", str(config)] if "data" not in settings else []  # an overlay needs something below it
+    base = ["--config", str(config)] if "data" not in settings else []  # an overlay needs a base configuration
     short = ["--model.diffusion.num_inference_steps", "2", "--data.limit", "2"]
     if "devices" in settings.get("trainer", {}):
         short += ["--trainer.accelerator", "cpu", "--trainer.num_nodes", "1", "--trainer.devices", "1"]
@@ -502,7 +523,7 @@ def test_every_config_runs(path, sd15, tiny_clip, config, tmp_path, read_rows):
         assert (tmp_path / "run" / "value.safetensors").is_file()
         return
     if "pretrained: emoji-compressibility" in text:
-        short = short[2:]  # the value belongs to its number of steps
+        short = short[2:]  # the value was trained for its number of steps
     assert main(["predict", *base, "--config", str(tmp_path / "adapted.yaml"), *short, "--output", run]) == 0
     assert len(read_rows(tmp_path / "run")) == 2
 
@@ -543,7 +564,7 @@ def test_compare_puts_runs_side_by_side(predict, config, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_fit_a_value(config, tmp_path):
-    """DDP waits for the gradient of every parameter that could have one; the pretrained ones have none."""
+    """DDP expects gradients of all trainable parameters; the pretrained ones are excluded."""
     words = ["fit", "--config", str(fit_config(config)), "--data.num_rollouts", "140", "--data.batch_size", "64"]
     words += ["--data.cache", str(tmp_path / "cache"), "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
     words += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -558,7 +579,7 @@ def test_two_processes_fit_a_value(config, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_draw_the_same_images(config, tmp_path, read_rows):
-    """With one thread each: how many threads share a sum decides its last bit."""
+    """One thread each, since the number of threads affects the last bit of a sum."""
     base = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, options in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):

@@ -35,7 +35,7 @@ EXPECTED = [
 
 @pytest.fixture
 def write(tmp_path):
-    """Write bytes or text (as it is, in UTF-8) to a file and return the file's path."""
+    """Writes bytes or text (UTF-8, unchanged) to a file and returns its path."""
 
     def write_file(name, content):
         path = tmp_path / name
@@ -72,7 +72,7 @@ def texts(source, **arguments):
 
 
 def message(source, **arguments):
-    """Return the one-line message of the error that a source raises."""
+    """Returns the one-line message of the error that a source raises."""
     with pytest.raises(PromptError) as caught:
         PromptDataset(source, **arguments)
     text = str(caught.value)
@@ -145,7 +145,7 @@ def test_quoted_fields_may_hold_newlines_and_delimiters(write):
     assert texts(path) == ["a cat, a dog", 'say "hi"']
 
 
-def test_breaks_and_tabs_become_one_space_and_the_ends_are_stripped():
+def test_whitespace_is_collapsed_and_stripped():
     assert texts([" a\tb\r\n\r\nc\u2028d \n"]) == ["a b c d"]
 
 
@@ -242,7 +242,7 @@ def test_empty_parquet(tmp_path):
 # The source as a whole
 
 
-def test_a_bare_prompt_is_told_to_be_a_list():
+def test_a_bare_prompt_gets_a_hint_to_use_a_list():
     assert message("a red apple") == (
         "prompts must be a list of prompts, 'emoji' (the shipped list) or a file ending in one of .txt, .csv, .tsv, "
         ".json, .jsonl, .parquet,"
@@ -303,7 +303,7 @@ def test_invalid_utf8_names_the_line(write, name):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.json", "p.jsonl"])
-def test_utf16_is_told_to_be_saved_again(write, name, encoding):
+def test_utf16_gets_a_hint_to_save_as_utf8(write, name, encoding):
     path = write(name, '["prompt"]\n'.encode(encoding))
     assert "line 1: byte 0x" in message(path)
     assert message(path).endswith("this looks like UTF-16 or a binary file; save the file as UTF-8")
@@ -314,7 +314,7 @@ def test_truncated_and_overlong_sequences(write, content):
     assert "line 1: byte 0x" in message(write("p.txt", content))
 
 
-def test_a_line_without_end_is_refused(write):
+def test_an_overlong_line_is_refused(write):
     assert message(write("p.txt", b"x" * 2**24)).endswith(
         "line 1: is longer than 16777216 characters; is this a text file?"
     )
@@ -377,7 +377,7 @@ def test_numbers_outside_json(write, name, value):
 @pytest.mark.parametrize(
     "content", ['{"prompt": "a"}', '"a"', "3", "null", '{"prompts": "a"}', '{"prompts": [], "x": 1}']
 )
-def test_json_of_another_form(write, content):
+def test_json_of_another_structure(write, content):
     assert 'expected an array of prompts or {"prompts": [...]}, got ' in message(write("p.json", content))
 
 
@@ -479,7 +479,7 @@ def test_parquet_values_that_json_cannot_hold(tmp_path):
 
 
 def test_no_column_overwrites_a_result():
-    """A source may name the prompt, the negative prompt and the seed, which the row repeats, and nothing else."""
+    """The only reserved names that a source may use are prompt, negative prompt and seed."""
     allowed = {"negative_prompt", "seed"}
     assert ResultRow.__annotations__.keys() - allowed == RESERVED_COLUMNS
     assert {"path_kl", "particle", "particle_weight"} < RESERVED_COLUMNS
@@ -499,7 +499,7 @@ def test_seeds_of_images():
 # The spool
 
 
-def test_the_spool_has_no_name_and_goes_with_close(tmp_path, monkeypatch):
+def test_the_spool_is_unnamed_and_removed_on_close(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dataset = PromptDataset(["a"])
     assert dataset[0].text == "a"
@@ -510,7 +510,7 @@ def test_the_spool_has_no_name_and_goes_with_close(tmp_path, monkeypatch):
 
 
 def test_a_failed_pass_leaves_no_descriptor_behind():
-    gc.collect()  # what other tests have left
+    gc.collect()  # objects left by other tests
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("needs /proc")
     errors = []
     for _ in range(5):
@@ -575,7 +575,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path, suffix):
         assert module.num_prompts == count
         return most
 
-    peak(100)  # whatever is imported or cached on first use
+    peak(100)  # fills imports and caches
     assert peak(100_000) - peak(100) < 3_000_000
 
 
@@ -623,7 +623,7 @@ def test_setup_reads_the_source_once(write):
         module.setup("predict")
 
 
-def test_skip_adds_up_and_teardown_forgets():
+def test_skips_accumulate_and_teardown_resets_them():
     def left():
         return [prompt.index for batch in module.predict_dataloader() for prompt in batch]
 
@@ -655,7 +655,7 @@ class Echo(lightning.LightningModule):
 
 
 class Record(lightning.Callback):
-    """Writes down which prompts a rank has seen."""
+    """Records the prompts of a rank."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The pages in docs/ tell the truth: their code runs, their links lead somewhere, and the rules they state hold."""
+"""The pages in docs/: their code runs, their links resolve, and the rules they state hold."""
 
 import ast
 import gc
@@ -64,7 +64,7 @@ def unpack(page: Path, folder: Path) -> list[str]:
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """An empty working directory that is importable; whatever is imported from it is forgotten afterwards."""
+    """An empty, importable working directory; its modules are unloaded afterwards."""
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # a copy: `main` adds to it
@@ -74,7 +74,7 @@ def workspace(tmp_path, monkeypatch):
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
-    gc.collect()  # a class lives in its base's list of subclasses until it is collected
+    gc.collect()  # a base class lists a subclass until it is collected
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_commands_of_extending_run(words, installed, sd15, read_rows, capsys):
         assert "svdd_warmth" in next(line for line in capsys.readouterr().out.splitlines() if "Warmth" in line)
         return
     extra = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--model.diffusion.num_inference_steps", "3"]
-    if "--model.diffusion" not in words:  # the model that ships with svdd, in small
+    if "--model.diffusion" not in words:  # a small model in place of the embedded one
         extra += ["--model.diffusion.pretrained", sd15]
     if "--model.sampler" not in words:
         extra += ["--model.sampler.num_candidates", "3"]
@@ -172,7 +172,7 @@ def test_examples_work_on_a_stable_diffusion(examples, sd15):
     assert (sparse.scores(Redness()) > plain.scores(Redness())).all()
 
 
-def test_tempering_bears_on_a_sampler_with_temperature_only(examples):
+def test_tempering_changes_only_samplers_with_a_temperature(examples):
     from my_diffusion import Tints
     from my_rewards import Redness
     from my_values import Tempered
@@ -218,7 +218,7 @@ def test_a_broken_plugin_is_skipped_with_a_warning(installed):
     assert "SVDD" in names
 
 
-def test_every_builtin_is_listed_with_a_line_about_it():
+def test_every_builtin_is_listed_with_a_description():
     import_all()
     listed = {(entry.kind, entry.name): entry for entry in catalogue() if entry.package == "svdd"}
     for kind, (package, base) in KINDS.items():
@@ -283,8 +283,8 @@ def module_of(path: Path) -> str:
 
 
 NOUNS = {"diffusion", "state", "rewards", "values", "samplers"}
-LAZY = sorted(f"svdd.{noun}" for noun in NOUNS)  # folders that re-export their classes, for users
-MAY_IMPORT = {  # a folder of svdd, or a module there: what it may import of the others, wherever the import stands
+LAZY = sorted(f"svdd.{noun}" for noun in NOUNS)  # folders that re-export their classes to users
+MAY_IMPORT = {  # a folder or module of svdd: the others that it may import, also inside functions
     "assets": set(),
     "evaluation.metrics": set(),
     "runs": set(),
@@ -328,7 +328,7 @@ def test_imports_point_one_way():
                 assert room in rooms, f"{name} imports {library}"
 
 
-def test_the_house_is_seen_at_a_glance():
+def test_the_package_has_few_entries_and_short_files():
     entries = [path.name for path in (ROOT / "svdd").iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 13, entries
     assert {path: lines for path in SOURCES if (lines := path.read_text("utf-8").count("\n")) > 300} == {}
@@ -358,10 +358,10 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=name_of)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in re.findall(r"\]\(([^)\s]+)", text):
-        if re.match(r"\w+:", link):  # the network is not asked
+        if re.match(r"\w+:", link):  # external links are not checked
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page

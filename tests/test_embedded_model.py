@@ -1,4 +1,4 @@
-"""The model that ships with the package: complete, small, loadable by diffusers itself, and steerable."""
+"""The embedded model: complete, small, loadable by diffusers, and responsive to guidance."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_diffusers_loads_it_unchanged():
     assert image.size == (64, 64)
 
 
-def test_its_text_tower_is_that_of_its_clip_and_the_judge_is_another():
+def test_it_shares_the_text_tower_of_its_clip_but_not_of_the_judge():
     text = CLIPTextModel.from_pretrained(ASSETS / "emoji-sd" / "text_encoder").state_dict()
     clip = CLIPModel.from_pretrained(ASSETS / "emoji-clip")
     own = {key.removeprefix("text_model."): value for key, value in text.items()}
@@ -46,7 +46,7 @@ def test_its_text_tower_is_that_of_its_clip_and_the_judge_is_another():
 
 
 @pytest.mark.parametrize("pretrained", ["emoji", "emoji-judge"])
-def test_pictures_score_higher_with_their_own_prompt(pretrained):
+def test_images_score_higher_with_their_own_prompt(pretrained):
     model = GuidedDiffusion(CLIPScore(pretrained), StableDiffusion("emoji", 20, 3.0), Unguided())
     images, own = model.sample(PROMPTS, seed=0)
     other = model.reward.score(images, PROMPTS[1:] + PROMPTS[:1])
@@ -55,7 +55,7 @@ def test_pictures_score_higher_with_their_own_prompt(pretrained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reward", [Compressibility(), CLIPScore()], ids=["jpeg", "clip"])
-def test_svdd_climbs_its_reward(reward):
+def test_svdd_increases_its_reward(reward):
     diffusion = StableDiffusion("emoji", 15, 3.0)
     _, plain = GuidedDiffusion(reward, diffusion, Unguided()).sample(PROMPTS, seed=0)
     _, guided = GuidedDiffusion(reward, diffusion, SVDD(num_candidates=6)).sample(PROMPTS, seed=0)

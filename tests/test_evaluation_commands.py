@@ -1,4 +1,4 @@
-"""`svdd score`, and what `svdd predict` measures on finished pictures, as a user types it."""
+"""`svdd score`, and the evaluation of finished images by `svdd predict`, from the command line."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def command(sd15: str, output, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def predict(sd15, tmp_path):
-    """Draws four prompts with a random model; returns the run folder."""
+    """Samples four prompts with a random model; returns the run folder."""
 
     def run(name: str, *arguments: str, code: int = 0):
         assert main(command(sd15, tmp_path / name, *arguments)) == code
@@ -44,7 +44,7 @@ def summary_of(run):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Four flat pictures: red, green, blue and white."""
+    """Four uniform images: red, green, blue and white."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for k, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]):
@@ -68,14 +68,14 @@ def test_scores_of_a_folder_are_those_of_the_reward(pictures, tmp_path, capsys, 
     assert "4 images" in out
 
 
-def test_unknown_prompts_are_pointed_out(pictures, tmp_path, capsys, tiny_clip):
+def test_unknown_prompts_give_a_warning(pictures, tmp_path, capsys, tiny_clip):
     words = ["score", "--reward", "CLIPScore", "--reward.pretrained", tiny_clip, "--images", str(pictures)]
     for prompts, said in (([], True), (["--prompts", str(tmp_path / "texts.txt")], False)):
         assert main([*words, *prompts]) == 0
         assert ("svdd: warning: no prompts are known" in capsys.readouterr().err) == said
 
 
-def test_pictures_of_one_prompt_are_compared_with_each_other(pictures, tmp_path, tiny_clip, capsys):
+def test_images_of_one_prompt_are_compared_with_each_other(pictures, tmp_path, tiny_clip, capsys):
     words = ["score", "--reward", "Brightness", "--images", str(pictures), "--output", str(tmp_path / "scores")]
     words += ["--evaluation.features", tiny_clip]
     for prompts, within in (([], False), (["--prompts", str(tmp_path / "texts.txt")], True)):
@@ -86,7 +86,7 @@ def test_pictures_of_one_prompt_are_compared_with_each_other(pictures, tmp_path,
 
 
 def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, capsys):
-    """PNG files hold 8 bits: a CLIP score moves by less than 1e-3."""
+    """Rounding to 8 bits in PNG files changes a CLIP score by less than 1e-3."""
     clip = json.dumps({"class_path": "CLIPScore", "init_args": {"pretrained": tiny_clip}})
     run = predict("run", "--model.reward", "Compressibility", "--model.eval_rewards", f"[{clip}]")
     words = ["score", "--reward", "CLIPScore", "--reward.pretrained", tiny_clip, "--eval_rewards+=Compressibility"]
@@ -105,7 +105,7 @@ def test_scores_of_a_run_are_those_in_its_rows(predict, tmp_path, tiny_clip, cap
         (["--reward", "Brightness", "--images", "absent"], "absent is no folder"),
         (["--reward", "Brightness", "--prompts", "one.txt"], "one.txt has 1 prompts for 4 pictures"),
         (["--reward", "Brightness", "--device", "cuda:99"], "device='cuda:99' cannot be used"),
-        (["--reward", "Brightness", "--eval_rewards+=Brightness"], "every reward needs a name of its own"),
+        (["--reward", "Brightness", "--eval_rewards+=Brightness"], "rewards need distinct names"),
         (
             ["--reward", "CLIPScore", "--reward.pretrained", "./absent"],
             "CLIPScore: pretrained='./absent' is not a folder",
@@ -131,8 +131,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_reward_is_skipped_where_it_is_bad(predict, tmp_path, monkeypatch, name):
-    """For one of four prompts: the others are drawn, and the bad one is written down with its reason."""
+def test_a_prompt_with_a_failing_reward_is_skipped(predict, tmp_path, monkeypatch, name):
+    """The reward fails for one of four prompts: the others are sampled, and the failure is logged with its reason."""
     code, message = BAD[name]
     (tmp_path / f"{name}_rewards.py").write_text(
         f"def {name}(images, prompts):\n    return {code} if 'panda' in prompts else images.mean((1, 2, 3))\n"
@@ -151,7 +151,7 @@ def test_a_bad_reward_is_skipped_where_it_is_bad(predict, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_an_endpoint_that_cannot_be_reached_is_said_in_one_line(predict, tmp_path, monkeypatch, capsys, on_error):
+def test_an_unreachable_endpoint_gives_a_one_line_error(predict, tmp_path, monkeypatch, capsys, on_error):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
@@ -169,7 +169,7 @@ def test_an_endpoint_that_cannot_be_reached_is_said_in_one_line(predict, tmp_pat
     assert "no prompt could be drawn" in said
 
 
-def test_a_sum_reads_its_units_from_an_unguided_run(predict):
+def test_a_sum_reads_mean_and_std_from_an_unguided_run(predict):
     plain = predict("plain", "--model.reward", "Brightness", "--model.sampler", "Unguided")
     units = json.dumps(
         {"rewards": [{"class_path": "ZScored", "init_args": {"reward": "Brightness", "statistics": str(plain)}}]}
@@ -186,7 +186,7 @@ def test_a_sum_reads_its_units_from_an_unguided_run(predict):
 
 
 def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
-    """Guided to be dark, with brightness held out: the check must fire. Guided to be bright, it must not."""
+    """Guidance towards dark images with brightness held out triggers the warning; towards bright ones it does not."""
     dark = ["--model.reward", "WeightedSum", "--model.reward.rewards", '["Brightness"]']
     dark += ["--model.images_per_prompt", "4", "--data.batch_size", "4"]
     held_out = "--model.eval_rewards+=Brightness"
@@ -228,7 +228,7 @@ def test_two_rewards_rise_at_once_on_the_embedded_model(tmp_path):
 
 @pytest.mark.slow
 def test_one_of_two_processes_measures_for_both(predict, sd15, tmp_path, tiny_clip):
-    """The other one is at its end by then: whoever waits for it in a collective waits in vain."""
+    """The evaluation uses no collective operation, because the other process may have exited."""
     plain = predict("plain", "--model.reward", "Brightness", "--model.sampler", "Unguided")
     words = ["--model.reward", "Brightness", "--evaluation.features", tiny_clip, "--evaluation.baseline", str(plain)]
     words += ["--evaluation.distances", "[cmmd,kid,fid]", "--evaluation.distance_features", "clip"]
@@ -245,7 +245,7 @@ def test_one_of_two_processes_measures_for_both(predict, sd15, tmp_path, tiny_cl
     assert found["distances"]["cmmd"] == pytest.approx(expected["distances"]["cmmd"], rel=1e-2)
 
 
-def test_what_is_measured_may_change_when_a_run_continues(predict, tiny_clip, capsys):
+def test_evaluation_settings_may_change_when_a_run_continues(predict, tiny_clip, capsys):
     run = predict("run", "--model.reward", "Brightness")
     before = summary_of(run)
     capsys.readouterr()
@@ -262,7 +262,7 @@ def test_what_is_measured_may_change_when_a_run_continues(predict, tiny_clip, ca
         (["--evaluation.reference", "pictures", "--evaluation.distances", "[fid]"], "pip install 'svdd[fid]'"),
     ],
 )
-def test_what_could_not_be_measured_is_said_before_anything_is_drawn(
+def test_an_impossible_evaluation_is_refused_before_sampling(
     predict, pictures, tmp_path, monkeypatch, capsys, arguments, message
 ):
     import torchmetrics.image.fid
@@ -278,8 +278,8 @@ def test_what_could_not_be_measured_is_said_before_anything_is_drawn(
     assert "Brightness" not in output.out
 
 
-def test_pictures_are_measured_on_the_device_of_the_run(tmp_path, monkeypatch):
-    """At the end of a run Lightning has moved the model to the CPU."""
+def test_images_are_evaluated_on_the_device_of_the_run(tmp_path, monkeypatch):
+    """Evaluation uses the run's device although Lightning moves the model to the CPU at the end."""
     measured = []
     monkeypatch.setattr("svdd.commands.predict.find_pictures", lambda folder: ["picture"])
     monkeypatch.setattr("svdd.commands.predict.report", lambda loggers, found, folder: None)
@@ -293,13 +293,13 @@ def test_pictures_are_measured_on_the_device_of_the_run(tmp_path, monkeypatch):
     assert measured == [(["picture"], torch.device("meta"))]
 
 
-def test_a_missing_baseline_is_said_before_anything_is_drawn(predict, tmp_path, capsys):
+def test_a_missing_baseline_is_refused_before_sampling(predict, tmp_path, capsys):
     run = predict("run", "--model.reward", "Brightness", "--evaluation.baseline", str(tmp_path / "absent"), code=2)
     assert "evaluation.baseline=" in capsys.readouterr().err
     assert not (run / "results.jsonl").exists()
 
 
-def test_loggers_get_numbers_and_pictures(predict, tmp_path, tiny_clip):
+def test_loggers_receive_numbers_and_images(predict, tmp_path, tiny_clip):
     logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(tmp_path / "board")}}
     csv = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
     words = ["--trainer.logger", json.dumps([logger, csv]), "--evaluation.features", tiny_clip]
@@ -315,7 +315,7 @@ def test_loggers_get_numbers_and_pictures(predict, tmp_path, tiny_clip):
     assert "diversity/vendi" in table.read_text().splitlines()[0]
 
 
-def test_weights_and_biases_gets_numbers_and_pictures_with_their_prompts(sd15, tmp_path):
+def test_weights_and_biases_receives_numbers_and_images_with_prompts(sd15, tmp_path):
     words = ["--model.reward", "Brightness", "--trainer.logger", "WandbLogger", "--trainer.logger.offline", "true"]
     words += ["--trainer.logger.save_dir", str(tmp_path / "board")]
     run = [sys.executable, "-m", "svdd", *command(sd15, tmp_path / "run", *words)]

@@ -1,4 +1,4 @@
-"""What a learned value was trained for: everything that its meaning depends on is compared."""
+"""The identity of a learned value: all settings that its estimates depend on are compared."""
 
 import json
 import shutil
@@ -8,14 +8,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from svdd import UserError
-from svdd.diffusion.fingerprint import fingerprint
+from svdd.diffusion.pipelines import fingerprint
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
-from svdd.rewards.identity import settings
 from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.pick_score import PickScore
 from svdd.rewards.threshold import Threshold
@@ -29,7 +28,7 @@ SUM = WeightedSum([Compressibility(), Brightness()], [1.0, 0.1])
 
 
 class Counting(Reward):
-    """Somebody's reward, with a setting and with things that are none."""
+    """A user's reward with one setting, and with attributes that are not settings."""
 
     def __init__(self, strength=1.0, table=None):
         super().__init__()
@@ -64,7 +63,7 @@ def test_rewards_of_other_settings_are_other_rewards(one, other):
     assert one.identity != other.identity
 
 
-def test_what_changes_no_score_is_no_difference():
+def test_attributes_that_change_no_score_are_ignored():
     reward = Counting()
     before = reward.identity
     reward(torch.ones(1, 3, 2, 2), [""])
@@ -75,7 +74,7 @@ def test_what_changes_no_score_is_no_difference():
 
 def test_a_folder_may_be_moved(tmp_path, tiny_clip):
     moved = shutil.copytree(tiny_clip, tmp_path / tiny_clip.rsplit("/", 1)[-1])
-    assert settings(CLIPScore(str(moved))) == settings(CLIPScore(tiny_clip))
+    assert CLIPScore(str(moved)).identity == CLIPScore(tiny_clip).identity
 
 
 def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):
@@ -99,8 +98,8 @@ def test_a_value_on_features_belongs_to_what_it_reads(sd15, tiny_clip, tmp_path)
         GuidedDiffusion(Brightness(), diffusion, value=FeatureValue(str(other), width=8, pretrained=str(path)))
 
 
-def test_models_of_one_name_are_told_apart_by_their_weights(sd15, tmp_path):
-    """A second fine-tune in a folder of the same name must not learn from the first one's rollouts."""
+def test_models_of_one_name_are_distinguished_by_their_weights(sd15, tmp_path):
+    """Another fine-tune in a folder of the same name does not reuse the first one's rollouts."""
     name = sd15.rsplit("/", 1)[-1]
     same, tuned, half = (tmp_path / kind / name for kind in ("same", "tuned", "half"))
     shutil.copytree(sd15, same)
@@ -116,11 +115,11 @@ def test_models_of_one_name_are_told_apart_by_their_weights(sd15, tmp_path):
     assert {key for key in identity if identity[key] != different[key]} == {"weights"}
 
 
-def test_what_a_chain_steers_away_from_belongs_to_it(sd15):
+def test_the_negative_prompt_belongs_to_the_chain(sd15):
     assert StableDiffusion(sd15, 2, negative_prompt="apple").identity != StableDiffusion(sd15, 2).identity
 
 
-def test_a_fingerprint_sees_every_parameter():
+def test_a_fingerprint_covers_every_parameter():
     network = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 1))
     seen = {fingerprint(network)}
     for parameter in network.parameters():

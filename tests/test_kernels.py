@@ -37,12 +37,12 @@ def test_a_draw_from_the_kernel_is_a_step_of_the_scheduler(name, prediction, eta
         step = scheduler.step(output, t, x, generator=draw, **options)
         following = denoised.mean + kernel.std(i) * noise if kernel.std(i) > 0 else denoised.mean
         torch.testing.assert_close(denoised.x0, step.pred_original_sample, rtol=0, atol=0)
-        # DDPM's last step adds noise of scale 1e-10 by a clamp; the kernel calls it deterministic
+        # a clamp gives DDPM's last step noise of scale 1e-10; the kernel treats the step as deterministic
         torch.testing.assert_close(following, step.prev_sample, rtol=0, atol=1e-9 if name == "ddpm" else 0)
         x = step.prev_sample
 
 
-def test_a_scheduler_without_a_gaussian_step_is_refused_with_those_that_have_one():
+def test_a_scheduler_without_a_gaussian_step_is_refused_with_a_list_of_supported_ones():
     with pytest.raises(ValueError, match=r"'pndm' has no Gaussian.*ddim, ddpm, euler_ancestral"):
         make_kernel("pndm", SD15_SCHEDULER, 10, 1.0)
     with pytest.raises(ValueError, match="did you mean 'ddim'"):

@@ -1,4 +1,4 @@
-"""Learned values: against values known in closed form, and everything about rollouts and checkpoints."""
+"""Learned values against closed forms, their rollouts and their checkpoints."""
 
 import json
 import math
@@ -32,7 +32,7 @@ ALPHA = 0.5
 
 
 def fit(value, cache, diffusion=None, reward=None, epochs=8, prompts=("0",), **options):
-    """Trains a value as the command line does, but for the folder."""
+    """Trains a value as the command line does, without an output folder."""
     model = ValueFitting(reward or Linear(B), diffusion or GaussianDiffusion(4), value)
     defaults = {"num_rollouts": 4096, "batch_size": 512, "rollout_batch_size": 2048, "cache": str(cache)}
     data = RolloutDataModule(list(prompts), **defaults | options)
@@ -55,7 +55,7 @@ def fit(value, cache, diffusion=None, reward=None, epochs=8, prompts=("0",), **o
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Rollouts of the Gaussian chain, which all values here share."""
+    """Rollouts of the Gaussian chain, shared by all values here."""
     return tmp_path_factory.mktemp("rollouts")
 
 
@@ -77,7 +77,7 @@ def network(**options):
     ids=["mean", "mean, bootstrapped", "soft", "soft, bootstrapped"],
 )
 def test_a_learned_value_converges_to_the_known_one(cache, loss, soft):
-    """The plain loss to E[r | x_i] = b . (A x + c), the soft one to that plus V / (2 alpha)."""
+    """The mean loss learns E[r | x_i] = b . (A x + c), the soft loss that plus V / (2 alpha)."""
     diffusion = GaussianDiffusion(4)
     model, _, _ = fit(network(loss=loss), cache, diffusion, epochs=10)
     state = State.start(diffusion, [""] * 400, range(400))
@@ -85,14 +85,14 @@ def test_a_learned_value_converges_to_the_known_one(cache, loss, soft):
     with torch.no_grad():
         for i in range(1, 4):
             state = state.propose()
-            bonus = diffusion.end(i)[2] / (2 * ALPHA)  # of the soft value over the mean
+            bonus = diffusion.end(i)[2] / (2 * ALPHA)  # soft value minus mean
             truth = exact(state) - (0 if soft else bonus)
             learned = model.value(state).double()
             assert float((learned - truth).square().mean() / truth.var()) < 0.06
             assert abs(float((learned - truth).mean())) < 0.25 * diffusion.end(1)[2] / (2 * ALPHA)
 
 
-def test_the_soft_loss_is_least_at_the_soft_value():
+def test_the_soft_loss_is_minimal_at_the_soft_value():
     rewards, alpha, scale = torch.tensor([0.0, 1.0, 1.0, 4.0], dtype=torch.float64), 2.0, 3.0
     target = alpha * math.log(float((rewards / alpha).exp().mean()))
     v = torch.full((4,), target / scale, dtype=torch.float64, requires_grad=True)
@@ -114,7 +114,7 @@ def test_the_soft_loss_is_the_square_at_high_temperature_and_stays_finite_at_low
         SoftLoss(0)
 
 
-# ---- what it costs and what it does
+# ---- cost and guidance
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_svdd_with_a_learned_value_costs_t_rows(trained, candidates, particles):
     final = run(diffusion, SVDD(candidates, num_particles=particles), trained.value, 3)
     ledger = final.context.ledger
     assert ledger.denoiser_rows == sum(diffusion.denoised_rows) == 3 * particles * 4
-    assert ledger.decoded_images == ledger.reward_calls == 3 * particles * candidates  # of the last choice
+    assert ledger.decoded_images == ledger.reward_calls == 3 * particles * candidates  # of the last selection
 
 
 def test_it_guides_and_its_gradient_too(trained):
@@ -155,13 +155,13 @@ def test_estimates_do_not_depend_on_other_rows(trained):
             torch.testing.assert_close(trained.value(alone)[0], whole[k], rtol=1e-5, atol=1e-6)
 
 
-def test_an_untrained_value_says_what_to_do():
+def test_an_untrained_value_has_an_actionable_error():
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(3), SVDD(2), network())
     with pytest.raises(UserError, match=r"LatentConvValue is not trained yet: run `svdd fit` first"):
         model.sample([""])
 
 
-def test_a_training_that_diverged_is_said(trained):
+def test_a_diverged_training_is_an_error(trained):
     broken = network()
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), broken)
     broken.load_weights(trained.value.weights(), "here")
@@ -171,7 +171,7 @@ def test_a_training_that_diverged_is_said(trained):
 
 
 @pytest.mark.parametrize("use_prompt", [True, False])
-def test_the_prompt_is_part_of_the_input_where_it_shall_be(sd15, tmp_path, use_prompt):
+def test_the_prompt_is_an_input_only_with_use_prompt(sd15, tmp_path, use_prompt):
     from svdd.diffusion.stable_diffusion import StableDiffusion
     from svdd.rewards.jpeg import Compressibility
 
@@ -183,13 +183,13 @@ def test_the_prompt_is_part_of_the_input_where_it_shall_be(sd15, tmp_path, use_p
     text = diffusion.prompt_features(state.context.conditioning)
     with torch.no_grad():
         if use_prompt:
-            torch.nn.init.normal_(value.text.weight)  # it starts at 0
+            torch.nn.init.normal_(value.text.weight)  # initialised to 0
         apple, panda = value.predict(state.x[:1].expand(2, -1, -1, -1), torch.ones(2, dtype=torch.int64), text)
     assert (apple != panda) == use_prompt
 
 
 @pytest.mark.parametrize("decode_from", ["x", "x0"])
-def test_a_value_on_clip_features_learns_and_costs_what_it_says(sd15, tiny_clip, tmp_path, decode_from):
+def test_a_value_on_clip_features_learns_at_the_stated_cost(sd15, tiny_clip, tmp_path, decode_from):
     from svdd.diffusion.stable_diffusion import StableDiffusion
     from svdd.rewards.jpeg import Compressibility
 
@@ -232,7 +232,7 @@ def filled(tmp_path):
     return cache
 
 
-def test_a_whole_cache_lacks_nothing(filled):
+def test_a_complete_cache_has_no_missing_shards(filled):
     assert [len(part) for part in filled.shards] == [64, 64, 22]
     assert filled.missing() == []
     assert [tuple(shard["x"].shape) for shard in filled.load()] == [
@@ -265,14 +265,14 @@ def test_a_flipped_bit_is_found(filled):
     assert filled.missing() == [2]
 
 
-def test_another_setting_has_a_folder_of_its_own(tmp_path, filled):
+def test_other_settings_have_a_separate_folder(tmp_path, filled):
     other = RolloutCache(tmp_path, {"steps": [2]}, 150)
     assert other.path != filled.path
     assert other.missing() == [0, 1, 2]
 
 
-def test_what_is_held_out_is_compared_with_rewards_even_where_training_bootstraps(cache):
-    """A value that knows nothing agrees with itself: by that measure no training would ever be the best."""
+def test_validation_targets_are_rewards_even_when_training_bootstraps(cache):
+    """An untrained value fits its own bootstrapped targets, so these cannot rank checkpoints."""
     model, data, _ = fit(network(loss=MeanLoss(bootstrap=True)), cache, epochs=1, num_rollouts=256)
     batch = data.held_out.__getitems__(range(len(data.held_out)))
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_what_is_held_out_is_compared_with_rewards_even_where_training_bootstrap
     assert logged == pytest.approx(held_out, rel=1e-3)
 
 
-def test_only_what_is_missing_is_drawn_again_and_comes_out_the_same(tmp_path):
+def test_only_missing_shards_are_drawn_again_and_are_identical(tmp_path):
     options = {"epochs": 1, "num_rollouts": 200, "batch_size": 64}
     diffusion = GaussianDiffusion(4)
     fit(network(), tmp_path, diffusion, **options)
@@ -350,20 +350,20 @@ def test_network_settings_out_of_range_are_refused(options, message):
 
 
 class Constant(Reward):
-    """The same for every image."""
+    """A constant reward."""
 
     def forward(self, images, prompts):
         return torch.ones(len(images))
 
 
 class Broken(Reward):
-    """NaN for some images."""
+    """A reward that is NaN for some images."""
 
     def forward(self, images, prompts):
         return torch.where(images[:, 0, 0, 0] > 0, torch.nan, 1.0)
 
 
-def test_what_cannot_be_learned_is_said(tmp_path, cache):
+def test_data_without_a_signal_is_refused(tmp_path, cache):
     with pytest.raises(UserError, match=r"the rewards of .* rollouts do not differ, so there is nothing to learn"):
         fit(network(), cache, reward=Constant())
     with pytest.raises(UserError, match="reward Broken returned NaN or infinity for"):
@@ -408,14 +408,14 @@ def test_a_trained_value_keeps_its_weights_when_bound_again(cache):
         GuidedDiffusion(Linear(B), GaussianDiffusion(5), SVDD(2), value)
 
 
-def test_a_class_of_ones_own_is_found_where_it_is_imported(trained, tmp_path):
+def test_a_custom_class_is_found_by_its_import_path(trained, tmp_path):
     path, weights = tmp_path / "value.safetensors", trained.value.weights()
     path.write_bytes(weights._replace(identity=weights.identity | {"value": "Mine"}).to_bytes())
     with pytest.raises(UserError, match=r"holds a value of class 'Mine', which is not imported; name the class"):
         load_value(str(path))
 
     class Mine(LatentConvValue):
-        """Some arguments of its own, one of which is no plain data."""
+        """Has its own arguments, one of which is not plain data."""
 
         def __init__(self, channels=16, layer=torch.nn.Identity, pretrained=None):
             super().__init__(channels, 1, pretrained=pretrained)
@@ -450,7 +450,7 @@ def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffu
         ValueFitting(reward, diffusion, network()).on_load_checkpoint(checkpoint)
 
 
-def test_weights_of_another_size_or_none_at_all_are_refused(trained, tmp_path):
+def test_weights_of_another_size_and_missing_weights_are_refused(trained, tmp_path):
     path = tmp_path / "value.safetensors"
     path.write_bytes(trained.value.weights().to_bytes())
     larger = LatentConvValue(channels=64, pretrained=str(path))

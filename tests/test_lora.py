@@ -1,4 +1,4 @@
-"""LoRA weights are fused into the model, as diffusers would apply them."""
+"""LoRA weights are fused into the model with the same result as in diffusers."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def draw(**settings) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def test_fused_weights_draw_what_the_pipeline_draws(sd15, lora):
+def test_fused_weights_equal_the_pipeline(sd15, lora):
     pipeline = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_lora_weights(lora)
@@ -56,7 +56,7 @@ def test_a_missing_file_is_named(sd15, tmp_path):
         StableDiffusion(sd15, lora=str(tmp_path / "nothing"))
 
 
-def test_an_adapter_belongs_to_what_a_value_was_trained_for(sd15, lora):
+def test_an_adapter_is_part_of_a_values_identity(sd15, lora):
     (path,) = Path(lora).glob("*.safetensors")
     first = StableDiffusion(sd15, lora=lora).identity
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)

@@ -1,4 +1,4 @@
-"""The soft loss: what it is least at down to low temperatures, and how large its gradient becomes."""
+"""The soft loss: its minimiser down to low temperatures, and the bound on its gradient."""
 
 import math
 
@@ -16,8 +16,8 @@ def normal():
     return quantiles[torch.randperm(100_000, generator=torch.Generator().manual_seed(0))]
 
 
-def least_at(alpha, targets, batch_size):
-    """Returns the value at which the gradient, averaged over batches, vanishes."""
+def minimiser(alpha, targets, batch_size):
+    """Returns the prediction where the gradient, averaged over batches, is zero."""
     loss = SoftLoss(alpha)
     batches = targets[: len(targets) // batch_size * batch_size].view(-1, batch_size)
     slope = vmap(grad(lambda v, batch: loss(v.expand_as(batch), batch, 1.0)), (None, 0))
@@ -35,16 +35,16 @@ def least_at(alpha, targets, batch_size):
     ids=["alpha = s", "alpha = s / 2", "alpha = s / 3", "alpha = s / 4"],
 )
 def test_normal_targets_have_their_soft_value_down_to_low_temperatures(normal, ratio, whole, in_batches):
-    """The shares of s^2 / (2 alpha) that the docstring names, each within 0.02."""
+    """The minimiser covers the shares of s^2 / (2 alpha) stated in the docstring, each within 0.02."""
     alpha = 1 / ratio
     exact = 1 / (2 * alpha)
-    assert least_at(alpha, normal, len(normal)) / exact == pytest.approx(whole, abs=0.02)
-    assert least_at(alpha, normal, 256) / exact == pytest.approx(in_batches, abs=0.02)
+    assert minimiser(alpha, normal, len(normal)) / exact == pytest.approx(whole, abs=0.02)
+    assert minimiser(alpha, normal, 256) / exact == pytest.approx(in_batches, abs=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [1.0, 0.1, 1e-3])
-def test_gradients_of_a_batch_add_up_to_no_more_than_is_said(normal, dtype, alpha):
+def test_the_gradient_of_a_batch_is_bounded_as_documented(normal, dtype, alpha):
     targets, scale = normal[:256].to(dtype), 2.0
     for start in (-5.0, 0.0, 5.0):
         values = torch.full_like(targets, start, requires_grad=True)
@@ -65,7 +65,7 @@ def test_single_precision_is_enough(normal):
 
 
 def test_the_value_of_the_loss_is_not_scaled():
-    """It orders checkpoints: the further below the soft value, the larger."""
+    """The loss ranks checkpoints: it grows with the distance below the soft value."""
     targets = torch.tensor([0.0, 1.0])
     losses = [float(SoftLoss(0.25)(torch.full((2,), v), targets, 1.0)) for v in (-1.0, -0.5, 0.0, 0.5)]
     assert losses == sorted(losses, reverse=True)

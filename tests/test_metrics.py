@@ -25,7 +25,7 @@ def reference(scores):
 
 
 def numbers(statistics):
-    """All but what depends on prompts, which has tests of its own."""
+    """All statistics except those that depend on prompts, which are tested separately."""
     return {
         name: value.item()
         for name, value in statistics.compute().items()
@@ -95,7 +95,7 @@ def test_never_updated_and_reset():
 
 
 @pytest.mark.parametrize(("scores", "bad"), [([1.0, math.nan, math.inf], 2), ([-math.inf], 1)])
-def test_refuses_what_is_not_finite(scores, bad):
+def test_refuses_scores_that_are_not_finite(scores, bad):
     statistics = RewardStatistics()
     with pytest.raises(ValueError, match=f"{bad} of {len(scores)} scores are NaN or infinite"):
         statistics.update(torch.tensor(scores))
@@ -141,7 +141,7 @@ COUNTS = [(7, 4), (5, 0), (0, 5), (0, 0)]
 
 
 def prompts_of(n, rank=0):
-    """Prompts of two images, which ranks share."""
+    """Prompts with two images each, split across ranks."""
     return torch.arange(n) // 2 + 2 * rank
 
 
@@ -150,7 +150,7 @@ def features_of(n, seed):
 
 
 def measured(parts):
-    """What each metric says of images that arrive in parts: (count, seed) of each."""
+    """Returns each metric of images that arrive in parts, given as (count, seed)."""
     statistics, diversity, cmmd = RewardStatistics(), Diversity(), CMMD()
     for count, rank in parts:
         for rows in torch.arange(count).split(3) if count else ():

@@ -1,4 +1,4 @@
-"""Rewards made of published models keep the contract, and score as their models do."""
+"""Rewards based on published models fulfil the reward contract and reproduce the models' scores."""
 
 import math
 import socket
@@ -30,10 +30,8 @@ from transformers import (
 
 from svdd import RewardError, UserError
 from svdd.rewards.base import Reward
-from svdd.rewards.classifier import Classifier, find_label
-from svdd.rewards.image_reward import ImageReward
-from svdd.rewards.models.blip import GroundedText
-from svdd.rewards.models.image_processing import Preprocessing
+from svdd.rewards.classifier import Classifier, Preprocessing, find_label
+from svdd.rewards.image_reward import GroundedText, ImageReward
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
 from svdd.rewards.vlm_judge import VLMJudge
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
@@ -56,7 +54,7 @@ from tests.tiny_reward_models import (
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folders of tiny models, by name, saved when first asked for."""
+    """Folders of tiny models by name, saved at first use."""
     saved = {}
     save = {
         "image_reward": save_tiny_image_reward,
@@ -101,7 +99,7 @@ def reward(request, models) -> Reward:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Only this machine can be reached."""
+    """Blocks connections to other machines."""
     connect = socket.socket.connect
 
     def local(self, address):
@@ -141,7 +139,7 @@ def test_images_are_left_alone(reward):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_images_of_every_float_are_taken(reward, dtype):
+def test_images_of_every_float_type_are_accepted(reward, dtype):
     images = pictures(2)
     scores = reward.score(images.to(dtype), PROMPTS[:2])
     assert scores.dtype == torch.float32
@@ -161,11 +159,11 @@ def test_the_module_may_be_bfloat16(name, when, models):
     torch.testing.assert_close(scores, TESTED[name](models).score(images, PROMPTS[:2]), rtol=0.1, atol=0.1)
 
 
-def test_not_square_images_are_taken(reward):
+def test_non_square_images_are_accepted(reward):
     assert reward.score(pictures(2, 24, 56), PROMPTS[:2]).shape == (2,)
 
 
-def test_images_that_are_slices_of_others_are_taken(reward):
+def test_non_contiguous_images_are_accepted(reward):
     part = pictures(4).permute(0, 1, 3, 2)[::2]
     torch.testing.assert_close(
         reward.score(part, PROMPTS[::2]), reward.score(part.contiguous(), PROMPTS[::2]), rtol=0, atol=1e-5
@@ -250,7 +248,7 @@ def test_image_reward_is_the_published_arithmetic(models, side):
 
 
 def test_image_reward_cuts_the_centre_as_torchvision(models):
-    """Of 32 x 47 the columns from 8 on; transformers would keep those from 7 on."""
+    """Of 32 x 47 pixels, the crop starts at column 8; transformers would start at 7."""
     reward, images = image_reward(models), pictures(4, 32, 47)
     torch.testing.assert_close(
         reward.score(images, PROMPTS), reward.score(images[..., 8:40], PROMPTS), rtol=0, atol=1e-6
@@ -290,11 +288,11 @@ def test_image_reward_has_the_published_sizes():
     )
     cross = 12 * (2 * (768 * 768 + 768) + 2 * (1024 * 768 + 768) + 2 * 768)
     assert vision == 303_301_632  # ViT-L/16 at 224 px without a classifier
-    assert text == 108_891_648 + cross  # BERT-base without pooler; two words more, the two token types less
+    assert text == 108_891_648 + cross  # BERT-base without pooler, plus two words, minus two token types
     assert head == 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 + 1
 
 
-def test_image_reward_refuses_what_is_another_model(models, tmp_path, tiny_clip):
+def test_image_reward_refuses_another_model(models, tmp_path, tiny_clip):
     folder = models("image_reward")
     state = torch.load(f"{folder}/ImageReward.pt", weights_only=True)
     assert_refused(ImageReward(f"{folder}/nowhere.pt", tokenizer=folder), "there is no file")
@@ -316,7 +314,7 @@ def test_image_reward_refuses_what_is_another_model(models, tmp_path, tiny_clip)
 @pytest.mark.parametrize("size", [(32, 32), (40, 56)])
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_a_classifier_scores_as_transformers(models, name, size):
-    """Where it resizes, the processor rounds to 8 bits after each of two passes."""
+    """Scores equal transformers' up to the processor's rounding: 8 bits after each of two resizing passes."""
     folder, images = models(name), within_gamut(4, *size)
     pixels = AutoImageProcessor.from_pretrained(folder)(images=as_pil(images), return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -331,7 +329,7 @@ def test_a_classifier_scores_as_transformers(models, name, size):
     assert logits.std() > 0.1
 
 
-def test_labels_that_do_not_exclude_each_other_are_scored_alone(tmp_path):
+def test_labels_of_a_multi_label_classifier_are_scored_independently(tmp_path):
     folder, images = save_tiny_vit(tmp_path, problem_type="multi_label_classification"), pictures(2)
     logit, score = (Classifier(folder, 2, logit=logit).score(images, PROMPTS[:2]) for logit in (True, False))
     torch.testing.assert_close(score, -(1 + (-logit).exp()).log())
@@ -366,7 +364,7 @@ EDGE, SQUARE = {"shortest_edge": 36}, {"height": 32, "width": 32}
     ids=lambda part: type(part).__name__ if hasattr(part, "resample") else str(part),
 )
 def test_preprocessing_is_the_processors(processor, shape):
-    """Within 1.5 / 255: the processor rounds to 8 bits after each of two passes."""
+    """Pixels agree within 1.5 / 255: the processor rounds to 8 bits after each of two passes."""
     images, made = within_gamut(2, *shape), Preprocessing(processor, "here")
     pixels = processor(images=as_pil(images), return_tensors="pt").pixel_values
     assert made(images).shape == pixels.shape
@@ -405,7 +403,7 @@ def test_preprocessing_is_that_of_timm():
     ],
     ids=lambda part: type(part).__name__ if hasattr(part, "resample") else None,
 )
-def test_preprocessing_that_is_not_followed_is_refused(processor, message):
+def test_unsupported_preprocessing_is_refused(processor, message):
     with pytest.raises(UserError, match=message) as caught:
         Preprocessing(processor, "here")
     assert "\n" not in str(caught.value)
@@ -427,7 +425,7 @@ def test_labels_are_found_by_name_or_index():
         find_label(5, LABELS)
 
 
-def test_a_classifier_refuses_what_is_another_model(models, tmp_path, tiny_clip, sd15):
+def test_a_classifier_refuses_another_model(models, tmp_path, tiny_clip, sd15):
     assert_refused(Classifier(models("vit"), "dog"), "Classifier: label='dog' is none of the 5 labels")
     assert_refused(Classifier(str(tmp_path / "nowhere"), 0), "is not a folder; expected a folder saved by")
     assert_refused(Classifier(f"{sd15}/text_encoder", 0), "cannot be loaded")
@@ -447,13 +445,13 @@ def test_the_name_of_a_classifier_is_its_label(models):
     assert Classifier(models("vit"), "red apple").name == "Classifier-red apple"
 
 
-# ---- VLMJudge, with a model here
+# ---- VLMJudge with a local model
 
 QUESTION = 'Does this image show: "{prompt}"? Answer yes or no.'
 
 
 def log_odds(model: torch.nn.Module, tokenizer, inputs) -> float:
-    """Of the next token, from its probabilities."""
+    """Returns log-odds of the next token from its probabilities."""
     with torch.no_grad():
         probabilities = model(**inputs).logits[0, -1].softmax(-1)
     yes, no = (
@@ -464,7 +462,7 @@ def log_odds(model: torch.nn.Module, tokenizer, inputs) -> float:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen"])
-def test_the_judge_asks_the_model_for_the_next_token(models, name):
+def test_the_judge_scores_the_next_token(models, name):
     folder, images, prompts = models(name), pictures(4, 40, 56), ["a", "a longer prompt", "panda", "{prompt}"]
     model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForImageTextToText, AutoProcessor))
     expected = []
@@ -485,12 +483,12 @@ def test_the_judge_asks_the_model_for_the_next_token(models, name):
         expected.append(log_odds(model.eval(), processor.tokenizer, inputs))
     reward = VLMJudge(folder, batch_size=3)
     torch.testing.assert_close(reward.score(images, prompts), torch.tensor(expected), rtol=0, atol=1e-5)
-    reward.network.keeps = False  # models that cannot leave out logits
+    reward.network.keeps = False  # for models that always return all logits
     torch.testing.assert_close(reward.score(images, prompts), torch.tensor(expected), rtol=0, atol=1e-5)
     assert torch.tensor(expected).std() > 0.05
 
 
-def test_the_judge_asks_the_question_it_is_given(models):
+def test_the_judge_uses_the_given_question(models):
     folder, images = models("llava"), pictures(2)
     asked = VLMJudge(folder, question="Is this {prompt}, {maybe}? {").score(images, ["red", "blue"])
     assert not torch.equal(asked, VLMJudge(folder).score(images, ["red", "blue"]))
@@ -498,7 +496,7 @@ def test_the_judge_asks_the_question_it_is_given(models):
     torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-5)
 
 
-def test_the_judge_refuses_what_is_another_model(models, tmp_path):
+def test_the_judge_refuses_another_model(models, tmp_path):
     assert_refused(VLMJudge(models("vit")), "cannot be loaded: Unrecognized configuration class")
     assert_refused(VLMJudge(str(tmp_path / "nowhere")), "is not a folder; expected a folder saved by")
     assert_refused(VLMJudge("owner/name", local_files_only=True), "cannot be loaded")
@@ -538,7 +536,7 @@ def test_arguments_of_the_judge_are_checked(arguments, message):
     assert "secret" not in str(caught.value)
 
 
-# ---- VLMJudge, with a model behind an endpoint
+# ---- VLMJudge with an endpoint
 
 
 def ask(address: str, **arguments) -> torch.Tensor:
@@ -555,7 +553,7 @@ def failure(address: str, **arguments) -> str:
     return message
 
 
-def test_an_endpoint_gets_the_picture_and_the_question():
+def test_an_endpoint_receives_the_image_and_the_question():
     images = pictures(3, 20, 31)
     with chat_server(lambda body, handler: judge(body)) as (address, asked):
         reward = VLMJudge(endpoint=address + "/", model="tiny", question="{prompt}?")
@@ -597,7 +595,7 @@ def test_log_odds_keep_their_digits_where_half_precision_is_the_default():
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_request_is_sent_again_after_a_passing_failure():
+def test_a_request_is_retried_after_a_transient_failure():
     failures = iter(["hang up", (429, {}, {"Retry-After": "0"}), (503, b"<html>busy</html>", {}), (500, {}, {})])
 
     def answer(body, handler):
@@ -612,7 +610,7 @@ def test_a_request_is_sent_again_after_a_passing_failure():
         assert len(asked) == 4 + 2
 
 
-def test_patience_ends():
+def test_retries_are_limited():
     with chat_server(lambda body, handler: (503, {"error": {"message": "loading\nthe model"}}, {})) as (address, asked):
         message = failure(address, retries=2, concurrency=1)
         assert message == f"endpoint {address}, model 'tiny': 503 Service Unavailable: loading after 3 attempts"
@@ -627,7 +625,7 @@ def test_waits_between_attempts_double(monkeypatch):
     assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
-def test_an_endpoint_that_hangs_is_left():
+def test_an_endpoint_that_hangs_times_out():
     released = threading.Event()
 
     def answer(body, handler):
@@ -639,7 +637,7 @@ def test_an_endpoint_that_hangs_is_left():
     assert message.endswith("no answer within 0.1 s after 2 attempts")
 
 
-def test_an_endpoint_that_is_not_there():
+def test_an_unreachable_endpoint():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -662,7 +660,7 @@ def test_an_endpoint_that_is_not_there():
         ((307, b"", {"Location": "http://127.0.0.1:9/v1"}), "307 Temporary Redirect"),
     ],
 )
-def test_an_answer_that_is_of_no_use_is_an_error_at_once(said, message):
+def test_an_unusable_answer_is_an_error_without_retries(said, message):
     with chat_server(lambda body, handler: said) as (address, asked):
         assert message in failure(address, retries=3, concurrency=1)
         assert len(asked) == 1
@@ -690,18 +688,18 @@ def test_a_key_is_sent_and_never_shown(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("value", "message"), [(None, "JUDGE_KEY.* is not set"), ("a\nb", "JUDGE_KEY.* holds no key")])
-def test_a_key_that_is_not_there_is_missed_when_loaded(monkeypatch, value, message):
+def test_a_missing_key_is_an_error_at_loading(monkeypatch, value, message):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("JUDGE_KEY", value)
     assert_refused(VLMJudge(endpoint="http://127.0.0.1:9/v1", model="tiny", api_key_env="JUDGE_KEY"), message)
 
 
-def test_requests_wait_for_answers_together():
+def test_requests_are_concurrent():
     together = threading.Barrier(3)
 
     def answer(body, handler):
-        together.wait(20)  # passes only when three requests are there
+        together.wait(20)  # passes only with three concurrent requests
         return judge(body)
 
     with chat_server(answer) as (address, _):

@@ -31,7 +31,7 @@ PROMPTS = [
 
 
 class Collect(L.Callback):
-    """Keeps what `predict_step` handed over."""
+    """Collects the outputs of `predict_step`."""
 
     def __init__(self):
         self.predictions = []
@@ -93,7 +93,7 @@ def test_sample_returns_images_and_their_scores(sd15):
     assert not torch.equal(images[1], images[2])
 
 
-def test_sample_takes_one_prompt_and_seeds_of_their_own(sd15):
+def test_sample_accepts_one_prompt_and_explicit_seeds(sd15):
     model = model_of(sd15, diffusion=StableDiffusion(sd15, 2, chunk_size=1))
     images, scores = model.sample("panda", seed=8)
     assert (images.shape, scores.shape) == ((1, 3, 64, 64), (1,))
@@ -109,7 +109,7 @@ def test_sample_does_not_change_the_global_generator(sd15):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_diffusion_of_ones_own_is_all_it_takes():
+def test_a_custom_diffusion_works_without_other_changes():
     model = GuidedDiffusion(Linear([1.0, 0.0]), GaussianDiffusion(3), SVDD(4))
     guided, scores = model.sample([""] * 50)
     assert guided.shape == (50, 3, 1, 2)
@@ -117,7 +117,7 @@ def test_a_diffusion_of_ones_own_is_all_it_takes():
     assert scores.mean() > plain[:, 0, 0, 0].mean() + 0.5
 
 
-def test_predict_step_outside_a_trainer_hands_over_images_without_a_graph(sd15):
+def test_predict_step_outside_a_trainer_returns_detached_images(sd15):
     prediction = model_of(sd15, sampler=Unguided()).predict_step([Prompt(0, "a", None, None, {})], 0)
     assert not prediction.images.requires_grad
 
@@ -126,7 +126,7 @@ def test_predict_step_outside_a_trainer_hands_over_images_without_a_graph(sd15):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_rows_are_in_order_and_say_all(sd15, prompts, tmp_path, batch_size):
+def test_rows_are_ordered_and_complete(sd15, prompts, tmp_path, batch_size):
     collect = predict(model_of(sd15, eval_rewards=[Incompressibility()]), prompts, tmp_path, batch_size)
     rows = collect.rows
     assert len(collect.predictions) == -(-3 // batch_size)
@@ -135,7 +135,7 @@ def test_rows_are_in_order_and_say_all(sd15, prompts, tmp_path, batch_size):
     assert [row["style"] for row in rows] == ["photo"] * 2 + ["drawing"] * 4
     assert [row.get("negative_prompt") for row in rows] == ["blurry", "blurry", None, None, None, None]
     assert ["negative_prompt" in row for row in rows] == [True, True, False, False, False, False]
-    assert [row["seed"] for row in rows] == [40, 41, 100 + 2, 100 + 3, 2**63 - 1, 0]  # the last one wraps
+    assert [row["seed"] for row in rows] == [40, 41, 100 + 2, 100 + 3, 2**63 - 1, 0]  # the last one wraps around
     assert collect.images.shape == (6, 3, 64, 64)
     scores = Compressibility().score(collect.images, [""] * 6).tolist()
     for row, score in zip(rows, scores, strict=True):
@@ -150,8 +150,8 @@ def test_rows_are_in_order_and_say_all(sd15, prompts, tmp_path, batch_size):
     json.dumps(rows)
 
 
-def test_a_row_is_the_image_that_its_seed_and_prompts_give(sd15, prompts, tmp_path):
-    """Whatever batch it came in: with one latent at a time even the last bit is the same."""
+def test_a_row_can_be_reproduced_from_its_seed_and_prompt(sd15, prompts, tmp_path):
+    """A row can be reproduced from its seed and prompt; with one latent per call it is identical in every bit."""
     model = model_of(sd15, diffusion=StableDiffusion(sd15, 2, chunk_size=1))
     collect = predict(model, prompts, tmp_path, batch_size=3)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_images_do_not_depend_on_the_batch_size(sd15, prompts, tmp_path):
 # ---- several ends of one image, and traces
 
 
-def test_all_particles_come_out_with_their_weights(sd15, prompts, tmp_path):
+def test_all_particles_are_returned_with_their_weights(sd15, prompts, tmp_path):
     sampler = SMC(3, alpha=0.5, returns="all", ess_threshold=1.0)
     collect = predict(model_of(sd15, sampler=sampler), prompts, tmp_path)
     rows, traces = collect.rows, [trace for prediction in collect.predictions for trace in prediction.traces]
@@ -193,7 +193,7 @@ def test_all_particles_come_out_with_their_weights(sd15, prompts, tmp_path):
     json.dumps(traces)
 
 
-def test_a_trace_is_kept_of_every_image_whose_sampler_chose(sd15, prompts, tmp_path):
+def test_every_image_with_a_selection_has_a_trace(sd15, prompts, tmp_path):
     chosen = predict(model_of(sd15), prompts, tmp_path)
     traces = [trace for prediction in chosen.predictions for trace in prediction.traces]
     rows = {(row["prompt_index"], row["image_index"]): row for row in chosen.rows}
@@ -215,7 +215,7 @@ def test_a_trace_is_kept_of_every_image_whose_sampler_chose(sd15, prompts, tmp_p
 def test_gradient_samplers_work_in_any_trainer(sd15, tiny_clip, prompts, tmp_path, sampler, mode):
     reward, held_out = CLIPScore(tiny_clip), Compressibility()
     model = model_of(sd15, reward=reward, eval_rewards=[held_out], sampler=sampler)
-    collect = predict(model, prompts, tmp_path, inference_mode=mode)  # two batches: the second meets cached texts
+    collect = predict(model, prompts, tmp_path, inference_mode=mode)  # two batches: the second uses cached texts
     plain = predict(model_of(sd15, reward=reward, eval_rewards=[held_out], sampler=Unguided()), prompts, tmp_path)
     assert not collect.images.requires_grad
     assert (collect.images != plain.images).flatten(1).any(1).all()
@@ -225,7 +225,7 @@ def test_gradient_samplers_work_in_any_trainer(sd15, tiny_clip, prompts, tmp_pat
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_gradient_climbs_its_reward(sd15, tiny_clip):
+def test_a_gradient_sampler_increases_its_reward(sd15, tiny_clip):
     reward = CLIPScore(tiny_clip)
     means = [
         float(GuidedDiffusion(reward, StableDiffusion(sd15, 6), DPS(scale)).sample(["panda"] * 4)[1].mean())
@@ -277,7 +277,7 @@ def test_the_summary_is_that_of_the_rows(sd15, tiny_clip, prompts, tmp_path):
 
 
 def test_all_particles_count_by_their_weights(prompts, tmp_path):
-    """Unweighted, particles that never resampled would show the plain mean as the guided one."""
+    """Without resampling, the unweighted mean would be that of plain sampling."""
     sampler = SMC(400, 0.3, returns="all", ess_threshold=0.0)
     model = GuidedDiffusion(Linear([0.6, -0.8]), GaussianDiffusion(4), sampler, images_per_prompt=2)
     rows = predict(model, ["0"] * 10, tmp_path).rows
@@ -286,7 +286,7 @@ def test_all_particles_count_by_their_weights(prompts, tmp_path):
     assert found["weighted_mean"] == pytest.approx(weighted, rel=1e-6)
     assert found["weighted_mean"] > found["mean"] + 0.5
     model.on_predict_start()
-    for start in range(0, len(rows), 999):  # a resumed run feeds rows in other portions
+    for start in range(0, len(rows), 999):  # a resumed run adds rows in other batches
         model.record(rows[start : start + 999])
     model.on_predict_epoch_end()
     assert model.summary["rewards"]["Linear"] == found
@@ -294,7 +294,7 @@ def test_all_particles_count_by_their_weights(prompts, tmp_path):
 
 @pytest.mark.parametrize("sampler", [SVDD(2), SMC(2), DPS(1.0), TwistedSMC(2)], ids=label)
 def test_inference_mode_is_off_only_where_gradients_are_needed(sampler):
-    """Of what the Trainer turned on around `predict_step`."""
+    """The inference mode is the one that the Trainer sets around `predict_step`."""
     seen = set()
 
     class Watching(Linear):
@@ -312,7 +312,7 @@ def test_a_second_prediction_starts_anew(sd15, prompts, tmp_path):
     model = model_of(sd15, sampler=Unguided())
     predict(model, prompts, tmp_path)
     first = model.summary["rewards"]
-    with torch.inference_mode():  # as in a prediction that was cut off here
+    with torch.inference_mode():  # as in an interrupted prediction
         row = {"prompt_index": 0, "rewards": {"Compressibility": 5.0}, "path_kl": 0.0}
         model.record([row | {"ledger": dict.fromkeys(model.spent, 1.0)}])
     predict(model, prompts, tmp_path)
@@ -377,9 +377,7 @@ def test_half_precision_runs_and_counts_exactly(sd15, tiny_clip, prompts, tmp_pa
 
 @pytest.mark.parametrize("held_out", [[Compressibility()], [Incompressibility(), Incompressibility()]])
 def test_two_rewards_of_one_name_are_refused(held_out):
-    with pytest.raises(
-        UserError, match=r"every reward needs a name of its own, got Compressibility, .*drop the double"
-    ):
+    with pytest.raises(UserError, match=r"rewards need distinct names, got Compressibility, .*remove the duplicate"):
         GuidedDiffusion(Compressibility(), GaussianDiffusion(2), eval_rewards=held_out)
 
 

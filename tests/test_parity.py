@@ -1,4 +1,4 @@
-"""`Unguided` and one-candidate SVDD are `StableDiffusionPipeline` itself, bit for bit."""
+"""`Unguided` and one-candidate SVDD equal `StableDiffusionPipeline` bit for bit."""
 
 import numpy as np
 import pytest

@@ -26,23 +26,23 @@ from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, PlaneMixtu
 from tests.test_samplers import B, assert_mean, assert_variance, rewards, value_of
 
 ALPHA = 0.7
-ACROSS = torch.tensor([0.8, 0.6], dtype=torch.float64)  # at a right angle to B: the reward does not act there
+ACROSS = torch.tensor([0.8, 0.6], dtype=torch.float64)  # orthogonal to B, so the reward has no effect there
 
 
 def tilted_gaussian(diffusion: GaussianDiffusion, alpha: float = ALPHA) -> tuple[float, float]:
-    """Returns mean and variance of b . x_T under p(x) exp(b . x / alpha): shifted by V / alpha, as wide as before."""
+    """Returns mean and variance of b . x_T under p(x) exp(b . x / alpha): a shift by V / alpha, the same variance."""
     mean, variance = diffusion.end_law()
     return mean * sum(B) + variance / alpha, variance
 
 
 def true_log_normaliser(diffusion: GaussianDiffusion) -> float:
-    """log E[exp(b . x_T / alpha)] of a Gaussian."""
+    """Returns log E[exp(b . x_T / alpha)] of a Gaussian."""
     mean, variance = diffusion.end_law()
     return mean * sum(B) / ALPHA + variance / (2 * ALPHA**2)
 
 
 def estimated_normalisers(final) -> torch.Tensor:
-    """The estimate of Z of each image, from its trace."""
+    """Returns each image's estimate of Z, from its trace."""
     traces = final.context.trace.per_image()
     return torch.tensor([math.exp(sum(trace["log_normaliser"])) for trace in traces], dtype=torch.float64)
 
@@ -50,7 +50,7 @@ def estimated_normalisers(final) -> torch.Tensor:
 # ---- the target
 
 
-WIDE = {"first": 0.6, "eta": 0.7}  # the start keeps 70 % of the end's variance: a sampler that cannot tilt it is found
+WIDE = {"first": 0.6, "eta": 0.7}  # 70 % of the final variance comes from the start, so the start must be tilted
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ WIDE = {"first": 0.6, "eta": 0.7}  # the start keeps 70 % of the end's variance:
         SMC(1000, ALPHA, returns="all", ess_threshold=1.0, resampler="multinomial"),
         SMC(1000, ALPHA, returns="all", tempering="adaptive", resampler="residual"),
         SMC(1000, ALPHA, returns="all", potential="max", tempering="exponential", resampler="stratified"),
-        # sums of values overshoot on the way: their bias falls slowly with N, the more so the lower alpha is
+        # sums of values overshoot at intermediate steps: their bias falls slowly with N, slower at low alpha
         SMC(2000, 3 * ALPHA, returns="all", potential="sum", tempering="linear", resampler="systematic"),
         SMC(1000, ALPHA, returns="all", potential="immediate", tempering="linear"),
         SMC(1000, ALPHA, returns="all", guide_start=0.3, guide_stop=0.8, guide_every=2),
@@ -72,7 +72,7 @@ WIDE = {"first": 0.6, "eta": 0.7}  # the start keeps 70 % of the end's variance:
     ids=lambda sampler: "-".join([type(sampler).__name__, *(f"{k}={v}" for k, v in sampler.arguments[1].items())]),
 )
 def test_weighted_particles_follow_the_tilted_gaussian(sampler):
-    """Mean and variance along the reward and across it; each image gives one independent estimate of either."""
+    """Checks mean and variance along B and orthogonal to it; each image gives one independent estimate."""
     diffusion, images = GaussianDiffusion(6, **WIDE), 100
     final = run(diffusion, sampler, value_of(), images)
     weights = final.context.trace.weights
@@ -98,11 +98,11 @@ def test_a_drawn_particle_follows_the_tilted_gaussian(sampler):
 
 @pytest.mark.parametrize(("candidates", "particles"), [(16, 8), (64, 1), (64, 32)])
 def test_svdd_has_the_same_target_with_several_particles(candidates, particles):
-    """A parent that was kept for its value is not paid for it again; else the tilt would grow from step to step."""
+    """The parent's value is subtracted; otherwise the tilt would accumulate over the steps."""
     diffusion = GaussianDiffusion(6)
     final = run(diffusion, SVDD(candidates, ALPHA, particles), bound(ExactSoftValue(ALPHA), Linear(B)), 800)
     mean, variance = diffusion.end_law()
-    shift = diffusion.end(0)[2] / ALPHA  # one start of the chain is not tilted, many are
+    shift = diffusion.end(0)[2] / ALPHA  # several starts are tilted by selection, a single one is not
     low, high = mean * sum(B) + 0.97 * shift, mean * sum(B) + variance / ALPHA
     error = 4 * math.sqrt(variance / 800)
     assert low - error < float(rewards(final).mean()) < high + error
@@ -126,14 +126,14 @@ def test_a_mixture_in_the_plane_keeps_its_modes_in_proportion_and_in_place():
     home, weights = mode(x).view(images, -1), final.context.trace.weights
     for k in range(3):
         inside, outside = law * (cells == k), plain * (cells == k)
-        assert abs(float(inside.sum() - outside.sum())) > 0.1  # the tilt is no small one
+        assert abs(float(inside.sum() - outside.sum())) > 0.1  # the tilt is not small
         share = (weights * (home == k)).sum(1)
         assert_mean(share, float(inside.sum()))
         for axis in range(2):
             centre, untilted = (float(part @ diffusion.grid[:, axis] / part.sum()) for part in (inside, outside))
             estimates = (weights * (home == k) * x[:, axis].view(images, -1)).sum(1) / share
             assert_mean(estimates, centre)
-            assert abs(centre - untilted) > 4 * float(estimates.std()) / math.sqrt(images)  # an untilted mode is found
+            assert abs(centre - untilted) > 4 * float(estimates.std()) / math.sqrt(images)  # must be tilted
 
 
 # ---- the normalising constant
@@ -178,7 +178,7 @@ def test_incremental_weights_of_the_exact_value_average_one_from_any_state():
 
 
 def test_the_bias_of_svdd_falls_as_candidates_grow():
-    """With the exact soft value M candidates fall short of the kernel's tilt by O(1 / M)."""
+    """With the exact soft value the bias of M candidates is O(1 / M)."""
     diffusion = GaussianDiffusion(4)
     value = bound(ExactSoftValue(ALPHA), Linear(B))
     start, drift = diffusion.end_law()[0] * sum(B), diffusion.end(0)[2] / ALPHA
@@ -204,7 +204,7 @@ def test_infinite_temperature_leaves_all_chains_alone():
         assert torch.equal(final.context.trace.weights, torch.full((3, 4), 0.25, dtype=torch.float64))
 
 
-def test_one_particle_that_is_not_pulled_is_plain_sampling():
+def test_one_particle_without_gradient_is_plain_sampling():
     diffusion = GaussianDiffusion(5)
     plain = run(diffusion, Unguided(), value_of(), 6).x
     for sampler in (TwistedSMC(1, math.inf), DPS(0.0), DPS(0.0, through_denoiser=False)):
@@ -238,7 +238,7 @@ def test_one_block_is_the_best_of_several_runs_from_one_start():
     assert torch.equal(rewards(final), rewards(runs).view(4, 6).max(1).values)
 
 
-def test_blocks_are_chosen_by_hand():
+def test_selection_by_blocks_written_out():
     diffusion, b = GaussianDiffusion(4), torch.tensor(B, dtype=torch.float64)
     final = run(diffusion, BlockwiseBestOfN(3, 2), value_of(), 1)
     state = State.start(diffusion, [""], [0])
@@ -249,8 +249,8 @@ def test_blocks_are_chosen_by_hand():
     assert torch.equal(final.x, state.x)
 
 
-def test_weighing_the_current_x0_follows_the_better_beam():
-    """Children score as their parent: of 4 beams the best two are kept, with two children each."""
+def test_score_parent_keeps_the_children_of_the_best_beams():
+    """Children inherit their parent's score: the best two of 4 beams keep two children each."""
     diffusion, b = GaussianDiffusion(3), torch.tensor(B, dtype=torch.float64)
     final = run(diffusion, SVDD(2, num_particles=4, score_parent=True), value_of(), 1)
     state = State.start(diffusion, [""], [0], 4)
@@ -269,7 +269,7 @@ def test_weighing_the_current_x0_follows_the_better_beam():
 
 @pytest.mark.parametrize("through_denoiser", [True, False])
 def test_dps_shifts_every_step_by_the_gradient(through_denoiser):
-    """A linear reward has the gradient b times the slope of x0, or b itself where the denoiser is left out."""
+    """The gradient of a linear reward is b times dx0/dx, or b with `through_denoiser=False`."""
     diffusion, scale = GaussianDiffusion(6), 1.3
     guided = run(diffusion, DPS(scale, through_denoiser, guide_start=0.3), value_of(), 5)
     plain = run(diffusion, Unguided(), value_of(), 5)
@@ -292,8 +292,8 @@ def test_dps_traces_the_value_of_every_guided_step():
         assert trace["value_mean"] == trace["value_max"] == trace["value_chosen"]
 
 
-def test_a_gradient_that_cannot_be_is_refused():
-    diffusion, value = GaussianDiffusion(4), bound(ExactSoftValue(ALPHA), Linear(B))  # it reads x, never x0
+def test_an_impossible_gradient_is_refused():
+    diffusion, value = GaussianDiffusion(4), bound(ExactSoftValue(ALPHA), Linear(B))  # a function of x, not of x0
     with pytest.raises(UserError, match="the value has no gradient at x0"):
         run(diffusion, DPS(1.0, through_denoiser=False), value, 1)
     value.most_rows = 0
@@ -302,7 +302,7 @@ def test_a_gradient_that_cannot_be_is_refused():
     DPS(1.0).check(diffusion, value)
 
 
-def test_gradients_of_two_values_are_two():
+def test_gradients_of_two_values_are_cached_separately():
     diffusion = GaussianDiffusion(4)
     state = State.start(diffusion, [""], [0])
     along, against = (bound(PosteriorMean(), Linear([b, 0.0])) for b in (1.0, -1.0))
@@ -319,7 +319,7 @@ def test_gradients_do_not_depend_on_chunks_or_on_the_caller_s_mode():
     assert not whole.requires_grad
 
 
-def test_a_state_knows_its_slope_once_and_hands_it_on():
+def test_a_gradient_is_computed_once_and_kept_in_selections():
     diffusion, value = PlaneMixtureDiffusion(4), bound(PosteriorMean(), Quadratic([1.0, -2.0]))
     state = State.start(diffusion, [""] * 2, [0, 1], 3)
     v, slope = state.gradient(value)
@@ -364,20 +364,20 @@ def test_random_search_gives_all_starts_the_same_noise():
 
 
 def test_zero_order_search_never_falls_and_does_not_stall():
-    """The incumbent's reward never falls, and the walk comes close to the peak of a smooth reward."""
+    """The incumbent's reward never falls, and the search comes close to the maximum of a smooth reward."""
     diffusion, centre = GaussianDiffusion(4, eta=0.0), [1.2, -0.4]
     value = bound(PosteriorMean(), Quadratic(centre))
     final = run(diffusion, ZeroOrderSearch(60, 4, radius=0.6, decay=0.85), value, 6)
     for trace in final.context.trace.per_image():
         chosen = trace["value_chosen"]
         assert all(a <= b for a, b in pairwise(chosen))
-        assert len(set(chosen)) > 8  # it goes on finding better ones
+        assert len(set(chosen)) > 8  # it keeps finding better ones
     start = run(diffusion, Unguided(), value, 6)
     assert float(final.scores(value.reward).min()) > -0.005 > float(start.scores(value.reward).max())
 
 
 def test_a_search_without_success_returns_plain_sampling():
-    """A reward that likes nothing but the first image keeps it, whatever is tried."""
+    """If the first image maximises the reward, the search returns it."""
     diffusion = GaussianDiffusion(4)
     first = run(diffusion, Unguided(), value_of(), 1).x
     value = bound(PosteriorMean(), Quadratic(first.flatten().tolist()))
@@ -385,7 +385,7 @@ def test_a_search_without_success_returns_plain_sampling():
     assert torch.equal(final.x, first)
 
 
-def test_pruning_keeps_the_chains_that_look_best_on_the_way():
+def test_pruning_keeps_the_chains_with_the_highest_early_values():
     diffusion, b = GaussianDiffusion(8), torch.tensor(B, dtype=torch.float64)
     final = run(diffusion, ProgressivePruning(4), value_of(), 1)
     state = State.start(diffusion, [""], [0], 8)
@@ -423,7 +423,7 @@ def test_every_sampler_beats_plain_sampling():
 # ---- traces
 
 
-def test_the_trace_tells_of_collapse():
+def test_the_trace_shows_collapse():
     diffusion = GaussianDiffusion(6)
     fierce = run(diffusion, SMC(8, 0.02, ess_threshold=1.0, returns="all"), value_of(), 3).context.trace
     for trace in fierce.per_image(lineage=True):

@@ -1,4 +1,4 @@
-"""The example plug-in, copied, renamed, installed and used: no file of svdd is touched."""
+"""The example plug-in, copied, renamed, installed and used without a change to svdd."""
 
 import json
 import os
@@ -19,7 +19,7 @@ RENAMES = {"svdd_warmth": "svdd_coolness", "svdd-warmth": "svdd-coolness", "warm
 
 
 def copy_example(target: Path) -> Path:
-    """Copies the example under other names, as its README says."""
+    """Copies the example under other names, as in its README."""
     for path in EXAMPLE.rglob("*"):
         if path.suffix not in (".toml", ".py", ".md"):
             continue
@@ -46,7 +46,7 @@ def make_package(folder: Path, name: str, code: str) -> Path:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """A folder of installed packages: the renamed example, one of the other kinds, one that cannot be imported."""
+    """A folder of installed packages: the renamed example, one of the other kinds, and a broken one."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     kinds = make_package(
         source / "kinds",
@@ -114,9 +114,9 @@ def test_classes_of_plugins_work_by_their_bare_names(site, tmp_path):
 
 @pytest.mark.slow
 def test_a_copy_of_the_example_is_installed_editable(tmp_path):
-    """`pip install -e` into an environment of its own, which sees this one's packages; an edit works at once.
+    """After `pip install -e` into a separate environment with access to this one's packages, an edit takes effect.
 
-    Where folders are named, hatchling needs no `editables`, which pip would fetch.
+    With the folders listed in pyproject.toml, hatchling does not need `editables`, which pip would download.
     """
     copy = copy_example(tmp_path / "copy")
     with open(copy / "pyproject.toml", "a") as toml:

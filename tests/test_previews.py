@@ -1,4 +1,4 @@
-"""Cheaper and farther looks ahead: exact costs, exact agreement with what they stand for."""
+"""Cheaper previews and lookaheads: exact costs, and exact agreement with the computations they replace."""
 
 import math
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_the_flow_is_the_deterministic_ddim_step(steps):
     for i, t in enumerate(scheduler.timesteps):
         expected = scheduler.step(output, t, x, eta=0.0).prev_sample
         torch.testing.assert_close(kernel.flow(x, kernel.predict(x, output, i).x0, i), expected, rtol=1e-4, atol=1e-5)
-    assert steps == 1 or kernel.std(0) > 0  # there is noise that was left out
+    assert steps == 1 or kernel.std(0) > 0  # the chain has noise, which the flow omits
 
 
 def test_the_flow_of_ancestral_steps_is_an_euler_step():
@@ -66,7 +66,7 @@ def test_the_flow_of_ancestral_steps_is_an_euler_step():
         torch.testing.assert_close(kernel.flow(x, kernel.predict(x, output, i).x0, i), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_flowing_to_the_end_is_the_chain_without_noise():
+def test_the_flow_to_the_end_is_the_chain_without_noise():
     diffusion = GaussianDiffusion(5, eta=0.0)
     state, end = State.start(diffusion, [""] * 3, range(3)), run(diffusion, Unguided(), None, 3)
     while not state.done:
@@ -78,7 +78,7 @@ def test_flowing_to_the_end_is_the_chain_without_noise():
 # ---- lookahead
 
 
-def test_looking_no_step_ahead_is_the_posterior_mean_bit_for_bit():
+def test_lookahead_of_no_step_is_the_posterior_mean_bit_for_bit():
     diffusion = GaussianDiffusion(5)
     first, second = (run(diffusion, SVDD(4, 0.3), bound(v, Linear(B)), 4) for v in (PosteriorMean(), Lookahead(0)))
     assert torch.equal(first.x, second.x)
@@ -86,7 +86,7 @@ def test_looking_no_step_ahead_is_the_posterior_mean_bit_for_bit():
 
 
 @pytest.mark.parametrize("steps", [5, 6, 100])
-def test_looking_to_the_end_predicts_a_chain_without_noise(steps):
+def test_lookahead_to_the_end_predicts_a_chain_without_noise(steps):
     diffusion = GaussianDiffusion(6, eta=0.0)
     state, value = State.start(diffusion, [""] * 4, range(4)), bound(Lookahead(steps), Linear(B))
     end = run(diffusion, Unguided(), value, 4).scores(Linear(B))
@@ -99,7 +99,7 @@ def test_looking_to_the_end_predicts_a_chain_without_noise(steps):
 
 @pytest.mark.parametrize("k", [0, 1, 3, 50])
 @pytest.mark.parametrize("candidates", [1, 4])
-def test_the_rows_of_looking_ahead(k, candidates):
+def test_the_rows_of_lookahead(k, candidates):
     steps, diffusion = 6, GaussianDiffusion(6)
     final = run(diffusion, SVDD(candidates), bound(Lookahead(k), Linear(B)), 3)
     ahead = sum(1 + min(k, steps - 1 - i) for i in range(1, steps))
@@ -108,7 +108,7 @@ def test_the_rows_of_looking_ahead(k, candidates):
     assert final.context.ledger.denoiser_rows <= 3 * (1 + candidates * (steps - 1)) * Lookahead(k).most_rows
 
 
-def test_looking_ahead_does_not_change_the_noise_or_the_state():
+def test_lookahead_does_not_change_the_noise_or_the_state():
     diffusion = GaussianDiffusion(5)
     state = State.start(diffusion, [""] * 2, range(2)).propose()
     before = [generator.get_state() for generator in state.context.generators]
@@ -119,7 +119,7 @@ def test_looking_ahead_does_not_change_the_noise_or_the_state():
     assert len(diffusion.denoised_rows) == rows  # its own prediction was kept
 
 
-def test_a_gradient_flows_from_ahead():
+def test_a_gradient_flows_through_lookahead():
     diffusion, value = GaussianDiffusion(6), bound(Lookahead(2), Linear(B))
     state = State.start(diffusion, [""], [0]).propose()
     _, slope = state.gradient(value)
@@ -132,14 +132,14 @@ def test_a_gradient_flows_from_ahead():
     )
 
 
-def test_a_budget_counts_the_farthest_look():
+def test_a_budget_counts_the_longest_lookahead():
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(8), SVDD(), Lookahead(2), budget=100)
     spent = model.draw([""] * 2, [0, 1]).context.ledger.denoiser_rows / 2
     assert spent <= 100
     assert model.sampler.num_candidates == (100 // 3 - 1) // 7
 
 
-def test_what_looking_ahead_cannot_do_is_said():
+def test_impossible_lookahead_is_refused():
     with pytest.raises(ValueError, match="steps must be >= 0, got -1"):
         Lookahead(-1)
 
@@ -154,7 +154,7 @@ def test_what_looking_ahead_cannot_do_is_said():
 
 
 @pytest.mark.parametrize("candidates", [1, 4])
-def test_a_preview_without_guidance_is_cheaper_and_only_the_kept_one_is_paid_in_full(sd15, candidates):
+def test_a_preview_without_guidance_is_cheaper_and_only_kept_rows_cost_full_guidance(sd15, candidates):
     steps, m = 4, candidates
     model = GuidedDiffusion(Compressibility(), StableDiffusion(sd15, steps), SVDD(m), PosteriorMean(guidance_scale=1.0))
     ledger = model.draw(["panda", "car"], [0, 1]).context.ledger
@@ -178,7 +178,7 @@ def test_a_preview_is_the_x0_of_a_model_with_that_scale(sd15):
         run(GaussianDiffusion(3), SVDD(2), bound(PosteriorMean(guidance_scale=1.0), Linear(B)), 1)
 
 
-def test_the_last_choice_is_the_reward_s_whatever_the_preview(sd15, tiny_decoder):
+def test_the_last_selection_uses_the_reward_for_any_preview(sd15, tiny_decoder):
     model = GuidedDiffusion(
         Compressibility(), StableDiffusion(sd15, 3), SVDD(4), PosteriorMean(tiny_decoder, guidance_scale=1.0)
     )
@@ -200,7 +200,7 @@ def test_the_smaller_decoder_is_the_pipeline_s_own(sd15, tiny_decoder):
         torch.testing.assert_close(decoder(latents), expected.clamp(0, 1))
 
 
-def test_previews_use_it_and_images_do_not(sd15, tiny_decoder):
+def test_only_previews_use_the_smaller_decoder(sd15, tiny_decoder):
     class Seen(Compressibility):
         def forward(self, images, prompts):
             self.images = [*getattr(self, "images", []), images]
@@ -217,7 +217,7 @@ def test_previews_use_it_and_images_do_not(sd15, tiny_decoder):
     assert any(name.startswith("value.preview_decoder.") for name, _ in model.named_parameters())
 
 
-def test_a_gradient_flows_through_it(sd15, tiny_clip, tiny_decoder):
+def test_a_gradient_flows_through_the_smaller_decoder(sd15, tiny_clip, tiny_decoder):
     model = GuidedDiffusion(CLIPScore(tiny_clip), StableDiffusion(sd15, 3), DPS(50.0), Lookahead(1, tiny_decoder))
     images, _ = model.sample(["panda"])
     plain, _ = GuidedDiffusion(CLIPScore(tiny_clip), StableDiffusion(sd15, 3), Unguided()).sample(["panda"])

@@ -1,4 +1,4 @@
-"""Resamplers: counts within bounds, unbiased, right at the corners; and the weights that ask for them."""
+"""Resamplers: copies are unbiased and within bounds, also in corner cases; and the weights that trigger them."""
 
 import math
 from typing import get_args
@@ -38,7 +38,7 @@ def log_of(weights) -> torch.Tensor:
 
 
 def copies(index: torch.Tensor) -> torch.Tensor:
-    """How often each particle was kept, [groups, k]."""
+    """Returns the number of copies of each particle, [groups, k]."""
     return torch.zeros(index.shape, dtype=torch.float64).scatter_add_(1, index, torch.ones(index.shape).double())
 
 
@@ -84,7 +84,7 @@ def test_corners(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_groups_do_not_see_one_another(name):
+def test_groups_are_independent(name):
     resample, log_w, u = (
         RESAMPLERS[name],
         3 * torch.randn(20, 7, generator=torch.Generator().manual_seed(1)),
@@ -99,7 +99,7 @@ def test_groups_do_not_see_one_another(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
-def test_weights_that_are_none_are_refused(name, bad):
+def test_invalid_weights_are_refused(name, bad):
     with pytest.raises(ValueError, match="log-weights"):
         RESAMPLERS[name](torch.tensor([bad]), uniforms(1, 2))
 
@@ -111,7 +111,7 @@ def test_multinomial_is_the_noisiest():
 
 
 def test_two_fractions_of_ssp_settle_as_one():
-    """Of 0.6 and 0.4 exactly one becomes a copy: never both, never none."""
+    """Exactly one of the fractions 0.6 and 0.4 becomes a copy."""
     index = RESAMPLERS["ssp"](log_of([0.3, 0.7]).expand(40_000, -1), uniforms(40_000, 2))
     counts = copies(index)
     assert set(map(tuple, counts.tolist())) == {(1.0, 1.0), (0.0, 2.0)}
@@ -164,14 +164,14 @@ def test_differences_telescope_at_every_step_and_max_never_falls():
         assert (second.peak >= before.peak).all()
 
 
-def test_the_past_follows_the_particles_and_only_the_poor_share():
+def test_histories_follow_the_particles_and_only_degenerate_groups_resample():
     weights = Weights.equal(2, 4, torch.device("cpu"))
     v = torch.tensor([[5.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.1, 0.0]], dtype=torch.float64)
     rule = weighing(potential="sum")
     weights = rule.weigh(weights, v, 0.5)
     index, after = rule.resample(weights, uniforms(2, 4))
-    assert index[0].tolist() == [0, 0, 0, 0]  # all the weight is there
-    assert index[1].tolist() == [0, 1, 2, 3]  # far from poor
+    assert index[0].tolist() == [0, 0, 0, 0]  # it has all the weight
+    assert index[1].tolist() == [0, 1, 2, 3]  # high effective sample size
     torch.testing.assert_close(after.log_normaliser, weights.log_normaliser)
     torch.testing.assert_close(after.log_w[0], weights.log_normaliser[:1].expand(4))
     assert torch.equal(after.log_w[1], weights.log_w[1])
@@ -180,7 +180,7 @@ def test_the_past_follows_the_particles_and_only_the_poor_share():
 
 
 @pytest.mark.parametrize(("threshold", "always"), [(0.0, False), (1.0, True)])
-def test_the_threshold_s_ends(threshold, always):
+def test_thresholds_0_and_1(threshold, always):
     weights = weighing().weigh(Weights.equal(5, 6, torch.device("cpu")), path_of_values(5)[0], 0.5)
     _, after = weighing(ess_threshold=threshold).resample(weights, uniforms(5, 6))
     shared = (after.log_w == after.log_w[:, :1]).all(1)
@@ -203,7 +203,7 @@ def test_adaptive_tempering_stops_at_the_threshold():
     assert (rule.weigh(weights, values[-1], 1).exponent == 1).all()
 
 
-def test_the_next_exponent_is_where_the_sample_size_is_right():
+def test_the_next_exponent_meets_the_effective_sample_size():
     """Two particles with weights 1 and exp(-x): ESS = (1 + e^-x)^2 / (1 + e^-2x) = 1.6 at e^-x = 1 / 3."""
     gap = torch.tensor([[0.0, -4.0], [0.0, -8.0], [0.0, -0.1]], dtype=torch.float64)
     found = next_exponent(Weights.equal(3, 2, gap.device), gap, 1.6)

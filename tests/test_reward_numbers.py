@@ -1,4 +1,4 @@
-"""Rewards against numbers that were computed or published elsewhere, and what they refuse."""
+"""Rewards against independently computed or published numbers, and the inputs that they refuse."""
 
 import json
 import math
@@ -42,7 +42,7 @@ LAION_HEAD = Path(os.environ.get("SVDD_TEST_DATA", "../shared/data")) / "sac+log
 
 @pytest.mark.skipif(not LAION_HEAD.is_file(), reason="the real LAION head is not here")
 def test_the_aesthetic_head_gives_the_published_numbers():
-    """Against an independent computation in float64 at three vectors."""
+    """The head agrees with an independent computation in float64 for three vectors."""
     head = AestheticHead().double()
     head.load_state_dict({name: tensor.double() for name, tensor in read_weights(LAION_HEAD).items()})
     head.eval()
@@ -55,8 +55,9 @@ def test_the_aesthetic_head_gives_the_published_numbers():
 def test_the_aesthetic_score_is_the_head_on_the_normalised_embedding(tiny_clip, tiny_head):
     images = ((pictures(4, 32, 32) * 0.4 + 0.3) * 255).round() / 255
     reward = Aesthetic(tiny_clip, tiny_head)
+    reward.load()
     clip = CLIPVisionModelWithProjection.from_pretrained(tiny_clip).eval()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (reward.network.mean, reward.network.std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (reward.mean, reward.std))
     with torch.no_grad():
         features = clip(pixel_values=(images - mean) / std).image_embeds.double().numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
@@ -68,7 +69,7 @@ def test_the_aesthetic_score_is_the_head_on_the_normalised_embedding(tiny_clip, 
 
 
 def test_pick_score_is_the_models_own_logit(tiny_clip):
-    """32 px need no resizing, so pixels agree to 1e-6."""
+    """Images of 32 px are not resized, so pixels agree to 1e-6."""
     images = pictures(4, 32, 32)
     reward = PickScore(tiny_clip, processor=None)
     clip = CLIPModel.from_pretrained(tiny_clip).eval()
@@ -79,8 +80,8 @@ def test_pick_score_is_the_models_own_logit(tiny_clip):
 
 
 @pytest.mark.parametrize("side", [32, 47])
-def test_open_clip_scores_are_open_clips(tiny_open_clip, side):
-    """Its transform rounds to 8 bits after resizing, by PIL: 1.5 / 255 of a pixel, 3e-3 of a score; none at 32 px."""
+def test_open_clip_scores_equal_open_clips(tiny_open_clip, side):
+    """PIL's resizing rounds to 8 bits: pixels differ by up to 1.5 / 255, scores by 3e-3; at 32 px they are equal."""
     import open_clip
 
     images = ((pictures(4, side, side) * 0.4 + 0.3) * 255).round() / 255
@@ -99,7 +100,7 @@ def test_open_clip_scores_are_open_clips(tiny_open_clip, side):
 
 @pytest.fixture
 def prepared(tiny_open_clip, tmp_path):
-    """Returns the tiny model of open_clip with another configuration of its preprocessing."""
+    """Returns the tiny open_clip model with other preprocessing settings."""
 
     def save(**wants) -> str:
         source, target = Path(tiny_open_clip.removeprefix("local-dir:")), tmp_path / "prepared"
@@ -118,8 +119,8 @@ def prepared(tiny_open_clip, tmp_path):
 
 @pytest.mark.parametrize("size", [(32, 47), (35, 32), (32, 33), (48, 95), (70, 41)])
 @pytest.mark.parametrize("wants", [{}, {"interpolation": "bilinear"}, {"resize_mode": "squash"}], ids=str)
-def test_open_clips_preprocessing_is_followed(prepared, wants, size):
-    """1.5 / 255 where PIL resizes and rounds, 1e-6 where it only cuts; bicubic and bilinear differ by 6 / 255 here."""
+def test_open_clips_preprocessing_is_reproduced(prepared, wants, size):
+    """Pixels agree to 1.5 / 255 when PIL resizes, 1e-6 when it only crops; bicubic and bilinear differ by 6 / 255."""
     import open_clip
 
     images = ((pictures(4, *size) * 0.4 + 0.3) * 255).round() / 255
@@ -132,14 +133,14 @@ def test_open_clips_preprocessing_is_followed(prepared, wants, size):
 
 
 @pytest.mark.parametrize("wants", [{"resize_mode": "longest"}, {"size": [32, 48]}], ids=str)
-def test_preprocessing_of_open_clip_that_is_not_followed_is_refused(prepared, wants):
+def test_unsupported_preprocessing_of_open_clip_is_refused(prepared, wants):
     with pytest.raises(UserError, match=r"prepares images of size .* with resize_mode .*; expected a square") as caught:
         CLIPScore(architecture=prepared(**wants)).load()
     assert "\n" not in str(caught.value)
 
 
 def test_the_centre_is_torchvisions_where_the_authors_use_it(tiny_clip, tiny_head):
-    """Of 32 x 47, torchvision keeps the columns from 8 on, transformers those from 7 on."""
+    """Of 32 x 47 pixels, torchvision's crop starts at column 8, transformers' at 7."""
     images = pictures(4, 32, 47)
     assert torch.equal(fit_square(images, 32), images[..., 7:39])
     assert torch.equal(fit_square(images, 32, rounded=True), images[..., 8:40])
@@ -172,7 +173,7 @@ def test_local_files_only_keeps_open_clip_from_the_network(monkeypatch, architec
 
 
 def test_hps_loads_its_weights_over_the_architecture(tiny_open_clip, tmp_path):
-    """The published file keeps the state dict under a key, and some copies prefix every name."""
+    """The published file nests the state dict under a key, and some copies prefix every name."""
     weights = torch.load(tiny_open_clip.removeprefix("local-dir:") + "/open_clip_pytorch_model.bin", weights_only=True)
     for name, wrapped in {
         "hps.pt": {"epoch": 3, "state_dict": weights},
@@ -184,14 +185,14 @@ def test_hps_loads_its_weights_over_the_architecture(tiny_open_clip, tmp_path):
         assert torch.equal(reward.score(pictures(4), PROMPTS), same.score(pictures(4), PROMPTS))
 
 
-def test_open_clip_names_what_it_knows(tiny_open_clip):
+def test_open_clip_lists_the_known_models(tiny_open_clip):
     with pytest.raises(UserError, match="open_clip has no model 'ViT-Z-99'"):
         OpenClipModel("ViT-Z-99", "openai")
     with pytest.raises(UserError, match=r"has no weights 'mine' for ViT-B-32; known: openai"):
         OpenClipModel("ViT-B-32", "mine")
 
 
-# ---- weights that are not there, or of something else
+# ---- missing and mismatched weights
 
 
 def test_missing_weights_are_named_before_anything_is_scored(tiny_clip, tmp_path):
@@ -221,7 +222,7 @@ def test_weights_of_another_architecture_are_refused(tiny_clip, tiny_head, tmp_p
     ],
 )
 def test_a_clip_that_lacks_weights_is_refused(tiny_clip, tiny_head, tmp_path, name, message):
-    """Transformers would fill them in at random, and print a report."""
+    """Transformers would initialise the missing weights at random and print a report."""
     for path in Path(tiny_clip).iterdir():
         (tmp_path / path.name).symlink_to(path)
     state = load_file(tmp_path / "model.safetensors")
@@ -235,7 +236,7 @@ def test_a_clip_that_lacks_weights_is_refused(tiny_clip, tiny_head, tmp_path, na
         assert "\n" not in str(caught.value)
 
 
-def test_nothing_in_a_weights_file_is_run(tiny_clip, tmp_path):
+def test_code_in_a_weights_file_is_not_run(tiny_clip, tmp_path):
     class Trap:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "sprung",))
@@ -270,7 +271,7 @@ def test_weights_read_in_inference_mode_serve_gradients_later(tiny_clip, tiny_he
     assert images.grad.abs().max() > 0
 
 
-def test_a_file_of_the_hub_is_named_by_three_parts(tmp_path):
+def test_a_hub_file_has_a_name_of_three_parts(tmp_path):
     (tmp_path / "head.pth").write_bytes(b"x")
     assert find_file(str(tmp_path / "head.pth")) == tmp_path / "head.pth"
     with pytest.raises(UserError, match="expected a path, or owner/name/file"):
@@ -331,7 +332,7 @@ def test_sharpness_is_as_exact_under_autocast():
 
 
 def test_the_scale_of_pick_score_keeps_its_digits(tiny_clip):
-    """In bfloat16 the logit scale of 4.605 would move all scores by 1 %."""
+    """Rounding the logit scale of 4.605 to bfloat16 would change all scores by 1 %."""
     expected = float(CLIPModel.from_pretrained(tiny_clip).logit_scale.detach().double().exp())
     for load_first in (True, False):
         reward = PickScore(tiny_clip, processor=None)
@@ -345,7 +346,7 @@ def test_the_scale_of_pick_score_keeps_its_digits(tiny_clip):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("load_first", [False, True])
-def test_the_aesthetic_head_tells_near_embeddings_apart_in_half_precision(tiny_clip, tiny_head, load_first, autocast):
+def test_the_aesthetic_head_separates_close_embeddings_in_half_precision(tiny_clip, tiny_head, load_first, autocast):
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(1, 8, generator=generator) + 0.05 * torch.randn(20, 8, generator=generator)
     embeddings = embeddings.bfloat16()
@@ -408,8 +409,8 @@ def test_an_exception_of_a_reward_is_one_line_with_its_name():
     ],
     ids=str,
 )
-def test_a_failing_device_is_not_the_rewards_fault(error):
-    """Memory is left to the chunker; a broken device fails for all prompts, so that none may be skipped for it."""
+def test_device_errors_are_not_reward_errors(error):
+    """Out-of-memory errors go to the chunker; device errors affect all prompts, so none is skipped."""
 
     def hungry(images, prompts):
         raise error
@@ -440,7 +441,7 @@ def test_a_weighted_sum_adds_up():
         WeightedSum([])
 
 
-def test_z_scores_have_mean_0_and_spread_1_on_what_they_were_estimated_on(tmp_path):
+def test_z_scores_have_mean_0_and_std_1_on_their_own_sample(tmp_path):
     images, reward = pictures(4), Brightness()
     raw = reward.score(images, PROMPTS).double()
     summary = {"sampler": "Unguided", "rewards": {"Brightness": {"mean": float(raw.mean()), "std": float(raw.std())}}}
@@ -451,7 +452,7 @@ def test_z_scores_have_mean_0_and_spread_1_on_what_they_were_estimated_on(tmp_pa
         assert float(scores.std()) == pytest.approx(1, abs=1e-5)
 
 
-def test_z_scores_refuse_what_says_nothing(tmp_path):
+def test_z_scores_refuse_unusable_statistics(tmp_path):
     for arguments in ({}, {"mean": 1.0}, {"mean": 1.0, "std": 1.0, "statistics": "x"}, {"std": 1.0, "statistics": "x"}):
         with pytest.raises(ValueError, match="give statistics, or mean and std"):
             ZScored(Brightness(), **arguments)
@@ -469,7 +470,7 @@ def test_z_scores_refuse_what_says_nothing(tmp_path):
         ZScored(Brightness(), statistics=str(tmp_path))
 
 
-def test_a_threshold_costs_what_is_missing():
+def test_a_threshold_penalises_the_shortfall():
     levels = torch.tensor([0.1, 0.4, 0.6, 0.9])[:, None, None, None].expand(4, 3, 4, 4)
     scores = Threshold(Brightness(), at_least=0.3, at_most=0.7).score(levels, PROMPTS)
     torch.testing.assert_close(scores, torch.tensor([-0.2, 0, 0, -0.2]), rtol=0, atol=1e-6)
@@ -479,7 +480,7 @@ def test_a_threshold_costs_what_is_missing():
         Threshold(Brightness(), at_least=1, at_most=0)
 
 
-def test_the_weights_of_parts_are_read_with_the_whole(tiny_clip):
+def test_a_sum_loads_the_weights_of_its_parts(tiny_clip):
     whole = WeightedSum([ZScored(CLIPScore(tiny_clip), 0, 1), Brightness()])
     assert not list(whole.parameters())
     whole.load()

@@ -1,4 +1,4 @@
-"""Every reward keeps one contract; each one's number is checked against a computation of its own."""
+"""All rewards fulfil one contract; the numbers of each are checked against an independent computation."""
 
 import copy
 import io
@@ -60,7 +60,7 @@ TESTED = {
 
 
 def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
-    """Smooth to noisy pictures whose every pixel is a multiple of 1/255."""
+    """Returns smooth to noisy images whose pixels are multiples of 1/255."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 6, 6, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
@@ -109,18 +109,18 @@ def test_images_are_left_alone(reward):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_every_float_is_taken(reward, dtype):
+def test_every_float_type_is_accepted(reward, dtype):
     images = pictures(2)
     scores = reward.score(images.to(dtype), PROMPTS[:2])
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, reward.score(images, PROMPTS[:2]), rtol=0.1, atol=0.02)
 
 
-def test_not_square_images_are_taken(reward):
+def test_non_square_images_are_accepted(reward):
     assert reward.score(pictures(2, 24, 56), PROMPTS[:2]).shape == (2,)
 
 
-def test_images_that_are_slices_of_others_are_taken(reward):
+def test_non_contiguous_images_are_accepted(reward):
     images = pictures(4)
     part = images.permute(0, 1, 3, 2)[::2]
     torch.testing.assert_close(reward.score(part, PROMPTS[::2]), reward.score(part.contiguous(), PROMPTS[::2]))
@@ -154,7 +154,7 @@ def test_the_gradient_of_a_row_comes_from_that_row(reward):
     assert gradient[1].abs().max() > 0
 
 
-def test_scores_lie_in_the_range_that_it_states(reward):
+def test_scores_lie_in_the_stated_range(reward):
     low, high = reward.range
     scores = reward.score(
         torch.cat([pictures(4), torch.zeros(1, 3, 40, 40), torch.ones(1, 3, 40, 40)]), PROMPTS[:3] * 2
@@ -176,7 +176,7 @@ def test_no_parameter_is_trainable(reward):
     assert not any(module.training for module in reward.modules() if not isinstance(module, Reward | ModuleList))
 
 
-# ---- score() holds rewards to the contract
+# ---- score() enforces the contract
 
 
 class Returns(Reward):
@@ -200,7 +200,7 @@ class Returns(Reward):
         (torch.tensor([math.inf, -math.inf]), "NaN or infinity for 2 of 2 images, first for the prompt 'a red apple'"),
     ],
 )
-def test_what_is_no_score_is_refused(answer, message):
+def test_invalid_scores_are_refused(answer, message):
     with pytest.raises(RewardError, match=message):
         Returns(answer).score(pictures(2), PROMPTS[:2])
 
@@ -228,12 +228,12 @@ def test_kilobytes_are_those_of_the_saved_file(size, tmp_path):
     assert expected == sorted(expected)  # more noise, larger file
 
 
-def test_a_file_has_a_size_above_nothing():
+def test_a_file_size_is_positive():
     assert (Compressibility().range, Incompressibility().range) == ((-math.inf, 0.0), (0.0, math.inf))
     assert WeightedSum([Compressibility(), Brightness()], [-1, 2]).range == (0.0, math.inf)
 
 
-def test_pixels_are_rounded_and_cut_to_their_range():
+def test_pixels_are_rounded_and_clamped():
     images = pictures(1)
     blurred = images + 0.4 / 255 * torch.sign(torch.rand_like(images) - 0.5)
     reward = Compressibility()
@@ -247,12 +247,12 @@ def test_pixels_are_rounded_and_cut_to_their_range():
 
 
 def within_gamut(count: int, height: int, width: int) -> torch.Tensor:
-    """Pictures that no resizing overshoots: the processor cuts to [0, 1] between its two passes, we do after both."""
+    """Images whose resizing does not overshoot [0, 1]: the processor clamps between its two passes, svdd after both."""
     return ((pictures(count, height, width) * 0.4 + 0.3) * 255).round() / 255
 
 
 def by_transformers(folder: str, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the processor's pixels and the model's cosines of all pairs, [images, prompts]."""
+    """Returns the processor's pixels, and the model's cosines of all pairs, [images, prompts]."""
     processor = CLIPProcessor(CLIPImageProcessor.from_pretrained(folder), CLIPTokenizerFast.from_pretrained(folder))
     inputs = processor(text=prompts, images=as_pil(images), return_tensors="pt", padding=True)
     with torch.no_grad():
@@ -263,8 +263,8 @@ def by_transformers(folder: str, images: torch.Tensor, prompts: list[str]) -> tu
 @pytest.mark.parametrize(
     "size", [(32, 32), (32, 47), (64, 64), (40, 40), (48, 96), (100, 37), (20, 20), (33, 65), (47, 33)]
 )
-def test_clip_score_is_what_transformers_says(tiny_clip, size):
-    """Where it resizes, the processor rounds to 8 bits after each of two passes: 1.2 / 255, or 1.5e-3 of a score."""
+def test_clip_score_equals_transformers(tiny_clip, size):
+    """The processor rounds to 8 bits after each of two resizing passes: 1.2 / 255 per pixel, 1.5e-3 per score."""
     images, resized = within_gamut(4, *size), min(size) != 32
     pixels, cosines = by_transformers(tiny_clip, images, PROMPTS)
     reward = CLIPScore(tiny_clip)
@@ -294,13 +294,13 @@ def test_every_image_is_paired_with_its_own_prompt(tiny_clip):
     torch.testing.assert_close(repeated, one_by_one[[0, 2, 0]], rtol=0, atol=1e-6)
 
 
-def test_remembered_prompts_score_as_new_ones(tiny_clip):
+def test_cached_prompts_give_the_same_scores(tiny_clip):
     warm, images = CLIPScore(tiny_clip), pictures(4)
     warm.score(images[:2], PROMPTS[:2])
     torch.testing.assert_close(warm.score(images, PROMPTS), CLIPScore(tiny_clip).score(images, PROMPTS))
 
 
-def test_prompts_remembered_in_inference_mode_do_not_stop_gradients(tiny_clip):
+def test_prompts_cached_in_inference_mode_do_not_stop_gradients(tiny_clip):
     reward, images = CLIPScore(tiny_clip), pictures(2)
     with torch.inference_mode():
         reward.score(images, PROMPTS[:2])
@@ -312,7 +312,7 @@ def test_long_and_empty_prompts_are_scored(tiny_clip):
     assert CLIPScore(tiny_clip).score(pictures(2), ["long " * 100, ""]).isfinite().all()
 
 
-def test_the_name_says_which_clip(tiny_clip):
+def test_the_name_contains_the_clip(tiny_clip):
     assert CLIPScore(tiny_clip).name == "CLIPScore-" + tiny_clip.rsplit("/", 1)[1]
 
 
@@ -325,7 +325,7 @@ def test_a_folder_without_preprocessor_uses_openais_numbers(tiny_clip, tmp_path)
     )
 
 
-def test_what_is_no_clip_is_refused(tmp_path, sd15):
+def test_a_model_other_than_clip_is_refused(tmp_path, sd15):
     with pytest.raises(UserError, match=r"'.*/nowhere' is not a folder; expected `emoji`"):
         CLIPScore(str(tmp_path / "nowhere")).load()
     with pytest.raises(UserError, match=r"has no config\.json"):

@@ -1,4 +1,4 @@
-"""Rollouts that outlive one training: more of them, fewer, for another model, and several trainings at a time."""
+"""Rollout caches shared by trainings: other numbers of rollouts, other models, and concurrent runs."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from tests.test_learned_values import B, fit, network
 
 
 def train(cache, num_rollouts, diffusion=None, **options):
-    """A short training; returns the value's weights, the data and the drawn denoiser rows."""
+    """Trains for a short time; returns the value's weights, the data and the number of denoiser rows."""
     diffusion = diffusion or GaussianDiffusion(3)
     options = {"epochs": 1, "batch_size": 64, **options}
     model, data, _ = fit(network(), cache, diffusion, num_rollouts=num_rollouts, **options)
@@ -28,7 +28,7 @@ def train(cache, num_rollouts, diffusion=None, **options):
 
 
 def trainer():
-    """A Trainer for one epoch that says nothing."""
+    """Returns a silent Trainer for one epoch."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return L.Trainer(accelerator="cpu", devices=1, max_epochs=1, num_sanity_val_steps=0, **quiet)
 
@@ -42,7 +42,7 @@ def assert_same(state, other):
 
 
 def test_the_number_of_rollouts_may_change(tmp_path):
-    """Only what a shorter cache lacks is drawn, and the values are those of caches of their own."""
+    """Only the missing rollouts are drawn, and the values equal those trained on separate caches."""
     fresh = {count: train(tmp_path / str(count), count, prompts=("0", "1"))[0] for count in (100, 101, 200)}
     for count, rows in ((100, 100 * 3), (200, (64 + 64 + 8) * 3), (100, 0), (101, 0), (200, 0)):
         state, data, drawn = train(tmp_path / "one", count, prompts=("0", "1"))
@@ -64,12 +64,12 @@ def test_a_longer_shard_is_still_checked_when_fewer_are_wanted(tmp_path):
     assert train(tmp_path, 200)[2] == (64 + 64) * 3
 
 
-# ---- what a training goes on with
+# ---- continued trainings
 
 
 @pytest.fixture
 def command(sd15, prompts_file, tmp_path):
-    """Returns `svdd fit` on a tiny model, with further arguments."""
+    """Returns a function that builds `svdd fit` on a tiny model with further arguments."""
     value = {"class_path": "LatentConvValue", "init_args": {"channels": 8, "num_blocks": 1}}
     diffusion = {"class_path": "StableDiffusion", "init_args": {"pretrained": sd15, "num_inference_steps": 3}}
     settings = {
@@ -82,9 +82,9 @@ def command(sd15, prompts_file, tmp_path):
     return lambda *words: ["fit", "--config", str(path), "--output", str(tmp_path / "value"), *words]
 
 
-def test_a_training_goes_on_only_with_the_prompts_and_settings_it_began_with(command, prompts_file, tmp_path, capsys):
+def test_a_training_continues_only_with_the_same_prompts_and_settings(command, prompts_file, tmp_path, capsys):
     failing = command("--data.batch_size", "4", "--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00")
-    assert main(failing) == 2  # before the first checkpoint: it binds nobody
+    assert main(failing) == 2  # no checkpoint yet, so settings may still change
     assert main(command()) == 0
     capsys.readouterr()
     assert main(command("--data.batch_size", "4", "--trainer.gradient_clip_val", "1")) == 2
@@ -140,11 +140,11 @@ def test_a_training_without_an_end_is_refused_before_anything_is_drawn(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-# ---- what rollouts are drawn with
+# ---- prompts and chunks of rollouts
 
 
 class Confined(GaussianDiffusion):
-    """A decoder that runs out of memory with more than three rows."""
+    """A chain whose decoder runs out of memory above three rows."""
 
     def decode(self, x0):
         if len(x0) > 3:
@@ -160,7 +160,7 @@ def test_ends_are_scored_in_chunks_that_fit(tmp_path):
         assert_same(confined, state)
 
 
-def test_only_the_prompts_that_are_used_are_encoded_a_block_at_once(tmp_path):
+def test_only_used_prompts_are_encoded_in_blocks(tmp_path):
     diffusion = GaussianDiffusion(3)
     prompts = [str(k / 1000) for k in range(300)]
     _, data, _ = train(tmp_path, 150, diffusion, prompts=prompts)
@@ -191,7 +191,7 @@ def test_negative_prompts_of_the_file_are_used(tmp_path):
 
 
 def test_one_data_module_serves_one_model_after_the_other(tmp_path):
-    """The second has units and prompts of its own, and what another reward says."""
+    """The second model has its own scales, prompts and reward."""
     data = RolloutDataModule(["0", "1"], 8, cache=str(tmp_path))
     for b in (B, [2 * entry for entry in B]):
         model = ValueFitting(Linear(b), GaussianDiffusion(3), network())
@@ -220,7 +220,7 @@ def locked():
         process.communicate(b"\n")
 
 
-def test_a_cache_that_another_run_fills_is_left_alone(tmp_path, locked):
+def test_a_cache_locked_by_another_run_is_not_written(tmp_path, locked):
     train(tmp_path, 100)
     (folder,) = tmp_path.iterdir()
     foreign = folder / "rollouts-00002.safetensors.tmp"
@@ -229,10 +229,10 @@ def test_a_cache_that_another_run_fills_is_left_alone(tmp_path, locked):
     with pytest.raises(UserError, match=r"another run draws rollouts into .*; wait for it, or choose another --data.c"):
         train(tmp_path, 200)
     assert foreign.exists()
-    assert train(tmp_path, 64)[2] == 0  # nothing is missing, so that it is only read
+    assert train(tmp_path, 64)[2] == 0  # nothing is missing, so it is only read
 
 
-def test_what_another_run_has_just_drawn_is_not_drawn_again(tmp_path, monkeypatch):
+def test_rollouts_drawn_meanwhile_by_another_run_are_reused(tmp_path, monkeypatch):
     train(tmp_path, 20)
     look, looks = RolloutCache.missing, []
 
@@ -255,6 +255,6 @@ def test_an_output_folder_belongs_to_one_training_at_a_time(command, tmp_path, l
         assert "value is in use by another run" in capsys.readouterr().err
     assert (tmp_path / "value" / "config.yaml").read_bytes() == before
     assert (tmp_path / "value" / "value.safetensors").is_file()
-    monkeypatch.setenv("NODE_RANK", "1")  # another process of the training that holds it
+    monkeypatch.setenv("NODE_RANK", "1")  # another process of the training that holds the lock
     assert main(command("--data.num_rollouts", "0")) == 2
     assert "num_rollouts must be >= 4" in capsys.readouterr().err

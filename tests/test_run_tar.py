@@ -1,4 +1,4 @@
-"""Images in tar shards: as WebDataset reads them, and repaired after whatever may happen to them."""
+"""Images in tar shards: readable by WebDataset, and repaired after damage."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def run(folder, prompts=range(6), **kwargs):
 
 
 def names(folder):
-    """The members of all shards, each of which must be whole."""
+    """Returns the members of all shards; fails on an incomplete shard."""
     found = {}
     for path in sorted(folder.glob("images/*")):
         with tarfile.open(path, "r:") as archive:
@@ -36,7 +36,7 @@ def names(folder):
 
 
 def check(folder):
-    """Each image is there once, is that of its row, and stands before its row in the shard."""
+    """Asserts that each image occurs once, matches its row and precedes it in the shard."""
     rows = read_rows(folder)
     assert [(row["prompt_index"], row["image_index"]) for row in rows] == [(p, k) for p in range(6) for k in range(2)]
     for row in rows:
@@ -142,7 +142,7 @@ def test_a_full_shard_is_closed(tmp_path):
 
 
 def large_shard(folder):
-    """A shard of 20 images of a megabyte, without its end."""
+    """A shard of 20 images of a megabyte without the end-of-archive blocks."""
     (folder / "images").mkdir()
     writer = TarWriter(folder / "images", 0)
     path = folder / "images" / writer.shard()
@@ -151,7 +151,7 @@ def large_shard(folder):
     return path
 
 
-def test_a_missing_end_is_added_and_nothing_copied(tmp_path):
+def test_a_missing_end_is_appended_without_copying(tmp_path):
     path = large_shard(tmp_path)
     before, inode = path.read_bytes(), path.stat().st_ino
     repair(tmp_path / "images", {path.name: {f"{k:06d}-00" for k in range(20)}})
@@ -173,7 +173,7 @@ def test_a_shard_is_copied_image_by_image(tmp_path):
 
 
 def test_many_shards_are_read_one_after_the_other(tmp_path, monkeypatch):
-    """Rows are sorted by prompt, and neighbours stand in shards of different processes."""
+    """Rows are sorted by prompt, so neighbouring rows are in shards of different processes."""
     folders = [RunFolder(tmp_path, tar=True) for _ in range(70)]
     folders[0].claim({})
     for rank, folder in enumerate(folders):
@@ -198,7 +198,7 @@ def test_overwrite_removes_shards(tmp_path):
     writer.folder.close()
 
 
-def test_images_may_change_their_place_within_a_run(tmp_path):
+def test_a_run_may_switch_between_files_and_shards(tmp_path):
     run(tmp_path, prompts=range(3))
     writer, module = RunWriter(tmp_path, {**CONFIG, "tar": False}), Tiny()
     assert writer.open() == {0, 1, 2}

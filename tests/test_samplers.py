@@ -1,4 +1,4 @@
-"""Samplers against laws in closed form, against each other in their limits, and against their exact cost."""
+"""Samplers against closed-form laws, against each other in their limits, and against their exact costs."""
 
 import math
 from functools import cache
@@ -81,28 +81,28 @@ def rewards(state, b=B) -> torch.Tensor:
 
 
 def assert_mean(samples: torch.Tensor, mean: float, slack: float = 0.0) -> None:
-    """The samples' mean is within four standard errors, and `slack` for a bias that is known."""
+    """Asserts that the mean is within four standard errors plus `slack`, the bound on a known bias."""
     assert abs(float(samples.mean()) - mean) < 4 * float(samples.std()) / math.sqrt(len(samples)) + slack
 
 
 def assert_variance(samples: torch.Tensor, variance: float, slack: float = 0.0) -> None:
-    """As `assert_mean`, for normal samples: a variance estimate has the standard error variance sqrt(2 / n)."""
+    """As `assert_mean`, for the variance of normal samples, whose standard error is variance sqrt(2 / n)."""
     assert abs(float(samples.var()) / variance - 1) < 4 * math.sqrt(2 / len(samples)) + slack
 
 
 @cache
 def largest_of(m: int) -> float:
-    """The expectation of the largest of m standard normal numbers."""
+    """Returns the expected maximum of m standard normal numbers."""
     x = np.linspace(-9, 9, 20001)
     below = np.array([0.5 * math.erfc(-z / math.sqrt(2)) for z in x])
     return float(np.sum(x * m * below ** (m - 1) * np.exp(-(x**2) / 2)) / math.sqrt(2 * math.pi) * (x[1] - x[0]))
 
 
-# ---- the formulas that the tests rest on
+# ---- formulas used by the tests
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_the_gaussian_chain_is_the_linear_map_that_the_tests_take_it_for(eta):
+def test_the_gaussian_chain_is_the_expected_linear_map(eta):
     diffusion = GaussianDiffusion(5, eta=eta)
     x = torch.randn(4, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     first_row = torch.zeros(4, dtype=torch.int64)
@@ -147,8 +147,8 @@ def test_unguided_ends_in_the_chains_law(steps, eta):
 @pytest.mark.parametrize(
     "sampler", [Unguided(), SVDD(4, alpha=math.inf), SVDD(4, alpha=1e9), SVDD(2, math.inf, 2)], ids=label
 )
-def test_a_mixture_comes_out_with_its_weights(sampler):
-    """Infinite temperature is plain sampling in law, though other noise is drawn."""
+def test_a_mixture_keeps_its_weights(sampler):
+    """At infinite temperature samplers have the law of plain sampling, with other noise."""
     diffusion = MixtureDiffusion(6)
     x = run(diffusion, sampler, value_of([1.0]), 1000).x.flatten()
     law = diffusion.end_law()
@@ -163,13 +163,13 @@ def test_a_mixture_comes_out_with_its_weights(sampler):
 def test_many_candidates_and_the_exact_soft_value_give_the_tilted_law(steps, alpha):
     """x_T | x_0 is N(A x_0 + c, V); tilting it by exp(b . x / alpha) shifts it by V b / alpha and keeps V.
 
-    With M candidates the shift falls short by O(1 / M): the slack.
+    With M candidates the shift is too small by O(1 / M), which `slack` allows.
     """
     diffusion = GaussianDiffusion(steps)
     final = run(diffusion, SVDD(100, alpha), bound(ExactSoftValue(alpha), Linear(B)), 1000)
     mean, variance = diffusion.end_law()
     conditional = diffusion.end(0)[2]
-    shift = conditional / alpha  # along b, which has length 1
+    shift = conditional / alpha  # along the unit vector b
     assert_mean(rewards(final), mean * sum(B) + shift, slack=0.02 * shift)
     assert_variance(rewards(final), variance, slack=0.02)
     across = final.x.flatten(1) @ torch.tensor([0.8, 0.6], dtype=torch.float64)
@@ -184,14 +184,14 @@ def test_a_tilted_mixture_moves_its_weights():
     x = run(diffusion, SVDD(60, alpha), value, 700).x.flatten()
     law = diffusion.end_law(tilt)
     right = float(law[diffusion.grid > 0.25].sum())
-    assert right > float(diffusion.end_law()[diffusion.grid > 0.25].sum()) + 0.2  # the tilt is no small one
+    assert right > float(diffusion.end_law()[diffusion.grid > 0.25].sum()) + 0.2  # the tilt is not small
     assert_mean((x > 0.25).double(), right, slack=0.01)
     assert_mean(x, float(law @ diffusion.grid), slack=0.03)
 
 
 @pytest.mark.parametrize("candidates", [2, 7])
 def test_at_zero_temperature_every_step_gains_the_largest_of_its_noise(candidates):
-    """A linear value is climbed by std_i E[max of M normals] at every step, carried on by the steps that follow."""
+    """Each step raises a linear value by std_i E[max of M normals], propagated through the later steps."""
     diffusion = GaussianDiffusion(4)
     final = run(diffusion, SVDD(candidates), value_of(), 1200)
     mean, _ = diffusion.end_law()
@@ -210,7 +210,7 @@ def test_the_best_of_n_has_the_largest_of_n_rewards(particles):
     assert_mean(rewards(final), mean * sum(B) + math.sqrt(variance) * largest_of(particles))
 
 
-def test_more_candidates_and_more_particles_earn_more():
+def test_more_candidates_and_more_particles_raise_the_reward():
     diffusion = GaussianDiffusion(4)
     samplers = [Unguided(), SVDD(2), SVDD(6), SVDD(6, num_particles=4)]
     means = [float(rewards(run(diffusion, sampler, value_of(), 300)).mean()) for sampler in samplers]
@@ -219,11 +219,11 @@ def test_more_candidates_and_more_particles_earn_more():
     assert cooler == sorted(cooler)
 
 
-# ---- each choice
+# ---- selections written out
 
 
 def by_hand(seed: int, particles: int, diffusion) -> torch.Tensor:
-    """The ends of `particles` plain chains of one image, [particles, size], written out."""
+    """Returns the ends of `particles` plain chains of one image, [particles, size], computed without svdd's loop."""
     generator = torch.Generator().manual_seed(seed)
     shape = (particles, *diffusion.latent_shape)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -253,7 +253,7 @@ def test_svdd_at_zero_temperature_is_a_greedy_search_written_out():
             noise = torch.randn(m, 2, generator=generator, dtype=torch.float64)
             children = factor * kept + constant + diffusion.std(i) * noise
             gain = 1 if i == 3 else diffusion.posterior_mean(torch.ones(()), diffusion.signal[i + 1], 0)
-            assert gain > 0  # E[x0 | x] is monotone in x: the best candidate is the one furthest along b
+            assert gain > 0  # E[x0 | x] is monotone in x, so the best candidate has the largest b . x
             kept = children[(children @ b).argmax()][None]
         torch.testing.assert_close(x, kept[0])
 
@@ -325,7 +325,7 @@ def test_the_global_generator_is_left_alone(sampler):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "scored"),  # images that the reward sees, at T = 8
+    ("sampler", "scored"),  # images scored by the reward, at T = 8
     [
         (Unguided(), 0),
         (BestOfN(1), 0),
@@ -353,21 +353,21 @@ def test_nothing_is_scored_or_decoded_twice(sampler, scored):
     assert final.images is not None
     decoded = final.context.ledger.decoded_images
     assert decoded == 3 * (
-        scored + (1 if scored == 0 or isinstance(sampler, DPS) or sampler_ends_unseen(sampler) else 0)
+        scored + (1 if scored == 0 or isinstance(sampler, DPS) or stops_before_the_end(sampler) else 0)
     )
 
 
-def sampler_ends_unseen(sampler) -> bool:
-    """Whether no image of the last step was asked for: guidance had stopped before."""
+def stops_before_the_end(sampler) -> bool:
+    """Returns whether guidance stops before the last step, so its images are not scored."""
     return getattr(sampler, "window", Window()).stop < 1.0
 
 
 @pytest.mark.parametrize(("candidates", "particles"), [(5, 1), (3, 2)])
-def test_a_value_that_does_not_ask_costs_the_winners_only(candidates, particles):
+def test_a_value_without_x0_costs_only_the_selected_rows(candidates, particles):
     value = bound(ExactSoftValue(1.0), Linear(B))
     final = run(GaussianDiffusion(4), SVDD(candidates, 1.0, particles), value, 3)
     assert final.context.ledger.denoiser_rows == 3 * particles * 4
-    assert final.context.ledger.reward_calls == 3 * particles * candidates  # the last choice is the reward's
+    assert final.context.ledger.reward_calls == 3 * particles * candidates  # the last selection uses the reward
 
 
 def test_a_deterministic_last_step_proposes_no_copies():
@@ -408,8 +408,8 @@ def test_candidates_need_noise():
     [SVDD(4, guide_every=9), BeamSearch(guide_every=9), BlockwiseBestOfN(guide_start=0.85), DPS(guide_every=9)],
     ids=label,
 )
-def test_a_window_without_a_choice_is_refused(sampler):
-    """The last step of some chains draws no noise; guided there alone, a sampler would be plain sampling."""
+def test_a_window_without_a_selection_is_refused(sampler):
+    """The last step of some chains draws no noise, so a window with that step alone would have no effect."""
     with pytest.raises(UserError, match="no step would be guided"):
         sampler.check(GaussianDiffusion(9, last=1.0), value_of())
     sampler.check(GaussianDiffusion(9, last=0.97), value_of())
@@ -472,16 +472,16 @@ def test_arguments_out_of_range_are_refused(build, message):
         build()
 
 
-def test_a_value_without_a_reward_says_what_to_do():
+def test_a_value_without_a_reward_has_an_actionable_error():
     with pytest.raises(UserError, match=r"PosteriorMean has no reward yet: call value.bind\(reward, diffusion\)"):
         run(GaussianDiffusion(2), SVDD(2), PosteriorMean(), 1)
 
 
-def test_watchers_hear_of_every_step_and_every_mean_value():
-    heard = []
+def test_on_step_is_called_for_every_step_and_every_mean_value():
+    calls = []
     start = Start(GaussianDiffusion(3), ["", ""], [0, 1])
-    start.context.on_step = lambda i, value: heard.append((i, value))
+    start.context.on_step = lambda i, value: calls.append((i, value))
     SVDD(4)(start, value_of())
-    assert [i for i, value in heard if value is None] == [1, 2, 3]
-    assert [i for i, value in heard if value is not None] == [1, 2, 3]
-    assert all(math.isfinite(value) for _, value in heard if value is not None)
+    assert [i for i, value in calls if value is None] == [1, 2, 3]
+    assert [i for i, value in calls if value is not None] == [1, 2, 3]
+    assert all(math.isfinite(value) for _, value in calls if value is not None)

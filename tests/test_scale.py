@@ -1,4 +1,4 @@
-"""What a long run costs beside its model."""
+"""The overhead of a long run: memory and open files."""
 
 import os
 import tracemalloc
@@ -21,7 +21,7 @@ def test_memory_hardly_grows_with_the_number_of_prompts(tmp_path):
         assert len(case.finished()) == count
         return most
 
-    peak(50)  # whatever is imported or cached on first use
+    peak(50)  # fills imports and caches
     assert peak(1_500) - peak(100) < 1_500 * 600
 
 
@@ -37,7 +37,7 @@ def test_resident_memory_and_open_files_stay_flat(tmp_path):
         watcher.stop()
         return watcher
 
-    peak("first", 100)  # whatever is imported or cached on first use
+    peak("first", 100)  # fills imports and caches
     few, many = peak("few", 100), peak("many", 1_500)
     assert many.memory - few.memory < 20e6
     assert many.files < few.files + 10

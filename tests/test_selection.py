@@ -1,4 +1,4 @@
-"""Survivors are who the formulas say: the best, or a draw in proportion to exp(log_w)."""
+"""Survivors follow the formulas: the best rows, or rows drawn in proportion to exp(log_w)."""
 
 import math
 
@@ -16,11 +16,11 @@ def weights(*rows) -> torch.Tensor:
 
 
 def stratified(count: int, groups: int = 1) -> torch.Tensor:
-    """The midpoints of `count` equal parts of [0, 1)."""
+    """Returns the midpoints of `count` equal parts of [0, 1)."""
     return ((torch.arange(count, dtype=torch.float64) + 0.5) / count).repeat(groups, 1)
 
 
-def test_top_takes_the_best_first_and_each_group_for_itself():
+def test_top_sorts_the_best_first_in_each_group():
     log_w = weights([1, 5, 3, 4], [9, -9, 0, 8])
     assert top(log_w).tolist() == [[1], [0]]
     assert top(log_w, 3).tolist() == [[1, 3, 2], [0, 3, 2]]
@@ -39,7 +39,7 @@ def test_top_ranks_infinities():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_top_and_draw_take_every_float(dtype):
+def test_top_and_draw_accept_every_float_type(dtype):
     log_w = torch.tensor([[0.0, -INF, 3.0]], dtype=dtype)
     assert top(log_w).tolist() == [[2]]
     assert draw(log_w, torch.full((1, 2), 0.5, dtype=torch.float32)).tolist() == [[2, 2]]
@@ -50,16 +50,16 @@ def test_draw_has_the_frequencies_of_the_softmax(log_w):
     log_w, count = weights(log_w), 10_000
     expected = log_w.softmax(1)[0] * count
     counts = torch.bincount(draw(log_w, stratified(count))[0], minlength=4)
-    assert (counts - expected).abs().max() <= 1  # midpoints: every row's share up to the cells at its two ends
+    assert (counts - expected).abs().max() <= 1  # midpoints: each share is exact up to one cell at either end
     random = torch.rand(1, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = torch.bincount(draw(log_w, random)[0], minlength=4)
     there = expected > 0
     assert counts[~there].sum() == 0
     chi_square = ((counts - expected)[there] ** 2 / expected[there]).sum()
-    assert chi_square < 20  # three degrees of freedom: passed with probability 1 - 2e-4
+    assert chi_square < 20  # three degrees of freedom: false alarms have probability 2e-4
 
 
-def test_draw_gives_a_one_hot_weight_its_row_whatever_the_number():
+def test_draw_gives_a_one_hot_weight_its_row_for_any_uniform():
     uniforms = torch.tensor([[0.0, 0.3, BELOW_ONE]], dtype=torch.float64)
     for k in range(5):
         log_w = torch.full((1, 5), -INF)
@@ -93,7 +93,7 @@ def test_a_constant_added_to_a_group_changes_nothing(constant):
     assert torch.equal(top(log_w, 9), top(log_w + shift, 9))
 
 
-def test_groups_are_drawn_apart():
+def test_groups_are_drawn_independently():
     generator = torch.Generator().manual_seed(2)
     log_w = torch.randn(5, 4, generator=generator)
     uniforms = torch.rand(5, 3, generator=generator)
@@ -126,6 +126,6 @@ def test_draw_becomes_top_as_the_temperature_falls():
         (lambda: top(torch.zeros(3, 0)), r"at least one row, got \[3, 0\]"),
     ],
 )
-def test_what_has_no_answer_is_refused(call, message):
+def test_undefined_selections_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

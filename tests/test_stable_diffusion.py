@@ -1,4 +1,4 @@
-"""The published layouts load, formulas hold, costs are counted, and what is wrong is named."""
+"""`StableDiffusion`: published layouts load, formulas hold, costs are counted, and errors name their cause."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def _show_bars(library, shown):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_x0_and_the_mean_follow_the_papers(folder, guidance_scale):
-    """Guidance in float64, then x0 from epsilon or v, then formula (12) of arXiv 2010.02502, all written out."""
+    """Guidance, x0 from epsilon or v, and formula (12) of arXiv 2010.02502 agree with float64 computations."""
     diffusion = StableDiffusion(folder, 4, guidance_scale, eta=0.6)
     state = State.start(diffusion, ["a red apple", "blue car"], [0, 1])
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_guidance_doubles_the_network_rows(sd15, guidance_scale, factor):
 def test_without_guidance_a_negative_prompt_is_not_encoded(sd15):
     assert StableDiffusion(sd15, 2, guidance_scale=1.0).encode(["a"], ["b"])[1] is None
     positive, negative = StableDiffusion(sd15, 2, negative_prompt="blurry").encode(["blurry", "a"], [None, "a"])
-    assert torch.equal(positive["states"], negative["states"])  # None is the model's own, a given one goes first
+    assert torch.equal(positive["states"], negative["states"])  # None means the model's; a given one overrides it
 
 
 def test_images_need_not_be_square(sd15):
@@ -157,9 +157,9 @@ def test_every_scheduler_runs_one_step(folder, scheduler):
 # ---- long prompts
 
 
-def test_a_prompt_that_is_cut_is_named_with_what_it_loses(sd15):
+def test_a_truncated_prompt_is_reported_with_the_lost_words(sd15):
     diffusion = StableDiffusion(sd15, 2)
-    prompt = "x" * 75 + " lost words"  # every letter is a token, and two mark the ends
+    prompt = "x" * 75 + " lost words"  # every letter is a token, plus start and end
     with pytest.warns(UserWarning, match=r"86 tokens and the text encoder reads 77; cut off: 'lost ?words'") as caught:
         cut, _ = diffusion.encode([prompt, prompt], [None, None])
     assert len(caught) == 1
@@ -170,7 +170,7 @@ def test_a_prompt_that_is_cut_is_named_with_what_it_loses(sd15):
     torch.testing.assert_close(cut["states"][0], whole["states"][0])
 
 
-def test_a_negative_prompt_that_is_cut_is_named_where_it_counts(sd15):
+def test_a_truncated_negative_prompt_is_reported_if_it_is_used(sd15):
     with pytest.warns(UserWarning, match="cut off: 'y'"):
         StableDiffusion(sd15, 2).encode(["a"], ["x" * 75 + "y"])
     with warnings.catch_warnings():
@@ -178,7 +178,7 @@ def test_a_negative_prompt_that_is_cut_is_named_where_it_counts(sd15):
         StableDiffusion(sd15, 2, guidance_scale=1.0).encode(["a"], ["x" * 75 + "y"])
 
 
-# ---- what is wrong
+# ---- errors
 
 
 def another_pipeline(path: Path) -> None:
@@ -243,12 +243,12 @@ def test_a_damaged_folder_is_refused_in_one_line(sd15, tmp_path, damage, message
         ("nobody/nothing", "'nobody/nothing' cannot be loaded"),
     ],
 )
-def test_a_name_that_is_nothing_is_refused_with_what_was_expected(name, message):
+def test_an_unknown_name_is_refused_with_what_was_expected(name, message):
     with pytest.raises(UserError, match=message):
         StableDiffusion(name, 2, local_files_only=True)
 
 
-def test_a_folder_or_file_that_is_no_pipeline_is_refused(tmp_path):
+def test_a_folder_or_file_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no model_index.json.*save_pretrained.*from_single_file"):
         StableDiffusion(str(tmp_path), 2)
     file = tmp_path / "v1-5-pruned.safetensors"

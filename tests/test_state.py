@@ -1,4 +1,4 @@
-"""A state is evaluated once, keeps groups apart, and draws each image's own noise."""
+"""A state is evaluated once, separates groups, and draws each image's noise from its own generator."""
 
 from dataclasses import FrozenInstanceError
 
@@ -28,10 +28,10 @@ def state(diffusion):
     return State.start(diffusion, ["a", "5"], [10, 11], 3)
 
 
-# ---- evaluated when asked, and once
+# ---- lazy evaluation
 
 
-def test_nothing_is_denoised_before_it_is_asked_for(diffusion, state):
+def test_denoising_is_lazy(diffusion, state):
     assert diffusion.denoised_rows == []
     x0 = state.x0
     assert diffusion.denoised_rows == [6]
@@ -53,7 +53,7 @@ def test_images_are_decoded_once_and_scores_use_them(state):
     assert scores.dtype == torch.float32
 
 
-def test_survivors_keep_what_is_known_about_them(diffusion, state):
+def test_survivors_keep_their_cached_results(diffusion, state):
     x0, mean, images = state.x0, state.prediction.mean, state.images
     kept = state.select(index([2, 0], [1, 1]))
     flat = [2, 0, 4, 4]
@@ -70,7 +70,7 @@ def test_survivors_keep_what_is_known_about_them(diffusion, state):
     assert diffusion.denoised_rows == [6]
 
 
-def test_survivors_of_an_unasked_state_are_denoised_for_themselves(diffusion, state):
+def test_survivors_of_an_unevaluated_state_are_denoised_alone(diffusion, state):
     kept = state.select(index([2], [1]))
     assert diffusion.denoised_rows == []
     x0 = kept.x0
@@ -125,7 +125,7 @@ def test_a_sampler_may_shift_the_mean(state):
     torch.testing.assert_close(shifted.x, other.x + 1)
 
 
-def test_a_deterministic_step_draws_nothing():
+def test_a_deterministic_step_draws_no_noise():
     diffusion = GaussianDiffusion(3, eta=0.0)
     state = State.start(diffusion, ["a"], [1])
     before = state.context.generators[0].get_state()
@@ -150,14 +150,13 @@ def test_a_selection_cannot_leave_its_group(state, bad):
 
 
 def test_groups_must_divide_the_rows(state):
-    with pytest.raises(ValueError, match="index has 4 groups, which do not divide 6 rows evenly"):
-        state.select(torch.zeros(4, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match="index has 0 groups"):
-        state.select(torch.zeros(0, 1, dtype=torch.int64))
+    for shape in ([4, 1], [0, 1], [6]):
+        with pytest.raises(ValueError, match=rf"groups that divide 6 rows evenly, got \{shape}"):
+            state.select(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_groups_need_not_be_images(state):
-    kept = state.select(index([0], [0], [0], [0], [0], [0]))  # every particle for itself
+    kept = state.select(index([0], [0], [0], [0], [0], [0]))  # one group per particle
     assert torch.equal(kept.x, state.x)
     pairs = state.propose(2).select(index(*[[1]] * 6))
     assert pairs.row.tolist() == [0, 0, 0, 1, 1, 1]
@@ -166,7 +165,7 @@ def test_groups_need_not_be_images(state):
 # ---- randomness
 
 
-def test_the_start_is_what_the_images_own_generator_draws(diffusion):
+def test_the_start_comes_from_the_images_own_generator(diffusion):
     state = State.start(diffusion, ["a", "b"], [3, 2**63 - 1], 2)
     for k, seed in enumerate([3, 2**63 - 1]):
         generator = torch.Generator().manual_seed(seed)
@@ -214,7 +213,7 @@ def test_distinct_prompts_are_encoded_once_and_looked_up_by_row(diffusion):
     assert state.row.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
     assert state.prompts == ["a", "a", "7", "7", "a", "a", "7", "7"]
     alone = State.start(diffusion, ["7"], [1], 2)
-    assert torch.equal(state.x0[2:4], alone.x0)  # the prompt moves the prior: the wrong one would show
+    assert torch.equal(state.x0[2:4], alone.x0)  # the prompt shifts the prior, so a wrong prompt would fail
 
 
 def test_a_prompt_with_two_negative_prompts_is_two_conditions(diffusion):
@@ -235,7 +234,7 @@ def test_a_prompt_with_two_negative_prompts_is_two_conditions(diffusion):
         ((["a"], [2**63]), "a seed must lie in .* got 9223372036854775808"),
     ],
 )
-def test_a_start_that_makes_no_sense_is_refused(diffusion, arguments, message):
+def test_an_invalid_start_is_refused(diffusion, arguments, message):
     with pytest.raises(ValueError, match=message):
         State.start(diffusion, *arguments)
 
@@ -246,7 +245,7 @@ def test_a_second_start_draws_other_rows_and_encodes_nothing(diffusion):
     assert diffusion.encoded == [[("a", None), ("7", None)]]
     assert first.origin.tolist() == [0, 1] * 2
     assert second.origin.tolist() == [2, 3, 4] * 2
-    together = State.start(diffusion, ["a", "7"], [3, 4], 5)  # the image's stream goes on
+    together = State.start(diffusion, ["a", "7"], [3, 4], 5)  # continues the image's stream
     assert torch.equal(first.join(second).x, together.x)
     assert torch.equal(first.join(second).origin, together.origin)
 
@@ -254,7 +253,7 @@ def test_a_second_start_draws_other_rows_and_encodes_nothing(diffusion):
 # ---- divergence
 
 
-def test_what_leaves_the_pretrained_chain_enters_its_divergence(state):
+def test_selections_and_shifts_add_to_the_divergence(state):
     trace = state.context.trace
     assert trace.path_kl == 0.0
     state = state.propose().select(index([0, 1], [1, 2]), kl=torch.tensor([1.0, 2.0]))
@@ -279,7 +278,7 @@ def test_other_starts_and_shifts_without_a_divergence_leave_it_unknown(diffusion
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05])
-def test_one_row_cannot_see_another(sd15, alpha):
+def test_rows_are_independent(sd15, alpha):
     diffusion = StableDiffusion(sd15, 3, guidance_scale=4.0, chunk_size=1)
     value = bound(PosteriorMean(), Compressibility())
     prompts, seeds = ["a red apple", "blue car", "a red apple", ""], [3, 2, 1, 0]

@@ -35,7 +35,7 @@ from tests.analytic import GaussianDiffusion, Linear, bound
 
 
 def clustered(seed: int, prompts: int = 40, images: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of mean 0 whose prompts differ as much as their images: 0.7 of the variance is between prompts."""
+    """Returns scores of mean 0, with 0.7 of the variance between prompts."""
     generator = torch.Generator().manual_seed(seed)
     between = torch.randn(prompts, 1, generator=generator, dtype=torch.float64)
     within = torch.randn(prompts, images, generator=generator, dtype=torch.float64)
@@ -50,8 +50,8 @@ def interval(scores: torch.Tensor, prompts: torch.Tensor | None) -> tuple[float,
     return result["ci95_low"].item(), result["ci95_high"].item()
 
 
-def test_the_interval_covers_the_truth_where_images_of_a_prompt_are_alike():
-    """200 data sets: 95 % with clusters, of which 12 misses are four standard errors; about 65 % without."""
+def test_the_interval_covers_the_mean_of_correlated_images():
+    """Coverage of 200 data sets: 95 % with clusters (four standard errors are 12 data sets), about 65 % without."""
     covered = {True: 0, False: 0}
     for seed in range(200):
         scores, prompts = clustered(seed)
@@ -91,7 +91,7 @@ def test_uneven_prompts_weigh_by_their_images():
 
 @pytest.mark.parametrize(
     ("level", "freedom", "quantile"),
-    [  # of printed tables
+    [  # from printed tables
         (0.95, 1, 12.7062),
         (0.95, 2, 4.30265),
         (0.95, 3, 3.18245),
@@ -107,13 +107,13 @@ def test_students_quantiles_are_those_of_the_tables(level, freedom, quantile):
     assert t_quantile(level, freedom) == pytest.approx(quantile, rel=2e-6)
 
 
-def test_students_quantile_becomes_the_normal_one():
+def test_students_quantile_converges_to_the_normal_one():
     assert t_quantile(0.95, 0) == math.inf
     assert t_quantile(0.95, 10**7) == pytest.approx(1.959964, rel=2e-4)
 
 
 def test_students_interval_by_hand():
-    """Mean 2, standard deviation 1, so the half is 4.302653 / sqrt(3)."""
+    """Mean 2 and standard deviation 1 give the half-width 4.302653 / sqrt(3)."""
     found = paired([1.0, 2.0, 3.0])
     assert found == pytest.approx(
         {
@@ -138,7 +138,7 @@ def test_the_spread_within_prompts_is_that_of_the_deviations():
     assert math.isnan(spread_within([[1.0], [2.0]]))
 
 
-def test_for_an_error_the_best_is_the_lowest():
+def test_the_best_score_is_the_lowest_if_lower_is_better():
     statistics = RewardStatistics(higher_is_better=False)
     statistics.update(torch.arange(11.0))
     assert statistics.compute()["top10"] == 1
@@ -159,7 +159,7 @@ def test_diversity_is_that_of_the_whole_matrix():
     prompts = torch.arange(30) % 10
     diversity = Diversity()
     for part in torch.randperm(30, generator=generator).split(8):
-        diversity.update(3 * features[part], prompts[part])  # lengths do not count
+        diversity.update(3 * features[part], prompts[part])  # norms do not matter
     found = {name: value.item() for name, value in diversity.compute().items()}
 
     def by_hand(rows: torch.Tensor) -> tuple[float, float]:
@@ -175,7 +175,7 @@ def test_diversity_is_that_of_the_whole_matrix():
     assert (found["pairwise_within"], found["vendi_within"]) == pytest.approx(tuple(within), rel=1e-5)
 
 
-def test_diversity_of_too_little_is_not_a_number():
+def test_diversity_of_too_few_images_is_nan():
     diversity = Diversity()
     diversity.update(torch.ones(1, 4), torch.tensor([0]))
     found = diversity.compute()
@@ -185,7 +185,7 @@ def test_diversity_of_too_little_is_not_a_number():
         diversity.update(torch.ones(2, 4), torch.zeros(3))
 
 
-def test_cmmd_is_the_formula_and_knows_far_from_near():
+def test_cmmd_equals_its_formula_and_grows_with_distance():
     generator = torch.Generator().manual_seed(0)
     real, near = (torch.nn.functional.normalize(torch.randn(20, 5, generator=generator), dim=1) for _ in range(2))
     far = torch.nn.functional.normalize(near + 3, dim=1)
@@ -206,11 +206,11 @@ def test_cmmd_is_the_formula_and_knows_far_from_near():
     assert cmmd(real, far) > 5 * cmmd(real, near) > 0
 
 
-# ---- how far a path was moved
+# ---- divergence of the paths
 
 
-def test_the_divergence_of_a_choice_is_that_of_its_law():
-    """Best of n of a uniform law: KL by numerical integration of n u^(n-1)."""
+def test_the_divergence_of_a_selection_matches_its_law():
+    """For best of n of a uniform law, KL equals the numerical integral of n u^(n-1) log(n u^(n-1))."""
     u = np.linspace(0, 1, 200_001)[1:]
     for n in (1, 2, 8, 20):
         density = n * u ** (n - 1)
@@ -227,7 +227,7 @@ def drawn(sampler, num_steps: int = 6) -> torch.Tensor | float | None:
     return sampler(Start(chain, ["0"] * 3, range(3)), value).context.trace.path_kl
 
 
-def test_the_trace_holds_how_far_a_sampler_went():
+def test_the_trace_holds_the_divergence_of_a_sampler():
     best = [math.log(n) - (n - 1) / n for n in (4, 8)]
     assert drawn(Unguided()) == 0
     assert drawn(SVDD(1)) == 0
@@ -244,7 +244,7 @@ def test_the_trace_holds_how_far_a_sampler_went():
 
 
 def test_the_divergence_of_dps_is_that_of_the_shifted_kernels():
-    """A linear reward of the posterior mean has the slope x0 / x; KL = shift^2 / (2 std^2), summed over the steps."""
+    """For a linear reward of x0 the gradient uses dx0/dx; KL = shift^2 / (2 std^2), summed over the steps."""
     value, chain = bound(PosteriorMean(), Linear([1.0, 0.5])), GaussianDiffusion(6)
     state = State.start(chain, ["0"] * 2, range(2))
     expected = torch.zeros(2, dtype=torch.float64)
@@ -265,7 +265,7 @@ def test_the_divergence_of_dps_is_that_of_the_shifted_kernels():
 
 
 def write_run(folder, rewards: dict[str, list[float]], text: str = "prompt {}"):
-    """Two images of each prompt, with the given mean."""
+    """Writes a run with two images per prompt, with the given mean reward."""
     folder.mkdir()
     with open(folder / "results.jsonl", "w") as file:
         for index in range(len(next(iter(rewards.values())))):
@@ -282,7 +282,7 @@ def write_run(folder, rewards: dict[str, list[float]], text: str = "prompt {}"):
 
 
 def test_gains_are_paired_by_prompt(tmp_path):
-    """Prompts differ by 100, the gain is 1: without pairing it would drown."""
+    """Prompts differ by 100 and the gain is 1: only paired differences show it."""
     base = [100.0 * k for k in range(12)]
     gain = [1 + 0.1 * (k % 3) for k in range(12)]
     plain = write_run(tmp_path / "plain", {"guide": base, "held": base})
@@ -305,7 +305,7 @@ def test_gains_are_paired_by_prompt(tmp_path):
         (0.0, -0.5, False, []),
     ],
 )
-def test_a_fall_counts_only_where_the_guide_rose(tmp_path, guide, held, lower_is_better, fallen):
+def test_a_fall_counts_only_if_the_guide_rose(tmp_path, guide, held, lower_is_better, fallen):
     noise = [math.sin(k) for k in range(20)]
     plain = write_run(tmp_path / "plain", {"guide": [0.0] * 20, "held": [0.0] * 20})
     run = write_run(
@@ -322,7 +322,7 @@ def test_a_fall_counts_only_where_the_guide_rose(tmp_path, guide, held, lower_is
 @pytest.mark.parametrize("prompts", [2, 4, 8])
 @pytest.mark.parametrize("held_out", [1, 3])
 def test_noise_is_no_over_optimisation(prompts, held_out):
-    """In 2.5 % of the runs at most: 2000 runs have a standard error of 0.35 %."""
+    """False alarms occur in at most 2.5 % of 2000 runs (standard error 0.35 %)."""
     noise = torch.randn(2000, held_out, prompts, generator=torch.Generator().manual_seed(prompts), dtype=torch.float64)
     risen = {"guide": paired([1.0 + 0.01 * k for k in range(prompts)])}
     alarms = [
@@ -332,7 +332,7 @@ def test_noise_is_no_over_optimisation(prompts, held_out):
     assert 0.01 < sum(alarms) / len(alarms) < 0.025 + 4 * 0.0035
 
 
-def test_a_single_prompt_shows_nothing(tmp_path):
+def test_a_single_prompt_gives_no_interval(tmp_path):
     plain = write_run(tmp_path / "plain", {"guide": [0.0], "held": [0.0]})
     run = write_run(tmp_path / "run", {"guide": [5.0], "held": [-5.0]})
     comparison = against(run, plain)
@@ -355,7 +355,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         against(one, one)
 
 
-# ---- pictures on disk
+# ---- images on disk
 
 
 def save_pictures(folder, count: int, level: float = 0.5, size: int = 32):
@@ -367,7 +367,7 @@ def save_pictures(folder, count: int, level: float = 0.5, size: int = 32):
     return folder
 
 
-def test_pictures_are_read_as_they_are(tmp_path):
+def test_images_are_read_unchanged(tmp_path):
     folder = save_pictures(tmp_path / "a", 3)
     Image.new("L", (20, 10), 255).save(folder / "9-grey.jpg")
     (folder / "notes.txt").write_text("no picture")
@@ -383,7 +383,7 @@ def test_pictures_are_read_as_they_are(tmp_path):
         find_pictures(tmp_path.joinpath("empty").mkdir() or tmp_path / "empty")
 
 
-def test_numbers_in_names_count_as_numbers(tmp_path):
+def test_file_names_are_in_natural_order(tmp_path):
     names = ["1.png", "2.png", "10.png", "a2b.png", "a10.png", "b/1.png", "b/02.png", "b/2.png", "b/10.png"]
     (tmp_path / "b").mkdir()
     for name in reversed(names):
@@ -393,7 +393,7 @@ def test_numbers_in_names_count_as_numbers(tmp_path):
     assert [picture.prompt_index for picture in pictures] == list(range(len(names)))
 
 
-def test_an_evaluation_measures_what_it_is_asked(tmp_path, tiny_clip):
+def test_an_evaluation_measures_the_selected_quantities(tmp_path, tiny_clip):
     run, same, other = (save_pictures(tmp_path / n, c, v) for n, c, v in (("r", 9, 0.3), ("s", 8, 0.3), ("o", 7, 0.8)))
     assert Evaluation().measure(find_pictures(run)) == {}
     distances = ["cmmd", "kid", "fid"]
@@ -412,7 +412,7 @@ def test_an_evaluation_measures_what_it_is_asked(tmp_path, tiny_clip):
     assert found["s"]["distances"]["kid"]["mean"] < found["o"]["distances"]["kid"]["mean"]
 
 
-def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
+def test_an_evaluation_refuses_incompatible_settings(tmp_path):
     with pytest.raises(ValueError, match="need a reference or a baseline"):
         Evaluation("emoji", distances=["cmmd"])
     with pytest.raises(ValueError, match="set features"):
@@ -427,7 +427,7 @@ def test_an_evaluation_refuses_what_does_not_go_together(tmp_path):
         Evaluation("./emojis").check()
 
 
-def test_a_baseline_that_was_guided_is_pointed_out(tmp_path):
+def test_a_guided_baseline_gives_a_warning(tmp_path):
     folder = write_run(tmp_path / "plain", {"a": [1.0]})
     with pytest.raises(UserError, match=r"has no readable summary\.json"):
         Evaluation(baseline=str(folder)).check()
@@ -464,8 +464,8 @@ def test_inception_needs_its_package(tmp_path, monkeypatch):
             find_out()
 
 
-def test_features_on_a_device_without_float64_are_compared(monkeypatch):
-    """Apple's MPS refuses float64, so the arithmetic is the CPU's: nothing becomes float64 before it is there."""
+def test_features_on_a_device_without_float64_are_compared_on_the_cpu(monkeypatch):
+    """Apple's MPS lacks float64: features are moved to the CPU before conversion to float64."""
     moved: list[str] = []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
     monkeypatch.setattr(torch.Tensor, "double", lambda self: moved.append("double") or self.to(torch.float64))

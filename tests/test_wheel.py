@@ -1,4 +1,4 @@
-"""The wheel that pip installs: what it holds, and that its configurations work by name in any directory."""
+"""The wheel: its contents, and its configurations by name in any directory."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from svdd import UserError
-from svdd.commands.configs import with_shipped_configs
+from svdd.commands.parser import with_shipped_configs
 from tools.oldest import constraints
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def test_an_unknown_config_lists_the_known_ones(tmp_path, monkeypatch):
 
 def test_constraints_are_the_lower_bounds():
     project = {
-        "dependencies": ["torch>=2.6.0", "jsonargparse[signatures]>=4.48.0,<4.54", "tqdm"],
+        "dependencies": ["torch>=2.6.0", "jsonargparse[signatures]>=4.51.0,<4.54", "tqdm"],
         "optional-dependencies": {"lora": ["peft>=0.18.0"], "dev": ["svdd[lora]", "types-tqdm"]},
     }
-    assert constraints(project) == ["torch==2.6.0", "jsonargparse==4.48.0", "peft==0.18.0"]
+    assert constraints(project) == ["torch==2.6.0", "jsonargparse==4.51.0", "peft==0.18.0"]

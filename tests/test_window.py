@@ -1,4 +1,4 @@
-"""Windows of guidance, and the traces of what was chosen in them."""
+"""Guidance windows, and the traces of their selections."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from svdd.state.trace import Selection, Trace, count_distinct
         (Window(every=2), 5, [0, 2, 4]),
         (Window(every=3), 5, [1, 4]),
         (Window(0.2, 0.8, 2), 10, [3, 5, 7]),
-        (Window(0.9), 5, []),  # no step begins as late
+        (Window(0.9), 5, []),  # no step starts that late
         (Window(stop=0.1), 5, [0]),
         (Window(every=9), 5, [4]),
         (Window(), 1, [0]),
@@ -29,7 +29,7 @@ def test_guided_steps(window, steps, guided):
 
 @pytest.mark.parametrize("steps", [1, 7, 25, 30, 50, 1000])
 def test_adjacent_windows_share_no_step_and_miss_none(steps):
-    """Fractions such as 0.28 * 25 = 7.000000000000001 count as what was meant."""
+    """Rounding errors such as 0.28 * 25 = 7.000000000000001 do not shift a window."""
     cuts = [0, 0.07, 0.1, 0.14, 0.28, 0.29, 0.3, 0.55, 0.57, 0.58, 0.7, 1]
     windows = [Window(start, stop) for start, stop in pairwise(cuts)]
     for i in range(steps):

@@ -1,4 +1,4 @@
-"""Random models with the component classes and scheduler configurations of the real ones, small enough to save."""
+"""Small random models with the component classes and scheduler configurations of the published ones."""
 
 import json
 from pathlib import Path
@@ -104,7 +104,7 @@ def save_tiny_pipeline(folder: Path, kind: str) -> str:
         feature_extractor=CLIPImageProcessor() if kind == "sd15" else None,
         requires_safety_checker=kind == "sd15",
     ).save_pretrained(folder)
-    path = folder / "scheduler" / "scheduler_config.json"  # the published files hold keys that the class does not take
+    path = folder / "scheduler" / "scheduler_config.json"  # published files have keys unknown to the class
     name = json.loads(path.read_text())["_class_name"]
     path.write_text(json.dumps({"_class_name": name, **(SD15_SCHEDULER if kind == "sd15" else SD21_SCHEDULER)}))
     return str(folder)
@@ -137,7 +137,7 @@ OPEN_CLIP = {
 
 
 def save_tiny_open_clip(folder: Path) -> str:
-    """Saves a random model of open_clip, and returns the name that open_clip finds it by."""
+    """Saves a random open_clip model and returns its name for open_clip."""
     import open_clip
 
     torch.manual_seed(2)
@@ -150,7 +150,7 @@ def save_tiny_open_clip(folder: Path) -> str:
 
 
 def save_tiny_aesthetic_head(folder: Path, width: int) -> str:
-    """Saves a random head under the published names."""
+    """Saves a random head with the published parameter names."""
     from svdd.rewards.aesthetic import AestheticHead
 
     torch.manual_seed(3)

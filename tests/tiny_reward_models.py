@@ -1,4 +1,4 @@
-"""Random reward models of the published architectures, small enough to save, and plain computations to compare with."""
+"""Small random reward models of the published architectures, and independent computations of their scores."""
 
 import base64
 import io
@@ -56,7 +56,7 @@ def _norm(state: dict, name: str, width: int) -> None:
 
 
 def image_reward_weights(words: int) -> dict[str, Tensor]:
-    """Returns random weights under the published names, with those that the score does not use."""
+    """Returns random weights under the published names, unused ones included."""
     torch.manual_seed(3)
     state: dict[str, Tensor] = {}
     vision, text, wide = "blip.visual_encoder", "blip.text_encoder", BLIP_VISION
@@ -97,7 +97,7 @@ def image_reward_weights(words: int) -> dict[str, Tensor]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention with heads of 64, [n, places, width]; mask is 1 where a key may be seen, [n, keys]."""
+    """Softmax attention with heads of 64, [n, tokens, width]; mask is 1 for visible keys, [n, keys]."""
     query, key, value = (part.unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (query, key, value))
     logits = query @ key.transpose(-1, -2) / HEAD**0.5
     if mask is not None:
@@ -106,7 +106,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 
 
 def plain_image_reward(state: dict[str, Tensor], pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """ImageReward of normalised pixels and tokens, written from the paper's and BLIP's description."""
+    """Returns ImageReward of normalised pixels and tokens, implemented from the paper's and BLIP's description."""
 
     def linear(name: str, inputs: Tensor) -> Tensor:
         return F.linear(inputs, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -170,7 +170,7 @@ LABELS = {0: "tabby, tabby cat", 1: "crane", 2: "Egyptian cat", 3: "crane", 4: "
 
 
 def save_tiny_vit(folder: Path, **options) -> str:
-    """Saves a ViT of 32 px with its processor: both sides are resized, bilinear, and colours become -1 .. 1."""
+    """Saves a 32 px ViT with its processor: bilinear resizing of both sides, pixels in -1 .. 1."""
     torch.manual_seed(4)
     config = ViTConfig(
         hidden_size=32,
@@ -189,7 +189,7 @@ def save_tiny_vit(folder: Path, **options) -> str:
 
 
 def save_tiny_resnet(folder: Path) -> str:
-    """Saves a ResNet with the processor that published ones have: ConvNeXT's, bicubic, which resizes and cuts."""
+    """Saves a ResNet with the published processor: ConvNeXT's, with bicubic resizing and a crop."""
     torch.manual_seed(5)
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=LABELS, num_channels=3
@@ -219,10 +219,10 @@ CHAT = (
 
 
 def byte_tokenizer(*special: str, words: tuple[str, ...] = ("yes", "Yes", "no", "No")) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer of bytes, in which some words are one token, with and without the space before."""
+    """Returns a byte tokenizer with single tokens for some words, with and without a leading space."""
     vocabulary = {letter: k for k, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [(word[:k], word[k]) for word in words for k in range(1, len(word))]
-    merges += [("\u0120", word) for word in words]  # the space before a word
+    merges += [("\u0120", word) for word in words]  # leading space
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
@@ -235,7 +235,7 @@ def byte_tokenizer(*special: str, words: tuple[str, ...] = ("yes", "Yes", "no", 
 
 
 def save_tiny_llava(folder: Path, **options) -> str:
-    """Saves a LLaVA of 32 px whose processor has no chat template, as that of LLaVA-1.5's first release."""
+    """Saves a 32 px LLaVA whose processor has no chat template, as in the first release of LLaVA-1.5."""
     torch.manual_seed(6)
     tokenizer = byte_tokenizer("<image>", **options)
     vision = CLIPVisionConfig(
@@ -268,7 +268,7 @@ def save_tiny_llava(folder: Path, **options) -> str:
 
 
 def save_tiny_qwen(folder: Path) -> str:
-    """Saves a Qwen2-VL, which reads pictures in their own shape, with a chat template that writes `<s>` itself."""
+    """Saves a Qwen2-VL, which accepts any image shape, with a chat template that writes `<s>`."""
     torch.manual_seed(7)
     tokenizer = byte_tokenizer(*QWEN_TOKENS.values())
     index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
@@ -305,18 +305,18 @@ def save_tiny_qwen(folder: Path) -> str:
     return str(folder)
 
 
-# ---- an endpoint that speaks OpenAI's chat API
+# ---- an endpoint with OpenAI's chat API
 
 
 def logprobs(**tokens: float) -> dict:
-    """Returns an answer with these log-probabilities, the first as what was said."""
+    """Returns an answer with these log-probabilities; the first token is the text."""
     top = [{"token": token, "logprob": value, "bytes": None} for token, value in tokens.items()]
     content = [{**top[0], "top_logprobs": top}]
     return {"choices": [{"message": {"content": top[0]["token"]}, "logprobs": {"content": content}}]}
 
 
 def seen_and_asked(body: dict) -> tuple[np.ndarray, str]:
-    """Returns the picture and the question of a request."""
+    """Returns the image and the question of a request."""
     image, text = body["messages"][0]["content"]
     kind, _, data = image["image_url"]["url"].partition(",")
     assert kind == "data:image/png;base64"
@@ -324,7 +324,7 @@ def seen_and_asked(body: dict) -> tuple[np.ndarray, str]:
 
 
 def judge(body: dict) -> dict:
-    """Answers a request: brighter pictures and longer questions are more of a yes."""
+    """Answers a request: the probability of yes grows with brightness and the length of the question."""
     picture, question = seen_and_asked(body)
     yes = picture.mean() / 255 - 3 + len(question) / 100
     return logprobs(yes=yes, No=-1.0, maybe=-9.0)
@@ -332,10 +332,10 @@ def judge(body: dict) -> dict:
 
 @contextmanager
 def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[dict]]]:
-    """Serves `answer(body, handler)` on this machine; yields the address up to /v1, and what was asked.
+    """Serves `answer(body, handler)` on this machine; yields the address up to /v1 and the list of requests.
 
-    An answer is an object, sent as JSON; bytes, sent as they are; (status, object or bytes, headers); or None, where
-    the handler sent it itself.
+    An answer is an object, sent as JSON; bytes, sent unchanged; (status, object or bytes, headers); or None if `answer`
+    has replied through the handler.
     """
     asked: list[dict] = []
 

@@ -6,36 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svdd import UserError, first_line
 
-__all__ = ["ASSETS", "find_file", "fit_weights", "is_local", "loading", "locate", "offline", "read_weights"]
+__all__ = [
+    "ASSETS",
+    "find_file",
+    "fit_weights",
+    "loading",
+    "locate",
+    "offline",
+    "read_auto",
+    "read_model",
+    "read_weights",
+]
 
 ASSETS = Path(__file__).parent  # the models that ship with svdd
-_LOAD_ERRORS = (OSError, KeyError, TypeError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
-def is_local(source: str) -> bool:
+def _is_local(source: str) -> bool:
     """Returns whether a name means a path on this machine rather than `owner/name` on the hub."""
     return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
 
 
 def locate(argument: str, source: str, marker: str, expected: str) -> str:
-    """Returns the folder that a name means, with `~` expanded, or a hub name unchanged.
-
-    Args:
-        argument: The name of the constructor argument, for messages.
-        source: A folder or a hub name.
-        marker: A file that such a folder holds, for example `config.json`.
-        expected: What the argument takes, for messages.
-
-    Raises:
-        UserError: If it is a path but no folder with that file.
-    """
-    if not is_local(source):
+    """Returns a hub name unchanged, or a folder with `~` expanded; raises UserError if that holds no file `marker`."""
+    if not _is_local(source):
         return source
     folder = Path(source).expanduser()
     if not (folder / marker).is_file():
@@ -46,65 +45,61 @@ def locate(argument: str, source: str, marker: str, expected: str) -> str:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turns the errors of libraries that load models into a UserError of one line.
-
-    Args:
-        what: Names the model, for example `pretrained='owner/name'`.
-    """
+    """Turns the errors of libraries that load models into a UserError of one line that begins with `what`."""
     try:
         yield
     except UserError:
         raise
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # of many types
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """Restricts the hub's client to its local cache."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+def offline(wanted: bool) -> Iterator[None]:
+    """Restricts the hub's client to its cache, where `local_files_only` cannot be passed on."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = wanted or before
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """Returns a weights file: a local path, or `owner/name/file` on the hub, downloaded to its cache.
+def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
+    """Returns `auto.from_pretrained` of a folder or a hub name, or raises UserError; code in it is never run."""
+    source = locate("pretrained", pretrained, "config.json", "a folder saved by save_pretrained or a hub name")
+    with loading(f"pretrained={pretrained!r}"):
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
 
-    Raises:
-        UserError: If there is no such file.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
+
+def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -> Any:
+    """Returns a model, its weights in `dtype`; raises UserError if it is of another kind or weights are missing."""
+    model, info = read_auto(auto, pretrained, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        problem = f"lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}"
+        raise UserError(f"pretrained={pretrained!r} {problem}; expected a model trained for this task")
+    return model
+
+
+def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """Returns a weights file: a local path, or `owner/name/file` on the hub, downloaded; or raises UserError."""
+    if (path := Path(source).expanduser()).is_file():
         return path
     *repository, file = source.split("/", 2)
-    if is_local("/".join(repository)):
+    name = "/".join(repository)
+    if _is_local(name):
         raise UserError(f"there is no file {source!r}; expected a path, or owner/name/file of a model on the hub")
-    from huggingface_hub import hf_hub_download
-
     try:
-        options: Any = {"revision": revision, "local_files_only": local_files_only}
-        return Path(hf_hub_download("/".join(repository), file, **options))
+        return Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
     except (OSError, ValueError) as error:  # the client's own errors derive from these
         raise UserError(f"{source!r} is not on this machine and cannot be fetched: {first_line(error)}") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict from a safetensors file or a PyTorch checkpoint.
-
-    A checkpoint may hold it under `state_dict`, and its names may begin with `module.`.
-
-    Raises:
-        UserError: If the file holds no state dict.
-    """
+    """Reads a state dict from a safetensors file or a PyTorch checkpoint; raises UserError if it holds none."""
     try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safetensors = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip and file errors of many types
         raise UserError(f"{str(path)!r} cannot be read as weights: {first_line(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -115,24 +110,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fit_weights(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict after checking names and shapes; `position_ids` are computed, so they may be missing or extra.
-
-    Args:
-        network: The network to load the weights into.
-        state: The weights by name.
-        source: Where the weights come from, for messages.
-
-    Raises:
-        UserError: If a name is missing or unknown, or has another shape.
-    """
+    """Loads a state dict; raises UserError if names or shapes differ, except for `position_ids`, which are computed."""
     own = network.state_dict()
     wrong = {name for name in own.keys() ^ state.keys() if not name.endswith("position_ids")}
     wrong |= {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
     if wrong:
         first = min(wrong)
         there, expected = (list(part[first].shape) if first in part else "missing" for part in (state, own))
-        raise UserError(
-            f"{source!r} holds weights of another architecture: {len(wrong)} names differ, first {first} "
-            f"(there {there}, expected {expected})"
-        )
+        problem = f"{len(wrong)} names differ, first {first} (there {there}, expected {expected})"
+        raise UserError(f"{source!r} holds weights of another architecture: {problem}")
     network.load_state_dict(state, strict=False)

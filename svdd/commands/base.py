@@ -1,9 +1,8 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
 import inspect
-import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import lightning as L
@@ -11,74 +10,96 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from svdd import Stopped
-from svdd.commands.parser import Parser, as_user_errors
+from svdd import Stopped, UserError
+from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
+from svdd.values.learned import LearnedValue
 from svdd.values.pretrained import learned_class
 
 __all__ = ["ModelCLI"]
 
 
 class ModelCLI(LightningCLI):
-    """A command that builds a LightningModule, its data and a Trainer from a configuration.
+    """A command that builds a module, its data and a Trainer from `words`, the command line after its name."""
 
-    Attributes:
-        builds: The classes of module, data module and Trainer.
-        group: The processes of this command; None for one.
-    """
-
+    command: ClassVar[str]  # its name, and that of the Trainer's method
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
-    group: Group | None
+    classes: ClassVar[dict[str, str]] = {  # whose arguments can be given without naming them
+        "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
+        "sampler": "svdd.samplers.svdd.SVDD",
+        "value": "svdd.values.posterior_mean.PosteriorMean",
+    }
+    defaults: ClassVar[dict[str, Any]] = {}  # of other settings
+    hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})  # no options
 
-    def __init__(self, words: Sequence[str] | None) -> None:
-        """Runs the command.
-
-        Args:
-            words: The command line, beginning with the command's name; the process's own by default.
-        """
-        module, data, trainer = self.builds
+    def __init__(self, words: list[str]) -> None:
         with ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
-                module,
-                data,
-                trainer_class=trainer,
+                *self.builds[:2],
+                trainer_class=self.builds[2],
                 save_config_callback=None,
                 seed_everything_default=False,
                 trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
                 auto_configure_optimizers=False,
                 parser_class=Parser,
-                args=None if words is None else list(words),
+                parser_kwargs={"prog": "svdd"},
+                args=[self.command, *with_shipped_configs(words)],
             )
 
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """Returns the command and the arguments that it hides."""
+        return {cls.command: {*cls.hidden}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the output folder, and the classes whose arguments can be given without naming them."""
-        defaults = {
-            "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
-            "sampler": "svdd.samplers.svdd.SVDD",
-            "value": "svdd.values.posterior_mean.PosteriorMean",
-        }
-        known = inspect.signature(self.builds[0]).parameters
-        parser.set_defaults({f"model.{k}": {"class_path": path} for k, path in defaults.items() if k in known})
+        """Adds the run folder, the restarts and the defaults."""
         parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
         parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
         parser.add_argument(
             "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
         )
+        known = self.classes.keys() & inspect.signature(self.builds[0]).parameters
+        parser.set_defaults({f"model.{k}": {"class_path": self.classes[k]} for k in known} | self.defaults)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Starts or joins the other processes as soon as the Trainer's settings are known."""
         super().parse_arguments(parser, args)
-        config = self.config[self.config["subcommand"]]
+        self.settings = self.config[self.command]
         with as_user_errors():
-            self.group = join(config.trainer, config.max_restarts, sys.argv[1:] if args is None else args)
+            self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checks a learned value's file early; `--ckpt_path FILE` selects its value in place of the default one."""
+        value, path = self.settings.model.value, self.settings.get("ckpt_path")
+        value = value or Namespace(class_path=self.classes["value"], init_args=Namespace())
+        arguments, made = value.get("init_args", Namespace()), resolve_name(value.class_path)
+        if path is None:
+            if arguments.get("pretrained") and (not isinstance(made, type) or issubclass(made, LearnedValue)):
+                learned_class(arguments.pretrained)  # reads the file
+            return
+        known = learned_class(path)
+        name = known.__name__
+        if "pretrained" not in arguments:
+            if made is not resolve_name(self.classes["value"]):
+                found = f"--ckpt_path {path} holds a {name}, but model.value is {made.__name__}, which has no weights"
+                raise UserError(f"{found}: give --model.value {name}, or leave out --ckpt_path")
+            value = Namespace(class_path=f"{known.__module__}.{name}", init_args=Namespace())
+        value.init_args.pretrained, self.settings.model.value = path, value
+        self.settings.ckpt_path = None  # Lightning would read settings of the module from it
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the whole configuration of the command as plain values."""
+        plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
+        return {name: setting for name, setting in plain.items() if name != "config"}
+
+    def instantiate_classes(self) -> None:
+        """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
+        with as_user_errors():
+            super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command; an error because another process has died is left to that process to explain.
-
-        Raises:
-            Stopped: In place of such an error.
-        """
+        """Runs the command; an error because another process has died becomes `Stopped`."""
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
@@ -87,26 +108,3 @@ class ModelCLI(LightningCLI):
             raise
         if self.group is not None:
             self.group.leave()
-
-    def resolved(self) -> dict[str, Any]:
-        """Returns the whole configuration of the command as plain values."""
-        plain = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        plain.pop("config", None)
-        return plain
-
-    def _parse_ckpt_path(self) -> None:
-        """Makes `--ckpt_path FILE` select the value in the file, where Lightning would read settings from it."""
-        config = self.config[self.config["subcommand"]]
-        path = config.get("ckpt_path")
-        if path is None:
-            return
-        known = learned_class(path)  # also refuses what is not a checkpoint
-        config["ckpt_path"] = None
-        if "pretrained" not in config.model.value.get("init_args", {}):
-            config.model.value = Namespace(class_path=f"{known.__module__}.{known.__name__}", init_args=Namespace())
-        config.model.value.init_args.pretrained = path
-
-    def instantiate_classes(self) -> None:
-        """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
-        with as_user_errors():
-            super().instantiate_classes()

@@ -4,7 +4,7 @@ import inspect
 import sys
 from argparse import SUPPRESS
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
@@ -32,33 +32,35 @@ class CalibrationTrainer(L.Trainer):
 class CalibrateCLI(ModelCLI):
     """Draws new unguided chains for the prompts and writes table and plot into the output folder."""
 
-    builds = (Calibration, PromptDataModule, CalibrationTrainer)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """One command, run by `CalibrationTrainer`."""
-        return {"calibrate": {"model", "datamodule"}}
+    command, builds = "calibrate", (Calibration, PromptDataModule, CalibrationTrainer)
+    defaults: ClassVar = {"output": "runs/calibration"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the output folder, and accepts the settings of `svdd predict` that a shared configuration holds."""
+        """Accepts, and hides from `--help`, the settings of `svdd predict` that a shared configuration holds."""
         super().add_arguments_to_parser(parser)
-        parser.set_defaults({"output": "runs/calibration"})
         for name in _UNUSED:
             parser.add_argument(f"--model.{name}", type=Any, default=None, help=SUPPRESS)
 
     def before_instantiate_classes(self) -> None:
         """Names the settings that have no effect, and checks the output folder before weights are loaded."""
-        config = self.config["calibrate"]
+        config = self.settings
         unused = [f"model.{name}" for name in sorted(_UNUSED) if config.model.pop(name, None) is not None]
         if unused:
             print(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", file=sys.stderr)
         self.folder = Path(config.output)
+        recorded = self.folder / FILES[0]
         with os_errors_explained(self.folder):
-            self._check_folder(config.overwrite)
+            if not recorded.exists() and self.folder.exists() and any(self.folder.iterdir()):
+                raise RunError(f"{self.folder} is not empty and holds no calibration; choose another --output")
+            known = recorded.exists() and not config.overwrite
+            if known and (changed := differences(read_config(recorded), self.resolved())):
+                found = f"{self.folder} holds a calibration with other settings: {'; '.join(changed)}"
+                raise RunError(f"{found}. Choose another --output, or replace the old one with --overwrite true")
 
     def before_calibrate(self) -> None:
         """Refuses too few steps or chains before any is drawn."""
-        check_counts(self.model.diffusion.num_inference_steps, self._chains)
+        self.chains = self.datamodule.num_prompts * self.model.images_per_prompt
+        check_counts(self.model.diffusion.num_inference_steps, self.chains)
 
     def after_calibrate(self) -> None:
         """Writes the results and prints the paths."""
@@ -66,25 +68,8 @@ class CalibrateCLI(ModelCLI):
             return
         folder, table = self.folder, self.model.table
         name, reward = type(self.model.value).__name__, self.model.reward.name
-        about = {"value": name, "reward": reward, "chains": self._chains, "config": self.resolved()}
-        print(write(folder, table, about))
-        plotted = plot(folder / FILES[2], {name: table}, f"{name} for {reward}, {self._chains} chains")
+        print(write(folder, table, {"value": name, "reward": reward, "chains": self.chains, "config": self.resolved()}))
+        plotted = plot(folder / FILES[2], {name: table}, f"{name} for {reward}, {self.chains} chains")
         print(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
         if not plotted:
             print("no plot: it needs matplotlib (pip install 'svdd[plot]')")
-
-    @property
-    def _chains(self) -> int:
-        return self.datamodule.num_prompts * self.model.images_per_prompt
-
-    def _check_folder(self, overwrite: bool) -> None:
-        """Allows the same calibration again; another one replaces it only with `--overwrite`."""
-        recorded = self.folder / FILES[0]
-        if not recorded.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise RunError(f"{self.folder} is not empty and holds no calibration; choose another --output")
-        elif not overwrite and (changed := differences(read_config(recorded), self.resolved())):
-            raise RunError(
-                f"{self.folder} holds a calibration with other settings: {'; '.join(changed)}. "
-                "Choose another --output, or replace the old one with --overwrite true"
-            )

@@ -3,11 +3,10 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from svdd.commands.base import ModelCLI
@@ -36,39 +35,39 @@ _BEFORE_A_CHECKPOINT = {".lock", CONFIG, f"{CONFIG}.tmp", "logs"}  # with only t
 class FitCLI(ModelCLI):
     """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
 
-    builds = (ValueFitting, RolloutDataModule, L.Trainer)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Training; the checkpoint to continue from is found in the output folder."""
-        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the output folder, and defaults of a training."""
-        super().add_arguments_to_parser(parser)
-        value = {"class_path": "svdd.values.latent_conv.LatentConvValue"}
-        trainer = {"trainer.max_epochs": 20, "trainer.num_sanity_val_steps": 0}
-        parser.set_defaults({"model.value": value, "output": "runs/fit", **trainer})
+    command, builds = "fit", (ValueFitting, RolloutDataModule, L.Trainer)
+    hidden = ModelCLI.hidden | {"train_dataloaders", "val_dataloaders", "ckpt_path"}
+    classes: ClassVar = ModelCLI.classes | {"value": "svdd.values.latent_conv.LatentConvValue"}
+    defaults: ClassVar = {"output": "runs/fit", "trainer.max_epochs": 20, "trainer.num_sanity_val_steps": 0}
 
     def before_instantiate_classes(self) -> None:
         """Claims the output folder for this configuration, until the end."""
-        config = self.config["fit"]
-        self.folder = Path(config.output)
-        if is_rank_zero():
-            settings = self.resolved()
-            with as_user_errors():
-                settings["data"]["prompts_sha256"] = RolloutDataModule(**config.data.as_dict()).digest
-            with os_errors_explained(self.folder):
-                self._claim(settings, config.overwrite)
+        self.folder = Path(self.settings.output)
+        if not is_rank_zero():
+            return
+        config = self.resolved()
+        with as_user_errors():
+            config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
+        with os_errors_explained(self.folder):
+            recorded = read_config(self.folder)
+            names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+            if recorded is None and names - {".lock", f"{CONFIG}.tmp"}:
+                raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._around.callback(lock(self.folder / ".lock", f"{self.folder} is in use by another run").release)
+            if self.settings.overwrite:
+                for name in ("checkpoints", "logs"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                (self.folder / "value.safetensors").unlink(missing_ok=True)
+            elif names - _BEFORE_A_CHECKPOINT and (changed := differences(recorded or {}, config, _HARMLESS)):
+                found = f"{self.folder} holds a training with other settings: {'; '.join(changed)}"
+                raise RunError(f"{found}. Choose another --output, or remove the old one with --overwrite true")
+            write_config(self.folder, config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds checkpoints after every epoch and, unless another logger is configured, metrics.csv."""
         self._checkpoints = ModelCheckpoint(
-            self.folder / "checkpoints",
-            filename="best",
-            monitor="val_loss",
-            save_last=True,
-            enable_version_counter=False,
+            self.folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
         )
         if self._get(self.config_init, "trainer.logger", default=False) in (False, None, True):
             kwargs["logger"] = CSVLogger(self.folder, name="logs")
@@ -89,24 +88,6 @@ class FitCLI(ModelCLI):
             known = " (1 is that of the mean reward)" if isinstance(value.loss, MeanLoss) else ""
             print(f"best held-out loss {float(score):.4g}{known}, {best}")
         print(f"use it: svdd predict ... --ckpt_path {file}")
-
-    def _claim(self, config: dict[str, Any], overwrite: bool) -> None:
-        recorded = read_config(self.folder)
-        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        if recorded is None and names - {".lock", f"{CONFIG}.tmp"}:
-            raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._around.callback(lock(self.folder / ".lock", f"{self.folder} is in use by another run").release)
-        if overwrite:
-            for name in ("checkpoints", "logs"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / "value.safetensors").unlink(missing_ok=True)
-        elif names - _BEFORE_A_CHECKPOINT and (changed := differences(recorded or {}, config, _HARMLESS)):
-            raise RunError(
-                f"{self.folder} holds a training with other settings: {'; '.join(changed)}. "
-                "Choose another --output, or remove the old one with --overwrite true"
-            )
-        write_config(self.folder, config)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.folder / "checkpoints" / "last.ckpt"

@@ -1,10 +1,13 @@
-"""The argument parser of all commands: names of the registry, defaults of each class, and errors in one line."""
+"""The argument parser of all commands: shipped configurations and classes by name, and errors in one line."""
 
+import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -12,14 +15,18 @@ import jsonargparse._typehints as typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from svdd import UserError, missing_methods, nearest
-from svdd.commands.configs import with_shipped_configs
-from svdd.commands.registry import KINDS, import_all, names_of
+from svdd import UserError, did_you_mean, missing_methods
+from svdd.commands.registry import KINDS, catalogue, import_all
 
-__all__ = ["Parser", "as_user_errors", "explain"]
+__all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
 
+_CARRY_OVER = "discard_init_args_on_class_path_change"
 _NOISE = re.compile(
     r"Expected a <class 'NoneType'>|Expected a path but |Does not validate against|Given value|^\s*(Subtypes|Errors):"
+)
+_HIDDEN_WARNINGS = (  # of libraries, on which a user cannot act
+    r"isinstance.treespec, LeafSpec|have many workers|ranks is zero|LightningCLI's args parameter|"
+    r"Cannot enable progress bars|module\(s\) in eval mode|smaller than the logging interval|exists and is not empty"
 )
 
 
@@ -28,16 +35,56 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         import_all()
-        _forget_arguments_on_class_change()
+        warnings.filterwarnings("ignore", message=f".*({_HIDDEN_WARNINGS})")
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        if not sys.stderr.isatty():  # no progress bars in log files, also none of huggingface_hub
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
+        if not hasattr(typehints, _CARRY_OVER):
+            found = f"jsonargparse {jsonargparse.__version__} lacks {_CARRY_OVER}, which svdd replaces"
+            raise ImportError(f"{found}; install a version that the requirements of svdd allow")
+        setattr(typehints, _CARRY_OVER, _discard_all)
         super().__init__(*args, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Parses a command line, on which `--config` may name a configuration that ships with svdd."""
-        return super().parse_args(with_shipped_configs(sys.argv[1:] if args is None else args), *rest, **kwargs)
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(explain(message))
+        """Raises UserError; jsonargparse's parser of one class has no command in its `prog`."""
+        program, _, command = self.prog.rpartition(" ")
+        raise UserError(explain(message, command if program else None))
+
+
+def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
+    """Discards all arguments of a class that another replaces: SMC must not keep SVDD's default of one particle."""
+    if previous and "init_args" in previous and previous["class_path"] != following["class_path"]:
+        previous["init_args"] = jsonargparse.Namespace()
+
+
+def with_shipped_configs(words: list[str]) -> list[str]:
+    """Replaces the names of shipped configurations on a command line by their paths; raises UserError if unknown.
+
+    A name has letters, digits, `_` and `-`, and may end in `.yaml`. A file of that name in the working directory wins.
+    """
+    found = list(words)
+    for k, word in enumerate(words):
+        if option := re.match("(-c|--config)=", word):
+            found[k] = option[0] + _find_config(word.removeprefix(option[0]))
+        elif k > 0 and words[k - 1] in ("-c", "--config"):
+            found[k] = _find_config(word)
+    return found
+
+
+def _find_config(name: str) -> str:
+    if not re.fullmatch(r"[\w-]+(\.yaml)?", name) or Path(name).is_file():
+        return name
+    wheel, source_tree = Path(__file__).parents[1] / "assets" / "configs", Path(__file__).parents[2] / "configs"
+    known = {path.stem: str(path) for path in sorted((wheel if wheel.is_dir() else source_tree).glob("*.yaml"))}
+    stem = name.removesuffix(".yaml")
+    if Path(f"{stem}.yaml").is_file():
+        return f"{stem}.yaml"
+    if stem not in known:
+        told = f"known: {', '.join(known)}{did_you_mean(name, known)}"
+        raise UserError(f"--config {name}: no such file or shipped configuration; {told}")
+    return known[stem]
 
 
 @contextmanager
@@ -51,29 +98,22 @@ def as_user_errors() -> Iterator[None]:
         raise UserError(explain(str(error))) from error
 
 
-def explain(message: str) -> str:
-    """Returns the part of a parser's message that names the setting, the value given and what was expected.
-
-    Args:
-        message: jsonargparse's message; for a class setting it is a tree of all types that were tried.
-    """
+def explain(message: str, command: str | None = None) -> str:
+    """Returns setting, value and what was expected, out of jsonargparse's message, a tree of all types it tried."""
     setting = re.match(r'\s*Parser key "([^"]+)":?\s*', message)
     key, rest = (f"{setting[1]}: ", message[setting.end() :]) if setting else ("", message)
     name = setting[1] if setting else "model.CLASS"
     if foreign := re.match(r"Subcommand '(\w+)' does not accept option '([^']+)'", message):
-        option = re.split(r"\.(?:class_path|init_args)\b", foreign[2])[0]
-        return (
-            f"`svdd {foreign[1]}` has no setting {option!r}, remove it; `svdd {foreign[1]} --help` lists all settings"
-        )
+        option, command = re.split(r"\.(?:class_path|init_args)\b", foreign[2])[0], foreign[1]
+        return f"`svdd {command}` has no setting {option!r}, remove it; `svdd {command} --help` lists all settings"
     if unknown := re.search(r"Expected a dot import path string: (\S+)", rest):
         return key + _unknown(name, unknown[1])
-    if " is abstract" in rest and (
-        path := re.search(r"(?:class, but|Given value: (?:{'class_path': ')?)\s*(\w+(?:\.\w+)+)", rest)
-    ):
-        module, _, cls = path[1].rpartition(".")
-        return f"{key}class {path[1]!r} cannot be used: {missing_methods(getattr(import_module(module), cls))}"
-    if option := re.search(r"Option '([^']+)' is not accepted", rest):
-        return f"{key}no argument {option[1]!r}; `svdd predict --{name}.help NAME` lists what class NAME takes"
+    given = re.search(r"(?:class, but|Given value: (?:{'class_path': ')?)\s*(\w+(?:\.\w+)+)", rest)
+    if given and " is abstract" in rest:
+        return f"{key}class {given[1]!r} cannot be used: {missing_methods(resolve_name(given[1]))}"
+    if argument := re.search(r"Option '([^']+)' is not accepted", rest):
+        told = f"{key}no argument {argument[1]!r}; `svdd {command} --{name}.help NAME` lists what class NAME takes"
+        return told if command else message  # which becomes part of the message about the command
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):
         return f"{key}class {path[1]!r} cannot be used: {path[2].strip()} (the working directory is searched for files)"
     if inner := re.search(r'Parser key "([^"]+)":?\s*(.*)', rest):
@@ -86,11 +126,10 @@ def _unknown(key: str, name: str) -> str:
     kind = key.rsplit(".", 1)[-1].removeprefix("eval_").rstrip("s")
     if kind not in KINDS:
         return f"{name!r} is not a class path such as package.module.Class"
-    known = names_of(kind)
+    known = [entry.name for entry in catalogue() if entry.kind == kind]
     if name in known:
         return f"{kind} {name!r} cannot be used here: `svdd fit` trains a learned value, such as LatentConvValue"
-    near = nearest(name, known)
-    hint = f"; did you mean {near!r}?" if near else ""
+    hint = did_you_mean(name, known)
     return f"unknown {kind} {name!r}; known: {', '.join(known)}{hint} (a class of your own: my_file.MyClass)"
 
 
@@ -98,23 +137,3 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", lambda match: "one of " + match[1].replace("'", ""), text)
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
     return " ".join(text.replace("Expected a ", "expected ").replace(". Got value:", ", got").split())
-
-
-def _forget_arguments_on_class_change() -> None:
-    """Makes jsonargparse discard all arguments of a class that another class replaces.
-
-    It would carry over those that both classes have, defaults included: `--model.sampler SMC` over a configuration with
-    SVDD would give SMC SVDD's `num_particles: 1`, which guides nothing. No option turns this off.
-    """
-    name = "discard_init_args_on_class_path_change"
-    if not hasattr(typehints, name):
-        raise ImportError(
-            f"jsonargparse {jsonargparse.__version__} lacks {name}, which svdd replaces; install a version that the "
-            "requirements of svdd allow"
-        )
-    setattr(typehints, name, _discard_all)
-
-
-def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
-    if previous and "init_args" in previous and previous["class_path"] != following["class_path"]:
-        previous["init_args"] = jsonargparse.Namespace()

@@ -6,11 +6,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
+from tqdm import tqdm
 
 from svdd import Incomplete, UserError
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
-from svdd.commands.progress import StepProgress
+from svdd.commands.score import print_measurements
 from svdd.evaluation.baseline import against, over_optimised, warning
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
@@ -21,52 +22,37 @@ from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
 from svdd.values.weights import weights_file
 
-__all__ = ["PredictCLI"]
+__all__ = ["PredictCLI", "StepProgress"]
 
 
 class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
 
-    builds = (GuidedDiffusion, PromptDataModule, L.Trainer)
-
-    writer: RunWriter
-    finished: set[int]
-    evaluation: Evaluation
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Prediction; what it returns is on disk, not in memory."""
-        return {"predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"}}
+    command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(Evaluation, "evaluation")
-        parser.add_argument(
-            "--tar", type=bool, default=False, help="Write images into tar shards (WebDataset) instead of PNG files."
-        )
-        parser.add_argument(
-            "--patience",
-            type=float,
-            default=3600.0,
-            help="Seconds that a process which is through waits for others while none of them finishes a batch.",
-        )
+        patience = "Seconds to wait for other processes, once done, while none of them finishes a batch."
+        parser.add_argument("--tar", type=bool, default=False, help="Write WebDataset tar shards instead of PNG files.")
+        parser.add_argument("--patience", type=float, default=3600.0, help=patience)
 
     def before_instantiate_classes(self) -> None:
         """Checks prompts and run folder, which is fast, before weights are loaded, which is slow."""
-        config = self.config["predict"]
         with as_user_errors():
-            self.stop = StopOnSignal(self.group, config.patience)
-            prompts = PromptDataModule(**config.data.as_dict())
-            self.evaluation = Evaluation(**config.evaluation.as_dict())
+            self.stop = StopOnSignal(self.group, self.settings.patience)
+            prompts = PromptDataModule(**self.settings.data.as_dict())
+            self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             self.evaluation.check()
-        digest, num_prompts = prompts.digest, prompts.num_prompts
+            plain = self.resolved()
+            plain["data"]["prompts_sha256"] = prompts.digest
+            arguments = (plain["model"].get("value") or {}).get("init_args", {})
+            if arguments.get("pretrained") and (file := weights_file(str(arguments["pretrained"]))).is_file():
+                plain["value_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
+            self.writer = RunWriter(output, plain, overwrite, prompts.num_prompts, tar)
         prompts.teardown("predict")
-        plain = self.resolved()
-        plain["data"]["prompts_sha256"] = digest
-        with as_user_errors():
-            plain |= _value_digest(plain["model"].get("value"))
-            self.writer = RunWriter(config.output, plain, config.overwrite, num_prompts, config.tar)
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
 
@@ -76,11 +62,12 @@ class PredictCLI(ModelCLI):
         if self.model.sampler.needs_gradient:
             kwargs["inference_mode"] = False
         trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
-        trainer.callbacks += [self.writer, *([StepProgress()] if wanted and sys.stderr.isatty() else []), self.stop]
+        shown = wanted and sys.stderr.isatty() and trainer.is_global_zero
+        trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.stop]
         return trainer
 
     def before_predict(self) -> None:
-        """Leaves out what the folder already holds, and says what a budget came to."""
+        """Leaves out what the folder already holds, and prints what a budget chose."""
         if self.trainer.is_global_zero and self.model.budget is not None:
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
@@ -89,63 +76,70 @@ class PredictCLI(ModelCLI):
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
-        """Says where the images are and how they score.
-
-        Raises:
-            UserError: If there is no image.
-            Incomplete: If prompts have failed; everything else is done by then.
-        """
-        summary = self.model.summary
-        if self.trainer.is_global_zero and summary:
-            failed = self.writer.failed_prompts
-            if failed:
-                where = f"see {self.writer.folder.failures}; the same command tries them again"
-                print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
-            if failed and not summary["rewards"][summary["guide"]]["count"]:
+        """Prints where the images are and how they score; raises Incomplete at the end if prompts have failed."""
+        summary, failed = self.model.summary, self.writer.failed_prompts
+        if not self.trainer.is_global_zero or not summary:
+            return
+        count = summary["rewards"][summary["guide"]]["count"]
+        if failed:
+            where = f"see {self.writer.folder.failures}; the same command tries them again"
+            print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
+            if not count:
                 raise UserError("no prompt could be drawn, so no picture was made")
-            guide = summary["rewards"][summary["guide"]]
-            print(f"{guide['count']:.0f} images in {self.writer.folder.path}/images")
-            for name, entry in summary["rewards"].items():
-                by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
-                print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
-            print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
-            self._evaluate(summary)
-            if failed:
-                raise Incomplete(3)
+        print(f"{count:.0f} images in {self.writer.folder.path}/images")
+        for name, entry in summary["rewards"].items():
+            by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
+            print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
+        print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+        self._evaluate(summary)
+        if failed:
+            raise Incomplete(3)
 
     def _evaluate(self, summary: dict[str, Any]) -> None:
-        """Measures the finished pictures, adds what was found to the summary, and warns of over-optimisation."""
+        """Measures the finished pictures, adds what was found to the summary file, and warns of over-optimisation."""
         folder, baseline = self.writer.folder, self.evaluation.baseline
         found = self.evaluation.measure(find_pictures(folder.path), self.trainer.strategy.root_device)
         if baseline is not None:
             comparison = against(folder.path, baseline)
             better = {name: reward.higher_is_better for name, reward in self.model.rewards.items()}
             fallen = over_optimised(comparison, summary["guide"], better)
-            found |= {"baseline": {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}}
+            found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
-                interval = f"[{entry['ci95_low']:+.3g}, {entry['ci95_high']:+.3g}]"
-                print(f"{name} - {baseline}: {entry['difference']:+.3g} {interval}")
+                line = "{difference:+.3g} [{ci95_low:+.3g}, {ci95_high:+.3g}]".format_map(entry)
+                print(f"{name} - {baseline}: {line}")
             if fallen:
                 print(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", file=sys.stderr)
         if found:
-            summary |= found
             folder.amend_summary(found)
-            for name, value in found.get("diversity", {}).items():
-                print(f"diversity, {name}: {'-' if value is None else format(value, '.4g')}")
-            for name, value in found.get("distances", {}).items():
-                print(f"{name}: {value}")
+            print_measurements(found)
         report(self.trainer.loggers, found, folder.path)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
 
 
-def _value_digest(value: Any) -> dict[str, str]:
-    """Returns the SHA-256 of a learned value's weights, which belongs to the settings of a run as well as their name.
+class StepProgress(L.Callback):
+    """A progress bar: the prompts of this process, the current step and the mean value there."""
 
-    Args:
-        value: The settings of the value, as the configuration has them.
-    """
-    pretrained = value.get("init_args", {}).get("pretrained") if isinstance(value, dict) else None
-    path = weights_file(str(pretrained))
-    return {"value_sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if pretrained and path.is_file() else {}
+    _bar, _mean = tqdm(disable=True), ""  # until the prediction starts
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Opens the bar and registers for the steps of the module."""
+        prompts = getattr(trainer.predict_dataloaders.dataset, "num_prompts", None)  # of this process; None: unknown
+        self._bar, self._num_steps = tqdm(total=prompts, desc="prompts"), pl_module.diffusion.num_inference_steps
+        pl_module.on_step = self._show_step
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *indices: int) -> None:
+        """Advances the bar."""
+        self._bar.update(len(batch))
+
+    def on_predict_end(self, trainer: Any, pl_module: Any, exception: BaseException | None = None) -> None:
+        """Closes the bar, so that it does not overwrite what is printed next."""
+        self._bar.close()
+
+    on_exception = on_predict_end
+
+    def _show_step(self, i: int, value: float | None) -> None:
+        if value is not None:
+            self._mean = f", mean value {value:.4g}"
+        self._bar.set_postfix_str(f"step {i} of {self._num_steps}{self._mean}")

@@ -1,23 +1,18 @@
-"""The classes that can be selected by name, and `svdd list`.
-
-Every imported concrete subclass of `Diffusion`, `Sampler`, `Value` and `Reward` is selectable by its class name: the
-built-in ones, those of plug-ins, and a user's own.
-"""
+"""The classes that can be selected by name, built-in ones, those of plug-ins and a user's own, and `svdd list`."""
 
 import ast
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import NamedTuple
 
 from svdd import UserError
 
-__all__ = ["KINDS", "Entry", "catalogue", "import_all", "names_of", "show"]
+__all__ = ["KINDS", "Entry", "catalogue", "import_all", "show"]
 
-PLUGIN_GROUP = "svdd.plugins"
 KINDS = {  # kind: (package of the built-ins, base class)
     "diffusion": ("svdd.diffusion", "Diffusion"),
     "sampler": ("svdd.samplers", "Sampler"),
@@ -26,8 +21,7 @@ KINDS = {  # kind: (package of the built-ins, base class)
 }
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One selectable class: a key of `KINDS`, its name, the first line of its docstring, and its top-level package."""
 
     kind: str
@@ -37,86 +31,62 @@ class Entry:
 
 
 def import_all() -> None:
-    """Imports every built-in module and every plug-in; a plug-in that fails to import warns and is skipped."""
+    """Imports every built-in class and every plug-in; a plug-in that fails to import warns and is skipped."""
     for package, _ in KINDS.values():
-        for path in _modules(package):
-            import_module(f"{package}.{path.stem}")
-    for plugin in entry_points(group=PLUGIN_GROUP):
+        folder = import_module(package)
+        for name in folder.__all__:
+            getattr(folder, name)  # imported on first use
+    for plugin in entry_points(group="svdd.plugins"):
         try:
             plugin.load()
         except Exception as error:  # a third-party package can raise anything, and must not stop the others
             source = plugin.dist.name if plugin.dist else plugin.value
-            warnings.warn(
-                f"plug-in {plugin.name!r} of {source} was skipped: {type(error).__name__}: {error}", stacklevel=2
-            )
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"plug-in {plugin.name!r} of {source} was skipped: {reason}", stacklevel=2)
 
 
 def catalogue() -> list[Entry]:
     """Returns all selectable classes, by kind and name; built-in ones are read from their source, not imported."""
-    entries = [entry for kind, (package, base) in KINDS.items() for entry in _read_sources(kind, package, base)]
-    if entry_points(group=PLUGIN_GROUP):
+    entries = {entry for kind in KINDS for entry in _read_sources(kind)}
+    if entry_points(group="svdd.plugins"):
         import_all()
-        known = {(entry.kind, entry.name) for entry in entries}
-        entries += [entry for entry in _imported() if (entry.kind, entry.name) not in known]
-    return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry.name))
+        entries |= {entry for kind in KINDS for entry in _read_imported(kind)}
+    return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry))
 
 
-def show(words: Sequence[str]) -> None:
-    """Runs `svdd list`.
-
-    Args:
-        words: The kinds to list; all by default.
-
-    Raises:
-        UserError: If a kind is unknown.
-    """
-    if unknown := [word for word in words if word not in KINDS]:
+def show(kinds: list[str]) -> None:
+    """Runs `svdd list` for the given kinds, by default for all; raises UserError if one is unknown."""
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
-    entries = [entry for entry in catalogue() if not words or entry.kind in words]
+    entries = [entry for entry in catalogue() if not kinds or entry.kind in kinds]
     width = max(len(entry.name) for entry in entries)
-    for kind in words or KINDS:
+    for kind in kinds or KINDS:
         print(f"{kind}:")
-        for entry in entries:
-            if entry.kind == kind:
-                source = "" if entry.package == "svdd" else f"  [{entry.package}]"
-                print(f"  {entry.name:<{width}}  {entry.description}{source}")
+        for name, description, package in (entry[1:] for entry in entries if entry.kind == kind):
+            print(f"  {name:<{width}}  {description}{'' if package == 'svdd' else f'  [{package}]'}")
 
 
-def names_of(kind: str) -> list[str]:
-    """Returns the names that select a class of this kind."""
-    return [entry.name for entry in catalogue() if entry.kind == kind]
-
-
-def _modules(package: str) -> list[Path]:
-    folder = Path(__file__).parents[1] / package.split(".")[1]
-    return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))
-
-
-def _read_sources(kind: str, package: str, base: str) -> Iterator[Entry]:
-    """Yields the concrete classes below `base`, however far, in the files of a package."""
-    nodes = [node for path in _modules(package) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+def _read_sources(kind: str) -> Iterator[Entry]:
+    """Yields the concrete built-in classes below the base class of this kind, however far."""
+    package, base = KINDS[kind]
+    paths = (Path(__file__).parents[1] / package.split(".")[1]).glob("[!_]*.py")
+    nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     parents = {name: {b.id for b in node.bases if isinstance(b, ast.Name)} for name, node in classes.items()}
     known = {base}
     while below := {name for name, above in parents.items() if above & known} - known:
         known |= below
     for name in known - {base}:
-        methods = [part for part in classes[name].body if isinstance(part, ast.FunctionDef)]
-        abstract = any("abstractmethod" in ast.dump(mark) for part in methods for mark in part.decorator_list)
-        if not name.startswith("_") and not abstract:
-            yield Entry(kind, name, _first_line(ast.get_docstring(classes[name])), "svdd")
+        if not name.startswith("_") and "abstractmethod" not in ast.unparse(classes[name]):
+            yield Entry(kind, name, (ast.get_docstring(classes[name]) or "").partition("\n")[0], "svdd")
 
 
-def _imported() -> Iterator[Entry]:
-    for kind, (package, base) in KINDS.items():
-        waiting = [getattr(import_module(f"{package}.base"), base)]
-        while waiting:
-            subclasses = waiting.pop().__subclasses__()
-            waiting += subclasses
-            for found in subclasses:
-                if not inspect.isabstract(found) and not found.__name__.startswith("_"):
-                    yield Entry(kind, found.__name__, _first_line(found.__doc__), found.__module__.split(".")[0])
-
-
-def _first_line(docstring: str | None) -> str:
-    return docstring.strip().splitlines()[0] if docstring else ""
+def _read_imported(kind: str) -> Iterator[Entry]:
+    """Yields the concrete subclasses of this kind that are imported."""
+    package, base = KINDS[kind]
+    classes = [getattr(import_module(f"{package}.base"), base)]
+    for known in classes:  # the list grows by the subclasses of each
+        classes += known.__subclasses__()
+        if not inspect.isabstract(known) and not known.__name__.startswith("_"):
+            description = (known.__doc__ or "").strip().partition("\n")[0]
+            yield Entry(kind, known.__name__, description, known.__module__.partition(".")[0])

@@ -14,45 +14,32 @@ __all__ = ["Denoised", "Diffusion"]
 
 
 class Denoised(NamedTuple):
-    """The result of one denoiser evaluation.
+    """The result of one denoiser evaluation."""
 
-    Args:
-        x0: Posterior mean E[x_0 | x_i], [n, c, h, w].
-        mean: Mean of the reverse kernel p(x_{i+1} | x_i), [n, c, h, w].
-    """
-
-    x0: Tensor
-    mean: Tensor
+    x0: Tensor  # posterior mean E[x_0 | x_i], [n, c, h, w]
+    mean: Tensor  # mean of the reverse kernel p(x_{i+1} | x_i), [n, c, h, w]
 
 
 class Diffusion(nn.Module, ABC):
     """The reverse chain of a pretrained model, from noise (step i = 0) to the latent of an image (i = T).
 
     The index i counts denoising steps, in the opposite direction to the paper's t. `x0` is always the clean latent.
-    A subclass encodes prompts, denoises and decodes, and sets `latent_shape`; `State.start` begins a chain.
 
     Args:
         num_inference_steps: T, the number of denoising steps.
         chunk_size: Rows that the network, the decoder or a reward processes at once, or `auto`.
-
-    Raises:
-        ValueError: If `num_inference_steps` is below 1.
-
-    Attributes:
-        latent_shape: Shape of one latent, (c, h, w).
-        guidance_scale: Weight of classifier-free guidance; None if the family has none.
     """
 
-    latent_shape: tuple[int, ...]
-    guidance_scale: float | None = None
+    latent_shape: tuple[int, ...]  # of one latent, (c, h, w); set by the subclass
+    guidance_scale: float | None = None  # weight of classifier-free guidance; None if the family has none
+    prompt_features_size: int = 0  # width of `prompt_features`; 0 if there are none
     anchor: Tensor
 
     def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
         super().__init__()
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
-        self.num_inference_steps = num_inference_steps
-        self.chunker = Chunker(chunk_size)
+        self.num_inference_steps, self.chunker = num_inference_steps, Chunker(chunk_size)
         # A buffer follows the module to its device and precision.
         self.register_buffer("anchor", torch.zeros((), dtype=torch.float32), persistent=False)
 
@@ -67,34 +54,19 @@ class Diffusion(nn.Module, ABC):
         return self.anchor.device
 
     @property
-    def network_rows_per_row(self) -> int:
-        """Network evaluations per denoiser row: 2 with classifier-free guidance."""
-        return 1
+    def stochastic(self) -> bool:
+        """Whether any step draws noise; otherwise all candidates of a parent are the same."""
+        return any(self.std(i) > 0 for i in range(self.num_inference_steps))
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that a value learned on this chain depends on, as numbers and strings."""
-        return {
-            "diffusion": type(self).__name__,
-            "num_inference_steps": self.num_inference_steps,
-            "latent_shape": list(self.latent_shape),
-        }
-
-    @property
-    def prompt_features_size(self) -> int:
-        """Width of `prompt_features`; 0 if there are none."""
-        return 0
-
-    def prompt_features(self, conditioning: Any) -> Tensor | None:
-        """Returns one vector per prompt of the conditioning, for learned values, [p, d], or None."""
-        return None
+        own = {"diffusion": type(self).__name__, "num_inference_steps": self.num_inference_steps}
+        return own | {"latent_shape": list(self.latent_shape)}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
-        """Returns the conditioning of distinct pairs of prompt and negative prompt (None means the model's default).
-
-        Only this class reads the result.
-        """
+        """Returns the conditioning of distinct pairs of prompt and negative prompt (None: the model's default)."""
 
     @abstractmethod
     def initial(self, noise: Tensor) -> Tensor:
@@ -102,14 +74,7 @@ class Diffusion(nn.Module, ABC):
 
     @abstractmethod
     def denoise(self, x: Tensor, i: int, conditioning: Any, row: Tensor) -> Denoised:
-        """Evaluates the network.
-
-        Args:
-            x: Latents at step i, [n, c, h, w].
-            i: Step index, 0 .. T - 1.
-            conditioning: The result of `encode`.
-            row: Index of each latent's prompt in the conditioning, int64 [n].
-        """
+        """Evaluates the network on x, [n, c, h, w], at step i < T; `row`, int64 [n], indexes the encoded prompts."""
 
     @abstractmethod
     def std(self, i: int) -> float:
@@ -119,38 +84,22 @@ class Diffusion(nn.Module, ABC):
     def decode(self, x0: Tensor) -> Tensor:
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
 
-    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """Moves latents x at step i, with posterior means x0, to step i + 1 without noise (DDIM with eta = 0).
+    def network_rows(self, guidance_scale: float | None) -> int:
+        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
+        return 2 if guidance_scale is not None and guidance_scale > 1 else 1
 
-        Raises:
-            UserError: If the family does not implement it.
-        """
+    def prompt_features(self, conditioning: Any) -> Tensor | None:
+        """Returns one vector per prompt of the conditioning, for learned values, [p, d], or None."""
+        return None
+
+    def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
+        """Moves latents x at step i, with posterior means x0, to step i + 1 without noise (DDIM with eta = 0)."""
         raise UserError(f"{type(self).__name__} has no deterministic step, which Lookahead needs: implement `flow`")
 
     def preview(self, x: Tensor, i: int, conditioning: Any, row: Tensor, guidance_scale: float) -> Tensor:
-        """Returns x0 at another weight of classifier-free guidance, [n, c, h, w]; arguments as in `denoise`.
-
-        Raises:
-            UserError: If the family has no such guidance.
-        """
+        """Returns x0 at another weight of classifier-free guidance, [n, c, h, w]; arguments as in `denoise`."""
         raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")
 
-    def preview_network_rows(self, guidance_scale: float) -> int:
-        """Returns the network evaluations per preview: 2 if that scale needs the unconditional half."""
-        return 2 if guidance_scale > 1 else 1
-
     def load_decoder(self, name: str) -> nn.Module:
-        """Returns a decoder for previews, from latents [n, c, h, w] to images float32 [n, 3, H, W] in [0, 1].
-
-        Args:
-            name: `tiny` for the small decoder of this model, a folder, or a hub name.
-
-        Raises:
-            UserError: If there is none, or it does not fit.
-        """
+        """Returns another decoder, for previews: `tiny` for the small one of this model, a folder, or a hub name."""
         raise UserError(f"{type(self).__name__} has no other decoder than its own, got decoder={name!r}")
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether any step draws noise; otherwise all candidates of a parent are the same."""
-        return any(self.std(i) > 0 for i in range(self.num_inference_steps))

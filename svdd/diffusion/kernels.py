@@ -1,8 +1,7 @@
 """The reverse step of a scheduler as a Gaussian kernel N(mean, std^2 I).
 
 Schedulers return samples, not means. These classes repeat their arithmetic in the same order, so a draw from the kernel
-equals `scheduler.step` bit for bit in float32. Only one-step solvers have such a kernel: a multistep solver (PNDM,
-DPM-Solver++ 2M, UniPC, ...) is not Markov in x.
+equals `scheduler.step` bit for bit in float32. Multistep solvers (PNDM, UniPC, ...) are not Markov and have no kernel.
 """
 
 from abc import ABC, abstractmethod
@@ -13,32 +12,27 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
-from svdd import nearest
+from svdd import did_you_mean
 from svdd.diffusion.base import Denoised
 
 __all__ = ["KERNELS", "DDIMKernel", "DDPMKernel", "EulerAncestralKernel", "Kernel", "find_kernel", "make_kernel"]
 
-_NEGLIGIBLE_STD = 1e-8
-
 
 class Kernel(ABC):
-    """The T steps of one scheduler.
+    """The T steps of one scheduler; ValueError if its configuration has no Gaussian kernel.
 
     Args:
         config: A diffusers scheduler configuration, of any scheduler of the same training noise.
         num_inference_steps: T.
         eta: Fraction of the DDPM noise that each step adds; only DDIM uses it.
-
-    Raises:
-        ValueError: If the configuration has no Gaussian kernel.
     """
 
     scheduler_class: ClassVar[Any]
     allowed: ClassVar[dict[str, tuple[str, ...]]]  # values of the configuration that the kernel implements
 
-    def __init__(self, config: dict[str, Any], num_inference_steps: int, eta: float) -> None:
-        self.scheduler = self.scheduler_class.from_config(config)
-        self.config = self.scheduler.config
+    def __init__(self, config: Mapping[str, Any], num_inference_steps: int, eta: float) -> None:
+        self.scheduler = self.scheduler_class.from_config(dict(config))
+        self.config, self.eta = self.scheduler.config, eta
         if self.config.get("thresholding"):
             raise ValueError("a scheduler with thresholding=true has no Gaussian kernel; set it to false in its config")
         for name, known in self.allowed.items():
@@ -46,8 +40,6 @@ class Kernel(ABC):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {self.config[name]!r}")
         self.scheduler.set_timesteps(num_inference_steps)
         self.timesteps: Tensor = self.scheduler.timesteps
-        self.eta = eta
-        self.stds = [self._std(i) for i in range(len(self.timesteps))]
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales standard normal noise to x at i = 0."""
@@ -63,10 +55,10 @@ class Kernel(ABC):
 
     def std(self, i: int) -> float:
         """Returns the standard deviation of step i."""
-        return self.stds[i]
+        return float(self._std(i))
 
     @abstractmethod
-    def _std(self, i: int) -> float: ...
+    def _std(self, i: int) -> Tensor | float: ...
 
     @abstractmethod
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -74,23 +66,21 @@ class Kernel(ABC):
 
 
 class _AlphaKernel(Kernel):
-    """A kernel in the variance-preserving coordinates of DDPM: x_t = sqrt(a) x_0 + sqrt(1 - a) noise."""
+    """A kernel in DDPM's coordinates x = sqrt(a) x_0 + sqrt(1 - a) noise; a' is the next step's a."""
 
     allowed: ClassVar = {"prediction_type": ("epsilon", "v_prediction", "sample")}
 
     @abstractmethod
     def _alphas(self, i: int) -> tuple[Tensor, Tensor]:
-        """Returns the cumulative signal variance a before and after step i."""
+        """Returns a and a'."""
 
     def _split(self, x: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the predicted x_0 and the predicted noise."""
-        beta = 1 - alpha
-        kind = self.config.prediction_type
+        beta, kind = 1 - alpha, self.config.prediction_type
         if kind == "epsilon":
             x0, epsilon = (x - beta**0.5 * output) / alpha**0.5, output
         elif kind == "v_prediction":
-            x0 = alpha**0.5 * x - beta**0.5 * output
-            epsilon = alpha**0.5 * output + beta**0.5 * x
+            x0, epsilon = alpha**0.5 * x - beta**0.5 * output, alpha**0.5 * output + beta**0.5 * x
         else:  # "sample"
             x0, epsilon = output, (x - alpha**0.5 * output) / beta**0.5
         if self.config.get("clip_sample"):
@@ -110,25 +100,19 @@ class DDIMKernel(_AlphaKernel):
     scheduler_class = DDIMScheduler
 
     def _alphas(self, i: int) -> tuple[Tensor, Tensor]:
-        t = int(self.timesteps[i])
+        t, table = int(self.timesteps[i]), self.scheduler.alphas_cumprod
         previous = t - self.config.num_train_timesteps // self.scheduler.num_inference_steps
-        table = self.scheduler.alphas_cumprod
         return table[t], table[previous] if previous >= 0 else self.scheduler.final_alpha_cumprod
 
     def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """Mean = sqrt(a') x0 + sqrt(1 - a' - std^2) epsilon."""
         alpha, alpha_next = self._alphas(i)
         x0, epsilon = self._split(x, output, alpha)
-        std = self.eta * self._variance(i) ** 0.5
-        direction = (1 - alpha_next - std**2) ** 0.5 * epsilon
-        return Denoised(x0, alpha_next**0.5 * x0 + direction)
+        return Denoised(x0, alpha_next**0.5 * x0 + (1 - alpha_next - self._std(i) ** 2) ** 0.5 * epsilon)
 
-    def _std(self, i: int) -> float:
-        return float(self.eta * self._variance(i) ** 0.5)
-
-    def _variance(self, i: int) -> Tensor:
+    def _std(self, i: int) -> Tensor:
         alpha, alpha_next = self._alphas(i)
-        return ((1 - alpha_next) / (1 - alpha)) * (1 - alpha / alpha_next)
+        return self.eta * (((1 - alpha_next) / (1 - alpha)) * (1 - alpha / alpha_next)) ** 0.5
 
 
 class DDPMKernel(_AlphaKernel):
@@ -138,12 +122,11 @@ class DDPMKernel(_AlphaKernel):
     allowed: ClassVar = _AlphaKernel.allowed | {"variance_type": ("fixed_small", "fixed_large")}
 
     def _alphas(self, i: int) -> tuple[Tensor, Tensor]:
-        table = self.scheduler.alphas_cumprod
-        last = i + 1 == len(self.timesteps)
-        return table[int(self.timesteps[i])], self.scheduler.one if last else table[int(self.timesteps[i + 1])]
+        alphas = self.scheduler.alphas_cumprod[self.timesteps]
+        return alphas[i], alphas[i + 1] if i + 1 < len(alphas) else self.scheduler.one
 
     def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
-        """The posterior mean of q(x_next | x, x0) at the predicted x0."""
+        """Mean = that of q(x_next | x, x0) at the predicted x0."""
         alpha, alpha_next = self._alphas(i)
         x0, _ = self._split(x, output, alpha)
         step_alpha = alpha / alpha_next
@@ -152,18 +135,16 @@ class DDPMKernel(_AlphaKernel):
         return Denoised(x0, weight_x0 * x0 + weight_x * x)
 
     def _std(self, i: int) -> float:
-        if int(self.timesteps[i]) == 0:
-            return 0.0
         alpha, alpha_next = self._alphas(i)
         variance = 1 - alpha / alpha_next
         if self.config.variance_type == "fixed_small":
             variance = (1 - alpha_next) / (1 - alpha) * variance
         std = float(variance**0.5)
-        return std if std > _NEGLIGIBLE_STD else 0.0
+        return std if std > 1e-8 and int(self.timesteps[i]) else 0.0  # the scheduler clamps zero to 1e-10
 
 
 class EulerAncestralKernel(Kernel):
-    """Ancestral sampling with Euler steps in variance-exploding coordinates: x = x_0 + sigma noise (k-diffusion)."""
+    """Ancestral sampling with Euler steps (k-diffusion) in the coordinates x = x_0 + sigma noise."""
 
     scheduler_class = EulerAncestralDiscreteScheduler
     allowed: ClassVar = {"prediction_type": ("epsilon", "v_prediction")}
@@ -173,49 +154,39 @@ class EulerAncestralKernel(Kernel):
         return x / ((self.scheduler.sigmas[i] ** 2 + 1) ** 0.5)
 
     def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
-        """Mean = x + (sigma_down - sigma) (x - x0) / sigma."""
-        sigma, kind = self.scheduler.sigmas[i], self.config.prediction_type
+        """Mean = x + (sigma_down - sigma) (x - x0) / sigma, where sigma_down^2 = sigma'^2 - std^2."""
+        sigma, sigma_next = self.scheduler.sigmas[i : i + 2]
         wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
-        if kind == "epsilon":
+        if self.config.prediction_type == "epsilon":
             x0 = wide - sigma * output
         else:
             x0 = output * (-sigma / (sigma**2 + 1) ** 0.5) + (wide / (sigma**2 + 1))
-        derivative = (wide - x0) / sigma
-        sigma_next, up = self.scheduler.sigmas[i + 1], self._up(i)
-        down = (sigma_next**2 - up**2) ** 0.5
-        return Denoised(x0.to(x.dtype), (wide + derivative * (down - sigma)).to(x.dtype))
-
-    def _std(self, i: int) -> float:
-        return float(self._up(i))
+        down = (sigma_next**2 - self._std(i) ** 2) ** 0.5
+        return Denoised(x0.to(x.dtype), (wide + (wide - x0) / sigma * (down - sigma)).to(x.dtype))
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
         """Returns x0 + (sigma' / sigma) (x - x0)."""
         ratio = self.scheduler.sigmas[i + 1] / self.scheduler.sigmas[i]
         return (x0 + ratio * (x - x0)).to(x.dtype)
 
-    def _up(self, i: int) -> Tensor:
-        sigma, sigma_next = self.scheduler.sigmas[i], self.scheduler.sigmas[i + 1]
+    def _std(self, i: int) -> Tensor:
+        sigma, sigma_next = self.scheduler.sigmas[i : i + 2]
         return (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
 
 
 KERNELS: dict[str, type[Kernel]] = {"ddim": DDIMKernel, "ddpm": DDPMKernel, "euler_ancestral": EulerAncestralKernel}
 
 
-def find_kernel(name: str, known: Mapping[str, type[Kernel]]) -> type[Kernel]:
+def find_kernel(name: str, known: Mapping[str, type[Kernel]] = KERNELS) -> type[Kernel]:
     """Returns the kernel class of a scheduler; raises ValueError if there is none."""
-    if name not in known:
-        near = nearest(name, list(known))
-        raise ValueError(
-            f"scheduler {name!r} has no Gaussian one-step kernel here (multistep solvers are not Markov); known: "
-            f"{', '.join(known)}" + (f"; did you mean {near!r}?" if near else "")
-        )
-    return known[name]
+    if name in known:
+        return known[name]
+    raise ValueError(
+        f"scheduler {name!r} has no Gaussian one-step kernel here (multistep solvers are not Markov); known: "
+        f"{', '.join(known)}{did_you_mean(name, known)}"
+    )
 
 
-def make_kernel(name: str, config: dict[str, Any], num_inference_steps: int, eta: float) -> Kernel:
-    """Builds one of `KERNELS` from the scheduler configuration that a model was saved with.
-
-    Raises:
-        ValueError: If the scheduler or the configuration has no Gaussian one-step kernel.
-    """
-    return find_kernel(name, KERNELS)(dict(config), num_inference_steps, eta)
+def make_kernel(name: str, config: Mapping[str, Any], num_inference_steps: int, eta: float) -> Kernel:
+    """Builds one of `KERNELS` from the configuration that a model was saved with; raises ValueError if it cannot."""
+    return find_kernel(name)(config, num_inference_steps, eta)

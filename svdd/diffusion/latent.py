@@ -1,8 +1,4 @@
-"""What all latent diffusion models saved by diffusers have in common.
-
-A family is one file with a subclass of `LatentDiffusion`. It names its pipeline, kernels and small decoder, and
-implements `encode_texts`, `network` and `decode`; the rest is inherited.
-"""
+"""What all latent diffusion models saved by diffusers have in common."""
 
 import math
 from abc import abstractmethod
@@ -16,10 +12,8 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.hub import ASSETS
 from svdd.diffusion.base import Denoised, Diffusion
-from svdd.diffusion.fingerprint import fingerprint
-from svdd.diffusion.kernels import Kernel, find_kernel
-from svdd.diffusion.pipelines import load_pipeline, warn_of_cuts
-from svdd.diffusion.tiny_decoder import TinyDecoder
+from svdd.diffusion.kernels import KERNELS, Kernel, find_kernel
+from svdd.diffusion.pipelines import TinyDecoder, fingerprint, load_pipeline, warn_of_cuts
 
 __all__ = ["Conditioning", "LatentDiffusion"]
 
@@ -29,9 +23,10 @@ Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # of prompts,
 class LatentDiffusion(Diffusion):
     """A pipeline of diffusers: autoencoder, text encoders and network, as submodules under the pipeline's names.
 
+    A subclass names its pipeline and small decoder, and implements `encode_texts`, `network` and `decode`.
+
     Args:
-        pretrained: `emoji` for the small model that ships with svdd, a folder, or a hub name such as
-            `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        pretrained: `emoji` (ships with svdd), a folder, or a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         num_inference_steps: T, the number of denoising steps.
         guidance_scale: Weight of classifier-free guidance; at 1 or less the unconditional half is not computed.
         eta: Noise of the DDIM steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
@@ -47,12 +42,11 @@ class LatentDiffusion(Diffusion):
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
-        UserError: If `pretrained` does not exist or is not a pipeline of this family.
-        ValueError: If an argument is out of range or the scheduler has no Gaussian kernel.
+        ValueError: If an argument is out of range, or a model cannot be loaded or is not of this family.
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
-    kernels: ClassVar[Mapping[str, type[Kernel]]]  # one for each name of a scheduler
+    kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
     tiny: ClassVar[str]  # hub name of the family's small decoder
     guidance_scale: float
@@ -83,13 +77,11 @@ class LatentDiffusion(Diffusion):
         self.pretrained, self.lora, self.scheduler = pretrained, lora, scheduler
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
         source = str(ASSETS / "emoji-sd") if pretrained == "emoji" else pretrained
-        local = local_files_only or source != pretrained
-        options = {"revision": revision, "variant": variant, "local_files_only": local}
-        pipeline = load_pipeline(self.pipeline, source, lora, **options)
-        parts: dict[str, Any] = {
-            name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)
-        }
-        names = [self.backbone, "vae", *sorted(name for name in parts if name.startswith("text_encoder"))]
+        local = {"local_files_only": local_files_only or pretrained == "emoji"}
+        pipeline = load_pipeline(self.pipeline, source, lora, revision=revision, variant=variant, **local)
+        parts = pipeline.components
+        encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
+        names = [self.backbone, "vae", *sorted(encoders)]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
         if lora is not None:
             pipeline.fuse_lora()
@@ -98,12 +90,14 @@ class LatentDiffusion(Diffusion):
         # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
         for name in names:
             self.add_module(name, parts[name].eval())
-        self.tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer")}
-        self.kernel = kernel(dict(pipeline.scheduler.config), num_inference_steps, eta)
-        native = parts[self.backbone].config.sample_size
-        rows, columns = (native, native) if isinstance(native, int) else native
-        factor = pipeline.vae_scale_factor
-        size = (_extent("height", height, factor, rows), _extent("width", width, factor, columns))
+        self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
+        self.kernel = kernel(pipeline.scheduler.config, num_inference_steps, eta)
+        factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
+        size = [native, native] if isinstance(native, int) else list(native)
+        for axis, (name, pixels) in enumerate({"height": height, "width": width}.items()):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
+            size[axis] = size[axis] if pixels is None else pixels // factor
         self.latent_shape = (pipeline.vae.config.latent_channels, *size)
         if compile:
             parts[self.backbone].compile()
@@ -111,42 +105,23 @@ class LatentDiffusion(Diffusion):
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Returns the network's text inputs (states, pooled embeddings, ...); each tensor has one row per text."""
+        """Returns the network's text inputs (states, pooled embeddings, ...) by name, one row per text in each."""
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
-        """Evaluates the network.
-
-        Args:
-            x: Latents, scaled by the kernel, [n, c, h, w].
-            t: Timestep, a scalar.
-            texts: The result of `encode_texts`, one row per latent.
-        """
-
-    @property
-    def network_rows_per_row(self) -> int:
-        """2 with classifier-free guidance, else 1."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Evaluates the network on scaled latents [n, c, h, w] at timestep t, a scalar, with one row of texts each."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """The model, by name without path and by weights, and the settings of its chain."""
-        return super().identity | {
-            "pretrained": Path(self.pretrained).name,
-            "lora": None if self.lora is None else Path(self.lora).name,
-            "weights": self.weights,
-            "scheduler": self.scheduler,
-            "guidance_scale": self.guidance_scale,
-            "negative_prompt": self.negative_prompt,
-            "eta": self.eta,
-        }
+        names = {"pretrained": Path(self.pretrained).name, "lora": None if self.lora is None else Path(self.lora).name}
+        settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
+        return super().identity | names | {name: getattr(self, name) for name in settings}
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
         """Returns the encoded prompts and negative prompts (None without guidance)."""
-        positive = self._encode(list(prompts))
-        if self.guidance_scale <= 1:
-            return positive, None
-        return positive, self._encode([self.negative_prompt if text is None else text for text in negative_prompts])
+        negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
+        return self._encode(list(prompts)), self._encode(negatives) if self.guidance_scale > 1 else None
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales noise to the scheduler's first level."""
@@ -158,11 +133,9 @@ class LatentDiffusion(Diffusion):
 
     def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
         """Returns x0 at another guidance scale; at 1 or less the unconditional half is not computed."""
-        if guidance_scale > 1 and conditioning[1] is None:
-            own = self.guidance_scale
-            raise UserError(
-                f"a preview at guidance_scale={guidance_scale} needs a model with guidance; its own scale is {own}"
-            )
+        if guidance_scale > 1 >= self.guidance_scale:
+            own = f"a model with guidance; its own scale is {self.guidance_scale}"
+            raise UserError(f"a preview at guidance_scale={guidance_scale} needs {own}")
         return self.kernel.predict(x, self._guided(x, i, conditioning, row, guidance_scale), i).x0
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -191,10 +164,3 @@ class LatentDiffusion(Diffusion):
         pairs = {name: torch.cat([negative[name][row], part[row]]) for name, part in positive.items()}
         unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def _extent(name: str, pixels: int | None, factor: int, native: int) -> int:
-    """Returns the latent positions of an image side, with `factor` pixels each."""
-    if pixels is not None and (pixels < factor or pixels % factor):
-        raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
-    return native if pixels is None else pixels // factor

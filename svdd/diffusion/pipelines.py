@@ -1,5 +1,6 @@
-"""Loads pipelines of diffusers from a folder or the hub, quietly, with one-line errors."""
+"""Loads pipelines and decoders of diffusers from a folder or the hub, quietly, with one-line errors."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -7,26 +8,19 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.hub import loading, locate
 
-__all__ = ["load_pipeline", "warn_of_cuts"]
-
-_MAX_TOKENS = 10_000
+__all__ = ["TinyDecoder", "fingerprint", "load_pipeline", "warn_of_cuts"]
 
 
 def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options: Any) -> Any:
     """Returns a pipeline in float32, without a safety checker, with its LoRA weights loaded but not fused.
 
-    Args:
-        class_name: The class of diffusers that the model must have been saved from.
-        pretrained: A folder or a hub name.
-        lora: A folder, file or hub name of LoRA weights, or None.
-        options: `revision`, `variant`, `local_files_only`.
-
-    Raises:
-        UserError: If the pipeline or the LoRA weights cannot be loaded, are incomplete, or belong to another class.
+    The options are `revision`, `variant` and `local_files_only`. UserError if the model or the LoRA weights cannot be
+    loaded, are incomplete, or belong to another class of pipeline.
     """
     import diffusers
 
@@ -43,7 +37,7 @@ def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options:
             source, safety_checker=None, feature_extractor=None, dtype=torch.float32, **options
         )
     # For missing files transformers builds an empty tokenizer without a length limit.
-    if any(part.model_max_length > _MAX_TOKENS for name, part in pipeline.components.items() if "tokenizer" in name):
+    if any(part.model_max_length > 10_000 for name, part in pipeline.components.items() if "tokenizer" in name):
         raise UserError(f"pretrained={pretrained!r} has no usable tokenizer: its files are missing or incomplete")
     if lora is not None:
         if find_spec("peft") is None:
@@ -53,6 +47,36 @@ def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options:
     return pipeline
 
 
+class TinyDecoder(nn.Module):
+    """The decoder of an AutoencoderTiny (TAESD) in a folder or on the hub; UserError if it does not fit the latents."""
+
+    def __init__(self, source: str, latent_channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        from diffusers import AutoencoderTiny
+
+        expected = "`tiny`, a folder written by AutoencoderTiny.save_pretrained, or a hub name: madebyollin/taesd"
+        with loading(f"decoder={source!r}"):
+            vae = AutoencoderTiny.from_pretrained(locate("decoder", source, "config.json", expected), torch_dtype=dtype)
+        if (found := vae.config.latent_channels) != latent_channels:
+            raise UserError(f"decoder={source!r} is for latents of {found} channels; this model has {latent_channels}")
+        self.decoder, self.scaling_factor = vae.decoder.eval(), float(vae.config.scaling_factor)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
+        images = self.decoder(x0.to(next(self.parameters()).dtype) / self.scaling_factor)
+        return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Returns a hash of some numbers of every parameter, in half precision, so a model's fp16 files have the same."""
+    found = hashlib.sha256()
+    for name, parameter in (pair for module in modules for pair in module.named_parameters()):
+        flat = parameter.detach().flatten()
+        few = flat[:: max(1, len(flat) // 16)]
+        found.update(name.encode() + few.to("cpu", torch.float16).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
 def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:
     """Warns of each text that is longer than the text encoder reads, and names the words that are cut off."""
     limit = tokenizer.model_max_length
@@ -60,12 +84,8 @@ def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:
         ids = tokenizer(text, truncation=False, verbose=False).input_ids
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1 : -1], skip_special_tokens=True).strip()
-            shown = text if len(text) <= 60 else text[:57] + "..."
-            warnings.warn(
-                f"a prompt has {len(ids)} tokens and the text encoder reads {limit}; cut off: {lost!r} "
-                f"(prompt: {shown!r})",
-                stacklevel=5,
-            )
+            where = f"cut off: {lost!r} (prompt: {text if len(text) <= 60 else text[:57] + '...'!r})"
+            warnings.warn(f"a prompt has {len(ids)} tokens and the text encoder reads {limit}; {where}", stacklevel=5)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from svdd.diffusion.kernels import KERNELS
 from svdd.diffusion.latent import Conditioning, LatentDiffusion
 
 __all__ = ["StableDiffusion"]
@@ -17,14 +16,13 @@ class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x: epsilon, v or sample prediction, with classifier-free guidance."""
 
     pipeline = "StableDiffusionPipeline"
-    kernels = KERNELS
     tiny = "madebyollin/taesd"
     unet: Any
     vae: Any
     text_encoder: Any
 
     @property
-    def prompt_features_size(self) -> int:
+    def prompt_features_size(self) -> int:  # type: ignore[override]
         """Width of the text encoder."""
         return int(self.text_encoder.config.hidden_size)
 
@@ -35,11 +33,9 @@ class StableDiffusion(LatentDiffusion):
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Returns `states`, the text encoder's output, [p, tokens, d]."""
         tokenizer, encoder = self.tokenizers["tokenizer"], self.text_encoder
-        limit = tokenizer.model_max_length
-        tokens = tokenizer(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        uses_mask = getattr(encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.device) if uses_mask else None
-        return {"states": encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]}
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        return {"states": encoder(tokens.input_ids, attention_mask=mask)[0]}
 
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
         """Evaluates the UNet."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.evaluation.baseline import sampler_of
 from svdd.evaluation.metrics import CMMD, Diversity
 from svdd.rewards.clip import CLIPScore
 from svdd.runs.folder import RunFolder
@@ -18,7 +17,6 @@ from svdd.runs.pictures import Picture, find_pictures, read_pictures
 __all__ = ["Evaluation"]
 
 Distance = Literal["cmmd", "kid", "fid"]
-_KID_SUBSET = 1000
 
 
 class Evaluation:
@@ -66,10 +64,11 @@ class Evaluation:
             UserError: If one of them is missing.
         """
         if self.baseline is not None:
-            if not RunFolder(self.baseline).results.is_file():
+            folder = RunFolder(self.baseline)
+            if not folder.results.is_file():
                 raise UserError(f"evaluation.baseline={str(self.baseline)!r} is no finished run: it has no result rows")
             find_pictures(self.baseline)
-            if (sampler := sampler_of(self.baseline)) != "Unguided":
+            if (sampler := folder.read_summary().get("sampler")) != "Unguided":
                 warnings.warn(
                     f"{self.baseline} is a run guided by {sampler}, so a gain over it is not the gain of guidance; "
                     "draw the baseline with --model.sampler Unguided",
@@ -83,10 +82,10 @@ class Evaluation:
 
     @torch.inference_mode()
     def measure(self, pictures: Sequence[Picture], device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Returns what the settings ask for: `diversity` and `distances`.
+        """Returns what the settings ask for: `diversity` and `distances`, with NaN as None.
 
         Args:
-            pictures: What is measured; those of one prompt have its index.
+            pictures: Those of one prompt have its index.
             device: Where the networks run.
 
         Raises:
@@ -102,35 +101,44 @@ class Evaluation:
             result["diversity"] = {name: _finite(value) for name, value in diversity.compute().items()}
         if self.distances:
             assert self.reference is not None
-            metrics = {name: self._distance(name, clip).to(device) for name in self.distances}
-            for compared, real in ((find_pictures(self.reference), True), (pictures, False)):
+            reference = find_pictures(self.reference)
+            subset = min(1000, len(pictures), len(reference))
+            metrics = {name: self._distance(name, clip, subset).to(device) for name in self.distances}
+            for compared, real in ((reference, True), (pictures, False)):
                 for _, images in read_pictures(compared, self.batch_size):
+                    shown = images.to(device)
                     for name, metric in metrics.items():
-                        shown = images.to(device)
                         metric.update(clip.image_features(shown) if clip and name == "cmmd" else shown, real=real)
-            values = {name: _value(metric) for name, metric in metrics.items()}
-            result["distances"] = {"reference": str(self.reference), **values}
+            result["distances"] = {"reference": str(self.reference)}
+            for name, metric in metrics.items():
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(0)  # KID draws its subsets from the global generator
+                    found = metric.compute()
+                if name == "kid":
+                    result["distances"][name] = {"mean": _finite(found[0]), "std": _finite(found[1])}
+                else:
+                    result["distances"][name] = _finite(found)
         return result
 
     def _read_clip(self, device: torch.device | str) -> CLIPScore | None:
-        if self.features is None:
-            return None
-        clip = CLIPScore(self.features).to(device)
-        clip.load()
+        clip = None if self.features is None else CLIPScore(self.features).to(device)
+        if clip is not None:
+            clip.load()
         return clip
 
-    def _distance(self, name: Distance, clip: CLIPScore | None) -> Any:
+    def _distance(self, name: Distance, clip: CLIPScore | None, subset_size: int = 1) -> Any:
         if name == "cmmd":
             return CMMD(sync_on_compute=False)
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
 
-        source: Any = _Features(clip) if self.distance_features == "clip" and clip is not None else 2048
-        options: dict[str, Any] = {"feature": source, "normalize": True, "sync_on_compute": False}
+        options: dict[str, Any] = {"normalize": True, "sync_on_compute": False}
+        if self.distance_features == "clip" and clip is not None:
+            options["feature"] = _Features(clip)
         try:
             if name == "fid":
                 return FrechetInceptionDistance(**options)
-            return KernelInceptionDistance(subset_size=_KID_SUBSET, **options)
+            return KernelInceptionDistance(subset_size=subset_size, **options)
         except ModuleNotFoundError as error:
             raise UserError(f"{name} on Inception features needs torch-fidelity: pip install 'svdd[fid]'") from error
 
@@ -140,23 +148,10 @@ class _Features(nn.Module):
 
     def __init__(self, clip: CLIPScore) -> None:
         super().__init__()
-        self.clip = clip
-        self.num_features = int(clip.network.width)
+        self.clip, self.num_features = clip, int(clip.network.width)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.clip.image_features(images.float())
-
-
-def _value(metric: Any) -> Any:
-    """Returns a distance as numbers; KID's subsets fit the smaller set, and are the same every time."""
-    if hasattr(metric, "subset_size"):
-        smaller = min(sum(len(part) for part in parts) for parts in (metric.real_features, metric.fake_features))
-        metric.subset_size = min(metric.subset_size, smaller)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # torchmetrics draws the subsets from the global generator
-            mean, std = metric.compute()
-        return {"mean": _finite(mean), "std": _finite(std)}
-    return _finite(metric.compute())
 
 
 def _finite(value: Tensor) -> float | None:

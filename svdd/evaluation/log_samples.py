@@ -14,12 +14,9 @@ _SAMPLES = 16
 
 
 def report(loggers: Iterable[Any], found: Mapping[str, Any], run: Path) -> None:
-    """Logs the numbers, flat, and the first images with their prompts if the logger can show images.
+    """Logs nested numbers, flat, and a run's first images with their prompts to each Lightning logger.
 
-    Args:
-        loggers: Lightning loggers; TensorBoard's and Weights & Biases' show images.
-        found: Nested numbers; other values are left out.
-        run: The run folder.
+    TensorBoard and Weights & Biases show images; other loggers get the numbers only.
     """
     numbers = dict(_flat(found))
     for logger in loggers:

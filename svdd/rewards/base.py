@@ -1,44 +1,50 @@
-"""The base class of all rewards."""
+"""The base class of all rewards, and what identifies one."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdd import RewardError, UserError, first_line
-from svdd.rewards.identity import settings
 
 __all__ = ["Reward", "is_device_failure"]
 
+# Arguments that do not change the result; the second line holds those of an endpoint.
+_NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
+_NO_EFFECT |= {"api_key_env", "backoff", "concurrency", "retries", "timeout"}
+
 
 class Reward(nn.Module, ABC):
-    """Scores images: one number per image.
-
-    A subclass implements `forward` and sets the attributes that differ.
+    """Scores images: one number per image. A subclass implements `forward` and sets the attributes that differ.
 
     Attributes:
         differentiable: Whether gradients flow from the scores to the images.
-        higher_is_better: Must be True for a guide reward, which sampling maximises. A held-out reward may be an error;
-            its lowest score then counts as the best.
+        higher_is_better: Must be True to guide; False for a held-out error, whose lowest score is the best.
         range: The lowest and the highest possible score.
+        variant: Which of the class's rewards this is, for its name; empty if there is only one.
     """
 
     differentiable: bool = False
     higher_is_better: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        """The reward's name in results."""
-        return type(self).__name__
+        """The reward's name in results: that of its class, and the variant."""
+        return f"{type(self).__name__}-{self.variant}" if self.variant else type(self).__name__
 
     @property
     def identity(self) -> Any:
-        """Everything that the scores depend on, as plain data: the name, and the settings if there are any."""
-        own = settings(self)
+        """The name, and the constructor arguments that the scores depend on, as plain data; a revision only if set."""
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_EFFECT]
+        plain = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
+        own = {name: value for name, value in plain.items() if value is not ... and (name, value) != ("revision", None)}
         return {"name": self.name, **own} if own else self.name
 
     def load(self) -> None:
@@ -48,46 +54,53 @@ class Reward(nn.Module, ABC):
                 module.load()
 
     @abstractmethod
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score per image, float [n].
-
-        Args:
-            images: float [n, 3, h, w] in [0, 1].
-            prompts: The prompt of each image.
-        """
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Returns one score per image, float [n], from images, float [n, 3, h, w] in [0, 1], and their n prompts."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns the scores of `forward` as float32 [n], after checking them.
+        """Returns the scores of `forward` as float32 [n].
 
         Raises:
-            RewardError: If they are not one finite number per image, or `forward` failed for another reason than the
-                device.
+            RewardError: If they are not one finite number per image, or `forward` failed, unless the device did.
         """
         try:
-            scores = self(images, prompts)
+            scores = self(images, list(prompts))
         except UserError:
             raise
         except Exception as error:
             if is_device_failure(error):
                 raise
             raise RewardError(f"reward {self.name} failed with {type(error).__name__}: {first_line(error)}") from error
-        expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
         if not isinstance(scores, Tensor):
-            raise RewardError(f"reward {self.name} returned a {type(scores).__name__}; {expected}")
-        if scores.shape != (len(images),):
-            raise RewardError(f"reward {self.name} returned shape {list(scores.shape)}; {expected}")
-        scores = scores.float()
-        if len(bad := (~scores.isfinite()).nonzero()):
-            raise RewardError(
-                f"reward {self.name} returned NaN or infinity for {len(bad)} of {len(images)} images, first for the "
-                f"prompt {prompts[int(bad[0])]!r}; {expected}"
-            )
-        return scores
+            returned = f"a {type(scores).__name__}"
+        elif scores.shape != (len(images),):
+            returned = f"shape {list(scores.shape)}"
+        elif len(bad := (~scores.float().isfinite()).nonzero()):
+            first = prompts[int(bad[0])]
+            returned = f"NaN or infinity for {len(bad)} of {len(images)} images, first for the prompt {first!r}"
+        else:
+            return scores.float()
+        expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
+        raise RewardError(f"reward {self.name} returned {returned}; {expected}")
 
 
 def is_device_failure(error: Exception) -> bool:
     """Whether the device, not the reward, caused the error."""
-    if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and ("CUDA error" in message or "out of memory" in message.lower())
+    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    named = any(words in str(error).lower() for words in ("cuda error", "out of memory"))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and named)
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON data, or an ellipsis if it has no such form."""
+    if hasattr(value, "identity"):
+        return value.identity
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | Path):
+        path = Path(value).expanduser()  # may move, but not be renamed
+        return path.name if path.exists() else str(value)
+    if isinstance(value, list | tuple | nn.ModuleList):
+        parts = [_plain(part) for part in value]
+        return ... if ... in parts else parts
+    return f"{value.__module__}.{value.__qualname__}" if inspect.isroutine(value) else ...

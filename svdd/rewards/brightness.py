@@ -1,7 +1,5 @@
 """The brightness of an image."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from svdd.rewards.base import Reward
@@ -16,6 +14,6 @@ class Brightness(Reward):
     differentiable = True
     range = (0.0, 1.0)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the brightness of each image, float32 [n]."""
         return luma(images).mean((1, 2))

@@ -5,66 +5,49 @@ Hessel et al., CLIPScore, 2021, arXiv 2104.08718 (without its factor 2.5 and its
 Reproducible scaling laws for contrastive language-image learning, 2022, arXiv 2212.07143 (open_clip).
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from svdd import UserError
-from svdd.rewards.models.clip_models import EMBEDDED, ClipModel, OpenClipModel, TransformersClip
+from svdd.rewards.models.clip_models import ClipModel, OpenClipModel, TransformersClip
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["CLIPScore"]
 
 
+@dataclass(eq=False, repr=False)
 class CLIPScore(PretrainedReward):
     """Cosine similarity of image and prompt under a CLIP model, -1 .. 1.
 
     Args:
-        pretrained: `emoji` (the small CLIP that ships with svdd), `emoji-judge` (a second one, trained separately, for
+        pretrained: `emoji`, `emoji-judge` (small CLIPs that ship with svdd; the second, trained separately, is for
             held-out evaluation), a folder, or a hub name such as `openai/clip-vit-large-patch14`. With an
             architecture: one of open_clip's tags for it, such as `laion2b_s32b_b79k`, or a weights file.
-        architecture: A model of open_clip, such as `ViT-H-14`, `hf-hub:owner/name` or `local-dir:/folder`; by default
-            the model is loaded by transformers.
-        revision: Branch, tag or commit of a hub model; not with an architecture.
-        local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the model cannot be loaded or is not a CLIP, or a revision is given with an architecture.
+        architecture: A model of open_clip: `ViT-H-14`, `hf-hub:owner/name`, `local-dir:/folder`. Default: transformers.
     """
 
+    pretrained: str = "emoji"
+    architecture: str | None = None
     differentiable = True
     range = (-1.0, 1.0)
 
-    def __init__(
-        self,
-        pretrained: str = "emoji",
-        architecture: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        super().__init__(revision, local_files_only)
-        if architecture is not None and revision is not None:
-            raise UserError(
-                f"revision={revision!r} is for models of transformers; open_clip loads the latest {architecture!r}"
-            )
-        self.pretrained, self.architecture = pretrained, architecture
-
-    @property
-    def name(self) -> str:
-        """`CLIPScore`, followed by the model's name unless it is the embedded one."""
-        label = self.pretrained.removeprefix("emoji").lstrip("-") if self.pretrained in EMBEDDED else self.pretrained
-        if self.architecture is not None:
-            label = Path(self.architecture.split(":")[-1]).name
-        return f"CLIPScore-{Path(label).name}" if label else "CLIPScore"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.architecture is not None and self.revision is not None:
+            problem = f"revision={self.revision!r} is for models of transformers"
+            raise UserError(f"{problem}; open_clip loads the latest {self.architecture!r}")
+        label = {"emoji": "", "emoji-judge": "judge"}.get(self.pretrained, self.pretrained)
+        self.variant = Path(self.architecture.split(":")[-1] if self.architecture else label).name
 
     def read(self) -> ClipModel:
         """Returns the model."""
         if self.architecture is not None:
-            return OpenClipModel(self.architecture, self.pretrained, self.options["local_files_only"])
+            return OpenClipModel(self.architecture, self.pretrained, self.local_files_only)
         return TransformersClip(self.pretrained, self.options)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the cosine of each image with its own prompt, float32 [n]."""
         return self.network.cosines(images, prompts)
 

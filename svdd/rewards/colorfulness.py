@@ -3,8 +3,6 @@
 Source: Hasler and Suesstrunk, Measuring colourfulness in natural images, 2003.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ class Colorfulness(Reward):
     differentiable = True
     range = (0.0, 257.0)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the colourfulness of each image, float32 [n]."""
         red, green, blue = (255 * images.float()).flatten(2).unbind(1)
         opponents = torch.stack([red - green, (red + green) / 2 - blue], 1)

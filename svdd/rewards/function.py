@@ -1,6 +1,6 @@
 """Any Python function as a reward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
@@ -18,15 +18,13 @@ class FunctionReward(Reward):
     """A Python function of your own as a reward, `my_file.my_function`.
 
     Args:
-        function: Dotted name of `function(images, prompts)`, which takes float [n, 3, h, w] in [0, 1] and a list of n
-            texts, and returns n numbers: a tensor, an array or a list.
+        function: Dotted name of `function(images, prompts)`: float [n, 3, h, w] in [0, 1] and n texts to n numbers.
         one_by_one: Call `function(image, prompt)` once per image, with a PIL image and a text, for one number.
-        differentiable: Whether gradients flow from the result to `images`.
+        differentiable: Whether gradients flow from the result to `images`; not with `one_by_one`.
         higher_is_better: Whether a higher score is better.
 
     Raises:
-        UserError: If the name is not that of a function.
-        ValueError: If it is both `one_by_one` and `differentiable`.
+        ValueError: If it is both `one_by_one` and `differentiable`, or the name is not that of a function.
     """
 
     def __init__(
@@ -48,13 +46,12 @@ class FunctionReward(Reward):
         """The function's name."""
         return self.label
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the function's score of each image, float32 [n]."""
         if self.one_by_one:
-            pairs = zip(to_pil(images), prompts, strict=True)
-            scores: Any = [float(self.function(picture, prompt)) for picture, prompt in pairs]
+            scores: Any = [float(self.function(*pair)) for pair in zip(to_pil(images), prompts, strict=True)]
         else:
-            scores = self.function(images, list(prompts))
+            scores = self.function(images, prompts)
         return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
 
 

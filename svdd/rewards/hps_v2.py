@@ -4,7 +4,7 @@ Source: Wu et al., Human Preference Score v2: A Solid Benchmark for Evaluating H
 Synthesis, 2023, arXiv 2306.09341.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,37 +15,25 @@ from svdd.rewards.pretrained import PretrainedReward
 __all__ = ["HPSv2"]
 
 
+@dataclass(eq=False, repr=False)
 class HPSv2(PretrainedReward):
     """Cosine under a CLIP ViT-H/14 fine-tuned on human preferences; about 0.2 to 0.35.
-
-    Images that are not square are cropped to the centre; some versions of the authors' code pad them instead.
 
     Args:
         pretrained: The fine-tuned weights: a file, or owner/name/file on the hub.
         architecture: The model of open_clip that they belong to.
-        local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the weights cannot be loaded or belong to another model.
     """
 
+    pretrained: str = "xswu/HPSv2/HPS_v2.1_compressed.pt"
+    architecture: str = "ViT-H-14"
     differentiable = True
     range = (-1.0, 1.0)
-
-    def __init__(
-        self,
-        pretrained: str = "xswu/HPSv2/HPS_v2.1_compressed.pt",
-        architecture: str = "ViT-H-14",
-        local_files_only: bool = False,
-    ) -> None:
-        super().__init__(local_files_only=local_files_only)
-        self.pretrained, self.architecture = pretrained, architecture
 
     def read(self) -> ClipModel:
         """Returns the CLIP."""
         weights = find_file(self.pretrained, **self.options)
-        return OpenClipModel(self.architecture, str(weights), self.options["local_files_only"])
+        return OpenClipModel(self.architecture, str(weights), self.local_files_only)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the cosine of each image with its own prompt, float32 [n]."""
         return self.network.cosines(images, prompts)

@@ -6,7 +6,6 @@ arXiv 2305.13301: quality 95, 1 kB = 1000 bytes.
 
 import io
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,15 +15,12 @@ from svdd.rewards.models.pixels import to_pil
 
 __all__ = ["Compressibility", "Incompressibility"]
 
-_QUALITY = 95
-
 
 def _kilobytes(images: Tensor) -> Tensor:
-    """Returns the JPEG size of each image in units of 1000 bytes, float32 [n]."""
     sizes = []
     for picture in to_pil(images):
         buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=_QUALITY)
+        picture.save(buffer, format="JPEG", quality=95)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
@@ -34,7 +30,7 @@ class Compressibility(Reward):
 
     range = (-math.inf, 0.0)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns minus the size of each image in kB, float32 [n]."""
         return -_kilobytes(images)
 
@@ -44,6 +40,6 @@ class Incompressibility(Reward):
 
     range = (0.0, math.inf)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the size of each image in kB, float32 [n]."""
         return _kilobytes(images)

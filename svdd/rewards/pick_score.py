@@ -4,7 +4,7 @@ Source: Kirstain et al., Pick-a-Pic: An Open Dataset of User Preferences for Tex
 arXiv 2305.01569.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,37 +14,23 @@ from svdd.rewards.pretrained import PretrainedReward
 __all__ = ["PickScore"]
 
 
+@dataclass(eq=False, repr=False)
 class PickScore(PretrainedReward):
     """The logit scale times the cosine of a CLIP ViT-H/14 fine-tuned on human choices; about 16 to 26.
-
-    Image A is preferred to image B with probability sigmoid(PickScore(A) - PickScore(B)).
 
     Args:
         pretrained: A folder or a hub name.
         processor: Folder or hub name of the tokenizer and the image processor; null for `pretrained` itself.
-        revision: Branch, tag or commit of the model on the hub.
-        local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If the model cannot be loaded or is not a CLIP.
     """
 
+    pretrained: str = "yuvalkirstain/PickScore_v1"
+    processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     differentiable = True
-
-    def __init__(
-        self,
-        pretrained: str = "yuvalkirstain/PickScore_v1",
-        processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        super().__init__(revision, local_files_only)
-        self.pretrained, self.processor = pretrained, processor
 
     def read(self) -> TransformersClip:
         """Returns the CLIP."""
         return TransformersClip(self.pretrained, self.options, self.processor)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the score of each image for its own prompt, float32 [n]."""
         return self.network.scale * self.network.cosines(images, prompts)

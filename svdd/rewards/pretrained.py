@@ -1,6 +1,9 @@
-"""Rewards with a pretrained network, loaded at first use."""
+"""Rewards with a pretrained network, loaded at first use, and a head that two of them share."""
 
 from abc import abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,49 +12,49 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.rewards.base import Reward
 
-__all__ = ["PretrainedReward"]
+__all__ = ["PretrainedReward", "linear_head"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class PretrainedReward(Reward):
-    """A reward whose network is loaded at first use, onto the module's device and into its precision.
-
-    A subclass implements `read` and uses `network` and `options`, the two arguments as `from_pretrained` takes them.
+    """A reward whose network is loaded at first use; a subclass, a dataclass, implements `read` and uses `network`.
 
     Args:
         revision: Branch, tag or commit of a hub model.
         local_files_only: Use local files and the hub's cache only.
     """
 
-    anchor: Tensor
+    revision: str | None = None
+    local_files_only: bool = False
+    anchor: Tensor = field(init=False)
 
-    def __init__(self, revision: str | None = None, local_files_only: bool = False) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-        if revision is not None:
-            self.revision = revision  # a part of the identity
+        self.options: dict[str, Any] = {"revision": self.revision, "local_files_only": self.local_files_only}
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows the module's device and precision
         self.pretrained_network: Any = None
 
     @abstractmethod
     def read(self) -> nn.Module:
-        """Returns the network with its weights, on the CPU.
-
-        Raises:
-            UserError: If it cannot be loaded, or is another kind of model.
-        """
+        """Returns the network on the CPU, loaded with `options`; raises UserError if it cannot be loaded."""
 
     @property
     def network(self) -> Any:
-        """The network: frozen, in evaluation mode, on the module's device."""
+        """The network: frozen, in evaluation mode, on the module's device and in its precision."""
         if self.pretrained_network is None:
-            with torch.inference_mode(False):  # inference tensors could never carry a gradient
-                try:
-                    network = self.read()
-                except UserError as error:
-                    raise UserError(f"{type(self).__name__}: {error}") from error
-                self.pretrained_network = network.requires_grad_(False).eval().to(self.anchor)
+            try:
+                with torch.inference_mode(False):  # inference tensors could never carry a gradient
+                    self.pretrained_network = self.read().requires_grad_(False).eval().to(self.anchor)
+            except UserError as error:
+                raise UserError(f"{type(self).__name__}: {error}") from error
         return self.pretrained_network
 
     def load(self) -> None:
         """Loads the weights now."""
         _ = self.network
+
+
+def linear_head(width: int) -> nn.Sequential:
+    """Returns linear layers d-1024-128-64-16-1 without activations, for features [n, d]."""
+    layers = [nn.Linear(*widths) for widths in pairwise((width, 1024, 128, 64, 16, 1))]
+    return nn.Sequential(OrderedDict(zip("02467", layers, strict=True)))  # 1, 3 and 5 were dropouts

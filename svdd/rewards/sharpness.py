@@ -3,8 +3,6 @@
 Source: Pech-Pacheco et al., Diatom autofocusing in brightfield microscopy, 2000 (variance of the Laplacian).
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from svdd.rewards.base import Reward
@@ -19,7 +17,7 @@ class Sharpness(Reward):
     differentiable = True
     range = (0.0, 1020.0**2)
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the sharpness of each image, float32 [n]."""
         bright = 255 * luma(images)
         beside = bright[:, :-2, 1:-1] + bright[:, 2:, 1:-1] + bright[:, 1:-1, :-2] + bright[:, 1:-1, 2:]

@@ -1,7 +1,5 @@
 """A reward as a constraint."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from svdd.rewards.base import Reward
@@ -11,8 +9,6 @@ __all__ = ["Threshold"]
 
 class Threshold(Reward):
     """A constraint: 0 while the reward lies within the limits, else minus the distance to them.
-
-    With a large weight in a `WeightedSum` it keeps a reward from falling while others rise.
 
     Args:
         reward: The reward to constrain.
@@ -30,15 +26,10 @@ class Threshold(Reward):
         if at_least is not None and at_most is not None and at_least > at_most:
             raise ValueError(f"at_least must not exceed at_most, got {at_least} and {at_most}")
         self.reward, self.at_least, self.at_most = reward, at_least, at_most
-        self.differentiable = reward.differentiable
+        self.differentiable, self.variant = reward.differentiable, reward.name
         self.range = (-float("inf"), 0.0)
 
-    @property
-    def name(self) -> str:
-        """`Threshold-`, followed by the reward's name."""
-        return f"Threshold-{self.reward.name}"
-
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns minus the distance to the limits for each image, float32 [n]."""
         scores = self.reward.score(images, prompts)
         return -(scores - scores.clamp(self.at_least, self.at_most)).abs()

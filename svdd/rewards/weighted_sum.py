@@ -1,10 +1,5 @@
-"""Several rewards at once.
+"""Several rewards at once."""
 
-The reward with the largest spread dominates a plain sum. `ZScored` divides each by its standard deviation on unguided
-images, and `Threshold` turns a reward into a constraint.
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +11,7 @@ __all__ = ["WeightedSum"]
 
 
 class WeightedSum(Reward):
-    """A weighted sum of rewards.
+    """A weighted sum of rewards. In a plain sum the reward with the largest spread dominates; see `ZScored`.
 
     Args:
         rewards: The rewards to add.
@@ -41,7 +36,7 @@ class WeightedSum(Reward):
         ]
         self.range = (sum(low for low, _ in ends), sum(high for _, high in ends))
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the sum for each image, float32 [n]."""
         scores = [reward.score(images, prompts) for reward in self.rewards]
         total = sum((w * s for w, s in zip(self.weights, scores, strict=True)), torch.zeros_like(scores[0]))

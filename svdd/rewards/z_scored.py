@@ -2,9 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,65 +15,49 @@ __all__ = ["ZScored"]
 class ZScored(Reward):
     """A standardised reward: (reward - mean) / std.
 
-    Mean and std are given, or read from the summary of an unguided run that measured the same reward: `svdd predict
-    --model.sampler Unguided --model.images_per_prompt 4 --output runs/plain`, then `statistics: runs/plain`. With
-    several images per prompt, std is the one within prompts, since a sampler chooses among images of one prompt.
-
     Args:
         reward: The reward to standardise.
         mean: Its mean.
         std: Its standard deviation.
-        statistics: A run folder or its summary, instead of mean and std.
+        statistics: The folder or summary of an unguided run that measured the reward, instead of mean and std.
 
     Raises:
-        ValueError: Unless either `statistics` or both numbers are given and std > 0.
-        UserError: If the summary cannot be read or lacks the reward.
+        ValueError: Unless either `statistics` or both numbers are given, std > 0, and the summary holds the reward.
     """
 
     def __init__(
         self, reward: Reward, mean: float | None = None, std: float | None = None, statistics: str | None = None
     ) -> None:
         super().__init__()
-        if (statistics is None) == (mean is None or std is None) or (statistics and (mean, std) != (None, None)):
-            raise ValueError(f"give statistics, or mean and std, got {statistics=}, {mean=}, {std=}")
-        if statistics is not None:
+        if statistics is not None and mean is None and std is None:
             mean, std = _read_statistics(Path(statistics).expanduser(), reward.name)
-        assert mean is not None
-        assert std is not None
+        elif statistics is not None or mean is None or std is None:
+            raise ValueError(f"give statistics, or mean and std, got {statistics=}, {mean=}, {std=}")
         if not std > 0:
             raise ValueError(f"std must be > 0, got {std}: the reward does not vary")
         self.reward, self.mean, self.std = reward, float(mean), float(std)
         self.differentiable, self.higher_is_better = reward.differentiable, reward.higher_is_better
         low, high = ((end - self.mean) / self.std for end in reward.range)
-        self.range = (low, high)
+        self.range, self.variant = (low, high), reward.name
 
-    @property
-    def name(self) -> str:
-        """`ZScored-`, followed by the reward's name."""
-        return f"ZScored-{self.reward.name}"
-
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the standardised score of each image, float32 [n]."""
         return (self.reward.score(images, prompts) - self.mean) / self.std
 
 
 def _read_statistics(path: Path, name: str) -> tuple[float, float]:
-    """Returns mean and standard deviation of a reward from a run's summary."""
+    """Returns mean and standard deviation; the latter within prompts if there are several images per prompt."""
     path = path / SUMMARY_FILE if path.is_dir() else path
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
         known = summary["rewards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"statistics={str(path)!r} is not the summary of a run ({type(error).__name__}); expected the folder of a "
-            "finished `svdd predict`"
-        ) from error
+        problem = f"statistics={str(path)!r} is not the summary of a run ({type(error).__name__})"
+        raise UserError(f"{problem}; expected the folder of a finished `svdd predict`") from error
     if name not in known:
-        raise UserError(
-            f"statistics={str(path)!r} has {', '.join(known)}, not {name}; measure it: --model.eval_rewards+={name}"
-        )
+        problem = f"statistics={str(path)!r} has {', '.join(known)}, not {name}"
+        raise UserError(f"{problem}; measure it: --model.eval_rewards+={name}")
     if summary.get("sampler", "Unguided") != "Unguided":
         warnings.warn(f"{path} belongs to a run guided by {summary['sampler']}, which changes the spread", stacklevel=3)
-    entry = known[name]
-    within = entry.get("std_within")  # null if every prompt had one image
-    return float(entry["mean"]), float(entry["std"] if within is None else within)
+    within = known[name].get("std_within")  # null if every prompt had one image
+    return float(known[name]["mean"]), float(known[name]["std"] if within is None else within)

@@ -60,7 +60,7 @@ def lock(path: Path, held: str, option: str = "--output") -> FileLock:
     Raises:
         RunError: If another process holds the lock.
     """
-    file_lock = FileLock(path, timeout=0, thread_local=False, on_acquired=_write_owner)
+    file_lock = FileLock(path, timeout=0, thread_local=False)
     try:
         file_lock.acquire()
     except Timeout:
@@ -72,13 +72,10 @@ def lock(path: Path, held: str, option: str = "--output") -> FileLock:
         if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(f"{path} cannot be locked ({error}): do not start a second run in this folder", stacklevel=2)
+    else:
+        with suppress(OSError):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     return file_lock
-
-
-def _write_owner(descriptor: int) -> None:
-    with suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from svdd import UserError, nearest
+from svdd import UserError, did_you_mean
 from svdd.runs.rows import RESERVED_COLUMNS
 
 __all__ = ["PromptError", "Row", "located", "open_source", "shorten", "to_record"]
@@ -180,10 +180,9 @@ _READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
 
 def _check_columns(columns: Collection[str], prompt_column: str) -> None:
     if prompt_column not in columns:
-        near = nearest(prompt_column, list(columns))
         shown = ", ".join(map(shorten.repr, itertools.islice(columns, 20))) or "none"
         more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-        hint = f", did you mean {near!r}?" if near else ""
+        hint = did_you_mean(prompt_column, columns, ", ")
         raise PromptError(
             f"no column {prompt_column!r} among the columns {shown}{more}{hint};"
             " say with prompt_column which one holds the prompts"

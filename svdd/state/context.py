@@ -28,40 +28,25 @@ class Scorer(Protocol):
 class Context:
     """What all states of one batch share.
 
-    Args:
-        diffusion: The chain.
-        conditioning: The encoded distinct prompts.
-        prompts: The distinct prompts' texts; `State.row` indexes them.
-        rows: Index of each image's prompt, int64 [images], on the diffusion's device.
-        generators: Noise of each image, on the CPU.
-        choosers: Random numbers of each image's selections, on the CPU.
-        ledger: Work done so far.
-        trace: Selections made so far.
-        on_step: Called with (step index, mean value or None) after every proposal and every evaluated value.
-        shared_noise: Whether all rows of an image receive the same noise, so that an end depends on the start alone.
+    `on_step` is called with (step index, mean value or None) after every proposal and every evaluated value.
     """
 
     diffusion: Diffusion
-    conditioning: Any
-    prompts: list[str]
-    rows: Tensor
-    generators: list[torch.Generator]
-    choosers: list[torch.Generator]
+    conditioning: Any  # the encoded distinct prompts
+    prompts: list[str]  # their texts; `State.row` indexes them
+    rows: Tensor  # index of each image's prompt, int64 [images], on the diffusion's device
+    generators: list[torch.Generator]  # noise of each image, on the CPU
+    choosers: list[torch.Generator]  # random numbers of each image's selections, on the CPU
     ledger: Ledger = field(default_factory=Ledger)
     trace: Trace = field(default_factory=Trace)
     on_step: Callable[[int, float | None], None] | None = None
-    shared_noise: bool = False
+    shared_noise: bool = False  # all rows of an image receive the same noise, so an end depends on the start alone
 
     @classmethod
     def encode(
-        cls,
-        diffusion: Diffusion,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        negative_prompts: Sequence[str | None] | None = None,
+        cls, diffusion: Diffusion, prompts: Sequence[str], seeds: Sequence[int], negatives: Sequence[str | None]
     ) -> "Context":
-        """Encodes the distinct prompts and seeds two generators per image; arguments as in `Start`."""
-        negatives = list(negative_prompts) if negative_prompts is not None else [None] * len(prompts)
+        """Encodes the distinct prompts and seeds two generators per image; see `Start`."""
         if not len(prompts) == len(seeds) == len(negatives) > 0:
             raise ValueError(
                 "prompts, seeds and negative_prompts need one entry per image and at least one image, "
@@ -86,33 +71,21 @@ class Context:
         if self.on_step is not None:
             self.on_step(i, value)
 
-    def noise(self, rows_per_image: int) -> Tensor:
-        """Draws [images * rows_per_image, c, h, w] normal numbers, each image's from its own generator.
-
-        One row per image is what diffusers draws for a list of generators.
-        """
+    def noise(self, n: int) -> Tensor:
+        """Draws n rows of noise per image, [images * n, c, h, w], as diffusers does for a list of generators."""
         if self.shared_noise:
-            return self._normals(self.generators, 1).repeat_interleave(rows_per_image, 0)
-        return self._normals(self.generators, rows_per_image)
+            return self._normals(self.generators, 1).repeat_interleave(n, 0)
+        return self._normals(self.generators, n)
 
-    def perturbations(self, rows_per_image: int) -> Tensor:
+    def perturbations(self, n: int) -> Tensor:
         """Draws as many normal numbers from the selection stream, which never shifts the noise."""
-        return self._normals(self.choosers, rows_per_image)
-
-    def uniforms(self, k: int) -> Tensor:
-        """Returns k uniform numbers in [0, 1) for each image from its selection stream, float64 [images, k]."""
-        return torch.stack([torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.choosers])
+        return self._normals(self.choosers, n)
 
     def replay(self) -> "Context":
-        """Returns a context that draws the noise that this one would draw next, the same for all rows of an image.
-
-        Prompts, selection streams, ledger and trace stay shared.
-        """
-        clones = [torch.Generator() for _ in self.generators]
-        for clone, generator in zip(clones, self.generators, strict=True):
-            clone.set_state(generator.get_state())
+        """Returns a context that draws this one's next noise, the same for all rows of an image; the rest is shared."""
+        clones = [generator.clone_state() for generator in self.generators]
         return replace(self, generators=clones, shared_noise=True)
 
-    def _normals(self, generators: list[torch.Generator], rows_per_image: int) -> Tensor:
-        shape, dtype = (rows_per_image, *self.diffusion.latent_shape), self.diffusion.dtype
+    def _normals(self, generators: list[torch.Generator], n: int) -> Tensor:
+        shape, dtype = (n, *self.diffusion.latent_shape), self.diffusion.dtype
         return torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])

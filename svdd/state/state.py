@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.state.context import Context, Scorer
-from svdd.state.gradient import differentiate
-from svdd.state.rows import interleave, take
 
 __all__ = ["Start", "State"]
+
+_ENDED = "the chain has ended (i = T): there is no further step, and x0 is x"
 
 
 @dataclass(frozen=True)
@@ -20,21 +22,14 @@ class State:
     """Particles at step i; rows are prompt-major, then image, then particle.
 
     A state computes its prediction on first use, once; `select` keeps it for the survivors.
-
-    Args:
-        x: Latents at step i, [n, c, h, w].
-        i: Step index, 0 .. T; T is the end of the chain.
-        row: Index of each particle's prompt, int64 [n].
-        origin: Index of the image's starting particle from which each row descends, int64 [n].
-        context: What all states of the batch share.
     """
 
-    x: Tensor
-    i: int
-    row: Tensor
-    origin: Tensor
-    context: Context = field(repr=False)
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    x: Tensor  # latents at step i, [n, c, h, w]
+    i: int  # step index, 0 .. T; T is the end of the chain
+    row: Tensor  # index of each particle's prompt, int64 [n]
+    origin: Tensor  # index of the image's starting particle from which each row descends, int64 [n]
+    context: Context = field(repr=False)  # what all states of the batch share
+    _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)  # one entry per row in each
 
     @staticmethod
     def start(
@@ -76,10 +71,11 @@ class State:
     def prediction(self) -> Denoised:
         """The denoiser's output at x, evaluated once; ValueError at the end of the chain."""
         if self.done:
-            raise ValueError("the chain has ended (i = T): x is the image's latent and x0 equals it")
-        if "prediction" not in self._cache:
-            self._cache["prediction"] = self._denoise()
-        return self._cache["prediction"]
+            raise ValueError(_ENDED)
+        if "x0" not in self._cache:
+            diffusion = self.context.diffusion
+            self._cache.update(self._evaluate(diffusion.denoise, diffusion.guidance_scale)._asdict())
+        return Denoised(self._cache["x0"], self._cache["mean"])
 
     @property
     def x0(self) -> Tensor:
@@ -96,68 +92,42 @@ class State:
     def scores(
         self, reward: Scorer, x0: Tensor | None = None, decode: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Returns the reward of each row's decoded x0, float32 [n].
-
-        Args:
-            reward: Scores images.
-            x0: Another prediction of the clean latents, [n, c, h, w], for a preview.
-            decode: Another decoder, for a preview; neither preview is kept as the row's image.
-        """
-        prompts, ledger = self.prompts, self.context.ledger
-        if x0 is None and decode is None:
-            images = self.images
-        else:
-            images = self._decode(self.x0 if x0 is None else x0, decode or self.context.diffusion.decode)
-        with ledger.timed("reward_seconds", self.x.device):
-            scores = self.context.diffusion.chunker.map(reward.score, len(images), images, prompts)
-        ledger.reward_calls += len(images)
+        """Returns the reward of each row's decoded x0, float32 [n]; a preview has another x0 or another decoder."""
+        context, own = self.context, x0 is None and decode is None
+        images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
+        with context.ledger.timed("reward_seconds", self.x.device):
+            scores = context.diffusion.chunker.map(reward.score, len(images), images, self.prompts)
+        context.ledger.reward_calls += len(images)
         return scores
 
     def preview(self, guidance_scale: float) -> Tensor:
-        """Returns x0 under another guidance scale, [n, c, h, w], as a preview that the next step does not use.
-
-        At the model's own scale it is the prediction; at the end of the chain it is x itself.
-
-        Args:
-            guidance_scale: At 1 or less the network evaluates the conditional half only.
-        """
-        context, diffusion = self.context, self.context.diffusion
+        """Returns x0 at another guidance scale, [n, c, h, w]; at 1 or less without the unconditional half."""
+        diffusion = self.context.diffusion
         own = diffusion.guidance_scale
         if self.done or (own is not None and max(guidance_scale, 1.0) == max(own, 1.0)):
             return self.x0
-
-        def preview(x: Tensor, row: Tensor) -> Tensor:
-            return diffusion.preview(x, self.i, context.conditioning, row, guidance_scale)
-
-        return self._evaluate(preview, diffusion.preview_network_rows(guidance_scale))
+        return self._evaluate(partial(diffusion.preview, guidance_scale=guidance_scale), guidance_scale)
 
     def flow(self) -> "State":
         """Returns each row's noise-free successor (a DDIM step with eta = 0); ValueError at the end of the chain."""
-        if self.done:
-            raise ValueError("the chain has ended (i = T): there is no further step")
-        x = self.context.diffusion.flow(self.x, self.x0, self.i)
+        x = self.context.diffusion.flow(self.x, self.prediction.x0, self.i)
         return State(x, self.i + 1, self.row, self.origin, self.context)
 
     def propose(self, m: int = 1, mean: Tensor | None = None, kl: Tensor | None = None) -> "State":
-        """Draws m children per row from the reverse kernel N(mean, std^2 I).
+        """Draws m >= 1 children per row from the reverse kernel N(mean, std^2 I); a row's children are consecutive.
 
-        Args:
-            m: Children per row; they are consecutive (parent-major).
-            mean: A shifted mean of the kernel, [n, c, h, w]; by default the model's own.
-            kl: Divergence of the shifted kernel from the model's, in nats, [images], for `Trace.path_kl`.
-
-        Raises:
-            ValueError: If m is below 1, or the chain has ended.
+        A sampler may shift the mean, [n, c, h, w]. Then `kl` is the divergence of the shifted kernel from the model's,
+        in nats, [images]; None if it is unknown.
         """
-        if self.done:
-            raise ValueError("the chain has ended (i = T): there is no kernel to draw from")
         if m < 1:
             raise ValueError(f"m must be >= 1, got {m}")
+        if self.done:
+            raise ValueError(_ENDED)
         if mean is None:
             mean = self.prediction.mean
         else:
             self.context.trace.diverge(kl)
-        x = mean.repeat_interleave(m, 0) if m > 1 else mean
+        x = mean.repeat_interleave(m, 0)
         if self.std > 0:
             x = x + self.std * self.context.noise(len(x) // self.num_images).to(x)
         self.context.report(self.i + 1)
@@ -166,47 +136,36 @@ class State:
     def select(self, index: Tensor, kl: Tensor | float | None = None) -> "State":
         """Keeps some rows of every group, with the predictions and images already computed for them.
 
-        Args:
-            index: int64 [groups, k]; entry (g, j) counts within group g, the g-th of `groups` equal runs of rows.
-            kl: Bound on the divergence that the selection adds, in nats, [images], for `Trace.path_kl`.
-
-        Raises:
-            ValueError: If `index` is no matrix, its groups do not divide the rows, or an index leaves its group.
+        Entry (g, j) of `index`, int64 [groups, k], counts within the g-th of `groups` equal runs of rows. `kl` bounds
+        the divergence that the selection adds, in nats, [images]; None if it is unknown.
         """
-        if index.ndim != 2:
-            raise ValueError(f"index must have shape [groups, k], got {list(index.shape)}")
-        groups, n = index.shape[0], len(self.x)
-        if groups < 1 or n % groups:
-            raise ValueError(f"index has {groups} groups, which do not divide {n} rows evenly")
+        groups, n = len(index), len(self.x)
+        if index.ndim != 2 or not groups or n % groups:
+            raise ValueError(f"index must be [groups, k] with groups that divide {n} rows evenly, got {[*index.shape]}")
         size = n // groups
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
         self.context.trace.diverge(kl)
-        offsets = torch.arange(groups, device=index.device)[:, None] * size
-        flat = (index + offsets).flatten().to(self.x.device)
-        cache = {name: take(known, flat) for name, known in self._cache.items()}
+        flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
+        cache = {name: known[flat] for name, known in self._cache.items()}
         return replace(self, x=self.x[flat], row=self.row[flat], origin=self.origin[flat], _cache=cache)
 
     def join(self, other: "State") -> "State":
-        """Returns the rows of both states, at the same step, with every image's rows of `other` after its own.
-
-        Only predictions and images that both states hold are kept.
-        """
+        """Returns the rows of both states, at the same step, with every image's rows of `other` after its own."""
         if self.i != other.i:
             raise ValueError(f"states must be at the same step to be joined, got steps {self.i} and {other.i}")
-        images, shared = self.num_images, self._cache.keys() & other._cache
-        cache = {name: interleave(self._cache[name], other._cache[name], images) for name in shared}
-        parts = ((self.x, other.x), (self.row, other.row), (self.origin, other.origin))
-        x, row, origin = (interleave(*pair, images) for pair in parts)
+
+        def joined(*parts: Tensor) -> Tensor:
+            return torch.cat([part.unflatten(0, (self.num_images, -1)) for part in parts], 1).flatten(0, 1)
+
+        x, row, origin = joined(self.x, other.x), joined(self.row, other.row), joined(self.origin, other.origin)
+        cache = {name: joined(known, other._cache[name]) for name, known in self._cache.items() if name in other._cache}
         return replace(self, x=x, row=row, origin=origin, _cache=cache)
 
     def replay(self, x: Tensor) -> "State":
-        """Starts the same chain from other latents: every row of an image will receive the noise of this start.
+        """Starts the same chain from other latents x at i = 0, [images * k, c, h, w].
 
-        The end of a row then depends on its start alone, and equal starts have equal ends.
-
-        Args:
-            x: Latents at i = 0, [images * k, c, h, w]. This state must be at i = 0 too.
+        Every row of an image will receive the same noise, so the end of a row depends on its start alone.
         """
         if self.i != 0:
             raise ValueError(f"only a start can be replayed, got a state at step {self.i}")
@@ -217,27 +176,42 @@ class State:
         return State(x, 0, self.context.rows.repeat_interleave(k), origin, self.context.replay())
 
     def gradient(self, value: Callable[["State"], Tensor], through_denoiser: bool = True) -> tuple[Tensor, Tensor]:
-        """Returns the value of each row and its gradient with respect to the row's own latent.
+        """Returns the value of each row, float [n], and its gradient at the row's own latent, [n, c, h, w].
 
         Evaluated once, together with the prediction that the next step needs; `select` keeps both for the survivors.
-
-        Args:
-            value: A differentiable value.
-            through_denoiser: Differentiate through the network. Otherwise the gradient at x0 is used in place of that
-                at x, which saves the backward pass through the network.
-
-        Returns:
-            Values, float [n], and their gradient, [n, c, h, w].
+        Without `through_denoiser`, the gradient at x0 is used in place of that at x, which saves the backward pass
+        through the network.
         """
-        key = (value, through_denoiser)
-        if key not in self._cache:
-            self._cache[key] = slope = differentiate(self, value, through_denoiser)
-            self._cache["prediction"] = Denoised(slope.x0, slope.mean)
-        return self._cache[key].values, self._cache[key].gradient
+        values, slope = ("values", value, through_denoiser), ("gradient", value, through_denoiser)
+        if values not in self._cache:
+            rows = (self.x, self.row, self.origin, *(() if through_denoiser else self.prediction))
+            differentiate = partial(self._differentiate, value)  # in chunks, which bounds the memory of the graph
+            found = self.context.diffusion.chunker.map(differentiate, len(self.x), *rows)
+            self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
+        return self._cache[values], self._cache[slope]
 
     def uniforms(self, k: int) -> Tensor:
         """Returns k uniform numbers in [0, 1) per image from its selection stream, float64 [images, k]."""
-        return self.context.uniforms(k).to(self.x.device)
+        drawn = [torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.context.choosers]
+        return torch.stack(drawn).to(self.x.device)
+
+    def _differentiate(
+        self, value: Callable[["State"], Tensor], x: Tensor, row: Tensor, origin: Tensor, *known: Tensor
+    ) -> dict[str, Tensor]:
+        """Differentiates a chunk of rows by x or, if their prediction is known, by x0; see `gradient`."""
+        ledger, name = self.context.ledger, "x0" if known else "x"
+        with torch.enable_grad():
+            leaf = (known[0] if known else x).detach().requires_grad_()
+            cache = {"x0": leaf, "mean": known[1]} if known else {}
+            part = replace(self, x=x.detach() if known else leaf, row=row, origin=origin, _cache=cache)
+            before = ledger.denoiser_rows
+            values = value(part)
+            if not values.requires_grad:
+                raise UserError(f"the value has no gradient at {name}, on which it does not depend")
+            (slope,) = torch.autograd.grad(values.sum(), leaf)
+        ledger.gradient_rows += ledger.denoiser_rows - before  # network evaluations between the latents and the values
+        x0, mean = (tensor.detach() for tensor in part.prediction)
+        return {"values": values.detach(), "gradient": slope, "x0": x0, "mean": mean}
 
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
@@ -245,38 +219,30 @@ class State:
         self.context.ledger.decoded_images += len(x0)
         return images
 
-    def _denoise(self) -> Denoised:
-        context, diffusion = self.context, self.context.diffusion
-
-        def denoise(x: Tensor, row: Tensor) -> Denoised:
-            return diffusion.denoise(x, self.i, context.conditioning, row)
-
-        return self._evaluate(denoise, diffusion.network_rows_per_row)
-
-    def _evaluate(self, network: Callable[[Tensor, Tensor], Any], network_rows: int) -> Any:
+    def _evaluate(self, network: Callable[..., Any], guidance_scale: float | None) -> Any:
         """Runs the network on chunks of the rows and enters the work into the ledger."""
-        ledger, n = self.context.ledger, len(self.x)
+        context, ledger, n = self.context, self.context.ledger, len(self.x)
+
+        def evaluate(x: Tensor, row: Tensor) -> Any:
+            return network(x, self.i, context.conditioning, row)
+
         with ledger.timed("denoiser_seconds", self.x.device):
-            result = self.context.diffusion.chunker.map(network, n, self.x, self.row)
+            result = context.diffusion.chunker.map(evaluate, n, self.x, self.row)
         ledger.denoiser_rows += n
-        ledger.network_rows += n * network_rows
+        ledger.network_rows += n * context.diffusion.network_rows(guidance_scale)
         return result
 
 
 class Start:
     """Begins the chain of a batch of images: `start(n)` returns n rows per image of pure noise, at i = 0.
 
-    Prompts are encoded once, at construction. Each call continues the images' random streams: a second call returns
-    new, independent rows, and numbers their `origin` on.
+    Prompts are encoded once. A second call continues the images' random streams, and returns other rows.
 
     Args:
         diffusion: The chain.
         prompts: One per image.
         seeds: One per image, 0 .. 2^63 - 1; they determine every random number of the image.
         negative_prompts: One per image, or None for the model's default throughout.
-
-    Raises:
-        ValueError: If there are no prompts, lengths differ or a seed is out of range.
     """
 
     def __init__(
@@ -286,15 +252,16 @@ class Start:
         seeds: Sequence[int],
         negative_prompts: Sequence[str | None] | None = None,
     ) -> None:
-        self.context = Context.encode(diffusion, prompts, seeds, negative_prompts)
+        negatives = [None] * len(prompts) if negative_prompts is None else negative_prompts
+        self.context = Context.encode(diffusion, prompts, seeds, negatives)
         self._begun = 0
 
     def __call__(self, n: int = 1) -> State:
         """Draws n >= 1 starting rows per image."""
         if n < 1:
             raise ValueError(f"a start needs at least 1 row per image, got {n}")
-        context, images = self.context, len(self.context.generators)
+        context = self.context
         noise = context.noise(n).to(context.diffusion.device)
-        origin = torch.arange(self._begun, self._begun + n, device=noise.device).repeat(images)
+        origin = torch.arange(self._begun, self._begun + n, device=noise.device).repeat(len(context.generators))
         self._begun += n
         return State(context.diffusion.initial(noise), 0, context.rows.repeat_interleave(n), origin, context)

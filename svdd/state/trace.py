@@ -1,89 +1,68 @@
 """Every selection of a batch, per image: shows when a population collapses, and how far the sampler guided."""
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Selection", "Trace", "count_distinct"]
+__all__ = ["Selection", "Trace", "count_distinct", "rounded"]
 
 
 class Selection(NamedTuple):
-    """One selection, for all images of a batch.
+    """One selection, for all images of a batch."""
 
-    Args:
-        i: Step index of the candidate rows.
-        values: float [images, rows].
-        kept: The rows that were kept, int64 [images, k].
-        ancestors: Distinct starting particles among the kept rows, int64 [images].
-        ess: Effective sample size of the weights, [images]; None without weights.
-        log_normaliser: Increment of the estimate of log Z, [images]; None where the sampler makes no estimate.
-    """
-
-    i: int
-    values: Tensor
-    kept: Tensor
-    ancestors: Tensor
-    ess: Tensor | None = None
-    log_normaliser: Tensor | None = None
+    i: int  # step index of the candidate rows
+    values: Tensor  # float [images, rows]
+    kept: Tensor  # the rows that were kept, int64 [images, k]
+    ancestors: Tensor  # distinct starting particles among the kept rows, int64 [images]
+    ess: Tensor | None = None  # effective sample size of the weights, [images]; None without weights
+    log_normaliser: Tensor | None = None  # increment of the estimate of log Z, [images], if the sampler makes one
 
 
+@dataclass
 class Trace:
     """The selections of one batch, in order.
 
-    Attributes:
-        selections: One entry per selection.
-        weights: Normalised weights of the rows that the sampler returned, [images, rows]; None where it returned one.
-        path_kl: Divergence of each image's path from the pretrained chain, in nats, [images]: an upper bound for a
-            selection among candidates, exact in expectation for a shifted kernel. 0.0 until something guides; None
-            once something guided without stating its divergence.
+    `path_kl` is the divergence of each image's path from the pretrained chain, in nats, [images]: an upper bound for a
+    selection among candidates, exact in expectation for a shifted kernel. It is None if it is unknown.
     """
 
-    def __init__(self) -> None:
-        self.selections: list[Selection] = []
-        self.weights: Tensor | None = None
-        self.path_kl: Tensor | float | None = 0.0
+    selections: list[Selection] = field(default_factory=list)
+    weights: Tensor | None = None  # normalised, of the rows that the sampler returned, [images, rows], if several
+    path_kl: Tensor | float | None = 0.0
 
     def diverge(self, kl: Tensor | float | None) -> None:
         """Adds a divergence to `path_kl`; None makes the sum unknown."""
         self.path_kl = None if kl is None or self.path_kl is None else self.path_kl + kl
 
     def per_image(self, lineage: bool = False) -> list[dict[str, Any]]:
-        """Returns the columns of each image's trace: plain lists with one entry per selection.
-
-        Args:
-            lineage: Include the index of the row that each kept row comes from.
-        """
-        if not self.selections:
-            return []
+        """Returns each image's columns, with one entry per selection; `lineage` adds the index of each kept row."""
+        steps = [selection.i for selection in self.selections]
         columns = [_columns(selection, lineage) for selection in self.selections]
         return [
-            {
-                "step": [selection.i for selection in self.selections],
-                **{name: [c[name][j] for c in columns] for name in columns[0]},
-            }
-            for j in range(len(self.selections[0].values))
+            {"step": steps, **{name: [column[name][j] for column in columns] for name in columns[0]}}
+            for j in range(len(self.selections[0].values) if columns else 0)
         ]
 
 
 def count_distinct(groups: Tensor) -> Tensor:
-    """Returns how many different numbers each line of an integer matrix [g, k] holds, int64 [g]."""
-    ordered = groups.sort(1).values
-    return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
+    """Returns how many different numbers each row of an integer matrix [g, k] holds, int64 [g]."""
+    return 1 + groups.sort(1).values.diff().ne(0).sum(1)
+
+
+def rounded(numbers: Tensor) -> list[float]:
+    """Returns numbers, [n], rounded to seven significant digits, the precision of a float32."""
+    return [float(f"{number:.7g}") for number in numbers.tolist()]
 
 
 def _columns(selection: Selection, lineage: bool) -> dict[str, list[Any]]:
-    values, index = selection.values.double(), selection.kept
-    missing = [None] * len(values)
+    values, missing = selection.values.double(), [None] * len(selection.values)
     columns = {
-        "ess": missing if selection.ess is None else _rounded(selection.ess),
-        "log_normaliser": missing if selection.log_normaliser is None else _rounded(selection.log_normaliser),
-        "value_mean": _rounded(values.mean(1)),
-        "value_max": _rounded(values.max(1).values),
-        "value_chosen": _rounded(values.gather(1, index).mean(1)),
+        "ess": missing if selection.ess is None else rounded(selection.ess),
+        "log_normaliser": missing if selection.log_normaliser is None else rounded(selection.log_normaliser),
+        "value_mean": rounded(values.mean(1)),
+        "value_max": rounded(values.amax(1)),
+        "value_chosen": rounded(values.gather(1, selection.kept).mean(1)),
         "ancestors": selection.ancestors.tolist(),
     }
-    return columns | ({"lineage": index.tolist()} if lineage else {})
-
-
-def _rounded(numbers: Tensor) -> list[float]:
-    return [float(f"{number:.7g}") for number in numbers.tolist()]
+    return columns | ({"lineage": selection.kept.tolist()} if lineage else {})

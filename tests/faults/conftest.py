@@ -1,4 +1,4 @@
-"""Runs to compare with, and the table of faults in docs/scale.md, which must say what the tests have seen."""
+"""Reference runs, and the check that the table of faults in docs/scale.md matches the test results."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -28,16 +28,16 @@ def case(tmp_path) -> Case:
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """Ends what a failed test has left, which pytest would wait for."""
+    """Kills processes left by a failed test; pytest would wait for them."""
     yield
     end_all()
 
 
 @pytest.fixture(scope="session")
 def table() -> Iterator[Callable[[str, str, int, int], None]]:
-    """Takes a row: the fault, what happened, the exit code, how many finished images were lost.
+    """Checks a row of docs/scale.md: the fault, the outcome, the exit code, the number of finished images lost.
 
-    The row must stand in docs/scale.md; with SVDD_WRITE_FAULTS=1 all rows are written there instead.
+    With SVDD_WRITE_FAULTS=1 all rows are written there instead.
     """
     rows: list[str] = []
     write = os.environ.get("SVDD_WRITE_FAULTS") == "1"

@@ -1,7 +1,7 @@
-"""Starts runs as real processes, and looks at what they leave.
+"""Starts runs as real processes and inspects their output.
 
-Importing everything takes seconds, so most runs are forks of the test process, which has done it; `fork` may set the
-variables of a launcher. What torchrun or our own agent starts are commands, as for a user.
+Imports take seconds, so most runs are forks of the test process; `fork` can set a launcher's environment variables.
+Runs under torchrun or svdd's own agent are started as commands.
 """
 
 import json
@@ -30,10 +30,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Waits for something that must come, and fails where it does not."""
+    """Waits until the condition holds; fails after the time limit."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
@@ -41,13 +41,13 @@ _cases: list["Case"] = []
 
 
 def end_all() -> None:
-    """Ends what the cases of a test have started and left."""
+    """Kills the processes that the cases of a test have left."""
     while _cases:
         _cases.pop().end()
 
 
 class Case:
-    """One run folder of the stub model, and the processes that work on it."""
+    """One run folder of the stub model and its processes."""
 
     def __init__(self, folder: Path, prompts: list[str]) -> None:
         self.folder, self.gate, self.count = folder / "run", folder / "gate", len(prompts)
@@ -83,7 +83,7 @@ class Case:
         return main(self.words(*options))
 
     def fork(self, *options: str, environment: dict[str, str] | None = None, disk: int | None = None) -> BaseProcess:
-        """Starts a run in a copy of this process; `disk` limits the size of each of its files."""
+        """Starts a run in a fork of this process; `disk` limits the size of each file, in bytes."""
         process = multiprocessing.get_context("fork").Process(
             target=_run, args=(self.words(*options), environment or {}, str(self.log), disk)
         )
@@ -94,7 +94,7 @@ class Case:
     def fork_ranks(
         self, world_size: int, *options: str, devices: int | None = None, environment: dict[str, str] | None = None
     ) -> list[BaseProcess]:
-        """Starts the processes of one machine with the variables of torchrun; they meet at `port`."""
+        """Starts the processes of one machine with torchrun's environment variables and `port` as MASTER_PORT."""
         self.port = free_port()
         several = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices or world_size)]
         return [
@@ -117,7 +117,7 @@ class Case:
         ]
 
     def fork_tasks(self, *options: str, environment: dict[str, str] | None = None) -> list[BaseProcess]:
-        """Starts two processes with the variables of SLURM."""
+        """Starts two processes with SLURM's environment variables."""
         slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "svdd", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
         slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_STEP_ID": str(len(self.processes))}
         slurm |= {"MASTER_PORT": str(free_port())}
@@ -140,12 +140,12 @@ class Case:
         return command
 
     def waiting(self, count: int) -> list[int]:
-        """Waits until so many processes have come to a prompt that waits, and returns their ids."""
+        """Waits until `count` processes block on a prompt that waits; returns their ids."""
         until(lambda: len(list(self.gate.parent.glob("gate.*"))) == count, 120)
         return [int(path.suffix[1:]) for path in self.gate.parent.glob("gate.*")]
 
     def pids(self) -> list[int]:
-        """The processes started as commands, and theirs, that work on this folder."""
+        """Returns the ids of this folder's commands and of their child processes."""
         own = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -159,7 +159,7 @@ class Case:
         return self.log.read_text() if self.log.exists() else ""
 
     def finished(self) -> dict[str, tuple[str, int]]:
-        """The images that have a whole row: their digest, and when they were written."""
+        """Returns the digest and modification time of each image with a complete row."""
         rows = {}
         for path in sorted(self.folder.glob("results*.jsonl")):  # shards first: rows move from them to results.jsonl
             try:
@@ -174,14 +174,14 @@ class Case:
         return rows
 
     def resume(self, *options: str, before: dict[str, tuple[str, int]] | None = None) -> int:
-        """Runs the same command to its end, without gate.
+        """Runs the same command to completion with the gate open.
 
         Args:
-            options: Of the command.
-            before: The images that were finished before the fault; by default now.
+            options: Command-line options.
+            before: Images finished before the fault; by default those finished now.
 
         Returns:
-            How many of them are lost: drawn again, changed or not there.
+            The number of them that were drawn again, changed or lost.
         """
         self.gate.touch()
         before = self.finished() if before is None else before
@@ -192,7 +192,7 @@ class Case:
         return sum(after.get(name) != entry for name, entry in before.items())
 
     def content(self) -> tuple[dict[str, bytes], dict]:
-        """All images, loose or in shards, and the rest of the run but for times."""
+        """Returns all images, loose or in shards, and the rest of the run without times."""
         summary = json.loads((self.folder / "summary.json").read_text())
         rows = [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
         traces = (self.folder / "trace.jsonl").read_text().splitlines()
@@ -218,7 +218,7 @@ class Case:
 
 
 def listens(port: int) -> bool:
-    """Whether a process waits for others at a port of this machine."""
+    """Whether a process listens on a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -230,7 +230,7 @@ def free_port() -> int:
 
 
 def _run(words: list[str], environment: dict[str, str], log: str, disk: int | None) -> None:
-    """The body of a fork: what a fresh interpreter would do after its imports."""
+    """The body of a fork: what a new interpreter does after its imports."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", AGENT):
         os.environ.pop(name, None)
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""A chain and rewards that cost next to nothing, for runs of which only the machinery matters."""
+"""A nearly free chain and reward, for tests of the run machinery."""
 
 import os
 import time
@@ -16,9 +16,9 @@ class StubDiffusion(Diffusion):
     """Two steps towards the middle of the range, 4 x 4 pixels.
 
     Args:
-        num_inference_steps: Steps.
-        chunk_size: Rows at once.
-        most_rows: More rows than these do not fit into memory.
+        num_inference_steps: T, the number of denoising steps.
+        chunk_size: Rows per call.
+        most_rows: Calls with more rows raise an out-of-memory error.
     """
 
     latent_shape = property(lambda self: (3, 4, 4))
@@ -54,9 +54,9 @@ class Brightness(Reward):
     """Mean of all pixels.
 
     Args:
-        gate: Scoring a prompt that says "wait" waits until the file `gate` exists, and says so in `gate`.PID.
+        gate: Scoring a prompt with the word "wait" creates `gate`.PID and blocks until the file `gate` exists.
 
-    A prompt that contains the word in the environment's STUB_BAD cannot be scored.
+    Prompts that contain the word in the environment variable STUB_BAD raise an error.
     """
 
     def __init__(self, gate: str | None = None) -> None:

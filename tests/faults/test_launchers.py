@@ -1,4 +1,4 @@
-"""Runs as a user starts them, with our own agent and with torchrun: they end in order and leave no process behind."""
+"""Runs started by svdd's own agent and by torchrun end with the documented exit code and leave no process behind."""
 
 import os
 import signal
@@ -18,21 +18,21 @@ TWO = ("--trainer.devices", "2")
 
 
 def end(case: Case, command: BaseProcess) -> int | None:
-    """Waits for the command and for its processes, and returns the exit code."""
+    """Waits for the command and its child processes to end; returns the exit code."""
     command.join(60)
     until(lambda: not case.pids())
     return command.exitcode
 
 
 def ranks(case: Case) -> dict[int, int]:
-    """Returns the process id of each rank, once both have come to a prompt that waits."""
+    """Returns the process id of each rank once both block on a prompt that waits."""
     environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in case.waiting(2)}
     return {int(word[5:]): pid for pid, words in environments.items() for word in words if word.startswith(b"RANK=")}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_command(case: Case, whole: Case, table: Callable, number: int, code: int):
-    """SIGTERM to the parent alone, SIGINT to the whole process group, as a terminal sends it."""
+    """SIGTERM goes to the parent alone, SIGINT to the whole process group, as from a terminal."""
     command = case.fork(*TWO)
     case.waiting(2)
     before = case.finished()
@@ -63,7 +63,7 @@ def test_a_second_interrupt_ends_all_at_once(case: Case, whole: Case, table: Cal
 
 
 def test_a_signal_to_a_started_process(case: Case, whole: Case, table: Callable):
-    """It is no failure: nothing restarts."""
+    """A signal is not a failure: no process restarts."""
     command = case.fork(*TWO, "--max_restarts", "1")
     pids = ranks(case)
     before = case.finished()
@@ -77,7 +77,7 @@ def test_a_signal_to_a_started_process(case: Case, whole: Case, table: Callable)
     table("SIGTERM to one of two processes", "both finished their batch, no process left", 143, lost)
 
 
-def test_a_killed_process_takes_the_other_along(case: Case, whole: Case, table: Callable):
+def test_a_killed_process_ends_the_other(case: Case, whole: Case, table: Callable):
     command = case.fork(*TWO)
     pids = ranks(case)
     before = case.finished()
@@ -105,7 +105,7 @@ def test_a_killed_process_restarts(case: Case, whole: Case, table: Callable):
     table("SIGKILL of one of two processes, --max_restarts 1", "both started again and finished the run", 0, lost)
 
 
-def test_a_killed_command_takes_its_processes_along(case: Case, whole: Case, table: Callable):
+def test_a_killed_command_ends_its_processes(case: Case, whole: Case, table: Callable):
     command = case.fork(*TWO)
     case.waiting(2)
     before = case.finished()
@@ -117,7 +117,7 @@ def test_a_killed_command_takes_its_processes_along(case: Case, whole: Case, tab
 
 
 def test_an_error_is_reported_once(case: Case, whole: Case, table: Callable):
-    """A restart would repeat it. The gate lets rank 1, whose prompt fails, come first."""
+    """An error in a reward causes no restart. The gate holds both ranks until the failing prompt."""
     command = case.fork(*TWO, "--max_restarts", "2", environment={"STUB_BAD": "there"})
     case.waiting(2)
     before = case.finished()
@@ -130,7 +130,7 @@ def test_an_error_is_reported_once(case: Case, whole: Case, table: Callable):
 
 
 def test_settings_of_another_run(case: Case, whole: Case, table: Callable):
-    """Rank 0 refuses them while the other waits for it."""
+    """Rank 0 refuses different settings while the other rank waits."""
     case.resume()
     before = case.finished()
     command = case.fork(*TWO, "--model.seed", "5")
@@ -144,7 +144,7 @@ def test_settings_of_another_run(case: Case, whole: Case, table: Callable):
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_two_machines(case: Case, whole: Case, table: Callable, restarts: int):
-    """Two agents on one host, of which each supervises one process."""
+    """Two agents on one host, each with one process."""
     port = free_port()
     nodes = ("--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp")
     agents = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]

@@ -1,4 +1,4 @@
-"""What may happen to a run of one process: signals, kills, a full disk, too little memory, a reward that fails."""
+"""Faults in a run of one process: signals, kills, a full disk, too little memory, a failing reward."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_a_signal_waits_for_the_batch(case: Case, whole: Case, table: Callable, 
     case.gate.touch()
     process.join(60)
     assert process.exitcode == code
-    assert len(case.finished()) == 6  # two batches, and the one at work
+    assert len(case.finished()) == 6  # two batches and the current one
     name = signal.Signals(number).name
     assert f"svdd: {name}: the batch at work is finished first" in case.said()
     assert f"svdd: ended: {name}; {KEPT}" in case.said()
@@ -51,7 +51,7 @@ def test_a_second_interrupt_does_not_wait(case: Case, whole: Case, table: Callab
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_workers_too(case: Case, whole: Case, table: Callable, number: int, code: int):
-    """As a terminal and SLURM send it."""
+    """The signal reaches data-loader workers too, as from a terminal or SLURM."""
     process = case.fork("--data.num_workers", "1")
     case.waiting(1)
     before = case.finished()
@@ -76,7 +76,7 @@ def test_a_signal_in_the_only_batch(case: Case, whole: Case):
     case.gate.touch()
     process.join(60)
     assert process.exitcode == 143
-    assert len(case.finished()) == 11  # the run was through, but for the last step
+    assert len(case.finished()) == 11  # all images were drawn; only the final step was missing
     assert not (case.folder / "summary.json").exists()
     assert case.resume() == 0
     assert case.content() == whole.content()
@@ -91,7 +91,7 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
     lost, kills, seen, progress = 0, 0, {}, set()
     while kills < 20:
         process = case.fork()
-        if kills % 4:  # most while it draws, the others while it begins
+        if kills % 4:  # most while it draws, the others during start-up
             until(lambda: len(case.finished()) > len(seen))  # noqa: B023
         seen = case.finished()
         process.join(moments.uniform(0, 0.05 if kills % 4 else 0.5))
@@ -103,7 +103,7 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
         seen = finished
         progress.add(len(finished))
     lost += case.resume()
-    assert len(progress) >= 5, "the moments do not lie within the run"
+    assert len(progress) >= 5, "the kills did not fall within the run"
     assert case.content() == whole.content()
     table(f"SIGKILL at {kills} random moments", "the batch at work was drawn again each time", 137, lost)
 
@@ -174,7 +174,7 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
     )
 
 
-def test_nothing_but_failures_is_an_error(tmp_path):
+def test_a_run_without_any_image_is_an_error(tmp_path):
     case = Case(tmp_path / "case", ["there", "and there"])
     process = case.fork("--model.on_error", "skip", environment=BAD)
     process.join(60)
@@ -209,7 +209,7 @@ def test_two_runs_at_once(case: Case, whole: Case, table: Callable):
 
 
 def test_while_a_finished_run_is_measured(case: Case, whole: Case, table: Callable, monkeypatch):
-    """The folder still belongs to the run, and a signal ends it."""
+    """The folder stays locked, and a signal ends the run."""
     begun, over = case.folder.with_name("begun"), case.folder.with_name("over")
 
     def measure(*args: object) -> dict:
@@ -235,7 +235,7 @@ def test_while_a_finished_run_is_measured(case: Case, whole: Case, table: Callab
 
 
 def test_a_full_disk(case: Case, whole: Case, table: Callable):
-    process = case.fork(disk=3_000)  # no file may grow beyond
+    process = case.fork(disk=3_000)  # maximum file size in bytes
     case.waiting(1)
     before = case.finished()
     case.gate.touch()

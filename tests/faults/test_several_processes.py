@@ -1,4 +1,4 @@
-"""Several processes on one run: the same images and statistics, and an orderly end whatever happens to one of them."""
+"""Several processes on one run: the images and statistics are the same, and a fault in one process ends all."""
 
 import os
 import signal
@@ -24,13 +24,13 @@ def test_any_number_of_processes_gives_the_same_run(tmp_path, count: int, ranks:
     assert several.content() == one.content()
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_all_processes_stop_when_one_is_told_to(case: Case, whole: Case, table: Callable, told: int):
-    """Rank 0 has the store, and stays until the other has read there that the run ends."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all(case: Case, whole: Case, table: Callable, rank: int):
+    """Rank 0, which holds the store, exits only after the other rank has read the stop request."""
     processes = case.fork_tasks(*SEVERAL)
     case.waiting(2)
     before = case.finished()
-    os.kill(processes[told].pid, signal.SIGTERM)
+    os.kill(processes[rank].pid, signal.SIGTERM)
     case.gate.touch()
     for process in processes:
         process.join(60)
@@ -58,7 +58,7 @@ def test_a_process_that_hangs(case: Case, whole: Case, table: Callable):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails(tmp_path, table: Callable, failing: int):
-    """Under SLURM, where the processes must find out themselves."""
+    """Under SLURM no agent supervises the processes: each detects the failure of the other."""
     prompts = [f"prompt {k}" for k in range(6)]
     prompts[2 + failing] = "wait for the bad one"
     case, whole = Case(tmp_path / "case", prompts), Case(tmp_path / "whole", prompts)
@@ -115,7 +115,7 @@ def test_the_processes_that_slurm_starts(case: Case, whole: Case):
 
 
 def test_a_signal_to_a_process_that_waits_for_another(case: Case, whole: Case, table: Callable):
-    """It waits outside Python."""
+    """The process blocks in native code, where Python runs no signal handlers."""
     processes = case.fork_ranks(2)
     os.kill(processes[1].pid, signal.SIGSTOP)
     until(lambda: listens(case.port))

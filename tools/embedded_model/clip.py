@@ -1,4 +1,4 @@
-"""Trains the two CLIPs: the one whose text tower conditions the diffusion model, and an independent judge."""
+"""Trains two CLIPs: one conditions the diffusion model through its text tower, the other is an independent judge."""
 
 import argparse
 import json
@@ -73,11 +73,11 @@ def preprocess(images: Tensor) -> Tensor:
 
 
 class CLIPTraining(L.LightningModule):
-    """Symmetric contrastive loss; scenes of the batch with the same caption count as positives of each other.
+    """Symmetric contrastive loss; scenes of a batch with the same caption are positives of each other.
 
     Args:
         name: A key of `ARCHITECTURES`.
-        tokenizer: Turns captions into tokens.
+        tokenizer: Tokenizer of the captions.
     """
 
     def __init__(self, name: str, tokenizer: CLIPTokenizer) -> None:
@@ -105,7 +105,7 @@ class CLIPTraining(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict:
-        """AdamW with a cosine."""
+        """AdamW with a cosine schedule."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: hold_then_cosine(s, self.steps, 0.0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

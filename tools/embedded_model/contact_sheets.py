@@ -1,4 +1,4 @@
-"""Draws the model card's two contact sheets of 40 prompts: training objects, and unseen combinations."""
+"""Samples the model card's two contact sheets of 40 prompts: training objects, and unseen combinations."""
 
 import argparse
 from pathlib import Path
@@ -45,7 +45,7 @@ def sheet(diffusion: StableDiffusion, prompts: list[str], seed: int) -> Image.Im
     Args:
         diffusion: The model.
         prompts: One per picture.
-        seed: Seed of the first; the others count on.
+        seed: Seed of the first image; the others follow.
     """
     final = Unguided()(Start(diffusion, prompts, range(seed, seed + len(prompts))), PosteriorMean())
     pixels = (final.images * 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""Random captioned scenes: one object, perhaps recoloured, on a background that the caption may or may not name."""
+"""Random captioned scenes: one object, sometimes recoloured, on a background that some captions name."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class Scenes:
     """Draws scenes from a numpy generator.
 
     Args:
-        work: Folder with (or for) the rendered sprites.
+        work: Folder of the rendered sprites.
     """
 
     def __init__(self, work: Path) -> None:

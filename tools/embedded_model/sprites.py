@@ -1,6 +1,6 @@
-"""Emoji pictures from three permissively licensed sets, rendered at the sizes that scenes use.
+"""Emoji images from three permissively licensed sets, rendered at the sizes used in scenes.
 
-The sets are packages of the npm registry; `npm` fetches them by name. Rendering is resvg's.
+The sets are packages of the npm registry, downloaded by `npm` and rendered by resvg.
 """
 
 import io
@@ -28,7 +28,7 @@ SIZES = (50, 53, 56, 59)
 def load_sprites(work: Path) -> dict[str, list[list[np.ndarray]]]:
     """Returns the drawings of each object: `sprites[name][drawing][size]`, uint8 [side, side, 4].
 
-    The first call downloads and renders (about a minute), later ones read `work/sprites.npz`.
+    The first call downloads and renders (about a minute); later calls read `work/sprites.npz`.
 
     Args:
         work: Folder for downloads and rendered files.

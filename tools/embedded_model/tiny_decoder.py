@@ -1,4 +1,4 @@
-"""Trains a tiny decoder for previews: it imitates the model's own decoder at a fraction of the cost."""
+"""Trains a tiny decoder for previews, distilled from the model's decoder."""
 
 import argparse
 from pathlib import Path
@@ -34,7 +34,7 @@ def make_tiny() -> AutoencoderTiny:
 class TinyDecoderTraining(L.LightningModule):
     """L1 and gradient error against the full decoder's image, on latents of scenes and on mixtures of two.
 
-    Mixtures stand in for posterior means, which are averages of what may come.
+    Mixtures approximate posterior means, which are averages of clean latents.
 
     Args:
         steps: Optimiser steps in all.
@@ -65,7 +65,7 @@ class TinyDecoderTraining(L.LightningModule):
 
 
 class Latents(Dataset[Tensor]):
-    """The latents that the UNet was trained on."""
+    """The training latents of the UNet."""
 
     def __init__(self, work: Path) -> None:
         self.latents = np.load(work / "latents.npy", mmap_mode="r")

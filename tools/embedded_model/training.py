@@ -18,12 +18,12 @@ __all__ = ["SceneBatches", "fit", "hold_then_cosine", "to_unit"]
 
 
 class SceneBatches(IterableDataset):
-    """An endless stream of (images uint8 [n, 64, 64, 3], captions), different on every rank and after every resumption.
+    """An endless stream of (images uint8 [n, 64, 64, 3], captions), different on every rank and after every restart.
 
     Args:
         work: Folder of the sprites.
         batch_size: Scenes in a batch.
-        seed: First part of the generator's seed; the process rank and a fresh number complete it.
+        seed: First part of the generator's seed; the others are the process rank and a random number.
     """
 
     def __init__(self, work: Path, batch_size: int, seed: int) -> None:
@@ -57,8 +57,8 @@ def fit(module: L.LightningModule, data: DataLoader, folder: Path, max_steps: in
     """Trains to `max_steps`, from the folder's last checkpoint if there is one.
 
     Args:
-        module: What is trained.
-        data: Its batches.
+        module: Model to train.
+        data: Training batches.
         folder: Takes `last.ckpt` and a CSV log.
         max_steps: Optimiser steps in all.
         devices: CPU processes that share each step (distributed data parallel over gloo).

@@ -137,7 +137,7 @@ class UNetTraining(L.LightningModule):
         return loss
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
-        """Steps, then moves the average: 0.999, less at the start."""
+        """Steps, then updates the moving average with decay 0.999, smaller at the start."""
         super().optimizer_step(*args, **kwargs)
         decay = min(0.999, (1 + self.global_step) / (10 + self.global_step))
         with torch.no_grad():
@@ -145,7 +145,7 @@ class UNetTraining(L.LightningModule):
             torch._foreach_lerp_(averages, currents, 1 - decay)
 
     def configure_optimizers(self) -> dict:
-        """AdamW; held, then a cosine."""
+        """AdamW; a constant rate, then a cosine."""
         optimizer = torch.optim.AdamW(self.unet.parameters(), lr=9e-4, weight_decay=0.01, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: hold_then_cosine(s, self.steps, 0.4))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -19,7 +19,7 @@ STEPS, CROP_STEPS = 5200, 4400
 class VAETraining(L.LightningModule):
     """L1, squared and gradient error, with a light Kullback-Leibler term.
 
-    The first steps see 32 px crops (four times the pictures per second), the last ones whole scenes.
+    The first steps use 32 px crops (four times the images per second), the last ones whole scenes.
 
     Args:
         steps: Optimiser steps in all.
@@ -73,7 +73,7 @@ def export_vae(checkpoint: Path, work: Path) -> AutoencoderKL:
     The channel statistics are folded into the two 1x1 convolutions around the latents, so `scaling_factor` stays 1.
 
     Args:
-        checkpoint: What training left.
+        checkpoint: Checkpoint of the training.
         work: Folder of the sprites.
     """
     module = VAETraining()

@@ -1,7 +1,7 @@
 """The vocabulary of the embedded model: the objects, the colours, and the words for both.
 
-An object is a well-known thing with a silhouette that survives 64 pixels. The key is the name that a prompt uses, the
-value the name that Unicode gives the emoji.
+An object is well known and recognisable at 64 pixels. The key is its name in prompts, the value the Unicode name of the
+emoji.
 """
 
 __all__ = ["COLORS", "OBJECTS"]

@@ -11,7 +11,7 @@ def test_red_is_warm_and_blue_is_cold():
     assert Warmth(strength=2).score(images[:1], [""]).tolist() == [2]
 
 
-def test_svdd_knows_it_by_name():
+def test_svdd_finds_it_by_name():
     from svdd.commands.registry import catalogue
 
     assert "Warmth" in [entry.name for entry in catalogue() if entry.kind == "reward"]

@@ -1,8 +1,7 @@
-"""How far a set of pictures is from another, in the features of an image model.
+"""Distance between two sets of pictures in the features of an image model; FID and KID are those of torchmetrics.
 
 Source: Jayasumana et al., Rethinking FID: Towards a Better Evaluation Metric for Image Generation, 2024,
-arXiv 2401.09603 (CMMD: Gaussian kernel of width 10 on normalised CLIP embeddings, times 1000). FID and KID are those of
-torchmetrics.
+arXiv 2401.09603 (CMMD: Gaussian kernel of width 10 on normalised CLIP embeddings, times 1000).
 """
 
 import math
@@ -11,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd.evaluation.metrics.gathered import FeatureMetric
+from svdd.evaluation.metrics.gathered import GatheredMetric
 
 __all__ = ["CMMD"]
 
 _WIDTH, _SCALE, _AT_ONCE = 10.0, 1000.0, 2048
 
 
-class CMMD(FeatureMetric):
+class CMMD(GatheredMetric):
     """CLIP maximum mean discrepancy of two sets of images: 0 for equal sets; lower is closer.
-
-    Args:
-        kwargs: Passed on to :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -33,23 +29,16 @@ class CMMD(FeatureMetric):
         0.0
     """
 
-    higher_is_better = False
-
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__({"real": torch.float32, "drawn": torch.float32}, **kwargs)
+        super().__init__({"real": torch.zeros(0, 0), "drawn": torch.zeros(0, 0)}, **kwargs)
 
     def update(self, features: Tensor, real: bool) -> None:
-        """Adds a batch to one of the two sets.
-
-        Args:
-            features: float [n, d]; only their directions count.
-            real: Whether they belong to the reference.
-        """
+        """Adds features, float [n, d], to the reference (`real`) or to the other set; only directions count."""
         self.add("real" if real else "drawn", features)
 
     def compute(self) -> Tensor:
-        """Returns the discrepancy, float64 [], on the CPU: some devices have no float64; NaN where a set is empty."""
-        real, drawn = (torch.nn.functional.normalize(self.rows(name), dim=1) for name in ("real", "drawn"))
+        """Returns the discrepancy, float64 [], on the CPU; NaN where a set is empty."""
+        real, drawn = (torch.nn.functional.normalize(self.rows(name).double(), dim=1) for name in ("real", "drawn"))
         if not len(real) or not len(drawn):
             return torch.tensor(math.nan, dtype=torch.float64)
         return _SCALE * (_mean_kernel(real, real) + _mean_kernel(drawn, drawn) - 2 * _mean_kernel(real, drawn))

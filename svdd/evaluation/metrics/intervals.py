@@ -1,8 +1,7 @@
-"""Confidence intervals of a mean: of numbers in clusters, such as images of one prompt, and of a few independent ones.
+"""Confidence intervals of a mean: of numbers in clusters, such as images of one prompt, and of independent numbers.
 
-Sources: Field and Welsh, Bootstrapping clustered data, 2007 (resampling of whole clusters); Student, The Probable Error
-of a Mean, 1908; Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4 (Student's t in
-closed form for whole degrees of freedom).
+Sources: Field and Welsh, Bootstrapping clustered data, 2007 (resampling of whole clusters); Abramowitz and Stegun,
+Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4 (Student's t in closed form for whole degrees of freedom).
 """
 
 import math
@@ -11,28 +10,19 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["bootstrap_interval", "clustered", "spread_within", "standard_error", "t_quantile"]
+__all__ = ["bootstrap_interval", "clustered", "spread_within", "t_quantile"]
 
 _DRAWS = 1000
-_AT_ONCE = 2**18  # numbers that are drawn together: a few megabytes
+_AT_ONCE = 2**18  # random numbers drawn at once: a few megabytes
 _MOST_FREEDOM = 10_000  # more degrees of freedom change the quantile by less than 2e-4 of itself
 
 
 def clustered(values: Sequence[float], clusters: Sequence[int]) -> list[list[float]]:
-    """Returns the members of each cluster, in the order of the clusters' numbers.
-
-    Args:
-        values: n numbers.
-        clusters: The cluster of each; a negative number marks a cluster of one.
-    """
-    members: dict[int, list[float]] = defaultdict(list)
-    alone = []
-    for value, cluster in zip(values, clusters, strict=True):
-        if cluster < 0:
-            alone.append([value])
-        else:
-            members[cluster].append(value)
-    return [members[cluster] for cluster in sorted(members)] + sorted(alone)
+    """Returns the members of each cluster, in the order of their numbers; a negative one marks a cluster of one."""
+    members: dict[tuple[float, ...], list[float]] = defaultdict(list)
+    for k, (value, cluster) in enumerate(zip(values, clusters, strict=True)):
+        members[(cluster,) if cluster >= 0 else (math.inf, value, k)].append(value)
+    return [members[key] for key in sorted(members)]
 
 
 def spread_within(groups: Sequence[Sequence[float]]) -> float:
@@ -45,21 +35,11 @@ def spread_within(groups: Sequence[Sequence[float]]) -> float:
     return math.sqrt(math.fsum(squares) / freedom)
 
 
-def bootstrap_interval(
-    groups: Sequence[Sequence[float]], level: float = 0.95, draws: int = _DRAWS
-) -> tuple[float, float]:
-    """Returns the percentile interval of the mean over all members, from resampled clusters.
+def bootstrap_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Returns the 95 % percentile interval of the mean over all members, from 1000 resamplings of the clusters.
 
     The random numbers are the same every time, so that equal data give equal intervals. With fewer than about 10
-    clusters the interval is too narrow; use `t_quantile` instead.
-
-    Args:
-        groups: The members of each cluster.
-        level: Coverage, 0 .. 1.
-        draws: Resampled data sets.
-
-    Returns:
-        Lower and upper end; NaN for fewer than two clusters.
+    clusters the interval is too narrow; use `t_quantile` instead. With fewer than two both ends are NaN.
     """
     size = len(groups)
     if size < 2:
@@ -67,30 +47,16 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(0)
     total = torch.tensor([math.fsum(group) for group in groups], dtype=torch.float64)
     count = torch.tensor([len(group) for group in groups], dtype=torch.float64)
-    means = torch.empty(draws, dtype=torch.float64)  # allocated first: small tensors would pin large blocks
-    for start in range(0, draws, per := max(1, _AT_ONCE // size)):
-        chosen = torch.randint(size, (min(per, draws - start), size), generator=generator)
+    means = torch.empty(_DRAWS, dtype=torch.float64)  # allocated first: small tensors would pin large blocks
+    for start in range(0, _DRAWS, per := max(1, _AT_ONCE // size)):
+        chosen = torch.randint(size, (min(per, _DRAWS - start), size), generator=generator)
         means[start : start + per] = total[chosen].sum(1) / count[chosen].sum(1)
-    ends = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
-    return float(ends[0]), float(ends[1])
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Returns the standard error of the mean of independent numbers; NaN for fewer than two."""
-    count = len(values)
-    if count < 2:
-        return math.nan
-    mean = math.fsum(values) / count
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    low, high = means.quantile(torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def t_quantile(level: float, freedom: int) -> float:
-    """Returns t with P(|T| <= t) = `level` for Student's T; infinity without degrees of freedom.
-
-    Args:
-        level: Probability, above 0 and below 1.
-        freedom: Degrees of freedom.
-    """
+    """Returns t with P(|T| <= t) = `level`, in (0, 1), for Student's T; infinity without degrees of freedom."""
     if freedom < 1:
         return math.inf
     freedom = min(freedom, _MOST_FREEDOM)

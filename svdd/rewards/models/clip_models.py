@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import ASSETS, fit_weights, loading, locate, offline, read_weights
-from svdd.rewards.models.auto_models import read_model
+from svdd.assets.hub import ASSETS, fit_weights, loading, locate, offline, read_model, read_weights
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
 
-__all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "find_clip", "processor_statistics"]
+__all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "colour_statistics", "read_clip"]
 
 EMBEDDED = {"emoji": "emoji-clip", "emoji-judge": "emoji-judge"}
-_CACHED_PROMPTS = 4096
 
 
 class ClipModel(nn.Module, ABC):
-    """An image encoder and a text encoder with a common embedding space.
+    """An image encoder and a text encoder with a common embedding space."""
 
-    Attributes:
-        side: Width and height of the images that it reads; `whole`, `mode` and `rounded` are as in `fit_square`.
-        mean: Mean of each colour, for normalisation.
-        std: Standard deviation of each colour.
-    """
-
-    side: int
-    mean: Sequence[float]
+    side: int  # width and height of the images that it reads
+    mean: Sequence[float]  # of each colour, for normalisation
     std: Sequence[float]
-    whole = False
-    mode = "bicubic"
-    rounded = False
+    whole, mode, rounded = False, "bicubic", False  # as in fit_square
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +36,7 @@ class ClipModel(nn.Module, ABC):
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Returns the projected embedding of each text, [n, d]."""
+        """Returns the projected embedding of each text, truncated to the model's context, [n, d]."""
 
     @property
     def width(self) -> int:
@@ -59,11 +48,7 @@ class ClipModel(nn.Module, ABC):
         return normalise(fit_square(images, self.side, self.whole, self.mode, self.rounded), self.mean, self.std)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Returns the embedding of each image, of length 1, float32 [n, d].
-
-        Args:
-            images: float [n, 3, h, w] in [0, 1].
-        """
+        """Returns the embeddings, of length 1, float32 [n, d], of images, float [n, 3, h, w] in [0, 1]."""
         pixels = self.preprocess(images).to(next(self.parameters()).dtype)
         return F.normalize(self.encode_images(pixels).float(), dim=-1)
 
@@ -76,11 +61,9 @@ class ClipModel(nn.Module, ABC):
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Returns the embedding of each text, of length 1, float32 [n, d]; thousands are cached."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if len(self._texts) + len(new) > _CACHED_PROMPTS:
+        if len(self._texts.keys() | set(texts)) > 4096:
             self._texts.clear()
-            new = list(dict.fromkeys(texts))
-        if new:
+        if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:
             features = F.normalize(self.encode_texts(new).float(), dim=-1)
             self._texts.update(zip(new, features, strict=True))
         device = next(self.parameters()).device
@@ -88,30 +71,20 @@ class ClipModel(nn.Module, ABC):
 
 
 class TransformersClip(ClipModel):
-    """A CLIP in the format of transformers.
-
-    Args:
-        pretrained: `emoji`, `emoji-judge`, a folder or a hub name.
-        options: `revision` and `local_files_only`.
-        processor: Folder or hub name of the tokenizer and the image processor, if other than `pretrained`.
-
-    Raises:
-        UserError: If it cannot be loaded, is not a CLIP, or lacks weights.
-    """
+    """A CLIP in the format of transformers; its tokenizer and image processor may come from another `processor`."""
 
     def __init__(self, pretrained: str, options: dict[str, Any], processor: str | None = None) -> None:
         super().__init__()
         from transformers import CLIPModel, CLIPTokenizer
 
-        source, options = find_clip(pretrained, options)
-        self.clip: Any = read_model(CLIPModel, source, torch.float32, **options)
+        self.clip, source, options = read_clip(CLIPModel, pretrained, options)
         if processor is not None:
             source, options = processor, {**options, "revision": None}
         with loading(f"the tokenizer of {source!r}"):
             self.tokenizer = CLIPTokenizer.from_pretrained(source, **options)
         self.side = int(self.clip.config.vision_config.image_size)
         self.scale: float = self.clip.logit_scale.exp().item()  # read before the weights lose precision
-        self.mean, self.std = processor_statistics(source, options)
+        self.mean, self.std = colour_statistics(source, options)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Returns the projected embedding of preprocessed pixels, [n, d]."""
@@ -126,17 +99,7 @@ class TransformersClip(ClipModel):
 
 
 class OpenClipModel(ClipModel):
-    """A CLIP of open_clip.
-
-    Args:
-        architecture: A model of open_clip, such as `ViT-H-14`, `hf-hub:owner/name` or `local-dir:/folder`.
-        pretrained: One of open_clip's tags for it or a weights file; not used if the architecture includes weights.
-        local_files_only: Use local files and the hub's cache only.
-
-    Raises:
-        UserError: If open_clip does not know the names, the weights do not fit, or svdd does not implement the
-            model's preprocessing.
-    """
+    """A CLIP of open_clip; the arguments are those of `CLIPScore`. Raises UserError if names or weights do not fit."""
 
     rounded = True
 
@@ -155,23 +118,20 @@ class OpenClipModel(ClipModel):
             known = ", ".join(tags) or "none"
             raise UserError(f"open_clip has no weights {tag!r} for {architecture}; known: {known}; or a weights file")
         if tag and local_files_only and not open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub"):
-            raise UserError(
-                f"open_clip downloads {tag!r} for {architecture} from outside the hub, so local_files_only cannot be "
-                "kept; give a weights file"
-            )
-        with loading(f"{architecture!r} of open_clip"), offline() if local_files_only else nullcontext():
+            problem = f"open_clip downloads {tag!r} for {architecture} from outside the hub"
+            raise UserError(f"{problem}, so local_files_only cannot be kept; give a weights file")
+        with loading(f"{architecture!r} of open_clip"), offline(local_files_only):
             self.clip = open_clip.create_model(architecture, tag, load_weights=not own_file, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(architecture)
         if own_file:
             fit_weights(self.clip, read_weights(file), str(file))
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.clip))
-        sides = {config.size} if isinstance(config.size, int) else set(config.size)
-        if config.resize_mode not in ("shortest", "squash") or len(sides) > 1:
-            raise UserError(
-                f"{architecture!r} of open_clip prepares images of size {config.size} with resize_mode "
-                f"{config.resize_mode!r}, which svdd does not implement; expected a square, and shortest or squash"
-            )
-        self.side, self.whole = int(sides.pop()), config.resize_mode == "squash"
+        size, resize = config.size, config.resize_mode
+        sides = {size} if isinstance(size, int) else set(size)
+        if resize not in ("shortest", "squash") or len(sides) > 1:
+            found = f"{architecture!r} of open_clip prepares images of size {size} with resize_mode {resize!r}"
+            raise UserError(f"{found}, which svdd does not implement; expected a square, and shortest or squash")
+        self.side, self.whole = int(sides.pop()), resize == "squash"
         self.mean, self.std = config.mean, config.std
         self.mode = "bilinear" if config.interpolation == "bilinear" else "bicubic"
 
@@ -180,30 +140,27 @@ class OpenClipModel(ClipModel):
         return self.clip.encode_image(pixels)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Returns the projected embedding of each text, [n, d]."""
+        """Returns the projected embedding of each text, truncated to the model's context, [n, d]."""
         return self.clip.encode_text(self.tokenizer(texts).to(next(self.clip.parameters()).device))
 
 
-def find_clip(pretrained: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Returns the source of a CLIP in the format of transformers, and the options to load it with.
-
-    Raises:
-        UserError: If there is none, or it is another kind of model.
-    """
+def read_clip(auto: Any, pretrained: str, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
+    """Returns a CLIP of transformers in float32, and the source and options of its other parts, or raises UserError."""
     from transformers import AutoConfig
 
     if pretrained in EMBEDDED:
-        return str(ASSETS / EMBEDDED[pretrained]), {**options, "local_files_only": True}
-    expected = "`emoji`, `emoji-judge`, a folder saved by CLIPModel.save_pretrained, or a hub name such as "
-    source = locate("pretrained", pretrained, "config.json", expected + "openai/clip-vit-large-patch14")
-    with loading(f"pretrained={pretrained!r}"):
-        kind = AutoConfig.from_pretrained(source, **options).model_type
-    if kind != "clip":
-        raise UserError(f"pretrained={pretrained!r} is a {kind} model; expected a CLIP")
-    return source, options
+        source, options = str(ASSETS / EMBEDDED[pretrained]), {**options, "local_files_only": True}
+    else:
+        expected = "`emoji`, `emoji-judge`, a folder saved by CLIPModel.save_pretrained, or a hub name such as "
+        source = locate("pretrained", pretrained, "config.json", expected + "openai/clip-vit-large-patch14")
+        with loading(f"pretrained={pretrained!r}"):
+            kind = AutoConfig.from_pretrained(source, **options).model_type
+        if kind != "clip":
+            raise UserError(f"pretrained={pretrained!r} is a {kind} model; expected a CLIP")
+    return read_model(auto, source, torch.float32, **options), source, options
 
 
-def processor_statistics(source: str, options: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+def colour_statistics(source: str, options: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
     """Returns mean and standard deviation of the colours; OpenAI's if there is no preprocessor_config.json."""
     from transformers import CLIPImageProcessor
 

@@ -16,15 +16,11 @@ def fit_square(images: Tensor, side: int, whole: bool = False, mode: str = "bicu
     """Resizes the shorter side, antialiased, and crops the centre square, as the processors of CLIP models do.
 
     Args:
-        images: float [n, 3, h, w] in [0, 1].
+        images: float [n, 3, h, w] in [0, 1]; the result is float [n, 3, side, side] in [0, 1].
         side: Width and height of the result.
         whole: Squeeze the whole image into the square instead of cropping.
         mode: `bicubic` or `bilinear`.
-        rounded: If the margin is an odd number of pixels, round its half as torchvision does (to even) instead of down
-            as transformers does.
-
-    Returns:
-        float [n, 3, side, side] in [0, 1].
+        rounded: Round half of an odd margin to even, as torchvision does, instead of down, as transformers does.
     """
     height, width = images.shape[-2:]
     short = min(height, width)

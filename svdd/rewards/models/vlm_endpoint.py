@@ -3,39 +3,26 @@
 import base64
 import io
 import json
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 from PIL import Image
 
 from svdd import RewardError, UserError, first_line
 
 __all__ = ["Endpoint"]
 
-_MAX_WAIT = 30.0  # seconds between two attempts
-
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind `/chat/completions`.
-
-    Args:
-        address: The API, up to `/v1`.
-        model: The endpoint's name for the model.
-        timeout: Seconds to wait for an answer.
-        retries: How often a request is repeated.
-        backoff: Seconds before the first repetition; doubled each time.
-        concurrency: Number of simultaneous requests.
-
-    Raises:
-        UserError: If an argument is out of range.
-    """
+    """A model behind `/chat/completions`; the arguments are those of `VLMJudge`."""
 
     address: str
     model: str
@@ -47,15 +34,12 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             url = urlsplit(self.address)
-            valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-            valid = valid and not (url.query or url.fragment or "@" in self.address)
+            valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
         except ValueError:
             valid = False
-        if not valid:  # the address may contain a password, so the message does not repeat it
-            raise UserError(
-                "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password (they "
-                "would be written into the run's files); api_key_env names a variable that holds a key"
-            )
+        if not valid or url.query or url.fragment or "@" in self.address:  # not shown: it may hold a password
+            problem = "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password"
+            raise UserError(f"{problem} (a run saves it); give a key in the variable that api_key_env names")
         for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
             if not getattr(self, name) >= least:
                 raise UserError(f"{name} must be >= {least}, got {getattr(self, name)}")
@@ -68,11 +52,7 @@ class Endpoint:
         return self.model
 
     def log_odds(self, images: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
-        """Returns log p(yes) - log p(no) for each image and question.
-
-        Raises:
-            RewardError: If an answer is missing or unusable; the message is one line without the key.
-        """
+        """Returns log p(yes) - log p(no) for each image and question; raises RewardError if an answer is unusable."""
         failed: list[RewardError] = []
 
         def ask(image: Image.Image, question: str) -> float:
@@ -81,8 +61,7 @@ class Endpoint:
             try:
                 return read_log_odds(self._post(request_body(self.model, image, question), key))
             except ValueError as error:
-                place = f"endpoint {self.address.rstrip('/')}, model {self.model!r}"
-                failed.append(RewardError(f"{place}: {error}"))
+                failed.append(RewardError(f"endpoint {self.address.rstrip('/')}, model {self.model!r}: {error}"))
                 raise failed[0] from None
 
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -107,7 +86,7 @@ class Endpoint:
                 problem = first_line(error)
             if not transient or attempt == self.retries:
                 break
-            time.sleep(min(wait, _MAX_WAIT))
+            time.sleep(min(wait, 30.0))
         raise ValueError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
 
 
@@ -115,12 +94,10 @@ def _refusal(answer: httpx.Response, key: str | None) -> str:
     """Returns the status and the service's message, except for messages about a key."""
     message = ""
     if answer.status_code not in (401, 403, 407):
-        try:
+        with suppress(ValueError, AttributeError):
             told = answer.json()
             told = told.get("error", told.get("detail", told.get("message", "")))
             message = str(told.get("message", "") if isinstance(told, dict) else told).strip()
-        except (ValueError, AttributeError):
-            pass
     message = message.replace(key, "***") if key else message
     status = f"{answer.status_code} {answer.reason_phrase}".strip()
     return f"{status}: {first_line(message)[:300]}" if message else status
@@ -132,17 +109,12 @@ def request_body(model: str, image: Image.Image, question: str) -> dict[str, Any
     image.save(buffer, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
     options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-    return {"model": model, "messages": messages, **options}
+    return {"model": model, "messages": [{"role": "user", "content": content}], **options}
 
 
 def read_log_odds(answer: bytes) -> float:
-    """Returns log p(yes) - log p(no); for a missing word, the lowest log-probability in the answer is the bound.
-
-    Raises:
-        ValueError: If the answer has no probabilities, or neither yes nor no is among them.
-    """
+    """Returns log p(yes) - log p(no), with the lowest log-probability for a missing word; or raises ValueError."""
     try:
         content = json.loads(answer)
     except ValueError:
@@ -156,9 +128,6 @@ def read_log_odds(answer: bytes) -> float:
     if not {token for token, _ in tokens} & {"yes", "no"}:
         raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
     lowest = min(logprob for _, logprob in tokens)
-
-    def log_sum(word: str) -> float:
-        found = [logprob for token, logprob in tokens if token == word] or [lowest]
-        return max(found) + math.log(sum(math.exp(logprob - max(found)) for logprob in found))
-
-    return log_sum("yes") - log_sum("no")
+    words = ([logprob for token, logprob in tokens if token == word] or [lowest] for word in ("yes", "no"))
+    yes, no = map(np.logaddexp.reduce, words)
+    return float(yes - no)
