@@ -20,7 +20,7 @@ from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
-from svdd.values.weights import weights_file
+from svdd.values.learned import weights_file
 
 __all__ = ["PredictCLI", "StepProgress"]
 
