@@ -15,7 +15,7 @@ from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
-from svdd.samplers.toolbox.resampling import RESAMPLERS
+from svdd.samplers.toolbox.selection import RESAMPLERS
 from svdd.samplers.toolbox.weights import POTENTIALS, Weighing, Weights
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided

@@ -1,14 +1,22 @@
 """Resamplers: copies are unbiased and within bounds, also in corner cases; and the weights that trigger them."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from svdd.samplers.toolbox.resampling import RESAMPLERS
-from svdd.samplers.toolbox.selection import effective_sample_size
-from svdd.samplers.toolbox.tempering import SCHEDULES, next_exponent
-from svdd.samplers.toolbox.weights import POTENTIALS, Weighing, Weights
+from svdd.samplers.toolbox.selection import RESAMPLERS, effective_sample_size
+from svdd.samplers.toolbox.weights import (
+    POTENTIALS,
+    SCHEDULES,
+    Potential,
+    Resampler,
+    Tempering,
+    Weighing,
+    Weights,
+    next_exponent,
+)
 
 NAMES = list(RESAMPLERS)
 WEIGHTS = {
@@ -124,6 +132,12 @@ def weighing(**options) -> Weighing:
     return Weighing(**defaults | options)
 
 
+def test_every_setting_that_a_sampler_accepts_is_implemented():
+    assert get_args(Potential) == tuple(POTENTIALS)
+    assert get_args(Resampler) == tuple(RESAMPLERS)
+    assert get_args(Tempering) == (*SCHEDULES, "adaptive")
+
+
 def path_of_values(groups=3, particles=6, steps=5, seed=0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(groups, particles, generator=generator, dtype=torch.float64) for _ in range(steps)]
@@ -192,6 +206,6 @@ def test_adaptive_tempering_stops_at_the_threshold():
 def test_the_next_exponent_meets_the_effective_sample_size():
     """Two particles with weights 1 and exp(-x): ESS = (1 + e^-x)^2 / (1 + e^-2x) = 1.6 at e^-x = 1 / 3."""
     gap = torch.tensor([[0.0, -4.0], [0.0, -8.0], [0.0, -0.1]], dtype=torch.float64)
-    found = next_exponent(lambda exponent: exponent * gap, torch.zeros(3, 1).double(), 1.6)
+    found = next_exponent(Weights.equal(3, 2, gap.device), gap, 1.6)
     expected = torch.tensor([[math.log(3) / 4], [math.log(3) / 8], [1.0]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

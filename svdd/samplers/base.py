@@ -1,4 +1,4 @@
-"""The base class of all samplers, and checks that several of them share."""
+"""The base class of all samplers, the types in its signatures, and checks that several samplers share."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -7,27 +7,24 @@ from torch import Tensor
 
 from svdd import UserError, missing_methods
 from svdd.diffusion.base import Diffusion
-from svdd.samplers.toolbox.selection import effective_sample_size
+from svdd.samplers.toolbox.selection import choice_kl, effective_sample_size, top
 from svdd.samplers.toolbox.window import Window
 from svdd.state.state import Start, State
 from svdd.state.trace import Selection, count_distinct
 from svdd.values.base import Value
 
-__all__ = ["Sampler", "require_at_least_one", "require_guided_step", "require_noise"]
+__all__ = ["Diffusion", "Sampler", "Start", "State", "Value", "require_at_least_one", "require_noise", "require_window"]
 
 
 class Sampler(ABC):
     """Moves particles from noise to the end of the chain; a value decides which of them survive.
 
-    A subclass implements `sample`; `svdd.samplers.budget` counts its cost.
-
-    Attributes:
-        budget_argument: The constructor argument, a count, that a budget may choose; None if there is none.
-        needs_gradient: Whether `sample` differentiates the value.
+    A subclass implements `sample`; `svdd.samplers.budget` counts its cost. Constructors raise ValueError for arguments
+    out of range.
     """
 
-    budget_argument: ClassVar[str | None] = None
-    needs_gradient: ClassVar[bool] = False
+    budget_argument: ClassVar[str | None] = None  # the constructor argument, a count, that a budget may choose
+    needs_gradient: ClassVar[bool] = False  # whether `sample` differentiates the value
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Sampler":
@@ -40,12 +37,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(self, start: Start, value: Value) -> State:
-        """Returns the state at the end of the chain, with equally many rows per image.
-
-        Args:
-            start: `start(n)` returns n rows per image at i = 0.
-            value: Estimates the reward that a row will reach; at the end of the chain, returns the reward itself.
-        """
+        """Takes `start(n)`, n rows per image at i = 0, to the end of the chain; returns equally many rows per image."""
 
     def __call__(self, start: Start, value: Value) -> State:
         """Runs `sample`; raises UserError unless it returns the end of the chain, with equally many rows per image."""
@@ -67,6 +59,13 @@ class Sampler(ABC):
                 f"{type(self).__name__} needs gradients, and {value.describe()} is not differentiable; use a "
                 "differentiable reward such as CLIPScore, or a sampler that needs none, such as SVDD or SMC"
             )
+
+    @staticmethod
+    def finish(state: State) -> State:
+        """Samples plainly to the end of the chain, one child per row."""
+        while not state.done:
+            state = state.propose()
+        return state
 
     @staticmethod
     def evaluate(value: Value, state: State) -> Tensor:
@@ -100,18 +99,27 @@ class Sampler(ABC):
         state.context.trace.selections.append(Selection(state.i, values, index, ancestors, ess, log_normaliser))
         return kept
 
+    def keep_best(self, ends: State, value: Value) -> State:
+        """Selects each image's row of the highest reward among independent ends of the chain."""
+        if len(ends.x) == ends.num_images:
+            return ends
+        v = self.evaluate(value, ends)
+        return self.keep(ends, top(v), v, kl=choice_kl(v, alpha=0))
 
-def require_noise(diffusion: Diffusion, name: str, count: int) -> None:
-    """Raises UserError if a count above 1 would only make copies, because no step draws noise."""
+
+def require_noise(diffusion: Diffusion, name: str, count: int, window: Window | None = None) -> None:
+    """Raises UserError if a count above 1 would only make copies, because no step (of the window) draws noise."""
     if count > 1 and not diffusion.stochastic:
         raise UserError(
             f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic and all {count} "
             "candidates of a particle are the same image; set eta above 0 (1.0 as in the paper), or use BestOfN"
         )
+    if count > 1 and window is not None:
+        require_window(diffusion, window)
 
 
-def require_guided_step(diffusion: Diffusion, window: Window) -> None:
-    """Raises UserError if no step of a window draws noise."""
+def require_window(diffusion: Diffusion, window: Window) -> None:
+    """Raises UserError if no step of the window draws noise."""
     steps = diffusion.num_inference_steps
     if not any(window.guides(i, steps) and diffusion.std(i) > 0 for i in range(steps)):
         raise UserError(

@@ -5,11 +5,8 @@ Sources: Li et al., 2024, arXiv 2408.08252 (several particles, alpha = 0); Li et
 Alignment in Diffusion Models, 2025, arXiv 2503.02039.
 """
 
-from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one
 from svdd.samplers.svdd import SVDD
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["BeamSearch"]
 
@@ -29,9 +26,6 @@ class BeamSearch(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     budget_argument = "num_candidates"

@@ -1,26 +1,18 @@
-"""Best-of-N: the standard baseline at equal compute."""
+"""Best-of-N: sample N images, keep the one with the highest reward."""
 
-from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.samplers.toolbox.selection import choice_kl, top
-from svdd.state.state import Start, State
-from svdd.values.base import Value
+from svdd.samplers.base import Sampler, Start, State, Value, require_at_least_one
 
 __all__ = ["BestOfN"]
 
 
 class BestOfN(Sampler):
-    """Best of N independent images by the reward.
+    """Best of N independent images by the reward, for N T denoiser rows per image.
 
     1. draw N chains from the pretrained model
-    2. return the one whose image has the highest reward
-
-    Costs N T denoiser rows per image.
+    2. return the end of the highest reward
 
     Args:
         num_particles: N, images drawn for each one returned.
-
-    Raises:
-        ValueError: If `num_particles` is below 1.
     """
 
     budget_argument = "num_particles"
@@ -31,10 +23,4 @@ class BestOfN(Sampler):
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the best end of N chains for each image."""
-        state = start(self.num_particles)
-        while not state.done:
-            state = state.propose()
-        if self.num_particles == 1:
-            return state
-        v = self.evaluate(value, state)
-        return self.keep(state, top(v), v, kl=choice_kl(v, alpha=0))
+        return self.keep_best(self.finish(start(self.num_particles)), value)

@@ -4,12 +4,9 @@ Target: as SVDD's, with rarer and better informed selections.
 Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 2025, arXiv 2502.00968.
 """
 
-from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_guided_step, require_noise
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import choice_kl, draw, top
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["BlockwiseBestOfN"]
 
@@ -27,13 +24,9 @@ class BlockwiseBestOfN(Sampler):
         num_candidates: M, candidates of each block.
         block_size: Steps of a block; the first one is shorter where they do not divide the chain.
         alpha: Temperature in units of the reward; 0 takes the best.
-        score_parent: Score a candidate by its x0 one step before the end of the block, which is already known.
-            Needs block_size > 1.
+        score_parent: Score a candidate by its known x0 one step before the end of the block. Needs block_size > 1.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     budget_argument = "num_candidates"
@@ -58,9 +51,7 @@ class BlockwiseBestOfN(Sampler):
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if all candidates would be the same."""
-        require_noise(diffusion, "num_candidates", self.num_candidates)
-        if self.num_candidates > 1:
-            require_guided_step(diffusion, self._inside)
+        require_noise(diffusion, "num_candidates", self.num_candidates, self._inside)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the selected end of the chain for each image."""

@@ -4,6 +4,7 @@ import inspect
 import math
 import pickle
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,13 +22,9 @@ __all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget"]
 
 
 class Cost(NamedTuple):
-    """The cost of one returned image: exact, or an upper bound if the value takes several denoiser rows per row.
+    """The cost of one returned image: exact, or an upper bound if the value takes several denoiser rows per row."""
 
-    Args:
-        returned: Rows that the sampler returns per image of the batch; the other entries are those of `Ledger`.
-    """
-
-    returned: int
+    returned: int  # rows that the sampler returns per image of the batch; the other entries are those of `Ledger`
     denoiser_rows: float
     gradient_rows: float
     decoded_images: float
@@ -62,8 +59,7 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
             raise
         except Exception as error:
             raise Uncountable(
-                f"{method} failed on the chain of one number on which costs are counted, with "
-                f"{type(error).__name__}: {error}"
+                f"{method} failed on the chain of one number that counts costs, with {type(error).__name__}: {error}"
             ) from error
     if before != _global_generators():
         raise UserError(
@@ -114,27 +110,19 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
         except ValueError:
             return math.nan
         if cost.returned != least.returned:
-            raise UserError(
-                f"{cannot} every particle is returned, so that each image costs the same for any {name}; set it "
-                "yourself, or return one image"
-            )
+            raise UserError(f"{cannot} every particle is returned, so the cost is the same; set it yourself")
         return cost.rows
 
-    # Most costs are linear in the count: try the count that this predicts and the next one, then bisect.
     slope = rows_of(2, math.inf) - least.rows
-    guess = 1 + int((budget - least.rows) / slope) if slope > 0 else 1
-    low, high, rises, guesses = 1, budget + 1, slope > 0, [guess + 1, guess]
-    while high - low > 1:
-        probe = min(max(guesses.pop(), low + 1), high - 1) if guesses else (low + high) // 2
-        rows = rows_of(probe)
-        rises = rises or rows > least.rows
-        low, high = (probe, high) if rows <= budget else (low, probe)
-    if not rises:
+    best = min(1 + int((budget - least.rows) / slope), budget) if slope > 0 else 1  # right if the cost is linear
+    if not rows_of(best) <= budget < rows_of(best + 1):
+        best = 1 + bisect_left(range(2, budget + 1), True, key=lambda number: not rows_of(number) <= budget)
+    if not (slope > 0 or max(rows_of(best), rows_of(best + 1)) > least.rows):
         raise UserError(
             f"{cannot} with {type(value).__name__} it does not change the cost of {least.rows:g} denoiser rows per "
             "image; set it yourself and leave the budget out"
         )
-    return build(low)
+    return build(best)
 
 
 class _OneNumber(Diffusion):
@@ -193,10 +181,9 @@ def _global_generators() -> bytes:
 
 def _arguments(sampler: Sampler, name: str) -> inspect.BoundArguments:
     """Returns the arguments of the sampler's constructor, defaults included; `name` must be one of them."""
-    args, kwargs = sampler.arguments
+    (args, kwargs), kind = sampler.arguments, type(sampler).__name__
     bound = inspect.signature(type(sampler)).bind(*args, **kwargs)
     bound.apply_defaults()
     if name not in bound.arguments:
-        kind = type(sampler).__name__
         raise UserError(f"{kind}.budget_argument is {name!r}, which is no argument of {kind}'s constructor")
     return bound

@@ -10,11 +10,8 @@ import math
 import torch
 
 from svdd import UserError
-from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_guided_step
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_window
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["DPS"]
 
@@ -33,9 +30,6 @@ class DPS(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     needs_gradient = True
@@ -56,11 +50,10 @@ class DPS(Sampler):
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the value has no gradient, or every guided step is without noise."""
         super().check(diffusion, value)
-        require_guided_step(diffusion, self.window)
+        require_window(diffusion, self.window)
         if not self.through_denoiser and value.most_rows == 0:
             raise UserError(
-                f"DPS with through_denoiser=False needs a value of x0, and {value.describe()} reads x; set "
-                "through_denoiser to true: no network lies between x and this value"
+                f"DPS with through_denoiser=False needs a value of x0, and {value.describe()} reads x; set it to true"
             )
 
     def sample(self, start: Start, value: Value) -> State:
@@ -74,7 +67,6 @@ class DPS(Sampler):
             v, slope = state.gradient(value, self.through_denoiser)
             state.context.report(state.i, float(v.mean()))
             state = self.keep(state, first_row, v[:, None], kl=0.0)  # one row per image: for the trace alone
-            strength = (self.scale * state.std) ** 2 / 2
-            kl = strength * slope.flatten(1).double().square().sum(1)  # of two normal laws of equal std
+            kl = (self.scale * state.std) ** 2 / 2 * slope.flatten(1).double().square().sum(1)  # normal laws, equal std
             state = state.propose(mean=state.prediction.mean + self.scale * state.std**2 * slope, kl=kl)
         return state

@@ -5,13 +5,12 @@ Sources: PSP (the schedule); Su et al., Navigating the Exploration-Exploitation 
 Diffusion Models, 2025, arXiv 2508.12361 (a funnel of particles).
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from svdd.samplers.base import Sampler, require_at_least_one
+from svdd.samplers.base import Sampler, Start, State, Value, require_at_least_one
 from svdd.samplers.toolbox.selection import top
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["ProgressivePruning"]
 
@@ -23,41 +22,33 @@ class ProgressivePruning(Sampler):
     2. at each further entry (fraction, survivors): keep the survivors of the highest value
     3. return the end of the highest reward
 
-    Costs the chains alive at each step before pruning (after it with a learned value): by default about N T denoiser
-    rows per image.
+    Costs about N T denoiser rows per image: at each step the chains before pruning, after it with a learned value.
 
     Args:
         num_particles: N; the default schedule costs about as much as N whole chains.
         schedule: Pairs (fraction of the chain, survivors as a multiple of N, rounded down, at least 1); fractions rise
             from 0 to below 1, survivors do not rise.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     budget_argument = "num_particles"
 
     def __init__(
-        self,
-        num_particles: int = 8,
-        schedule: Sequence[tuple[float, float]] = ((0.0, 2.0), (0.25, 1.0), (0.5, 0.5)),
+        self, num_particles: int = 8, schedule: Sequence[tuple[float, float]] = ((0.0, 2.0), (0.25, 1.0), (0.5, 0.5))
     ) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles, self.schedule = num_particles, [(float(f), float(s)) for f, s in schedule]
-        fractions, survivors = [f for f, _ in self.schedule], [s for _, s in self.schedule]
-        rising = all(a < b for a, b in pairwise(fractions))
-        falling = all(a >= b for a, b in pairwise(survivors))
-        if not self.schedule or fractions[0] != 0 or fractions[-1] >= 1 or not rising:
+        fractions, survivors = [fraction for fraction, _ in schedule], [survivors for _, survivors in schedule]
+        if fractions[:1] != [0] or not all(a < b for a, b in pairwise([*fractions, 1])):
             raise ValueError(f"schedule: fractions must rise from 0 to below 1, got {fractions}")
-        if min(survivors) <= 0 or not falling:
+        if not all(a >= b > 0 for a, b in pairwise([math.inf, *survivors])):
             raise ValueError(f"schedule: survivors must be positive and must not rise, got {survivors}")
+        self.num_particles, self.schedule = num_particles, schedule
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the best end of the surviving chains for each image."""
-        state = start(self._count(self.schedule[0][1]))
+        state = start(self._survivors(0, 1))
         while not state.done:
-            alive, survivors = len(state.x) // state.num_images, self._survivors(state.i, state.num_steps)
-            if survivors < alive:
+            survivors = self._survivors(state.i, state.num_steps)
+            if survivors * state.num_images < len(state.x):
                 v = self.evaluate(value, state)
                 state = self.keep(state, top(v, survivors), v)
             state = state.propose()
@@ -69,9 +60,5 @@ class ProgressivePruning(Sampler):
     def _survivors(self, i: int, steps: int) -> int:
         """Returns the number of chains that continue from step i; pruning begins at step 1."""
         last = steps - 1  # in a short chain a late fraction is rounded down to the last step
-        return self._count(
-            min(s for fraction, s in self.schedule if i >= min(round(fraction * steps), last) and (i or not fraction))
-        )
-
-    def _count(self, multiple: float) -> int:
-        return max(1, int(multiple * self.num_particles))
+        multiples = [s for part, s in self.schedule if i >= min(round(part * steps), last) and (i or not part)]
+        return max(1, int(multiples[-1] * self.num_particles))

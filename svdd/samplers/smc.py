@@ -1,20 +1,14 @@
 """Sequential Monte Carlo: particles that carry weights and are resampled when the weights degenerate.
 
 Target: p(x) exp(r(x) / alpha), exactly as the number of particles grows, for any value.
-Sources: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
-(values as twisting functions); Singhal et al., 2025, arXiv 2501.06848 (FK-steering: potentials); Kim et al., 2025,
-arXiv 2501.05803 (tempering).
+Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775.
+FK-steering and tempering: see `svdd.samplers.toolbox.weights`.
 """
 
-from typing import Literal
-
-from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_noise
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import probabilities
-from svdd.samplers.toolbox.weights import Weighing, Weights
+from svdd.samplers.toolbox.weights import Ends, Potential, Resampler, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["SMC"]
 
@@ -40,9 +34,6 @@ class SMC(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
         guide_every: Weigh at every k-th step.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     budget_argument = "num_particles"
@@ -51,19 +42,18 @@ class SMC(Sampler):
         self,
         num_particles: int = 8,
         alpha: float = 0.1,
-        potential: Literal["difference", "max", "sum", "immediate"] = "difference",
-        resampler: Literal["multinomial", "stratified", "systematic", "residual", "ssp"] = "ssp",
+        potential: Potential = "difference",
+        resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
-        tempering: Literal["none", "linear", "exponential", "adaptive"] = "none",
-        returns: Literal["best", "drawn", "all"] = "best",
+        tempering: Tempering = "none",
+        returns: Ends = "best",
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,
     ) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles = num_particles
+        self.num_particles, self.window = num_particles, Window(guide_start, guide_stop, guide_every)
         self.weighing = Weighing(alpha, potential, resampler, ess_threshold, tempering, returns)
-        self.window = Window(guide_start, guide_stop, guide_every)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if copies of a particle would stay identical."""

@@ -7,12 +7,9 @@ Decoding, 2024, arXiv 2408.08252, Algorithm 1.
 
 import torch
 
-from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_guided_step, require_noise
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import choice_kl, draw, top
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["SVDD"]
 
@@ -36,9 +33,6 @@ class SVDD(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step; at the others one candidate is drawn.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     budget_argument = "num_candidates"
@@ -60,38 +54,34 @@ class SVDD(Sampler):
             raise ValueError("score_parent needs num_particles > 1: candidates of one particle would score the same")
         if score_parent and alpha == 0 and num_candidates >= num_particles:
             raise ValueError(
-                f"score_parent needs num_candidates < num_particles at alpha = 0, got {num_candidates} and "
-                f"{num_particles}: the candidates of the best particle would fill every place"
+                "score_parent needs num_candidates < num_particles at alpha = 0: those of the best particle would fill "
+                f"every place; got {num_candidates} and {num_particles}"
             )
         self.num_candidates, self.alpha, self.num_particles = num_candidates, alpha, num_particles
         self.score_parent, self.window = score_parent, Window(guide_start, guide_stop, guide_every)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if all candidates would be the same."""
-        require_noise(diffusion, "num_candidates", self.num_candidates)
-        if self.num_candidates > 1:
-            require_guided_step(diffusion, self.window)
+        require_noise(diffusion, "num_candidates", self.num_candidates, self.window)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the selected end of the chain for each image."""
         state = start(self.num_particles)
         log_potentials = torch.zeros(state.num_images, self.num_particles, dtype=torch.float64, device=state.x.device)
         while not state.done:
-            guided = state.std > 0 and self.window.guides(state.i, state.num_steps)
-            m = self.num_candidates if guided else 1
-            candidates = state.propose(m)
-            kept = 1 if candidates.done else self.num_particles
-            if len(candidates.x) == kept * candidates.num_images:  # nothing to select from
-                state = candidates
+            m = self.num_candidates if state.std > 0 and self.window.guides(state.i, state.num_steps) else 1
+            parents, state = state, state.propose(m)
+            kept = 1 if state.done else self.num_particles
+            if len(state.x) == kept * state.num_images:  # nothing to select from
                 continue
-            by_parent = self.score_parent and not candidates.done
-            v = self.evaluate(value, state).repeat_interleave(m, 1) if by_parent else self.evaluate(value, candidates)
+            by_parent = self.score_parent and not state.done
+            v = self.evaluate(value, parents).repeat_interleave(m, 1) if by_parent else self.evaluate(value, state)
             kl = choice_kl(v, self.alpha) if self.num_particles == 1 else None
             if self.alpha == 0:
-                state = self.keep(candidates, top(v, kept), v, kl=kl)
+                state = self.keep(state, top(v, kept), v, kl=kl)
                 continue
             scaled = v.double() / self.alpha
             log_w = scaled - log_potentials.repeat_interleave(m, 1)
-            index = draw(log_w, candidates.uniforms(kept))
-            state, log_potentials = self.keep(candidates, index, v, log_w, kl=kl), scaled.gather(1, index)
+            index = draw(log_w, state.uniforms(kept))
+            state, log_potentials = self.keep(state, index, v, log_w, kl=kl), scaled.gather(1, index)
         return state

@@ -1,22 +1,14 @@
 """Twisted sequential Monte Carlo: particles move along the gradient of the value, and weights account for it.
 
 Target: p(x) exp(r(x) / alpha), exactly as the number of particles grows.
-Sources: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
-(TDS); Kim, Kim and Park, Test-time Alignment of Diffusion Models without Reward Over-optimization, 2025,
-arXiv 2501.05803 (DAS: tempering).
+Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, 2023, arXiv 2306.17775
+(TDS). Tempering (DAS): see `svdd.samplers.toolbox.weights`.
 """
 
-from typing import Literal
-
-from torch import Tensor
-
-from svdd.diffusion.base import Diffusion
-from svdd.samplers.base import Sampler, require_at_least_one, require_guided_step
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_window
 from svdd.samplers.toolbox.selection import probabilities
-from svdd.samplers.toolbox.weights import Weighing, Weights
+from svdd.samplers.toolbox.weights import Ends, Resampler, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["TwistedSMC"]
 
@@ -41,9 +33,6 @@ class TwistedSMC(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain; the final weights include the reward in any case.
         guide_every: Guide every k-th step.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     needs_gradient = True
@@ -53,29 +42,28 @@ class TwistedSMC(Sampler):
         self,
         num_particles: int = 4,
         alpha: float = 0.1,
-        resampler: Literal["multinomial", "stratified", "systematic", "residual", "ssp"] = "ssp",
+        resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
-        tempering: Literal["none", "linear", "exponential", "adaptive"] = "exponential",
-        returns: Literal["best", "drawn", "all"] = "best",
+        tempering: Tempering = "exponential",
+        returns: Ends = "best",
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,
     ) -> None:
         require_at_least_one(num_particles=num_particles)
-        self.num_particles = num_particles
+        self.num_particles, self.window = num_particles, Window(guide_start, guide_stop, guide_every)
         self.weighing = Weighing(alpha, "difference", resampler, ess_threshold, tempering, returns)
-        self.window = Window(guide_start, guide_stop, guide_every)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the value has no gradient, or every guided step is without noise."""
         super().check(diffusion, value)
-        require_guided_step(diffusion, self.window)
+        require_window(diffusion, self.window)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the ends that `returns` selects for each image."""
         state = start(self.num_particles)
         weights = Weights.equal(state.num_images, self.num_particles, state.x.device)
-        log_z = weights.log_normaliser
+        log_z, n, alpha = weights.log_normaliser, self.num_particles, self.weighing.alpha
         while not state.done:
             if not self.window.guides(state.i, state.num_steps):
                 state = state.propose()
@@ -83,11 +71,17 @@ class TwistedSMC(Sampler):
             v = state.gradient(value)[0].view(state.num_images, -1)
             state.context.report(state.i, float(v.mean()))
             weights = self.weighing.weigh(weights, v, state.i / state.num_steps)
-            increment, log_z = weights.log_normaliser - log_z, weights.log_normaliser
-            index, resampled = self.weighing.resample(weights, state.uniforms(self.num_particles))
-            state = self.keep(state, index, v, weights.log_w, increment)
-            state, log_ratio = self._move(state, value, resampled.exponent)
-            weights = resampled._replace(log_w=resampled.log_w + log_ratio)  # a correction, not a potential
+            increment, log_z, log_w = weights.log_normaliser - log_z, weights.log_normaliser, weights.log_w
+            index, weights = self.weighing.resample(weights, state.uniforms(n))
+            state = self.keep(state, index, v, log_w, increment)
+            variance, mean, slope = state.std**2, state.prediction.mean, state.gradient(value)[1]
+            shift = variance * (weights.exponent / alpha).repeat_interleave(n, 0).view(-1, 1, 1, 1).to(slope) * slope
+            state = state.propose(mean=mean + shift)
+            if variance > 0:
+                # log p / q = (|x - mean - shift|^2 - |x - mean|^2) / (2 std^2), without the difference of large numbers
+                drift, whole = shift.double().flatten(1), (state.x - mean).double().flatten(1)
+                log_ratio = (drift * (drift / 2 - whole)).sum(1).view(state.num_images, n) / variance
+                weights = weights._replace(log_w=weights.log_w + log_ratio)
         rewards = self.evaluate(value, state)
         weights = self.weighing.weigh(weights, rewards, 1.0)
         index = self.weighing.ends(weights, rewards, state.uniforms)
@@ -95,17 +89,3 @@ class TwistedSMC(Sampler):
         if self.weighing.returns == "all":
             state.context.trace.weights = probabilities(weights.log_w)
         return state
-
-    def _move(self, state: State, value: Value, exponent: Tensor) -> tuple[State, Tensor]:
-        """Returns the moved state, and log p / q of each move, [images, particles]."""
-        _, slope = state.gradient(value)
-        tilt = (exponent / self.weighing.alpha).repeat_interleave(self.num_particles, 0).view(-1, 1, 1, 1).to(slope)
-        shift = state.std**2 * tilt * slope
-        mean = state.prediction.mean
-        moved = state.propose(mean=mean + shift)
-        if state.std == 0:
-            return moved, exponent.new_zeros(state.num_images, self.num_particles)
-        drift, whole = shift.double().flatten(1), (moved.x - mean).double().flatten(1)
-        # (|x - mean - shift|^2 - |x - mean|^2) / (2 std^2), without the difference of large numbers
-        log_ratio = (drift * (drift / 2 - whole)).sum(1) / state.std**2
-        return moved, log_ratio.view(state.num_images, -1)

@@ -1,15 +1,13 @@
-"""Zero-order search over the initial noise: a walk uphill without gradients.
+"""Zero-order search over the initial noise: hill climbing without gradients.
 
-Target: the initial noise whose chain ends in the highest reward.
+Target: the start whose chain ends in the highest reward.
 Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, 2025, arXiv 2501.09732.
 """
 
 import torch
 
-from svdd.samplers.base import Sampler, require_at_least_one
+from svdd.samplers.base import Sampler, Start, State, Value, require_at_least_one
 from svdd.samplers.toolbox.selection import top
-from svdd.state.state import Start, State
-from svdd.values.base import Value
 
 __all__ = ["ZeroOrderSearch"]
 
@@ -29,9 +27,6 @@ class ZeroOrderSearch(Sampler):
         num_candidates: N, neighbours of each move.
         radius: Share of new noise in the first neighbours, above 0, at most 1; 1 draws independent starts.
         decay: Factor on the radius after a move that found nothing better, above 0, at most 1.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     budget_argument = "num_iterations"
@@ -50,13 +45,13 @@ class ZeroOrderSearch(Sampler):
         """Returns the end of the best start found for each image."""
         state = start()
         images, n = state.num_images, self.num_candidates
-        best_start, best = state.x, self._end(state, state.x)
+        best_start, best = state.x, self.finish(state.replay(state.x))
         best_value = self.evaluate(value, best)
         radius = torch.full((images, 1, 1, 1), self.radius, dtype=state.x.dtype, device=state.x.device)
         for _ in range(self.num_iterations):
             new = state.context.diffusion.initial(state.context.perturbations(n).to(state.x))
             near = ((1 - radius**2).sqrt() * best_start).repeat_interleave(n, 0) + radius.repeat_interleave(n, 0) * new
-            ends = self._end(state, near)
+            ends = self.finish(state.replay(near))
             v = torch.cat([best_value, self.evaluate(value, ends)], 1)
             index = top(v)
             starts = torch.cat([best_start[:, None], near.unflatten(0, (images, n))], 1)
@@ -64,11 +59,3 @@ class ZeroOrderSearch(Sampler):
             best, best_value = self.keep(best.join(ends), index, v), v.gather(1, index)
             radius = torch.where(index[:, :, None, None] == 0, radius * self.decay, radius)
         return best
-
-    @staticmethod
-    def _end(state: State, x: torch.Tensor) -> State:
-        """Runs the chain from other latents to its end."""
-        run = state.replay(x)
-        while not run.done:
-            run = run.propose()
-        return run

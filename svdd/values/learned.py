@@ -162,7 +162,7 @@ def weights_file(pretrained: str) -> Path:
 
 
 def read_checkpoint(pretrained: str) -> dict[str, Any]:
-    """Reads a checkpoint or safetensors file as data; UserError if it cannot be read, or is none of `svdd fit`."""
+    """Reads a file of `svdd fit` as data; UserError if it cannot be read or is another kind of file."""
     source, path = f"pretrained={pretrained!r}", weights_file(pretrained)
     try:
         with open(path, "rb") as opened:

@@ -1,25 +1,28 @@
-"""Which rows of a group survive: pure functions from log-weights to indices."""
+"""Which rows of a group survive, and how often: pure functions from log-weights to indices within the group, int64.
+
+Resamplers map `(log_w [g, k], uniforms [g, k])` to `index [g, k]`. Each is unbiased: the expected number of copies of
+particle j is k W_j. Systematic and SSP resampling also round every k W_j to floor or ceil.
+
+Sources: Douc, Cappe and Moulines, Comparison of Resampling Schemes for Particle Filtering, 2005, arXiv cs/0507025;
+Gerber, Chopin and Whiteley, Negative Association, Ordering and Convergence of Resampling Methods, 2017, arXiv
+1707.01845 (SSP: Srinivasan sampling process).
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["choice_kl", "draw", "effective_sample_size", "probabilities", "top"]
+__all__ = ["RESAMPLERS", "choice_kl", "draw", "effective_sample_size", "probabilities", "top"]
+
+_ROUNDING = 1e-9  # largest error of softmax and cumsum at an integer
 
 
 def top(log_w: Tensor, k: int = 1) -> Tensor:
-    """Returns the k best rows of every group, best first; the earlier row wins a tie.
-
-    Args:
-        log_w: Log-weights, float [groups, rows].
-        k: Survivors per group, 1 .. rows.
-
-    Returns:
-        Index within the group, int64 [groups, k].
+    """Returns the k best rows of every group of log_w [groups, rows], best first; the earlier row wins a tie.
 
     Raises:
-        ValueError: If k is out of range or a weight is NaN.
+        ValueError: If k is not in 1 .. rows or a weight is NaN.
     """
     _check(log_w)
     if not 1 <= k <= log_w.shape[1]:
@@ -28,15 +31,7 @@ def top(log_w: Tensor, k: int = 1) -> Tensor:
 
 
 def draw(log_w: Tensor, uniforms: Tensor) -> Tensor:
-    """Draws k independent rows of every group in proportion to exp(log_w), by inversion.
-
-    Args:
-        log_w: Log-weights, float [groups, rows], as in `probabilities`.
-        uniforms: Numbers in [0, 1), float [groups, k].
-
-    Returns:
-        Index within the group, int64 [groups, k].
-    """
+    """Draws k independent rows of every group by `probabilities` of log_w, with uniforms [groups, k] in [0, 1)."""
     cumulative = probabilities(log_w).cumsum(1)
     cumulative = cumulative / cumulative[:, -1:]  # the last entry is 1 exactly, above every uniform number
     return torch.searchsorted(cumulative, uniforms.double(), right=True)
@@ -69,6 +64,73 @@ def choice_kl(values: Tensor, alpha: float) -> Tensor:
     if alpha == 0:
         return values.new_full((groups,), math.log(n) - (n - 1) / n, dtype=torch.float64)
     return math.log(n) - torch.special.entr(probabilities(values.double() / alpha)).sum(1)
+
+
+def _stratified(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverts the distribution function at one uniform number in each of k equal strata."""
+    steps = _rounded(_expected(log_w).cumsum(1))
+    steps[:, -1] = steps.shape[1]  # above every point
+    below_all = torch.nextafter(steps[0, -1], torch.zeros_like(steps[0, -1]))  # k - 1 + u may round up to k
+    return _first_above(steps, (_slots(steps) + uniforms.double()).clamp(max=below_all))
+
+
+def _systematic(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverts the distribution function at k equally spaced points; only the first uniform number is used."""
+    return _stratified(log_w, uniforms[:, :1])
+
+
+def _residual(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Keeps floor(k W) copies of each particle and draws the rest from the remaining weights."""
+    expected = _expected(log_w)
+    rest = expected - expected.floor()
+    certain, slots = expected.floor().cumsum(1), _slots(expected)
+    nothing_left = rest.sum(1, keepdim=True) == 0  # then the draws are not used, and any weights will do
+    drawn = draw(torch.where(nothing_left, torch.ones_like(rest), rest).log(), uniforms)
+    return torch.where(slots < certain[:, -1:], _first_above(certain, slots), drawn)
+
+
+def _ssp(log_w: Tensor, uniforms: Tensor) -> Tensor:
+    """Rounds fractional copies pair by pair, at random and without bias, until each is 0 or 1.
+
+    For a pair of fractions a and b: if a + b < 1, they become 0 and a + b, else 1 and a + b - 1, in random order. The
+    sum and both expectations are preserved.
+    """
+    expected = _expected(log_w)
+    copies, fraction = expected.floor(), expected - expected.floor()
+    groups = torch.arange(len(copies), device=log_w.device)
+    holder, open_part = torch.zeros_like(groups), fraction[:, 0]  # the particle whose fraction is open
+    for j in range(1, copies.shape[1]):
+        b = fraction[:, j]
+        total = open_part + b
+        full = total >= 1
+        share = torch.where(full, (1 - b) / (2 - total).clamp(min=_ROUNDING), b / total.clamp(min=_ROUNDING))
+        newcomer_stays = uniforms[:, j - 1] < share  # then its fraction stays open and the holder's is rounded
+        copies[groups, torch.where(newcomer_stays, holder, j)] += full.to(copies)
+        holder = torch.where(newcomer_stays, j, holder)
+        open_part = torch.where(full, total - 1, total)
+    copies[groups, holder] += copies.shape[1] - copies.sum(1)  # the last open fraction is 0 or 1 but for rounding
+    return _first_above(copies.cumsum(1), _slots(copies))
+
+
+RESAMPLERS = dict(multinomial=draw, stratified=_stratified, systematic=_systematic, residual=_residual, ssp=_ssp)
+
+
+def _expected(log_w: Tensor) -> Tensor:
+    return _rounded(probabilities(log_w) * log_w.shape[1])  # copies k W
+
+
+def _rounded(numbers: Tensor) -> Tensor:
+    """Rounds the numbers that are integers up to floating-point error."""
+    whole = numbers.round()
+    return torch.where((numbers - whole).abs() < _ROUNDING, whole, numbers)
+
+
+def _first_above(steps: Tensor, points: Tensor) -> Tensor:
+    return torch.searchsorted(steps, points.expand_as(steps).contiguous(), right=True)
+
+
+def _slots(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device, dtype=like.dtype)[None]
 
 
 def _check(log_w: Tensor) -> None:

@@ -1,45 +1,52 @@
-"""Feynman-Kac weights of a population of particles.
+"""Feynman-Kac weights of a population of particles, and their tempering.
 
 Particle k of an image has the weight w = prod_j G_j, with one potential G_j per weighed state. Potentials of every kind
 multiply to exp(r / alpha) over a whole chain, so that the weighted ends follow p(x) exp(r(x) / alpha), and the mean of
-w is an unbiased estimate of Z = E[exp(r / alpha)].
+w is an unbiased estimate of Z = E[exp(r / alpha)]. The targets on the way are p_i(x_i) exp(lambda_i v_i(x_i) / alpha):
+early values are inaccurate, and a small exponent lambda_i limits their effect.
 
 Sources: Chopin and Papaspiliopoulos, An Introduction to Sequential Monte Carlo, 2020, chapters 5 and 10; Singhal et
 al., A General Framework for Inference-time Scaling and Steering of Diffusion Models, 2025, arXiv 2501.06848
-(FK-steering: the four potentials).
+(FK-steering: potentials); Kim, Kim and Park, 2025, arXiv 2501.05803 (DAS: exponential and adaptive tempering); Jasra et
+al., Inference for Levy-Driven Stochastic Volatility Models via Adaptive Sequential Monte Carlo, 2011 (next exponent).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from svdd.samplers.toolbox.resampling import RESAMPLERS
-from svdd.samplers.toolbox.selection import draw, effective_sample_size, top
-from svdd.samplers.toolbox.tempering import SCHEDULES, next_exponent
+from svdd.samplers.toolbox.selection import RESAMPLERS, draw, effective_sample_size, top
 
-__all__ = ["POTENTIALS", "Weighing", "Weights"]
+__all__ = [
+    "POTENTIALS",
+    "SCHEDULES",
+    "Ends",
+    "Potential",
+    "Resampler",
+    "Tempering",
+    "Weighing",
+    "Weights",
+    "next_exponent",
+]
+
+Potential = Literal["difference", "max", "sum", "immediate"]
+Resampler = Literal["multinomial", "stratified", "systematic", "residual", "ssp"]
+Tempering = Literal["none", "linear", "exponential", "adaptive"]
+Ends = Literal["best", "drawn", "all"]
 
 
 class Weights(NamedTuple):
-    """Log-weights of each image's particles and their history, float64 [images, particles].
+    """Log-weights of each image's particles and their history, float64 [images, particles]."""
 
-    Args:
-        log_w: Accumulated log-weights; resampled particles share the mean weight, so that the mean estimates Z.
-        log_potentials: Sum of the log-potentials along each particle's path, unchanged by resampling.
-        peak: Largest tempered value along that path.
-        total: Sum of the tempered values along it.
-        exponent: Current tempering exponent, [images, 1].
-    """
-
-    log_w: Tensor
-    log_potentials: Tensor
-    peak: Tensor
-    total: Tensor
-    exponent: Tensor
+    log_w: Tensor  # resampled particles share the mean weight, so that the mean always estimates Z
+    log_potentials: Tensor  # sum along each particle's path, unchanged by resampling
+    peak: Tensor  # largest tempered value along that path
+    total: Tensor  # sum of the tempered values along it
+    exponent: Tensor  # of the tempering, [images, 1]
 
     @staticmethod
     def equal(images: int, particles: int, device: torch.device) -> "Weights":
@@ -60,35 +67,33 @@ POTENTIALS: dict[str, Callable[[Weights, Tensor], Tensor]] = {  # (weights, temp
     "immediate": lambda weights, tempered: tempered,
 }
 
+SCHEDULES: dict[str, Callable[[float], float]] = {  # i / T -> lambda
+    "none": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "exponential": lambda progress: 2.0**progress - 1.0,  # (1 + gamma)^i - 1 with the gamma that makes it end at 1
+}
+
 
 @dataclass(frozen=True)
 class Weighing:
-    """How `SMC` and `TwistedSMC` weigh, resample and return; the arguments are theirs.
-
-    Raises:
-        ValueError: If a setting is unknown, out of range, or excluded by another.
-    """
+    """How `SMC` and `TwistedSMC` weigh, resample and return; their arguments, checked with ValueError."""
 
     alpha: float
-    potential: str
-    resampler: str
+    potential: Potential
+    resampler: Resampler
     ess_threshold: float
-    tempering: str
-    returns: str = "best"
+    tempering: Tempering
+    returns: Ends = "best"
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
             raise ValueError(f"alpha must be > 0, got {self.alpha}; for the limit of alpha = 0 use SVDD")
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in 0 .. 1 (never .. at every step), got {self.ess_threshold}")
-        for name, known in (
-            ("potential", [*POTENTIALS]),
-            ("resampler", [*RESAMPLERS]),
-            ("tempering", [*SCHEDULES, "adaptive"]),
-            ("returns", ["best", "drawn", "all"]),
-        ):
-            if (given := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+        for field in fields(self):
+            known, given = get_args(field.type), getattr(self, field.name)
+            if known and given not in known:
+                raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {given!r}")
         if self.tempering == "adaptive" and self.potential != "difference":
             raise ValueError(f"adaptive tempering goes with potential 'difference' only, got {self.potential!r}")
         if self.tempering == "adaptive" and not 0 < self.ess_threshold < 1:
@@ -99,34 +104,21 @@ class Weighing:
 
     def weigh(self, weights: Weights, values: Tensor, progress: float) -> Weights:
         """Multiplies by the potentials of values [images, particles] at progress = i / T; at 1 to exp(r / alpha)."""
-        scaled, potential = values.double() / self.alpha, POTENTIALS[self.potential]
+        scaled, potential = values.double() / self.alpha, self.potential
         if progress == 1:
-            exponent, potential = torch.ones_like(weights.exponent), POTENTIALS["difference"]
+            exponent, potential = torch.ones_like(weights.exponent), "difference"
         elif self.tempering == "adaptive":
             n = scaled.shape[1]
-            exponent = next_exponent(
-                lambda exponent: weights.log_w + (exponent * scaled - weights.log_potentials),
-                weights.exponent,
-                max(self.ess_threshold, 1 / n) * n,
-            )
+            exponent = next_exponent(weights, scaled, max(self.ess_threshold, 1 / n) * n)
         else:
             exponent = torch.full_like(weights.exponent, SCHEDULES[self.tempering](progress))
         tempered = exponent * scaled
-        log_g = potential(weights, tempered)
-        return Weights(
-            weights.log_w + log_g,
-            weights.log_potentials + log_g,
-            weights.peak.maximum(tempered),
-            weights.total + tempered,
-            exponent,
-        )
+        log_g = POTENTIALS[potential](weights, tempered)
+        peak, total = weights.peak.maximum(tempered), weights.total + tempered
+        return Weights(weights.log_w + log_g, weights.log_potentials + log_g, peak, total, exponent)
 
     def resample(self, weights: Weights, uniforms: Tensor) -> tuple[Tensor, Weights]:
-        """Resamples the images whose effective sample size is low, with uniforms [images, particles] in [0, 1).
-
-        Returns:
-            Index of the kept particles, int64 [images, particles], and their weights.
-        """
+        """Resamples images of low effective sample size; index and uniforms in [0, 1) are [images, particles]."""
         images, particles = weights.log_w.shape
         low = self.ess_threshold * particles * (1 + 1e-6)  # adaptive tempering stops at the threshold, up to rounding
         poor = (effective_sample_size(weights.log_w) <= low)[:, None]
@@ -144,3 +136,25 @@ class Weighing:
         if self.returns == "drawn":
             return draw(weights.log_w, uniforms(1))
         return torch.arange(rewards.shape[1], device=rewards.device).expand(len(rewards), -1)
+
+
+def next_exponent(weights: Weights, scaled: Tensor, size: float) -> Tensor:
+    """Returns the largest next exponents, at most 1, that keep the effective sample size, by bisection; [images, 1].
+
+    Args:
+        weights: The weights so far; an exponent stays if the effective sample size is already lower.
+        scaled: Values / alpha, float64 [images, particles].
+        size: Effective sample size to keep with the potentials `difference`, 1 .. particles.
+    """
+
+    def enough(exponent: Tensor) -> Tensor:
+        log_w = weights.log_w + POTENTIALS["difference"](weights, exponent * scaled)
+        return effective_sample_size(log_w)[:, None] >= size
+
+    low, one = weights.exponent, torch.ones_like(weights.exponent)
+    high = one
+    for _ in range(40):
+        middle = (low + high) / 2
+        holds = enough(middle)
+        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    return torch.where(enough(one), one, low)

@@ -6,25 +6,17 @@ __all__ = ["Window"]
 
 
 class Window:
-    """A part of the chain, guided at every k-th step, counted back from its last: later values are more accurate.
-
-    The step that leaves i lies in the window if start <= i / T < stop.
+    """The steps with start <= i / T < stop, or every k-th of them, counted back from the last: the best informed.
 
     Args:
         start: First guided step, as a fraction of the chain, 0 .. 1.
         stop: Where guidance ends, as a fraction of the chain, above `start`, at most 1.
-        every: k, steps from one guided step to the next.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        every: k, steps from one guided step to the next, at least 1.
     """
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, every: int = 1) -> None:
         if not 0 <= start < stop <= 1:
-            raise ValueError(
-                f"guide_start and guide_stop must satisfy 0 <= start < stop <= 1, got {start} and {stop}: they are "
-                "fractions of the chain"
-            )
+            raise ValueError(f"guide_start and guide_stop must satisfy 0 <= start < stop <= 1, got {start} and {stop}")
         if every < 1:
             raise ValueError(f"guide_every must be >= 1, got {every}")
         self.start, self.stop, self.every = start, stop, every
