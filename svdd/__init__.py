@@ -62,3 +62,10 @@ def did_you_mean(name: str, known: Iterable[str], separator: str = "; ") -> str:
     lowered = {candidate.lower(): candidate for candidate in known}
     match = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     return f"{separator}did you mean {lowered[match[0]]!r}?" if match else ""
+
+
+def require_at_least(least: int, **numbers: int | None) -> None:
+    """Raises ValueError for the first number below `least`; None is not checked."""
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be >= {least}, got {number}")

@@ -16,8 +16,7 @@ from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward, is_device_failure
-from svdd.runs.failures import predict_or_skip
-from svdd.runs.prediction import Prediction
+from svdd.runs.prediction import Prediction, predict_or_skip
 from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.budget import Uncountable, count, current_count, fit_budget

@@ -125,7 +125,7 @@ def test_too_few_chains_and_constant_rewards_are_refused():
     for chains in (1, 2):
         with pytest.raises(UserError, match=f"needs at least 3 chains, better hundreds, got {chains}"):
             measure(torch.randn(chains, 2).double(), torch.randn(chains).double(), torch.arange(chains))
-    with pytest.raises(UserError, match="the rewards of 4 chains do not differ, so there is nothing to predict"):
+    with pytest.raises(UserError, match="the rewards of 4 chains do not differ: draw more, or use another reward"):
         measure(torch.zeros(4, 2).double(), torch.ones(4).double(), torch.arange(4))
 
 

@@ -572,7 +572,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path, suffix):
             assert len(next(batches)) == 8
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert module.num_prompts == count
+        assert len(module.dataset) == count
         return most
 
     peak(100)  # fills imports and caches
@@ -600,13 +600,13 @@ def test_prompt_column_with_another_meaning(column):
 def test_prompts_of_another_type(write):
     with pytest.raises(TypeError, match="prompts must be a list of strings or the path of a file, got 3"):
         PromptDataModule(3)
-    assert PromptDataModule(Path(write("p.txt", "a"))).num_prompts == 1
+    assert len(PromptDataModule(Path(write("p.txt", "a"))).dataset) == 1
 
 
 def test_arguments_reach_the_source(write):
     path = write("p.csv", "caption,x\nab,1\nc,2\nd,3\n")
     module = PromptDataModule(path, batch_size=1, prompt_column="caption", limit=2, max_prompt_length=2)
-    assert module.num_prompts == 2
+    assert len(module.dataset) == 2
     assert [batch[0].text for batch in module.predict_dataloader()] == ["ab", "c"]
 
 
@@ -616,7 +616,7 @@ def test_setup_reads_the_source_once(write):
     module.setup("predict")
     os.remove(path)
     module.setup("predict")
-    assert module.num_prompts == 2
+    assert len(module.dataset) == 2
     module.teardown("predict")
     module.teardown("predict")
     with pytest.raises(PromptError, match="no such file"):
@@ -633,7 +633,7 @@ def test_skips_accumulate_and_teardown_resets_them():
     module.skip({1})
     module.skip([1, 3, 99])
     assert left() == [0, 2]
-    assert module.num_prompts == 4
+    assert len(module.dataset) == 4
     module.skip(range(4))
     assert left() == []
     with pytest.raises(ValueError, match="indices of prompts must be >= 0, got -1"):

@@ -23,6 +23,7 @@ from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
+from svdd.values.learned import to_safetensors
 
 SUM = WeightedSum([Compressibility(), Brightness()], [1.0, 0.1])
 
@@ -80,7 +81,7 @@ def test_a_folder_may_be_moved(tmp_path, tiny_clip):
 def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):
     path = tmp_path / "value.safetensors"
     diffusion = StableDiffusion(sd15, 2)
-    path.write_bytes(GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1)).value.weights().to_bytes())
+    path.write_bytes(to_safetensors(GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1)).value.checkpoint()))
     GuidedDiffusion(SUM, diffusion, value=LatentConvValue(8, 1, pretrained=str(path)))
     other = WeightedSum([Compressibility(), Brightness()])
     with pytest.raises(UserError, match=r"reward was .*\[1.0, 0.1\].*, here it is .*\[1.0, 1.0\]"):
@@ -90,7 +91,7 @@ def test_a_value_of_one_sum_is_refused_by_another(sd15, tmp_path):
 def test_a_value_on_features_belongs_to_what_it_reads(sd15, tiny_clip, tmp_path):
     path, diffusion = tmp_path / "value.safetensors", StableDiffusion(sd15, 2)
     value = FeatureValue(tiny_clip, decode_from="x", width=8)
-    path.write_bytes(GuidedDiffusion(Brightness(), diffusion, value=value).value.weights().to_bytes())
+    path.write_bytes(to_safetensors(GuidedDiffusion(Brightness(), diffusion, value=value).value.checkpoint()))
     with pytest.raises(UserError, match="reward was 'Brightness', here it is 'Compressibility'"):
         GuidedDiffusion(Compressibility(), diffusion, value=FeatureValue(tiny_clip, pretrained=str(path)))
     other = shutil.copytree(tiny_clip, tmp_path / "other-clip")

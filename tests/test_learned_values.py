@@ -14,12 +14,14 @@ import torch
 from svdd import UserError
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
+from svdd.runs.rows import Prompt
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import State
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
+from svdd.values.learned import to_safetensors
 from svdd.values.losses import MeanLoss, SoftLoss
 from svdd.values.pretrained import load_value
 from svdd.values.training.data import RolloutDataModule
@@ -164,7 +166,7 @@ def test_an_untrained_value_has_an_actionable_error():
 def test_a_diverged_training_is_an_error(trained):
     broken = network()
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), SVDD(2), broken)
-    broken.load_weights(trained.value.weights(), "here")
+    broken.load_checkpoint(trained.value.checkpoint(), "here")
     next(broken.parameters()).data.fill_(math.nan)
     with pytest.raises(UserError, match="LatentConvValue returned NaN or infinity at step 1: its training may have"):
         model.sample([""])
@@ -196,11 +198,11 @@ def test_a_value_on_clip_features_learns_at_the_stated_cost(sd15, tiny_clip, tmp
     value = FeatureValue(tiny_clip, decode_from=decode_from, width=16)
     diffusion, reward = StableDiffusion(sd15, 3), Compressibility()
     fit(value, tmp_path, diffusion, reward, 2, ["panda"], num_rollouts=16, batch_size=16)
-    names = set(value.trained_state())
-    assert not any(name.startswith("clip.") for name in names)
-    assert {"network.0.weight", "mean", "std", "trained"} <= names
+    names = set(value.checkpoint()["state_dict"])
+    assert not any(name.startswith("value.clip.") for name in names)
+    assert {"value.network.0.weight", "value.mean", "value.std", "value.trained"} <= names
     path = tmp_path / "value.safetensors"
-    path.write_bytes(value.weights().to_bytes())
+    path.write_bytes(to_safetensors(value.checkpoint()))
     model = GuidedDiffusion(reward, diffusion, SVDD(4), load_value(str(path)))
     ledger = model.draw(["panda"], [0]).context.ledger
     assert ledger.denoiser_rows == (1 + 4 * 2 if decode_from == "x0" else 3)
@@ -210,16 +212,20 @@ def test_a_value_on_clip_features_learns_at_the_stated_cost(sd15, tiny_clip, tmp
 # ---- rollouts
 
 
+def prompts(*texts):
+    return [Prompt(k, text, None, None, {}) for k, text in enumerate(texts)]
+
+
 def test_rollouts_are_plain_chains():
     diffusion = GaussianDiffusion(4)
-    rollouts = draw_rollouts(diffusion, ["", "1"], [5, 6], [1, 3], attrgetter("x"))
+    x, end = draw_rollouts(diffusion, prompts("", "1"), [5, 6], [1, 3], attrgetter("x"))
     state, kept = State.start(diffusion, ["", "1"], [5, 6]), []
     while not state.done:
         kept.append(state)
         state = state.propose()
-    assert torch.equal(rollouts["x"], torch.stack([kept[1].x, kept[3].x], 1))
-    assert torch.equal(rollouts["end"], state.x)
-    x0 = draw_rollouts(diffusion, ["", "1"], [5, 6], [2], attrgetter("x0"))["x"]
+    assert torch.equal(x, torch.stack([kept[1].x, kept[3].x], 1))
+    assert torch.equal(end.x, state.x)
+    x0, _ = draw_rollouts(diffusion, prompts("", "1"), [5, 6], [2], attrgetter("x0"))
     assert torch.equal(x0[:, 0], kept[2].x0)
 
 
@@ -227,8 +233,10 @@ def test_rollouts_are_plain_chains():
 def filled(tmp_path):
     diffusion = GaussianDiffusion(3)
     cache = RolloutCache(tmp_path, {"steps": [1, 2]}, 150)
+    cache.path.mkdir()
     for k, part in enumerate(cache.shards):
-        cache.write(k, draw_rollouts(diffusion, [""] * len(part), list(part), [1, 2], attrgetter("x")))
+        x, end = draw_rollouts(diffusion, prompts(*[""] * len(part)), list(part), [1, 2], attrgetter("x"))
+        cache.write(k, {"x": x, "end": end.x})
     return cache
 
 
@@ -274,9 +282,9 @@ def test_other_settings_have_a_separate_folder(tmp_path, filled):
 def test_validation_targets_are_rewards_even_when_training_bootstraps(cache):
     """An untrained value fits its own bootstrapped targets, so these cannot rank checkpoints."""
     model, data, _ = fit(network(loss=MeanLoss(bootstrap=True)), cache, epochs=1, num_rollouts=256)
-    batch = data.held_out.__getitems__(range(len(data.held_out)))
+    batch = data.states[1].__getitems__(range(len(data.states[1])))
     with torch.no_grad():
-        estimates = model.value.predict_standardized(batch["x"], batch["step"])
+        estimates = model.value.predict(batch["x"], batch["step"])
         held_out = float(model._loss(batch, bootstrap=False)[0])
     rewards = (batch["reward"] - model.value.mean) / model.value.std
     assert held_out == pytest.approx(float((estimates - rewards).square().mean()), rel=1e-5)
@@ -303,18 +311,18 @@ def test_only_missing_shards_are_drawn_again_and_are_identical(tmp_path):
 
 def test_batches_pair_each_state_with_the_next(tmp_path):
     _, data, _ = fit(network(), tmp_path, epochs=1, num_rollouts=100, batch_size=64, prompts=("0", "1", "2"))
-    batch = data.held_out.__getitems__(range(len(data.held_out)))
-    assert len(data.held_out) == 10 * 3
-    assert len(data.training) == 90 * 3
+    batch = data.states[1].__getitems__(range(len(data.states[1])))
+    assert len(data.states[1]) == 10 * 3
+    assert len(data.states[0]) == 90 * 3
     assert batch["step"].tolist() == [1, 2, 3] * 10
     assert batch["next_step"].tolist() == [2, 3, -1] * 10
     assert batch["prompt"].tolist() == [r % 3 for r in range(90, 100) for _ in range(3)]
     inner = batch["next_step"] > 0
     assert torch.equal(batch["next_x"][inner], batch["x"][batch["step"] > 1])
-    ends = torch.cat([shard["end"] for shard in data.held_out.shards])[90:]
+    ends = torch.cat([shard["end"] for shard in data.states[1].shards])[90:]
     torch.testing.assert_close(batch["reward"][~inner].double(), ends.flatten(1) @ torch.tensor(B, dtype=torch.float64))
-    single = data.held_out[4]
-    assert torch.equal(single["x"], batch["x"][4])
+    single = data.states[1].__getitems__([4])
+    assert torch.equal(single["x"], batch["x"][4:5])
 
 
 # ---- refusals
@@ -364,7 +372,7 @@ class Broken(Reward):
 
 
 def test_data_without_a_signal_is_refused(tmp_path, cache):
-    with pytest.raises(UserError, match=r"the rewards of .* rollouts do not differ, so there is nothing to learn"):
+    with pytest.raises(UserError, match=r"the rewards of .* rollouts do not differ: use more, or another reward"):
         fit(network(), cache, reward=Constant())
     with pytest.raises(UserError, match="reward Broken returned NaN or infinity for"):
         fit(network(), cache, reward=Broken())
@@ -379,7 +387,7 @@ def test_data_without_a_signal_is_refused(tmp_path, cache):
 
 def test_exported_weights_come_back(trained, tmp_path):
     path = tmp_path / "value.safetensors"
-    path.write_bytes(trained.value.weights().to_bytes())
+    path.write_bytes(to_safetensors(trained.value.checkpoint()))
     checkpoint = {"state_dict": {}}
     trained.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "best.ckpt")
@@ -409,8 +417,9 @@ def test_a_trained_value_keeps_its_weights_when_bound_again(cache):
 
 
 def test_a_custom_class_is_found_by_its_import_path(trained, tmp_path):
-    path, weights = tmp_path / "value.safetensors", trained.value.weights()
-    path.write_bytes(weights._replace(identity=weights.identity | {"value": "Mine"}).to_bytes())
+    path, checkpoint = tmp_path / "value.safetensors", trained.value.checkpoint()
+    checkpoint["svdd_value"]["identity"] = trained.value.identity | {"value": "Mine"}
+    path.write_bytes(to_safetensors(checkpoint))
     with pytest.raises(UserError, match=r"holds a value of class 'Mine', which is not imported; name the class"):
         load_value(str(path))
 
@@ -424,7 +433,7 @@ def test_a_custom_class_is_found_by_its_import_path(trained, tmp_path):
     value = load_value(str(path))
     value.bind(Linear(B), GaussianDiffusion(4))
     assert type(value) is Mine
-    assert value.weights().arguments == {"channels": 32}
+    assert value.arguments == {"channels": 32}
 
 
 @pytest.mark.parametrize(
@@ -441,7 +450,7 @@ def test_a_custom_class_is_found_by_its_import_path(trained, tmp_path):
 )
 def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffusion, difference):
     path = tmp_path / "value.safetensors"
-    path.write_bytes(trained.value.weights().to_bytes())
+    path.write_bytes(to_safetensors(trained.value.checkpoint()))
     with pytest.raises(UserError, match=f"was trained for something else: .*{difference}"):
         GuidedDiffusion(reward, diffusion, value=network(pretrained=str(path)))
     checkpoint = {"state_dict": {}}
@@ -452,7 +461,7 @@ def test_weights_for_something_else_are_refused(trained, tmp_path, reward, diffu
 
 def test_weights_of_another_size_and_missing_weights_are_refused(trained, tmp_path):
     path = tmp_path / "value.safetensors"
-    path.write_bytes(trained.value.weights().to_bytes())
+    path.write_bytes(to_safetensors(trained.value.checkpoint()))
     larger = LatentConvValue(channels=64, pretrained=str(path))
     with pytest.raises(UserError, match=r"does not fit LatentConvValue: channels was 32, here it is 64"):
         GuidedDiffusion(Linear(B), GaussianDiffusion(4), value=larger)

@@ -30,7 +30,7 @@ from svdd.rewards.sharpness import Sharpness
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
-from svdd.runs.failures import predict_or_skip
+from svdd.runs.prediction import predict_or_skip
 from svdd.runs.prompts import Prompt
 from tests.test_rewards import PROMPTS, as_pil, pictures
 

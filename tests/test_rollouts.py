@@ -47,7 +47,7 @@ def test_the_number_of_rollouts_may_change(tmp_path):
     for count, rows in ((100, 100 * 3), (200, (64 + 64 + 8) * 3), (100, 0), (101, 0), (200, 0)):
         state, data, drawn = train(tmp_path / "one", count, prompts=("0", "1"))
         assert drawn == rows, count
-        assert sum(len(shard["end"]) for shard in data.training.shards) == count
+        assert sum(len(shard["end"]) for shard in data.states[0].shards) == count
         assert_same(state, fresh[count])
 
 
@@ -156,7 +156,7 @@ def test_ends_are_scored_in_chunks_that_fit(tmp_path):
     state, data, _ = train(tmp_path, 20)
     for chunk_size in ("auto", 3):
         confined, others, _ = train(tmp_path, 20, Confined(3, chunk_size=chunk_size))
-        assert torch.equal(others.training.rewards, data.training.rewards)
+        assert torch.equal(others.states[0].rewards, data.states[0].rewards)
         assert_same(confined, state)
 
 
@@ -166,7 +166,7 @@ def test_only_used_prompts_are_encoded_in_blocks(tmp_path):
     _, data, _ = train(tmp_path, 150, diffusion, prompts=prompts)
     assert max(len(pairs) for pairs in diffusion.encoded) == 64
     assert {text for pairs in diffusion.encoded for text, _ in pairs} == set(prompts[:150])
-    assert data.training.prompts.tolist() == list(range(150))
+    assert data.states[0].prompts.tolist() == list(range(150))
 
 
 def test_features_of_prompts_do_not_depend_on_the_blocks(sd15, monkeypatch):
@@ -197,7 +197,7 @@ def test_one_data_module_serves_one_model_after_the_other(tmp_path):
         model = ValueFitting(Linear(b), GaussianDiffusion(3), network())
         trainer().fit(model, data)
         assert model.value.trained
-        assert float(model.value.mean) == pytest.approx(float(data.training.rewards[:7].mean()), rel=1e-5)
+        assert float(model.value.mean) == pytest.approx(float(data.states[0].rewards[:7].mean()), rel=1e-5)
 
 
 # ---- several trainings at a time

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from svdd import UserError
-from svdd.runs import tar as run_tar
+from svdd.runs import images as run_images
 from svdd.runs.folder import RunFolder
-from svdd.runs.tar import TarWriter, read_image, repair
+from svdd.runs.images import RunImages, read_image
 from svdd.runs.writer import RunWriter
 from tests.test_writer import CONFIG, Tiny, full_disk, predict, read_rows
 
@@ -130,31 +130,44 @@ def test_a_full_disk_loses_nothing(tmp_path):
     check(tmp_path)
 
 
+def image(prompt_index, content=b"x"):
+    return {"prompt_index": prompt_index, "image_index": 0, "num_images": 1}, content
+
+
+def writer(folder, rank, **kwargs):
+    (folder / "images").mkdir(exist_ok=True)
+    images = RunImages(folder, tar=True, **kwargs)
+    images.rank = rank
+    return images
+
+
 def test_a_full_shard_is_closed(tmp_path):
-    writer = TarWriter(tmp_path, 3, images_per_shard=2)
+    images = writer(tmp_path, 3, images_per_shard=2)
     for k in range(5):
-        assert writer.shard() == f"00003-{k // 2:06d}.tar"
-        writer.append([(f"{k}.png", b"x")], 1)
-    writer.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"00003-{k:06d}.tar" for k in range(3)]
-    assert TarWriter(tmp_path, 3).shard() == "00003-000003.tar"
-    assert TarWriter(tmp_path, 4).shard() == "00004-000000.tar"
+        assert images.write([image(k)])[0]["file"] == f"images/00003-{k // 2:06d}.tar/{k:06d}-00.png"
+    images.close()
+    assert list(names(tmp_path)) == [f"00003-{k:06d}.tar" for k in range(3)]
+    assert writer(tmp_path, 3).write([image(5)])[0]["file"] == "images/00003-000003.tar/000005-00.png"
+    assert writer(tmp_path, 4).write([image(6)])[0]["file"] == "images/00004-000000.tar/000006-00.png"
 
 
 def large_shard(folder):
     """A shard of 20 images of a megabyte without the end-of-archive blocks."""
-    (folder / "images").mkdir()
-    writer = TarWriter(folder / "images", 0)
-    path = folder / "images" / writer.shard()
+    images = writer(folder, 0)
     for k in range(20):
-        writer.append([(f"{k:06d}-00.png", bytes([k]) * 1_000_000), (f"{k:06d}-00.json", b"{}")], 1)
-    return path
+        row = images.write([image(k, bytes([k]) * 1_000_000)])[0]
+    return (folder / row["file"]).parent
+
+
+def keep_only(path, prompts):
+    rows = [{"file": f"images/{path.name}/{k:06d}-00.png"} for k in prompts]
+    RunImages(path.parents[1]).keep_only(rows)
 
 
 def test_a_missing_end_is_appended_without_copying(tmp_path):
     path = large_shard(tmp_path)
     before, inode = path.read_bytes(), path.stat().st_ino
-    repair(tmp_path / "images", {path.name: {f"{k:06d}-00" for k in range(20)}})
+    keep_only(path, range(20))
     assert path.read_bytes() == before + bytes(1024)
     assert path.stat().st_ino == inode
 
@@ -162,7 +175,7 @@ def test_a_missing_end_is_appended_without_copying(tmp_path):
 def test_a_shard_is_copied_image_by_image(tmp_path):
     path = large_shard(tmp_path)
     tracemalloc.start()
-    repair(tmp_path / "images", {path.name: {f"{k:06d}-00" for k in range(1, 20)}})
+    keep_only(path, range(1, 20))
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 6_000_000
@@ -183,10 +196,11 @@ def test_many_shards_are_read_one_after_the_other(tmp_path, monkeypatch):
         folder.close_shard()
     folders[0].merge()
     folders[0].close()
-    scans, scan = [], run_tar._scan
-    monkeypatch.setattr(run_tar, "_scan", lambda *args: scans.append(args) or scan(*args))
+    opened, open_tar = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *args, **kwargs: opened.append(args) or open_tar(*args, **kwargs))
+    run_images._scan.cache_clear()
     assert RunFolder(tmp_path, tar=True).claim({}) == set(range(140))
-    assert len(scans) <= 2 * 70
+    assert 70 <= len(opened) <= 2 * 70
 
 
 def test_overwrite_removes_shards(tmp_path):

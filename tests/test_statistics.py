@@ -372,7 +372,7 @@ def test_images_are_read_unchanged(tmp_path):
     Image.new("L", (20, 10), 255).save(folder / "9-grey.jpg")
     (folder / "notes.txt").write_text("no picture")
     pictures = find_pictures(folder)
-    assert [picture.path.name for picture in pictures] == ["000.png", "001.png", "002.png", "9-grey.jpg"]
+    assert [picture.file for picture in pictures] == ["000.png", "001.png", "002.png", "9-grey.jpg"]
     batches = list(read_pictures(pictures, 2))
     assert [list(images.shape) for _, images in batches] == [[2, 3, 32, 32], [1, 3, 32, 32], [1, 3, 10, 20]]
     assert batches[2][1].min() > 0.99

@@ -14,7 +14,7 @@ from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import differences
 from svdd.runs.files import RunError, os_errors_explained
 from svdd.runs.prompts import PromptDataModule
-from svdd.values.training.calibration import FILES, Calibration, check_counts, plot, read_config, write
+from svdd.values.training.calibration import FILES, Calibration, plot, read_config, require_chains, write
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
 
@@ -58,9 +58,9 @@ class CalibrateCLI(ModelCLI):
                 raise RunError(f"{found}. Choose another --output, or replace the old one with --overwrite true")
 
     def before_calibrate(self) -> None:
-        """Refuses too few steps or chains before any is drawn."""
-        self.chains = self.datamodule.num_prompts * self.model.images_per_prompt
-        check_counts(self.model.diffusion.num_inference_steps, self.chains)
+        """Refuses too few chains before any is drawn."""
+        self.chains = len(self.datamodule.dataset) * self.model.images_per_prompt
+        require_chains(self.chains)
 
     def after_calibrate(self) -> None:
         """Writes the results and prints the paths."""

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svdd import UserError
 from svdd.runs.folder import RunFolder
-from svdd.runs.tar import read_image
+from svdd.runs.images import read_image
 
 __all__ = ["compare"]
 

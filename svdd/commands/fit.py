@@ -14,10 +14,10 @@ from svdd.commands.parser import as_user_errors
 from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.processes.group import is_rank_zero
+from svdd.values.learned import read_checkpoint, to_safetensors
 from svdd.values.losses import MeanLoss
 from svdd.values.training.data import RolloutDataModule
 from svdd.values.training.fitting import ValueFitting
-from svdd.values.weights import read_weights
 
 __all__ = ["FitCLI"]
 
@@ -82,7 +82,7 @@ class FitCLI(ModelCLI):
             return
         file, value = self.folder / "value.safetensors", self.model.value
         with os_errors_explained(self.folder):
-            write_atomically(file, read_weights(str(best)).to_bytes())
+            write_atomically(file, to_safetensors(read_checkpoint(str(best))))
         print(f"{type(value).__name__} for {self.model.reward.name} in {self.folder}")
         if (score := self._checkpoints.best_model_score) is not None:
             known = " (1 is that of the mean reward)" if isinstance(value.loss, MeanLoss) else ""

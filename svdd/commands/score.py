@@ -85,7 +85,8 @@ def _score(pictures: list[Picture], rewards: dict[str, Reward], count: int, devi
         for name, metric in metrics.items():
             metric.update(scores[name].double(), torch.tensor([picture.prompt_index for picture in part]))
         for k, picture in enumerate(part):
-            row = {"file": str(picture.path), "prompt_index": picture.prompt_index, "prompt": picture.prompt}
+            file = str(picture.folder / picture.file)
+            row = {"file": file, "prompt_index": picture.prompt_index, "prompt": picture.prompt}
             rows.append(row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}})
     return rows, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
 

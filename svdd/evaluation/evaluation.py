@@ -84,10 +84,6 @@ class Evaluation:
     def measure(self, pictures: Sequence[Picture], device: torch.device | str = "cpu") -> dict[str, Any]:
         """Returns what the settings ask for: `diversity` and `distances`, with NaN as None.
 
-        Args:
-            pictures: Those of one prompt have its index.
-            device: Where the networks run.
-
         Raises:
             UserError: If a folder holds no pictures, or a package or weights are missing.
         """
@@ -114,16 +110,14 @@ class Evaluation:
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(0)  # KID draws its subsets from the global generator
                     found = metric.compute()
-                if name == "kid":
-                    result["distances"][name] = {"mean": _finite(found[0]), "std": _finite(found[1])}
-                else:
-                    result["distances"][name] = _finite(found)
+                result["distances"][name] = _finite(found)
         return result
 
     def _read_clip(self, device: torch.device | str) -> CLIPScore | None:
-        clip = None if self.features is None else CLIPScore(self.features).to(device)
-        if clip is not None:
-            clip.load()
+        if self.features is None:
+            return None
+        clip = CLIPScore(self.features).to(device)
+        clip.load()
         return clip
 
     def _distance(self, name: Distance, clip: CLIPScore | None, subset_size: int = 1) -> Any:
@@ -154,6 +148,9 @@ class _Features(nn.Module):
         return self.clip.image_features(images.float())
 
 
-def _finite(value: Tensor) -> float | None:
+def _finite(value: Tensor | tuple[Tensor, Tensor]) -> Any:
+    """Returns a number with six digits, None for NaN; KID's two numbers by name."""
+    if isinstance(value, tuple):
+        return {"mean": _finite(value[0]), "std": _finite(value[1])}
     number = float(value)
     return float(f"{number:.6g}") if number == number else None

@@ -24,11 +24,12 @@ def report(loggers: Iterable[Any], found: Mapping[str, Any], run: Path) -> None:
             logger.log_metrics(numbers)
         rows = list(islice(RunFolder(run).rows(), _SAMPLES))
         captions = [f"{row['prompt']} ({', '.join(f'{k} {v:.3g}' for k, v in row['rewards'].items())})" for row in rows]
+        images = (pixels_of(run, row["file"]) for row in rows)
         if hasattr(logger, "log_image"):
-            logger.log_image("samples", [pixels_of(run, row["file"]) for row in rows], caption=captions)
+            logger.log_image("samples", list(images), caption=captions)
         elif hasattr(getattr(logger, "experiment", None), "add_image"):
-            for k, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-                logger.experiment.add_image(f"samples/{k}", pixels_of(run, row["file"]), dataformats="HWC")
+            for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
+                logger.experiment.add_image(f"samples/{k}", image, dataformats="HWC")
                 logger.experiment.add_text(f"samples/{k}", caption)
         logger.save()
 

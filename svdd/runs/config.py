@@ -12,10 +12,10 @@ import yaml
 
 from svdd.runs.files import write_atomically
 
-__all__ = ["CONFIG", "HEADER", "differences", "dump_config", "load_config", "plain", "read_config", "write_config"]
+__all__ = ["CONFIG", "differences", "plain", "read_config", "write_config"]
 
 CONFIG = "config.yaml"
-HEADER = "# svdd run"
+_HEADER = "# svdd run"  # begins the file, which marks a folder as ours
 
 # Settings that do not change a run's images and rows, beyond float rounding.
 _HARMLESS = re.compile(
@@ -27,26 +27,15 @@ _HARMLESS = re.compile(
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Records a configuration in a run folder."""
-    write_atomically(folder / CONFIG, dump_config(config))
+    write_atomically(folder / CONFIG, f"{_HEADER}: the full resolved configuration\n{_dump(config)}".encode())
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Returns the configuration that a run folder records; None if svdd recorded none there."""
+    """Returns the configuration that a run folder records, {} if the file was damaged; None if svdd recorded none."""
     path = folder / CONFIG
-    if not path.exists():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if not text.startswith(_HEADER):
         return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return load_config(text) if text.startswith(HEADER) else None
-
-
-def dump_config(config: Mapping[str, Any]) -> bytes:
-    """Encodes a configuration as the YAML file of a run folder, recognisable by its first line."""
-    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-    return f"{HEADER}: the full resolved configuration\n{text}".encode()
-
-
-def load_config(text: str) -> dict[str, Any]:
-    """Decodes what `dump_config` returned; a file that was edited into something else reads as an empty one."""
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -54,17 +43,12 @@ def load_config(text: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def differences(
-    recorded: Mapping[str, Any], config: Mapping[str, Any], harmless: re.Pattern[str] = _HARMLESS
-) -> list[str]:
-    """Lists the settings that differ and affect the result, with both values.
+def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = _HARMLESS) -> list[str]:
+    """Lists the settings that differ, with both values.
 
-    Args:
-        recorded: The recorded configuration.
-        config: The present configuration.
-        harmless: Matches the dotted keys that may differ; by default those of a run that draws images.
+    Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images.
     """
-    there, now = (dict(_leaves(load_config(dump_config(tree).decode()))) for tree in (recorded, config))
+    there, now = (dict(_leaves(yaml.safe_load(_dump(tree)))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
         for key in dict.fromkeys((*there, *now))
@@ -75,9 +59,7 @@ def differences(
 def plain(value: Any, finite: bool = False) -> Any:
     """Reduces a value to dicts, lists, strings, numbers, booleans and None, as in YAML and JSON.
 
-    Args:
-        value: Anything; tensors and arrays become (lists of) numbers, unknown objects become strings.
-        finite: Replace NaN and infinities by None, as strict JSON requires.
+    Tensors and arrays become (lists of) numbers, unknown objects strings, and with `finite` NaN and infinities None.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -94,6 +76,10 @@ def plain(value: Any, finite: bool = False) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist(), finite)
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def _dump(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,37 +6,48 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
 from svdd import UserError
 
-__all__ = ["RunError", "lock", "os_errors_explained", "sync_folder", "write_atomically"]
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+__all__ = ["RunError", "append", "lock", "os_errors_explained", "replacing", "sync_folder", "write_atomically"]
 
 
 class RunError(UserError):
     """The run folder cannot be used."""
 
 
-def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
-    """Writes a temporary file and renames it, so that the file is always either old or new.
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Opens a temporary file that takes the place of `path` at the end: a crash leaves either the old file or the new.
 
-    Args:
-        path: The file to replace.
-        data: Its new content.
-        durable: Also wait until the rename is on disk; if False, call `sync_folder` later.
+    With `durable` it waits until the rename is on disk; otherwise, call `sync_folder` later.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     if durable:
         sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
+    """Replaces the content of a file; see `replacing`."""
+    with replacing(path, durable) as file:
+        file.write(data)
+
+
+def append(file: FileIO, data: bytes) -> None:
+    """Appends data in one write and returns when it is on disk; raises an OSError if not all of it fits."""
+    if os.write(file.fileno(), data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
@@ -50,15 +61,9 @@ def sync_folder(path: Path) -> None:
 
 
 def lock(path: Path, held: str, option: str = "--output") -> FileLock:
-    """Locks a file until `release` is called or this process ends, however it ends; children do not inherit the lock.
+    """Locks a file until `release` or the end of this process; child processes do not inherit the lock.
 
-    Args:
-        path: The lock file; it is created if absent and names the process that holds it.
-        held: The error message if another process holds it.
-        option: The command-line option that names the folder.
-
-    Raises:
-        RunError: If another process holds the lock.
+    The file names the process that holds it. If that is another one, the message of the RunError begins with `held`.
     """
     file_lock = FileLock(path, timeout=0, thread_local=False)
     try:
@@ -69,7 +74,7 @@ def lock(path: Path, held: str, option: str = "--output") -> FileLock:
             owner = path.read_text(encoding="utf-8", errors="replace")
         raise RunError(f"{held}{owner and f' ({owner})'}; wait for it, or choose another {option}") from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         warnings.warn(f"{path} cannot be locked ({error}): do not start a second run in this folder", stacklevel=2)
     else:

@@ -1,30 +1,30 @@
 """The folder of a run: written so that a crash at any point loses nothing, and read back.
 
-Every image is renamed into place; then its trace and then its row are appended to this process's own shards. The main
-process merges the shards when a run begins and when it ends. A row counts only if its line is complete and its image
-has the recorded SHA-256; a trace counts only with its row. Prompts that failed are listed until the run continues,
-which tries them again.
+Each image is renamed into place; then its trace and then its row are appended to the shards of this process. Rank 0
+merges the shards when a run begins and when it ends. A row counts only if its line is complete and its image has the
+recorded SHA-256; a trace counts only with its row. Failed prompts are listed until the
+run continues, which tries them again.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
 from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
-from svdd.runs.images import RunImages
-from svdd.runs.json_lines import RowIndex, ShardedFile, encode, image_key
+from svdd.runs.images import RunImages, is_named_by
+from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.rows import ResultRow
 
 __all__ = ["RunFolder"]
 
-_THREADS = 8  # that read images: a disk may answer slowly
+Entries = Sequence[Mapping[str, Any]]
 
 
 class RunFolder:
@@ -32,18 +32,16 @@ class RunFolder:
 
     Args:
         path: The folder; it need not exist.
-        num_prompts: Prompts of the whole run. If they make more images than a folder should hold, the images go to
-            subfolders, in the same way however often the run is interrupted.
+        num_prompts: Prompts of the whole run; if they make more than 10,000 images, these go to subfolders.
         tar: Write the images into tar shards instead of a file each.
     """
 
     def __init__(self, path: str | Path, num_prompts: int | None = None, tar: bool = False) -> None:
         self.path = Path(path)
-        self.results = self.path / "results.jsonl"
-        self.failures = self.path / "failed.jsonl"
+        self.results, self.failures = self.path / "results.jsonl", self.path / "failed.jsonl"
         self.summary = self.path / SUMMARY_FILE
         self.images = RunImages(self.path, num_prompts or 0, tar)
-        self._rows = ShardedFile(self.results, RunImages.is_named_by)
+        self._rows = ShardedFile(self.results, is_named_by)
         self._traces = ShardedFile(self.path / "trace.jsonl")
         self._failures = ShardedFile(self.failures)
         self._lock: FileLock | None = None
@@ -51,28 +49,20 @@ class RunFolder:
         self._rank: int | None = None  # None while the shards are closed
 
     def rows(self) -> Iterator[ResultRow]:
-        """Yields the rows of a finished run.
-
-        Raises:
-            UserError: If the folder is no finished run.
-        """
-        name = self.results.name
+        """Yields the rows of a finished run; raises a UserError if the folder is none."""
         if not self.results.is_file():
-            raise UserError(f"{self.path} holds no {name}; give the --output folder of a finished `svdd predict`")
+            what = f"{self.path} holds no {self.results.name}"
+            raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
         with open(self.results, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    where = f"{self.results}, line {number}"
-                    raise UserError(f"{where} is not JSON; run the same `svdd predict` again") from error
+                    what = f"{self.results}, line {number} is not JSON"
+                    raise UserError(f"{what}; run the same `svdd predict` again") from error
 
     def read_summary(self) -> dict[str, Any]:
-        """Returns the summary of a finished run.
-
-        Raises:
-            UserError: If there is none.
-        """
+        """Returns the summary of a finished run; raises a UserError if there is none."""
         try:
             return json.loads(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -82,7 +72,7 @@ class RunFolder:
     def finished(self) -> set[int]:
         """Returns the indices of the prompts whose images are all whole; only reads."""
         with os_errors_explained(self.path):
-            return self._scan_rows()[0].finished()
+            return _finished(self._rows.scan(self.images.is_whole)[0])
 
     def claim(self, config: dict[str, Any], overwrite: bool = False) -> set[int]:
         """Locks the folder, repairs what a crash left, and returns the indices of the finished prompts.
@@ -92,55 +82,50 @@ class RunFolder:
             overwrite: First remove the files of an earlier run, and no others.
 
         Raises:
-            RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
+            RunError: If the folder is no run folder, has other settings, is in use, or cannot be written.
         """
         try:
             with os_errors_explained(self.path):
-                return self._claim(config, overwrite)
+                self._lock_and_clear(config, overwrite)
+                rows, lines = self._rows.scan(self.images.is_whole)
+                finished = _finished(rows)
+                kept = {key: place for key, place in rows.items() if key[0] in finished}
+                if self._rows.shards() or lines > len(kept):
+                    self._rows.merge(kept)
+                self._merge_traces(kept)
+                self.images.keep_only(self.rows() if self.results.exists() else ())
+                return finished
         except BaseException:
             self.close()
             raise
 
     def open_shard(self, rank: int) -> None:
-        """Locks and opens the files to which the process of this rank appends.
-
-        Raises:
-            RunError: If another process writes them, or they cannot be written.
-        """
+        """Locks and opens the files to which the process of this rank appends; raises a RunError if it cannot."""
         with os_errors_explained(self.path):
             if self._shard_lock is None:
                 held = f"another process writes as rank {rank} to {self.path}"
                 self._shard_lock = lock(self.path / f".lock-{rank:05d}", held)
             self._rows.open(rank)
-            self.images.open(rank)
-        self._rank = rank
+            if rank == 0:
+                self.summary.unlink(missing_ok=True)  # it becomes outdated
+        self._rank = self.images.rank = rank
 
-    def write(
-        self,
-        images: Iterable[tuple[ResultRow, bytes]],
-        traces: Sequence[dict[str, Any]] = (),
-        failures: Sequence[dict[str, Any]] = (),
-    ) -> None:
+    def write(self, images: Iterable[tuple[ResultRow, bytes]], traces: Entries = (), failures: Entries = ()) -> None:
         """Puts a batch on disk: first each image, then, in one write each, the traces and a row for each image.
 
-        Args:
-            images: The row and the PNG file's bytes of each image. The rows gain `file` and `sha256`.
-            traces: As in `Prediction`.
-            failures: As in `Prediction`.
+        `images` holds the row and the PNG file's bytes of each image; the rest is as in `Prediction`. After an error,
+        earlier batches stay, and this one leaves no rows.
 
         Raises:
             ValueError: If a row or a trace could not be read back, for example a row without `num_images`.
-            RunError: If the disk is full or cannot be written; earlier batches stay, and this one leaves no rows.
+            RunError: If the disk is full or cannot be written.
         """
-        if self._rank is None:
-            raise RuntimeError("write needs an open shard: call open_shard first")
+        assert self._rank is not None, "call open_shard first"
         with os_errors_explained(self.path):
             rows = self.images.write(images)
-            for file, entries in ((self._traces, traces), (self._failures, failures)):
+            for file, entries in ((self._traces, traces), (self._failures, failures), (self._rows, rows)):
                 if entries:
-                    file.open(self._rank)
-                    file.append(entries)
-            self._rows.append(cast(list[dict[str, Any]], rows))
+                    file.append(self._rank, entries)
 
     def close_shard(self) -> None:
         """Closes and unlocks this process's shards, if they are open."""
@@ -159,10 +144,9 @@ class RunFolder:
             rows, _ = self._rows.scan()
             self._rows.merge(rows)
             self._merge_traces(rows)
-            failures, _ = self._failures.scan()
-            if failures:
+            if failures := self._failures.scan()[0]:
                 self._failures.merge(failures)
-        return len(set(rows.prompts.tolist())), len(rows), len(failures)
+        return len({prompt for prompt, _ in rows}), len(rows), len(failures)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary; numbers that are not finite become null."""
@@ -173,11 +157,6 @@ class RunFolder:
         """Adds entries to the summary."""
         self.write_summary(self.read_summary() | dict(found))
 
-    def remove_summary(self) -> None:
-        """Removes the summary before it becomes outdated."""
-        with os_errors_explained(self.summary):
-            self.summary.unlink(missing_ok=True)
-
     def close(self) -> None:
         """Closes the shards and releases the folder."""
         self.close_shard()
@@ -185,72 +164,52 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def _claim(self, config: dict[str, Any], overwrite: bool) -> set[int]:
+    def _lock_and_clear(self, config: dict[str, Any], overwrite: bool) -> None:
+        """Locks the folder, checks and records the configuration, and removes what must not stay."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"the output must be a folder, got the file {self.path}; choose another --output")
         self.path.mkdir(parents=True, exist_ok=True)
-        recorded = self._recorded_config()
+        recorded = read_config(self.path)
+        if recorded is None and (foreign := {p.name for p in self.path.iterdir()} - {".lock", f"{CONFIG}.tmp"}):
+            why = f"its {CONFIG} was not written by svdd" if CONFIG in foreign else f"it holds {min(foreign)}"
+            raise RunError(f"{self.path} is not empty and is not a run folder ({why}); choose another --output")
         if self._lock is None:
             self._lock = lock(self.path / ".lock", f"{self.path} is in use by another run")
         for path in sorted(self.path.glob(".lock-*")):  # a process of a killed run may have outlived it
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
         changed = differences(recorded, config) if recorded is not None else []
-        if changed and self._has_rows() and not overwrite:
+        drawn = any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
+        if changed and drawn and not overwrite:
             raise RunError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
                 "Choose another --output, or remove the old run with --overwrite"
             )
-        self._remove_own_files(everything=overwrite)
-        if recorded is None or changed or overwrite:
-            write_config(self.path, config)
-        self._failures.remove()  # they are tried again
-        self.images.folder.mkdir(exist_ok=True)  # after the file that marks the folder as ours
-        rows, lines = self._scan_rows()
-        finished = rows.finished()
-        kept = rows.only(finished)
-        if self._rows.shards() or lines > len(kept):
-            self._rows.merge(kept)
-        self._merge_traces(kept)
-        self.images.keep_only(self.rows() if self.results.exists() else ())
-        return finished
-
-    def _has_rows(self) -> bool:
-        """Whether an earlier run drew an image; until then, its settings may change."""
-        return any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
-
-    def _recorded_config(self) -> dict[str, Any] | None:
-        """Returns the configuration of the run in the folder, or None if the folder is empty.
-
-        Raises:
-            RunError: If the folder holds anything but a run.
-        """
-        recorded = read_config(self.path)
-        if recorded is None and (foreign := {p.name for p in self.path.iterdir()} - {".lock", f"{CONFIG}.tmp"}):
-            why = f"its {CONFIG} was not written by svdd" if CONFIG in foreign else f"it holds {min(foreign)}"
-            raise RunError(f"{self.path} is not empty and is not a run folder ({why}); choose another --output")
-        return recorded
-
-    def _remove_own_files(self, everything: bool) -> None:
-        """Removes what a crash left half written, or everything but the configuration, which marks the folder."""
         files = (self._rows, self._traces, self._failures)  # rows before their traces
         for path in (*(file.path for file in files), self.summary, self.path / CONFIG):
             path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
-        if everything:
-            for file in files:
-                file.remove()
-            self.remove_summary()
-        self.images.remove(everything)
+        for file in files if overwrite else (self._failures,):  # failed prompts are tried again
+            file.remove()
+        if overwrite:
+            self.summary.unlink(missing_ok=True)
+        self.images.remove(everything=overwrite)
+        if recorded is None or changed or overwrite:
+            write_config(self.path, config)
+        self.images.folder.mkdir(exist_ok=True)  # after the file that marks the folder as ours
 
     def _merge_traces(self, rows: RowIndex) -> None:
         """Merges the traces of the given rows and drops all others; without any, no file is left."""
-        traces, lines = self._traces.scan(lambda entries: [image_key(entry) in rows for entry in entries])
+        found, lines = self._traces.scan()
+        traces = {key: place for key, place in found.items() if key in rows}
         if not traces:
             self._traces.remove()
         elif self._traces.shards() or lines > len(traces):
             self._traces.merge(traces)
 
-    def _scan_rows(self) -> tuple[RowIndex, int]:
-        """Returns the rows whose images are whole, and the number of lines read."""
-        with ThreadPoolExecutor(_THREADS, "svdd-images") as pool:
-            return self._rows.scan(lambda rows: pool.map(self.images.is_whole, rows))
+
+def _finished(rows: RowIndex) -> set[int]:
+    """Returns the prompts that have as many images as their rows say."""
+    expected: defaultdict[int, list[int]] = defaultdict(list)
+    for (prompt, _), place in rows.items():
+        expected[prompt].append(place.num_images)
+    return {prompt for prompt, counts in expected.items() if len(counts) == max(counts)}

@@ -1,45 +1,58 @@
-"""Where the images of a run lie: in files of their own or in tar shards."""
+"""The images of a run, in files of their own or in tar shards that WebDataset can read.
 
+A shard holds `000012-00.png` and `000012-00.json`, the image's row, for each image. Every process writes its own
+shards, `images/00003-000000.tar`, and begins a new one whenever a run continues: no image is ever appended to an
+incomplete file. When the run continues, incomplete ends are cut off, and images without a row are removed.
+"""
+
+import errno
 import hashlib
+import os
 import re
+import tarfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from functools import lru_cache
+from io import FileIO
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from svdd.runs.files import sync_folder, write_atomically
+from svdd.runs.files import append, replacing, sync_folder, write_atomically
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
-from svdd.runs.tar import SHARD_NAME, TarWriter, member_of, read_image, repair
 
-__all__ = ["RunImages", "image_name"]
+__all__ = ["RunImages", "image_name", "is_named_by", "read_image"]
 
-_SUBFOLDER = re.compile(r"\d{4,}")
-_OWN_FILE = re.compile(rf"(\d{{6,}}-\d{{2,}}\.png|{SHARD_NAME.pattern})(\.tmp)?")
 _IMAGES_PER_FOLDER = 10_000  # larger folders are slow to list and to back up
+_SUBFOLDER, _SHARD = re.compile(r"\d{4,}"), re.compile(r"\d{5,}-\d{6,}\.tar")
+_OWN_FILE = re.compile(rf"(\d{{6,}}-\d{{2,}}\.png|{_SHARD.pattern})(\.tmp)?")
+_FILE = re.compile(rf"images/(?:(?:{_SUBFOLDER.pattern}|{_SHARD.pattern})/)?([^/]+)")
+
+_END = bytes(2 * tarfile.BLOCKSIZE)
+_one_reader = threading.Lock()  # several threads would read the same headers
 
 
 class RunImages:
-    """The images of one run; see `RunFolder` for the arguments."""
+    """The images of one run; see `RunFolder` for the arguments. A tar shard is closed at `images_per_shard` images."""
 
-    def __init__(self, run: Path, num_prompts: int, tar: bool) -> None:
+    def __init__(self, run: Path, num_prompts: int = 0, tar: bool = False, images_per_shard: int = 1000) -> None:
         self.run, self.folder, self.num_prompts, self.tar = run, run / "images", num_prompts, tar
-        self._archive: TarWriter | None = None
-
-    def open(self, rank: int) -> None:
-        """Gets ready to write as the process of this rank."""
-        if self.tar and self._archive is None:
-            self._archive = TarWriter(self.folder, rank)
+        self.rank, self._images_per_shard = 0, images_per_shard  # the rank of this process names its shards
+        self._shard: FileIO | None = None
+        self._count = 0  # images in the shard
 
     def close(self) -> None:
         """Ends the open tar shard, if there is one."""
-        if self._archive is not None:
-            self._archive.close()
-            self._archive = None
+        if self._shard is not None:
+            shard, self._shard = self._shard, None
+            with shard, suppress(OSError):  # a shard without its end can be read too
+                append(shard, _END)
 
     def write(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
         """Puts PNG files on disk and returns their rows with `file` and `sha256`."""
-        return self._write_files(images) if self._archive is None else self._write_tar(self._archive, images)
+        return self._write_tar(images) if self.tar else self._write_files(images)
 
     def is_whole(self, row: Mapping[str, Any]) -> bool:
         """Whether the image of a row is there with the recorded checksum."""
@@ -49,75 +62,64 @@ class RunImages:
 
     def remove(self, everything: bool) -> None:
         """Removes files that a crash left half written, or all images; keeps all files of other origin."""
-        inside = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        subfolders = [path for path in inside if _SUBFOLDER.fullmatch(path.name) and path.is_dir()]
-        for path in (*inside, *(path for folder in subfolders for path in sorted(folder.iterdir()))):
+        subfolders = [path for path in self.folder.glob("*") if _SUBFOLDER.fullmatch(path.name) and path.is_dir()]
+        for path in sorted(path for folder in (self.folder, *subfolders) for path in folder.glob("*")):
             if _OWN_FILE.fullmatch(path.name) and (everything or path.suffix == ".tmp"):
                 path.unlink()
         for folder in subfolders if everything else ():
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
 
-    def keep_only(self, rows: Iterable[ResultRow]) -> None:
+    def keep_only(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Repairs the tar shards and removes images without a row from them."""
-        wanted: dict[str, set[str]] = {}
+        wanted: dict[str, set[str]] = defaultdict(set)
         for row in rows:
-            if (inside := member_of(row["file"])) is not None:
-                wanted.setdefault(Path(inside[0]).name, set()).add(Path(inside[1]).stem)
-        repair(self.folder, wanted)
-
-    @staticmethod
-    def is_named_by(row: Mapping[str, Any]) -> bool:
-        """Whether a row is complete and names its image as svdd does; a prompt has the images 0 to num_images - 1.
-
-        Raises:
-            KeyError: If a column is missing.
-        """
-        place = row["prompt_index"], row["image_index"], row["num_images"]
-        if type(row["num_images"]) is not int or not 0 <= row["image_index"] < row["num_images"]:
-            return False
-        names = {image_name(*place), image_name(*place, num_prompts=_IMAGES_PER_FOLDER + 1)}
-        shard, name = member_of(row["file"]) or ("", "")
-        in_shard = name == Path(image_name(*place)).name and SHARD_NAME.fullmatch(shard.removeprefix("images/"))
-        named = row["file"] in names or (in_shard and shard.startswith("images/"))
-        return bool(named) and isinstance(row["sha256"], str)
+            path = PurePosixPath(row["file"])
+            if path.parent.suffix == ".tar":
+                wanted[path.parent.name].add(path.stem)
+        for shard in _shards(self.folder):
+            _repair(shard, wanted[shard.name])
 
     def _write_files(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
         rows, folders = [], {self.folder}
         for row, png in images:
-            name = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
-            path = self.run / name
-            if path.parent not in folders:
-                path.parent.mkdir(exist_ok=True)
-                folders.add(path.parent)
+            file = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
+            path = self.run / file
+            path.parent.mkdir(exist_ok=True)
+            folders.add(path.parent)
             write_atomically(path, png, durable=False)
-            rows.append(_completed(row, name, png))
+            rows.append(_complete(row, file, png))
         for folder in folders:
             sync_folder(folder)
         return rows
 
-    def _write_tar(self, archive: TarWriter, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
-        """Writes the images into the open shard, each followed by its row."""
+    def _write_tar(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
+        """Appends each image and its row to the open shard, all in one write."""
         rows, members = [], []
         for row, png in images:
-            name = Path(image_name(row["prompt_index"], row["image_index"]))
-            rows.append(_completed(row, f"images/{archive.shard()}/{name.name}", png))
-            members += [(name.name, png), (f"{name.stem}.json", encode(rows[-1]))]
-        if rows:
-            archive.append(members, len(rows))
+            if self._shard is None:
+                self._shard, self._count = self._new_shard(), 0
+            name = Path(image_name(row["prompt_index"], row["image_index"])).name
+            rows.append(_complete(row, f"images/{Path(str(self._shard.name)).name}/{name}", png))
+            members += [_encode(name, png), _encode(Path(name).stem + ".json", encode(rows[-1]))]
+        if self._shard is not None and members:
+            append(self._shard, b"".join(members))
+            sync_folder(self.folder)
+            self._count += len(rows)
+            if self._count >= self._images_per_shard:
+                self.close()
         return rows
+
+    def _new_shard(self) -> FileIO:
+        taken = [path.stem.split("-") for path in _shards(self.folder)]
+        number = max((int(number) for rank, number in taken if int(rank) == self.rank), default=-1) + 1
+        return FileIO(self.folder / f"{self.rank:05d}-{number:06d}.tar", "x")
 
 
 def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_prompts: int = 0) -> str:
-    """Returns an image's path in the run folder, `images/000012-00.png`.
+    """Returns an image's path in the run folder, `images/000012-00.png`; `num_prompts` is the whole run's.
 
     In a run of more than 10,000 images it is `images/0001/010234-00.png`, with at most 10,000 images in a subfolder.
-
-    Args:
-        prompt_index: Position of the prompt in its source.
-        image_index: Position of the image among those of its prompt.
-        num_images: Images of each prompt.
-        num_prompts: Prompts of the whole run; 0 if unknown.
     """
     name = f"{prompt_index:06d}-{image_index:02d}.png"
     if num_prompts * num_images <= _IMAGES_PER_FOLDER:
@@ -125,5 +127,80 @@ def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_pro
     return f"images/{prompt_index // max(1, _IMAGES_PER_FOLDER // num_images):04d}/{name}"
 
 
-def _completed(row: ResultRow, file: str, png: bytes) -> ResultRow:
+def _complete(row: ResultRow, file: str, png: bytes) -> ResultRow:
     return cast(ResultRow, {**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()})
+
+
+def is_named_by(row: Mapping[str, Any]) -> bool:
+    """Whether a row is complete and names its image as svdd does; a prompt has the images 0 to num_images - 1."""
+    if type(row["num_images"]) is not int or not 0 <= row["image_index"] < row["num_images"]:
+        return False
+    named = _FILE.fullmatch(row["file"])
+    right = named is not None and f"images/{named[1]}" == image_name(row["prompt_index"], row["image_index"])
+    return right and isinstance(row["sha256"], str)
+
+
+def read_image(run: Path, file: str) -> bytes:
+    """Returns an image by the `file` of its row, from its own file or out of a shard; an OSError if it is not whole."""
+    path = run / file
+    shard = path.parent
+    if shard.suffix != ".tar":
+        return path.read_bytes()
+    members = _members(shard)
+    if path.name not in members or f"{path.stem}.json" not in members:  # the row is written after its image
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+    return _read(shard, *members[path.name])
+
+
+def _repair(shard: Path, names: set[str]) -> None:
+    """Keeps the images with these names, without suffix, in a shard; removes it if there are none."""
+    if not names:
+        shard.unlink()
+        return
+    members = _members(shard)
+    if {Path(name).stem for name in members} != names:
+        with replacing(shard) as output:
+            for name, place in members.items():
+                if Path(name).stem in names:
+                    output.write(_encode(name, _read(shard, *place)))
+            output.write(_END)
+        return
+    end = max(-(-(offset + size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, size in members.values())
+    if end + len(_END) != shard.stat().st_size:
+        os.truncate(shard, end)
+        os.truncate(shard, end + len(_END))  # zeros end a tar file
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if _SHARD.fullmatch(path.name))
+
+
+def _encode(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _read(shard: Path, offset: int, size: int) -> bytes:
+    with open(shard, "rb") as content:
+        content.seek(offset)
+        return content.read(size)
+
+
+def _members(shard: Path) -> dict[str, tuple[int, int]]:
+    """Returns the offset and the size of the data of each complete member, by name."""
+    status = shard.stat()
+    with _one_reader:
+        return _scan(shard, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)  # until the shard changes
+def _scan(shard: Path, size: int, modified: int) -> dict[str, tuple[int, int]]:
+    members = {}
+    with suppress(tarfile.TarError), tarfile.open(shard, "r:", ignore_zeros=False) as archive:
+        for member in archive:
+            if member.offset_data + member.size > size:
+                break
+            members[member.name] = (member.offset_data, member.size)
+            archive.members = []  # type: ignore[attr-defined]  # it keeps every member otherwise
+    return members

@@ -1,150 +1,71 @@
 """A file of JSON lines, each about one image, that several processes write and that survives a crash at any point.
 
-Each process appends to a shard of its own, such as `results-00000.jsonl`. One process merges the shards into one file,
-sorted and without duplicates. Only complete lines count, so an interrupted merge can simply be repeated.
+Each process appends to its own shard, such as `results-00000.jsonl`; one process merges the shards into one sorted
+file. Only complete lines count, so an interrupted merge can be repeated.
 """
 
-import errno
 import json
-import os
 import re
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from io import FileIO
 from itertools import islice, repeat
 from pathlib import Path
-from typing import IO, Any, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, Any, NamedTuple
 
 from svdd.runs.config import plain
-from svdd.runs.files import sync_folder
+from svdd.runs.files import append, replacing, sync_folder
 
-__all__ = ["RowIndex", "ShardedFile", "encode", "image_key"]
+__all__ = ["RowIndex", "ShardedFile", "encode"]
 
-Entries = list[dict[str, Any]]
-
+_THREADS = 8  # check entries: a disk may answer slowly
 _LINES = 64  # parsed at once
-_IMAGE_BITS = 24
 
 
-def image_key(entry: Mapping[str, Any]) -> int | None:
-    """Returns a number that orders the entries of images by prompt and image; None if their indices are invalid.
+class _Place(NamedTuple):
+    """Where the line about an image begins, and the number of images of its prompt."""
 
-    Raises:
-        KeyError: If there are no indices.
-    """
-    prompt, image = entry["prompt_index"], entry["image_index"]
-    if type(prompt) is not int or type(image) is not int:
-        return None
-    valid = 0 <= prompt < 1 << 63 - _IMAGE_BITS and 0 <= image < 1 << _IMAGE_BITS
-    return prompt << _IMAGE_BITS | image if valid else None
+    file: Path
+    offset: int
+    num_images: int
 
 
-@dataclass(frozen=True)
-class RowIndex:
-    """Where the newest line about each image begins, by prompt and image: 32 bytes an image.
-
-    Args:
-        files: The files that hold the lines.
-        table: A row per image, int64 [n, 4]: its key, the position of its file in `files`, the offset of its line
-            there, and how many images its prompt has.
-    """
-
-    files: Sequence[Path]
-    table: NDArray[np.int64]
-
-    @classmethod
-    def newest(cls, files: Sequence[Path], found: "array[int]") -> "RowIndex":
-        """Keeps the last of several lines about an image; one in the first file only if there is no other.
-
-        Args:
-            files: The files that hold the lines.
-            found: The rows of the table, flat, in the order of reading.
-        """
-        table = np.array(found, np.int64).reshape(-1, 4)
-        table = table[np.lexsort((table[:, 1] > 0, table[:, 0]))]  # stable
-        return cls(files, table[np.append(np.diff(table[:, 0]) != 0, True)[: len(table)]])
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __contains__(self, key: int | None) -> bool:
-        keys = self.table[:, 0]
-        at = len(keys) if key is None else int(keys.searchsorted(key))
-        return at < len(keys) and int(keys[at]) == key
-
-    def __iter__(self) -> Iterator[tuple[Path, int]]:
-        """Yields the file and the offset of each line, by prompt and image."""
-        for _, file, offset, _ in self.table:
-            yield self.files[file], int(offset)
-
-    @property
-    def prompts(self) -> NDArray[np.int64]:
-        """The prompt of each line, int64 [n]."""
-        return self.table[:, 0] >> _IMAGE_BITS
-
-    def finished(self) -> set[int]:
-        """Returns the prompts that have as many images as their lines say."""
-        prompts, first, counts = np.unique(self.prompts, return_index=True, return_counts=True)
-        expected = np.maximum.reduceat(self.table[:, 3], first) if len(first) else counts
-        return set(prompts[counts == expected].tolist())
-
-    def only(self, prompts: set[int]) -> "RowIndex":
-        """Returns the lines of some prompts."""
-        return RowIndex(self.files, self.table[np.isin(self.prompts, np.fromiter(prompts, np.int64, len(prompts)))])
+RowIndex = dict[tuple[int, int], _Place]  # the newest line about each image, by prompt and image
 
 
 class ShardedFile:
-    """A merged file and the shards beside it.
-
-    Args:
-        path: The merged file.
-        is_entry: Whether the content of a line is valid; it may raise KeyError or TypeError if not.
-    """
+    """A merged file and the shards beside it; `is_entry` is false, or raises KeyError or TypeError, for a bad entry."""
 
     def __init__(self, path: Path, is_entry: Callable[[dict[str, Any]], bool] = lambda entry: True) -> None:
-        self.path = path
-        self._is_entry = is_entry
+        self.path, self._is_entry = path, is_entry
         self._shard_name = re.compile(rf"{re.escape(path.stem)}-\d+\.jsonl")
         self._shard: FileIO | None = None
 
     def shards(self) -> list[Path]:
         """Returns the existing shards."""
-        folder = self.path.parent
-        names = folder.iterdir() if folder.is_dir() else ()
-        return sorted(path for path in names if self._shard_name.fullmatch(path.name))
+        return sorted(path for path in self.path.parent.glob("*") if self._shard_name.fullmatch(path.name))
 
-    def open(self, rank: int) -> None:
+    def open(self, rank: int) -> FileIO:
         """Opens the shard of this rank, unless it is open."""
         if self._shard is None:
             self._shard = FileIO(self.path.with_name(f"{self.path.stem}-{rank:05d}.jsonl"), "a")
             sync_folder(self.path.parent)
+        return self._shard
 
-    def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Appends a line per entry in one write, and returns when they are on disk.
+    def append(self, rank: int, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Appends a line per entry to this rank's shard, and returns when they are on disk.
 
-        Raises:
-            ValueError: If an entry could not be read back.
-            OSError: If the disk is full or cannot be written; the next merge drops an incomplete line.
+        Raises a ValueError if an entry could not be read back, or an OSError; the next merge drops an incomplete line.
         """
-        assert self._shard is not None, "call open first"
         lines = []
         for entry in entries:
             lines.append(encode(entry) + b"\n")
             if self._parse(lines[-1]) is None:
                 given = {name: entry.get(name) for name in ("prompt_index", "image_index", "num_images")}
-                raise ValueError(
-                    f"an entry of {self.path.name} needs the integers prompt_index and image_index, and a result row "
-                    f"num_images > image_index >= 0, got {given}"
-                )
-        data = b"".join(lines)
-        if os.write(self._shard.fileno(), data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._shard.name))
-        os.fsync(self._shard.fileno())
+                what = f"an entry of {self.path.name} needs the integers prompt_index and image_index"
+                raise ValueError(f"{what}, and a result row num_images > image_index >= 0, got {given}")
+        append(self.open(rank), b"".join(lines))
 
     def close(self) -> None:
         """Closes this process's shard, if it is open."""
@@ -152,41 +73,36 @@ class ShardedFile:
             self._shard.close()
             self._shard = None
 
-    def scan(self, accept: Callable[[Entries], Iterable[bool]] = lambda entries: repeat(True)) -> tuple[RowIndex, int]:
-        """Returns where the newest accepted entry of each image begins, and the number of lines read.
+    def scan(self, accept: Callable[[dict[str, Any]], bool] | None = None) -> tuple[RowIndex, int]:
+        """Returns the place of the newest accepted entry of each image, and the number of lines read.
 
-        Shards are read first: entries only ever move from them to the merged file, so none is missed meanwhile.
-
-        Args:
-            accept: Says of each of a list of entries whether it counts.
+        Shards are read first, as entries only move from them to the merged file. `accept` is called from several
+        threads; without it all entries count.
         """
-        files = [self.path, *self.shards()]
-        found, count = array("q"), 0
-        for number in (*range(1, len(files)), 0):
-            for lines, offsets in _read(files[number]):
-                parsed = zip([self._parse(line) for line in lines], offsets, strict=True)
-                entries = [(entry, offset) for entry, offset in parsed if entry is not None]
-                accepted = accept([entry for entry, _ in entries])
-                for (entry, offset), good in zip(entries, accepted, strict=False):
-                    if good:
-                        found.extend((cast(int, image_key(entry)), number, offset, entry.get("num_images", 0)))
-                count += len(lines)
-        return RowIndex.newest(files, found), count
+        merged, newest, count = RowIndex(), RowIndex(), 0
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for path in (*self.shards(), self.path):
+                index, lines = merged if path == self.path else newest, _lines(path)
+                while part := list(islice(lines, _LINES)):
+                    count += len(part)
+                    parsed = [(entry, offset) for offset, line in part if (entry := self._parse(line)) is not None]
+                    accepted = pool.map(accept, [entry for entry, _ in parsed]) if accept else repeat(True)
+                    for (entry, offset), counts in zip(parsed, accepted, strict=False):
+                        if counts:
+                            place = _Place(path, offset, entry.get("num_images", 0))
+                            index[entry["prompt_index"], entry["image_index"]] = place
+        return merged | newest, count
 
     def merge(self, index: RowIndex) -> None:
         """Replaces the merged file by the given entries in order, then removes the shards."""
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        with ExitStack() as stack, open(temporary, "wb") as output:
+        with replacing(self.path) as output, ExitStack() as stack:
             sources: dict[Path, IO[bytes]] = {}
-            for path, offset in index:
+            for key in sorted(index):
+                path, offset, _ = index[key]
                 if path not in sources:
                     sources[path] = stack.enter_context(open(path, "rb"))
                 sources[path].seek(offset)
                 output.write(sources[path].readline())
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(temporary, self.path)
-        sync_folder(self.path.parent)
         for shard in self.shards():
             shard.unlink()
 
@@ -199,21 +115,19 @@ class ShardedFile:
         """Returns the entry in a complete line, else None."""
         with suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            if image_key(entry) is not None and line.endswith(b"\n") and self._is_entry(entry):
+            indices = entry["prompt_index"], entry["image_index"]
+            if all(type(k) is int and k >= 0 for k in indices) and line.endswith(b"\n") and self._is_entry(entry):
                 return entry
         return None
 
 
-def _read(path: Path) -> Iterator[tuple[list[bytes], list[int]]]:
-    """Yields the lines of a file in lists, and the offset of each."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the offset and the content of each line of a file; none if there is no such file."""
     with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb") as file:
         offset = 0
-        while lines := list(islice(file, _LINES)):
-            offsets = []
-            for line in lines:
-                offsets.append(offset)
-                offset += len(line)
-            yield lines, offsets
+        for line in file:
+            yield offset, line
+            offset += len(line)
 
 
 def encode(value: Any, indent: int | None = None) -> bytes:

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.runs.folder import RunFolder
-from svdd.runs.tar import read_image
+from svdd.runs.images import read_image
 
 __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 
@@ -22,33 +23,18 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on disk.
-
-    Args:
-        folder: The folder in which it was found.
-        file: Its path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`.
-        prompt_index: The index of its prompt; without prompts, its own position.
-        prompt: The prompt's text; empty if it is unknown.
-    """
+    """A picture on disk."""
 
     folder: Path
-    file: str
-    prompt_index: int
-    prompt: str = ""
-
-    @property
-    def path(self) -> Path:
-        """The full path."""
-        return self.folder / self.file
+    file: str  # path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`
+    prompt_index: int  # without prompts, its own position
+    prompt: str = ""  # empty if it is unknown
 
 
 def find_pictures(folder: Path) -> list[Picture]:
     """Returns the pictures of a run in the order of its rows, or those of any folder and its subfolders by name.
 
-    Numbers in names count as numbers: 2.png comes before 10.png.
-
-    Raises:
-        UserError: If there are none.
+    Numbers in names count as numbers: 2.png comes before 10.png. Raises a UserError if there are none.
     """
     run = RunFolder(folder)
     if run.results.is_file():
@@ -70,30 +56,16 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 
 def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[list[Picture], Tensor]]:
-    """Yields pictures of equal size, at most `count` at once: float32 [n, 3, h, w] in [0, 1].
-
-    Raises:
-        UserError: If a file is no picture.
-    """
-    batch: list[Picture] = []
-    pixels: list[Tensor] = []
-    for picture in pictures:
-        tensor = torch.from_numpy(pixels_of(picture.folder, picture.file)).permute(2, 0, 1).float() / 255
-        if batch and (len(batch) == count or tensor.shape != pixels[0].shape):
-            yield batch, torch.stack(pixels)
-            batch, pixels = [], []
-        batch.append(picture)
-        pixels.append(tensor)
-    if batch:
-        yield batch, torch.stack(pixels)
+    """Yields pictures of equal size, at most `count` at once: float32 [n, 3, h, w] in [0, 1]; see `pixels_of`."""
+    read = ((picture, pixels_of(picture.folder, picture.file)) for picture in pictures)
+    for _, same in groupby(read, lambda pair: pair[1].shape):
+        while batch := list(islice(same, count)):
+            pixels = torch.from_numpy(np.stack([array for _, array in batch]))
+            yield [picture for picture, _ in batch], pixels.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def pixels_of(folder: Path, file: str) -> np.ndarray:
-    """Returns the pixels of the picture with this `Picture.file` in a folder, uint8 [h, w, 3].
-
-    Raises:
-        UserError: If it is no picture.
-    """
+    """Returns the pixels of a file as in `Picture`, uint8 [h, w, 3]; raises a UserError if it is no picture."""
     try:
         with Image.open(io.BytesIO(read_image(folder, file))) as image:
             return np.array(image.convert("RGB"))

@@ -1,27 +1,53 @@
-"""What one prediction step returns to the callbacks."""
+"""What one prediction step returns to the callbacks, and how it skips prompts that fail."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from svdd.runs.rows import ResultRow
+from svdd import RewardError, UserError
+from svdd.runs.rows import Prompt, ResultRow
 
-__all__ = ["Prediction"]
+__all__ = ["Prediction", "predict_or_skip"]
 
 
 @dataclass
 class Prediction:
     """The images of a batch of prompts and what is known about each.
 
-    Args:
-        images: float [n, 3, h, w] in [0, 1], on the CPU.
-        rows: One per image, in the same order.
-        traces: One per image whose sampler made choices: prompt_index, image_index and columns, see `Trace`.
-        failures: One per prompt that could not be drawn: prompt_index, image_index (0), prompt, error.
+    A trace has prompt_index, image_index and columns, see `Trace`; a failure prompt_index, image_index (0), prompt and
+    error.
     """
 
-    images: Tensor
-    rows: list[ResultRow]
-    traces: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[dict[str, Any]] = field(default_factory=list)
+    images: Tensor  # float [n, 3, h, w] in [0, 1], on the CPU
+    rows: list[ResultRow]  # one per image, in the same order
+    traces: list[dict[str, Any]] = field(default_factory=list)  # one per image whose sampler made choices
+    failures: list[dict[str, Any]] = field(default_factory=list)  # one per prompt that could not be drawn
+
+
+def predict_or_skip(
+    predict: Callable[[list[Prompt]], Prediction], batch: list[Prompt], is_fatal: Callable[[Exception], bool]
+) -> Prediction:
+    """Draws a batch; if it fails, draws its prompts one by one and skips those that fail alone too.
+
+    An error is raised if `is_fatal` says that it would occur for every prompt, such as a device without memory, or if
+    it is a UserError other than a RewardError.
+    """
+    try:
+        return predict(batch)
+    except Exception as error:
+        if is_fatal(error) or (isinstance(error, UserError) and not isinstance(error, RewardError)):
+            raise
+        message = f"{type(error).__name__}: {error}"
+    if len(batch) == 1:
+        failure = {"prompt_index": batch[0].index, "image_index": 0, "prompt": batch[0].text, "error": message}
+        return Prediction(torch.zeros(0, 3, 1, 1), [], failures=[failure])
+    parts = [predict_or_skip(predict, [prompt], is_fatal) for prompt in batch]
+    return Prediction(
+        torch.cat([part.images for part in parts if part.rows] or [parts[0].images]),
+        [row for part in parts for row in part.rows],
+        [trace for part in parts for trace in part.traces],
+        [failure for part in parts for failure in part.failures],
+    )

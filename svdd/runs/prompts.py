@@ -8,6 +8,7 @@ import signal
 import tempfile
 from array import array
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, cast
 
@@ -23,22 +24,10 @@ __all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError"]
 
 
 class PromptDataset(Dataset[Prompt]):
-    """The prompts of a source, checked in one pass and kept in an unnamed temporary file.
+    """The prompts of a source, checked in one pass; see `PromptDataModule`. Raises a PromptError if it cannot be used.
 
-    Memory holds eight bytes a prompt, whatever their length. Reading is safe from threads and other processes. The
-    file has no name, so even a killed process leaves nothing behind.
-
-    Attributes:
-        digest: SHA-256 of all prompts and their columns.
-
-    Args:
-        prompts: A list of prompts, or the path of a file of prompts; see `PromptDataModule`.
-        prompt_column: Name of the column, or JSON key, that holds the prompt.
-        limit: Keep the first prompts only, at most this many; what follows them is not read.
-        max_prompt_length: Longest prompt accepted, in characters.
-
-    Raises:
-        PromptError: If the source cannot be read, holds no prompt or holds anything that cannot be used.
+    They lie in an unnamed temporary file, which even a killed process does not leave behind, and memory holds eight
+    bytes a prompt. Threads and other processes may read too. `digest` is the SHA-256 of all prompts and their columns.
     """
 
     def __init__(
@@ -91,27 +80,21 @@ class PromptDataset(Dataset[Prompt]):
 
 
 class _Share(IterableDataset[list[Prompt]]):
-    """One process's share of the unfinished prompts, in batches: every n-th, so that shares differ by one at most.
+    """One process's share of the unfinished prompts, in batches.
 
-    It has no length, so that Lightning neither keeps the indices of every batch, which would grow with the run, nor
-    skips the hooks of a process without a prompt, for which the others would wait.
+    It has no length: with one, Lightning would store the indices of all batches, and skip the hooks of a process
+    without prompts, for which the others would wait.
     """
 
-    def __init__(
-        self, dataset: PromptDataset, finished: bytes | bytearray, batch_size: int, rank: int, world_size: int
-    ) -> None:
-        self._dataset, self._finished, self._batch_size = dataset, finished, batch_size
-        self._rank, self._world_size = rank, world_size
-        self.num_prompts = len(range(rank, finished.count(0), world_size))
+    def __init__(self, dataset: PromptDataset, indices: "array[int]", batch_size: int) -> None:
+        self._dataset, self._indices, self._batch_size = dataset, indices, batch_size
+        self.num_prompts = len(indices)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        unfinished = (index for index, flag in enumerate(self._finished) if not flag)
-        mine = islice(unfinished, self._rank, None, self._world_size)
         worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
-        for number in range(-(-self.num_prompts // self._batch_size)):
-            batch = list(islice(mine, self._batch_size))
-            if number % workers == worker:  # workers take turns, and the loader asks them in turn
-                yield [self._dataset[index] for index in batch]
+        for number in range(worker, -(-self.num_prompts // self._batch_size), workers):  # the loader asks them in turn
+            start = number * self._batch_size
+            yield [self._dataset[index] for index in self._indices[start : start + self._batch_size]]
 
 
 class PromptDataModule(LightningDataModule):
@@ -120,12 +103,11 @@ class PromptDataModule(LightningDataModule):
     The whole source is checked before the first image is made. Blank prompts are skipped with one warning.
 
     Args:
-        prompts: A list of prompts, `emoji` (a list that ships with svdd), or a file: .txt (one prompt a line), .csv or
-            .tsv (with a header row), .json (an array), .jsonl (one JSON value a line) or .parquet (needs `pip install
-            'svdd[parquet]'`). JSON items are strings or objects. Optional columns (or JSON keys) are `negative_prompt`
-            and `seed`; all others are copied into the results. Files are UTF-8. Any size is read in constant memory,
-            except .json, which is read whole: use .jsonl for very large sets. A single prompt is written as a list,
-            '["a red apple"]'.
+        prompts: A list of prompts, `emoji` (a list that ships with svdd), or a UTF-8 file: .txt (one prompt a line),
+            .csv or .tsv (with a header row), .json (an array), .jsonl (one JSON value a line) or .parquet (needs `pip
+            install 'svdd[parquet]'`). JSON items are strings or objects. Optional columns (or JSON keys) are
+            `negative_prompt` and `seed`; all others are copied into the results. All but .json are read in constant
+            memory. A single prompt is written as a list, '["a red apple"]'.
         batch_size: Number of prompts handed to the sampler at once, on each device.
         num_workers: Number of processes that read prompts; 0 reads them in the main process, which is fast enough.
         prompt_column: Name of the column, or JSON key, that holds the prompt.
@@ -133,8 +115,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_length: Longest prompt accepted, in characters; a longer one is an error.
 
     Raises:
-        ValueError: If a number is out of range or `prompt_column` is a column with another meaning.
-        TypeError: If `prompts` is neither a list nor a path.
+        ValueError: If an argument is out of range; a TypeError if `prompts` is neither a list nor a path.
     """
 
     def __init__(
@@ -151,97 +132,65 @@ class PromptDataModule(LightningDataModule):
             prompts = os.fspath(prompts)
         if not isinstance(prompts, str | list | tuple):
             raise TypeError(f"prompts must be a list of strings or the path of a file, got {shorten.repr(prompts)}")
-        for name, number, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("limit", 1 if limit is None else limit, 1),
-            ("max_prompt_length", max_prompt_length, 1),
-        ):
-            if number < least:
+        numbers = {"batch_size": batch_size, "limit": limit, "max_prompt_length": max_prompt_length}
+        for name, number in {**numbers, "num_workers": num_workers}.items():
+            least = 0 if name == "num_workers" else 1
+            if number is not None and number < least:
                 raise ValueError(f"{name} must be >= {least}, got {number}")
         if prompt_column in ("negative_prompt", "seed"):
             raise ValueError(f"prompt_column must name the column of the prompts, got {prompt_column!r}")
         self.prompts, self.prompt_column, self.limit = prompts, prompt_column, limit
         self.batch_size, self.num_workers, self.max_prompt_length = batch_size, num_workers, max_prompt_length
-        self._dataset: PromptDataset | None = None
-        self._finished = bytearray()  # one flag a prompt
+
+    @cached_property
+    def dataset(self) -> PromptDataset:
+        """The prompts, read on first use, the skipped ones included; raises a PromptError if they cannot be used."""
+        dataset = PromptDataset(self.prompts, self.prompt_column, self.limit, self.max_prompt_length)
+        self._finished = bytearray(len(dataset))  # one flag a prompt
+        return dataset
 
     def setup(self, stage: str = "predict") -> None:
-        """Reads and checks the source, unless that is already done.
-
-        Raises:
-            PromptError: If the source cannot be used.
-        """
-        if self._dataset is None:
-            self._dataset = PromptDataset(self.prompts, self.prompt_column, self.limit, self.max_prompt_length)
-            self._finished = bytearray(len(self._dataset))
+        """Reads and checks the source, unless that is already done."""
+        self.dataset  # noqa: B018
 
     def teardown(self, stage: str = "predict") -> None:
-        """Frees the prompts and forgets which were skipped; `setup` reads the source anew."""
-        if self._dataset is not None:
-            self._dataset.close()
-            self._dataset = None
-
-    @property
-    def dataset(self) -> PromptDataset:
-        """The prompts, read on first use, the skipped ones included."""
-        self.setup()
-        assert self._dataset is not None
-        return self._dataset
-
-    @property
-    def num_prompts(self) -> int:
-        """Number of prompts in the source (at most `limit`), the skipped ones included."""
-        return len(self.dataset)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the prompts as they are used, which tells whether their file has changed since a run began."""
-        return self.dataset.digest
+        """Frees the prompts and forgets which were skipped; the next use reads the source again."""
+        if "dataset" in self.__dict__:
+            self.dataset.close()
+            del self.dataset
 
     def skip(self, indices: Collection[int]) -> None:
         """Leaves finished prompts out of the loader; the others keep their index. Calls add up until `teardown`.
 
-        Args:
-            indices: Values of `Prompt.index`; those past the end are ignored. With several processes, those that rank
-                0 skips are the ones that count.
-
-        Raises:
-            ValueError: If an index is negative.
+        Indices past the end are ignored. With several processes, those that rank 0 skips count for all.
         """
-        num_prompts = self.num_prompts
+        num_prompts = len(self.dataset)
         for index in indices:
             if index < 0:
                 raise ValueError(f"indices of prompts must be >= 0, got {index}")
             if index < num_prompts:
                 self._finished[index] = 1
 
-    def test_dataloader(self) -> DataLoader[Prompt]:
-        """Returns `predict_dataloader()`, for loops other than prediction."""
-        return self.predict_dataloader()
-
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Returns a loader of `list[Prompt]`: this process's share of the prompts that are not skipped, in order.
 
-        The shares of all processes differ by one prompt at most, and some may be empty.
-
-        Raises:
-            PromptError: If the source cannot be used, or differs between the processes.
+        Shares differ by one prompt at most. Raises a PromptError if the prompts differ between the processes.
         """
-        dataset, trainer = self.dataset, self.trainer
-        finished: bytes | bytearray = self._finished
+        dataset, finished, trainer = self.dataset, self._finished, self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         if trainer is not None and world_size > 1 and distributed.is_available() and distributed.is_initialized():
             digest, finished = trainer.strategy.broadcast((dataset.digest, finished))
             if digest != dataset.digest:
-                raise PromptError(
-                    f"the prompts of process {rank} differ from those of process 0; give every node the same file"
-                )
+                what = f"the prompts of process {rank} differ from those of process 0"
+                raise PromptError(f"{what}; give every node the same file")
         if not finished.count(0):  # seen by every process; Lightning then leaves the loop out
             return DataLoader(dataset=cast(Any, ()), batch_size=None)
-        share = _Share(dataset, finished, self.batch_size, rank, world_size)
+        unfinished = (index for index, flag in enumerate(finished) if not flag)
+        share = _Share(dataset, array("Q", islice(unfinished, rank, None, world_size)), self.batch_size)
         start = _ignore_signals if self.num_workers else None
         return DataLoader(dataset=cast(Any, share), batch_size=None, num_workers=self.num_workers, worker_init_fn=start)
+
+    test_dataloader = predict_dataloader  # a calibration is a test loop
 
 
 def _ignore_signals(worker: int) -> None:

@@ -6,41 +6,22 @@ from typing import Any, NamedTuple, TypedDict, cast
 __all__ = ["RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row"]
 
 
-class _Always(TypedDict):
-    prompt_index: int
-    image_index: int
-    num_images: int
+class ResultRow(TypedDict, total=False):
+    """What is known about one image, with the other columns of the prompt's source."""
+
+    prompt_index: int  # position of the prompt in its source, from 0
+    image_index: int  # position of the image among those of its prompt, from 0
+    num_images: int  # of the prompt
     prompt: str
-    seed: int
-    rewards: dict[str, float]
-    ledger: dict[str, float]
-
-
-class ResultRow(_Always, total=False):
-    """What is known about one image, with the other columns of the prompt's source.
-
-    Attributes:
-        prompt_index: Position of the prompt in its source, from 0.
-        image_index: Position of the image among those of its prompt, from 0.
-        num_images: Number of images of the prompt.
-        prompt: The prompt's text.
-        seed: Seed of the image's noise.
-        rewards: Score by reward, the guide first.
-        ledger: Work done for the image: rows, calls and seconds.
-        negative_prompt: What the image should not show.
-        particle: Position among the particles that the sampler returned for one seed.
-        particle_weight: Weight of that particle.
-        path_kl: Divergence of the guided path from the model's own, in nats.
-        file: Path of the image in the run folder, added when the image is written.
-        sha256: Checksum of the image file, added when the image is written.
-    """
-
-    negative_prompt: str
-    particle: int
+    seed: int  # of the image's noise
+    rewards: dict[str, float]  # score by reward, the guide first
+    ledger: dict[str, float]  # work done for the image: rows, calls and seconds
+    negative_prompt: str  # this and the following only where they apply
+    particle: int  # position among the particles that the sampler returned for one seed
     particle_weight: float
-    path_kl: float
-    file: str
-    sha256: str
+    path_kl: float  # divergence of the guided path from the model's own, in nats
+    file: str  # path of the image in the run folder, known once it is written
+    sha256: str  # of the image file
 
 
 # Columns that a prompt source may not have, because they would overwrite a result.
@@ -48,29 +29,16 @@ RESERVED_COLUMNS = frozenset(ResultRow.__annotations__) - {"negative_prompt", "s
 
 
 class Prompt(NamedTuple):
-    """One prompt and what its source says about it.
+    """One prompt and what its source says about it."""
 
-    Attributes:
-        index: Position in the source, from 0, counting the prompts that were kept.
-        text: The prompt, on one line.
-        negative_prompt: What the image should not show; None if the source gives none.
-        seed: The seed of the prompt's first image; None if the source gives none.
-        extra: All other columns of the source, copied into the results.
-    """
-
-    index: int  # type: ignore[assignment]  # hides tuple.index
-    text: str
-    negative_prompt: str | None
-    seed: int | None
-    extra: dict[str, Any]
+    index: int  # type: ignore[assignment]  # hides tuple.index; position in the source, from 0, blank ones not counted
+    text: str  # on one line
+    negative_prompt: str | None  # what the image should not show
+    seed: int | None  # of the prompt's first image
+    extra: dict[str, Any]  # all other columns of the source, copied into the results
 
     def image_seeds(self, seed: int, count: int) -> list[int]:
-        """Returns the seeds of the prompt's images: seed + index * count + k, or the prompt's own seed + k.
-
-        Args:
-            seed: The seed of the run.
-            count: Seeds to return, one per image; the same for all prompts.
-        """
+        """Returns `count` seeds, one per image: the run's seed + index * count + k, or the prompt's own seed + k."""
         first = seed + self.index * count if self.seed is None else self.seed
         return [(first + k) % 2**63 for k in range(count)]
 
@@ -85,20 +53,15 @@ def result_row(
     particle: tuple[int, float] | None = None,
     path_kl: float | None = None,
 ) -> ResultRow:
-    """Builds the row of an image that is not yet written, with its columns in the order of the results file.
-
-    The arguments are the fields of `ResultRow`; `particle` is the particle's position and its weight.
-    """
+    """Builds the row of an image that is not yet written, columns in order; `particle` is its position and weight."""
     row: dict[str, Any] = {"prompt_index": prompt.index, "image_index": image_index, "num_images": num_images}
     row["prompt"] = prompt.text
     if prompt.negative_prompt is not None:
         row["negative_prompt"] = prompt.negative_prompt
-    row |= prompt.extra
-    row["seed"] = seed
+    row |= {**prompt.extra, "seed": seed}
     if particle is not None:
         row["particle"], row["particle_weight"] = particle
     row["rewards"] = rewards
     if path_kl is not None:
         row["path_kl"] = path_kl
-    row["ledger"] = ledger
-    return cast(ResultRow, row)
+    return cast(ResultRow, {**row, "ledger": ledger})

@@ -1,11 +1,8 @@
 """The callback that writes a run to disk while it is under way, so that an interrupted run can continue."""
 
 import io
-import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -20,17 +17,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from svdd import UserError, __version__
-from svdd.runs.config import plain
 from svdd.runs.files import RunError
 from svdd.runs.folder import RunFolder
+from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.rows import ResultRow
 
 __all__ = ["RunError", "RunWriter"]
 
+_VERSIONS = {"svdd": __version__, "torch": version("torch"), "diffusers": version("diffusers")}
 _MOST_FAILURES = 20  # in a row; then the prompts are not the cause
-_ROWS_AT_ONCE = 1024
 
 
 class RunWriter(L.Callback):
@@ -44,8 +41,7 @@ class RunWriter(L.Callback):
         output: The run folder; a run with the same settings continues.
         config: The resolved configuration, recorded and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
-        num_prompts: Prompts of the whole run, which decides whether its images need subfolders.
-        tar: Write the images into tar shards, which WebDataset reads, instead of a file each.
+        num_prompts: As in `RunFolder`; so is `tar`.
     """
 
     def __init__(
@@ -57,26 +53,17 @@ class RunWriter(L.Callback):
         tar: bool = False,
     ) -> None:
         self.folder = RunFolder(output, num_prompts, tar)
-        self.config = config or {}
-        self.overwrite = overwrite
+        self.config, self.overwrite = config or {}, overwrite
         self._started: float | None = None  # when the folder was opened; None while it is not
-        self._drawn = False
-        self._held = False
+        self._drawn = self._held = False
         self._failures = 0  # in a row, up to now
         self.failed_prompts = 0  # of this prediction, once it has ended
 
     def open(self, scan: bool = True, hold: bool = False) -> set[int]:
         """Prepares the folder and returns the indices of the prompts that are finished; call it on every process.
 
-        Only the process of rank 0 changes anything, and it holds the folder until the prediction ends.
-
-        Args:
-            scan: Whether the other processes look for themselves. Otherwise they return the empty set, and need the
-                result of rank 0, which `PromptDataModule` broadcasts.
-            hold: Hold the folder after the prediction, until `close`.
-
-        Raises:
-            RunError: If the folder is not a run folder, belongs to other settings, is in use, or cannot be written.
+        Only rank 0 changes anything; it holds the folder until the prediction ends, or with `hold` until `close`.
+        Without `scan` the other processes return no index; the data module sends them those of rank 0.
         """
         if is_rank_zero():
             finished = self.folder.claim(self.config, self.overwrite)
@@ -91,11 +78,7 @@ class RunWriter(L.Callback):
         self._started = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Opens the folder if it is not open; it must then be new, as its prompts would be drawn again.
-
-        Raises:
-            RunError: If the folder cannot be used, or already holds finished prompts.
-        """
+        """Opens the folder if it is not open; it must then be new, as its prompts would be drawn again."""
         if stage == "predict" and self._started is None and (finished := self.open()):
             self.close()
             raise RunError(
@@ -107,32 +90,16 @@ class RunWriter(L.Callback):
         """Opens this process's shards."""
         self._drawn = True
         self.folder.open_shard(trainer.global_rank)
-        if trainer.is_global_zero:
-            self.folder.remove_summary()
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the rows of an earlier run to the module, after its own `on_predict_start`."""
         if trainer.is_global_zero and self.folder.results.exists():
             rows = self.folder.rows()
-            while part := list(islice(rows, _ROWS_AT_ONCE)):
+            while part := list(islice(rows, 1024)):
                 cast(Any, pl_module).record(part)
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Writes a batch.
-
-        Raises:
-            ValueError: If `outputs` is not a `Prediction` with one row per image in [0, 1].
-            RunError: If the disk is full or cannot be written.
-            UserError: If 20 prompts in a row have failed.
-        """
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        """Writes a batch, which must be a `Prediction`; raises a UserError if 20 prompts in a row have failed."""
         if not isinstance(outputs, Prediction):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
         pixels = _to_uint8(outputs.images)
@@ -152,29 +119,33 @@ class RunWriter(L.Callback):
         self.folder.close_shard()
         trainer.strategy.barrier("svdd.RunWriter")
         if trainer.is_global_zero:
-            self._conclude(pl_module)
+            self._finish(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Releases the folder; if no prompt was left to draw, computes the summary, and writes it if it is missing.
 
-        Without a batch Lightning calls none of the hooks above. All rows are on disk, so rank 0 works alone; the
-        module is already on the CPU, where it could not take part in NCCL's collectives.
+        Without a batch Lightning calls none of the hooks above. Rank 0 then works alone, from the rows on disk: the
+        module is already on the CPU, where NCCL's collectives do not work.
         """
         if stage != "predict" or self._started is None:
             return
         if not self._drawn and trainer.is_global_zero:
             self.on_predict_epoch_start(trainer, pl_module)
-            with _alone(pl_module):
+            with ExitStack() as stack:
+                for metric in pl_module.modules():
+                    if isinstance(metric, Metric):
+                        stack.callback(setattr, metric, "distributed_available_fn", metric.distributed_available_fn)
+                        metric.distributed_available_fn = lambda: False
                 pl_module.on_predict_epoch_end()
             if not self.folder.summary.exists():
-                self._conclude(pl_module)
+                self._finish(pl_module)
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Releases the folder; what is written stays for the next run."""
         self._release()
 
-    def _conclude(self, pl_module: L.LightningModule) -> None:
+    def _finish(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None
         prompts, images, self.failed_prompts = self.folder.merge()
         counts = {"prompts": prompts, "images": images, "failed_prompts": self.failed_prompts}
@@ -186,20 +157,6 @@ class RunWriter(L.Callback):
             self.folder.close_shard()
         else:
             self.close()
-
-
-@contextmanager
-def _alone(module: L.LightningModule) -> Iterator[None]:
-    """Keeps the metrics of a module from gathering from other processes."""
-    metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
-    previous = [metric.distributed_available_fn for metric in metrics]
-    try:
-        for metric in metrics:
-            metric.distributed_available_fn = lambda: False
-        yield
-    finally:
-        for metric, function in zip(metrics, previous, strict=True):
-            metric.distributed_available_fn = function
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:
@@ -216,14 +173,9 @@ def _to_uint8(images: Tensor) -> np.ndarray:
 def _encode_png(pixels: np.ndarray, row: ResultRow) -> bytes:
     """Encodes uint8 [h, w, 3] with the prompt, the seed, the rewards and the versions as text chunks."""
     info = PngInfo()
-    rewards = json.dumps(plain(row["rewards"], finite=True), ensure_ascii=False)
-    for key, text in {"prompt": row["prompt"], "seed": str(row["seed"]), "rewards": rewards, **_versions()}.items():
-        info.add_text(key, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    rewards = encode(row["rewards"]).decode()
+    for key, text in {"prompt": row["prompt"], "seed": str(row["seed"]), "rewards": rewards, **_VERSIONS}.items():
+        info.add_text(key, text.encode("utf-8", "backslashreplace").decode())
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
-
-
-@lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
-    return {"svdd": __version__, **{name: version(name) for name in ("torch", "diffusers")}}

@@ -1,5 +1,6 @@
 """The interface of every value."""
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from svdd.diffusion.base import Diffusion
 from svdd.rewards.base import Reward
 from svdd.state.state import State
 
-__all__ = ["Value"]
+__all__ = ["PreviewValue", "Value"]
 
 
 class Value(nn.Module, ABC):
@@ -24,10 +25,7 @@ class Value(nn.Module, ABC):
 
     most_rows: int = 1
     differentiable: bool = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bound: tuple[Reward, ...] = ()  # a tuple, so that the reward is not registered a second time
+    _bound: tuple[Reward, ...] = ()  # a tuple, so that the reward is not registered a second time
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
         """Sets the guide reward. Subclasses extend it to build or load what depends on the diffusion model."""
@@ -35,17 +33,13 @@ class Value(nn.Module, ABC):
 
     @property
     def reward(self) -> Reward:
-        """The bound reward.
-
-        Raises:
-            UserError: If none was bound.
-        """
+        """The bound reward; UserError if none was bound."""
         if not self._bound:
             raise UserError(f"{type(self).__name__} has no reward yet: call value.bind(reward, diffusion) first")
         return self._bound[0]
 
     def describe(self) -> str:
-        """Names the value for an error message."""
+        """Names what decides whether there is a gradient, for an error message."""
         return f"value {type(self).__name__}"
 
     @abstractmethod
@@ -55,3 +49,29 @@ class Value(nn.Module, ABC):
     def forward(self, state: State) -> Tensor:
         """Returns one estimate per row, float32 [n]; at the end of the chain the reward itself."""
         return state.scores(self.reward) if state.done else self.estimate(state)
+
+
+class PreviewValue(Value):
+    """A value that scores a decoded prediction of x_0, a preview; `PosteriorMean` explains the arguments."""
+
+    def __init__(self, decoder: str | None = None, guidance_scale: float | None = None) -> None:
+        super().__init__()
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        self.decoder, self.guidance_scale = decoder, guidance_scale
+
+    def bind(self, reward: Reward, diffusion: Diffusion) -> None:
+        """Sets the reward and loads the smaller decoder."""
+        super().bind(reward, diffusion)
+        self.differentiable = reward.differentiable and self.guidance_scale is None
+        self.preview_decoder = None if self.decoder is None else diffusion.load_decoder(self.decoder)
+
+    def describe(self) -> str:
+        """Names the reward, or the guidance scale, whichever prevents a gradient."""
+        if self.reward.differentiable:
+            return f"{super().describe()} with guidance_scale={self.guidance_scale}"
+        return f"reward {self.reward.name}"
+
+    @abstractmethod
+    def estimate(self, state: State) -> Tensor:
+        """Returns the reward of each row's preview, float32 [n]."""

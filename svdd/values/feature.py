@@ -1,13 +1,11 @@
-"""A small network on CLIP features of a decoded latent.
+"""A network on CLIP features of a decoded latent, as for the aesthetic score in Li et al., 2024, arXiv 2408.08252."""
 
-Source: the value networks of Li et al., 2024, arXiv 2408.08252, for the aesthetic score.
-"""
-
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from svdd import require_at_least
 from svdd.diffusion.base import Diffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.values.learned import LearnedValue
@@ -17,27 +15,20 @@ __all__ = ["FeatureValue"]
 
 
 class FeatureValue(LearnedValue):
-    """Time-conditioned network on CLIP features of the decoded latent, or of its decoded x0.
-
-    Decodes every candidate. Reading x, as the authors' code does, costs no denoiser row; x0 costs one and is far more
-    informative.
+    """Time-conditioned network on CLIP features of the decoded latent, or of its decoded x0; decodes every candidate.
 
     Args:
         pretrained_clip: The CLIP model: `emoji`, a folder or a hub name.
-        decode_from: What is decoded: `x0` or `x`.
-        width: Width of the network.
+        decode_from: What is decoded: `x`, as in the authors' code, or `x0`, far more informative for one denoiser row.
+        width: Width of the network, >= 1.
         use_prompt: Whether the network reads the prompt's text features.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
-        learning_rate: Peak learning rate of AdamW, cosine to 0.
-        pretrained: Trained weights: a file that `svdd fit` wrote. Arguments above that are left at their defaults are
-            taken from the file.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        UserError: If the CLIP model cannot be loaded.
+        learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
+        pretrained: A file that `svdd fit` wrote. Arguments above that are left at their defaults are taken from it.
     """
 
     decodes = True
+    frozen = ("clip.",)
 
     def __init__(
         self,
@@ -50,8 +41,7 @@ class FeatureValue(LearnedValue):
         pretrained: str | None = None,
     ) -> None:
         super().__init__(loss, learning_rate, pretrained)
-        if width < 1:
-            raise ValueError(f"width must be >= 1, got {width}")
+        require_at_least(1, width=width)
         if decode_from not in ("x", "x0"):
             raise ValueError(f"decode_from must be x or x0, got {decode_from!r}")
         self.pretrained_clip, self.decode_from = pretrained_clip, decode_from
@@ -60,36 +50,15 @@ class FeatureValue(LearnedValue):
     def build(self, diffusion: Diffusion) -> None:
         """Loads the CLIP model and creates the network for the features' widths."""
         self.input, self.clip = self.decode_from, CLIPScore(self.pretrained_clip)
+        self.settings = {"clip": self.clip.identity}
         self._decoder = (diffusion,)  # a tuple, so that the model is not registered a second time
-        text = diffusion.prompt_features_size if self.use_prompt else 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.network = nn.Sequential(
-                nn.Linear(self.clip.network.width + text + 3, self.width),
-                nn.SiLU(),
-                nn.Linear(self.width, self.width),
-                nn.SiLU(),
-                nn.Linear(self.width, 1),
-            )
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The CLIP model's identity."""
-        return {"clip": self.clip.identity}
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Returns the state without the frozen CLIP model."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("clip.")}
+        inputs = self.clip.network.width + 3 + (diffusion.prompt_features_size if self.use_prompt else 0)
+        first, second = nn.Linear(inputs, self.width), nn.Linear(self.width, self.width)
+        self.network = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(self.width, 1))
 
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
-        """Returns predictions in units of the rewards' spread, [n]; `x` is not rescaled."""
+        """Returns predictions in units of the rewards' spread about their mean, [n]."""
         features = self.clip.image_features(self._decoder[0].decode(x)) * 10  # entries of about unit size
         waves = torch.stack([progress, (torch.pi * progress).sin(), (torch.pi * progress).cos()], 1)
-        parts = [features.to(waves), waves]
-        if self.use_prompt and text is not None:
-            parts.append(text)
-        return self.network(torch.cat(parts, 1))[:, 0]
-
-    def set_units(self, rewards: Tensor, spread: Tensor) -> None:
-        """Sets the units of the rewards; the decoder needs latents in their own units."""
-        super().set_units(rewards, torch.ones_like(spread))
+        texts = [text] if self.use_prompt and text is not None else []
+        return self.network(torch.cat([features.to(waves), waves, *texts], 1))[:, 0]

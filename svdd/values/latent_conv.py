@@ -6,35 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svdd import require_at_least
 from svdd.diffusion.base import Diffusion
 from svdd.values.learned import LearnedValue
 from svdd.values.losses import ValueLoss
 
 __all__ = ["LatentConvValue"]
 
-_SMALLEST_SIDE = 8
 _FREQUENCIES = 16
 
 
 class LatentConvValue(LearnedValue):
     """Time-conditioned residual convolutions on the noisy latents: no denoiser row, no decoding.
 
-    SVDD then costs T denoiser rows per image for any number of candidates. The output is averaged over positions, and
-    no norm runs over positions: the strength and area of a pattern matter to many rewards.
+    SVDD then costs T denoiser rows per image for any number of candidates. The output is averaged over positions.
 
     Args:
-        channels: Width of the network.
-        num_blocks: Residual blocks at each resolution; the latent is halved until its side is at most 8.
+        channels: Width of the network, >= 1.
+        num_blocks: Residual blocks at each resolution, >= 1; the latent is halved until its side is at most 8.
         use_prompt: Whether the network reads the prompt's text features.
-        dropout: Dropout rate in training: states of one rollout are strongly correlated.
+        dropout: Dropout rate in training, >= 0 and < 1; states of one rollout are strongly correlated.
         mirror: Mirror half of the training states at random, for rewards that are symmetric in left and right.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
-        learning_rate: Peak learning rate of AdamW, cosine to 0.
-        pretrained: Trained weights: a file that `svdd fit` wrote, or the name of a value that ships with svdd.
-            Arguments above that are left at their defaults are taken from the file.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
+        pretrained: A file that `svdd fit` wrote, or the name of a value that ships with svdd. Arguments above that are
+            left at their defaults are taken from it.
     """
 
     def __init__(
@@ -49,10 +45,7 @@ class LatentConvValue(LearnedValue):
         pretrained: str | None = None,
     ) -> None:
         super().__init__(loss, learning_rate, pretrained)
-        if channels < 1:
-            raise ValueError(f"channels must be >= 1, got {channels}")
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
+        require_at_least(1, channels=channels, num_blocks=num_blocks)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.channels, self.num_blocks = channels, num_blocks
@@ -60,29 +53,23 @@ class LatentConvValue(LearnedValue):
 
     def build(self, diffusion: Diffusion) -> None:
         """Creates the network for the latents' shape and the prompt features' width."""
-        depth, height, width = diffusion.latent_shape
-        halvings = max(0, math.ceil(math.log2(max(height, width) / _SMALLEST_SIDE)))
-        with torch.random.fork_rng(devices=[]):  # the same initial weights in every process
-            torch.manual_seed(0)
-            hidden = 2 * self.channels
-            self.entry = nn.Conv2d(depth, self.channels, 3, padding=1)
-            self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-            features = diffusion.prompt_features_size if self.use_prompt else 0
-            self.text = nn.Linear(features, hidden) if features else None
-            self.blocks = nn.ModuleList(
-                _Block(self.channels, hidden, self.dropout, halve=level > 0 and k == 0)
-                for level in range(halvings + 1)
-                for k in range(self.num_blocks)
-            )
-            self.exit = nn.Sequential(nn.Linear(self.channels, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        halvings = max(0, math.ceil(math.log2(max(diffusion.latent_shape[1:]) / 8)))
+        features, hidden = diffusion.prompt_features_size if self.use_prompt else 0, 2 * self.channels
+        self.entry = nn.Conv2d(diffusion.latent_shape[0], self.channels, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.text = nn.Linear(features, hidden) if features else None
+        self.blocks = nn.ModuleList(
+            _Block(self.channels, hidden, self.dropout, halve=level > 0 and k == 0)
+            for level in range(halvings + 1)
+            for k in range(self.num_blocks)
+        )
+        self.exit = nn.Sequential(nn.Linear(self.channels, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
-        """Returns predictions in units of the rewards' spread, [n]."""
+        """Returns predictions in units of the rewards' spread about their mean, [n]."""
         if self.training and self.mirror:
-            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(mirrored, x.flip(-1), x)
-        frequencies = math.pi * torch.arange(1, _FREQUENCIES + 1, device=x.device, dtype=x.dtype)
-        angles = progress[:, None] * frequencies
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+        angles = progress[:, None] * (math.pi * torch.arange(1, _FREQUENCIES + 1, device=x.device, dtype=x.dtype))
         condition = self.time(torch.cat([angles.sin(), angles.cos()], 1))
         if self.text is not None and text is not None:
             condition = condition + self.text(text)
@@ -97,24 +84,22 @@ class _Block(nn.Module):
 
     def __init__(self, channels: int, condition: int, dropout: float, halve: bool) -> None:
         super().__init__()
-        self.halve = halve
         self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.norms = nn.ModuleList(_ChannelNorm(channels) for _ in range(2))
         self.modulation = nn.Linear(condition, 2 * channels)
-        self.dropout = nn.Dropout(dropout)
+        self.halve, self.dropout = halve, nn.Dropout(dropout)
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         if self.halve:
             x = F.avg_pool2d(x, 2)
         scale, shift = self.modulation(F.silu(condition))[:, :, None, None].chunk(2, 1)
-        hidden = self.first(F.silu(self.norms[0](x)))
-        hidden = self.norms[1](hidden) * (1 + scale) + shift
+        hidden = self.norms[1](self.first(F.silu(self.norms[0](x)))) * (1 + scale) + shift
         return x + self.second(self.dropout(F.silu(hidden)))
 
 
 class _ChannelNorm(nn.Module):
-    """Root mean square norm over the channels of each position."""
+    """Root mean square norm over channels, not positions: the strength and area of a pattern matter to many rewards."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

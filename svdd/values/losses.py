@@ -1,9 +1,4 @@
-"""The losses of a learned value.
-
-A state x_i of a rollout ended in an image of reward r. Regressing on r with a squared error gives the mean
-E[r | x_i]; the soft value alpha log E[exp(r / alpha) | x_i] needs another loss. Both can bootstrap: the target is then
-the value of the next state, and r only at the end of the chain.
-"""
+"""The losses of a learned value: regression of a state's value on the reward of its rollout's final image."""
 
 import math
 from abc import ABC, abstractmethod
@@ -30,13 +25,7 @@ class ValueLoss(ABC):
 
     @abstractmethod
     def __call__(self, values: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """Returns the mean loss of a batch, a scalar.
-
-        Args:
-            values: Predictions in units of `scale`, [n].
-            targets: Rewards, or values of the next states, in the same units, [n].
-            scale: The rewards' standard deviation, in units of the reward.
-        """
+        """Returns the mean loss of predictions [n] against targets [n], both in units of the spread `scale`."""
 
 
 class MeanLoss(ValueLoss):
@@ -51,21 +40,12 @@ class SoftLoss(ValueLoss):
     """exp(u) - u - 1 with u = (target - value) / alpha: the value becomes alpha log E[exp(r / alpha) | x_i].
 
     Its expected derivative vanishes where E[exp((r - v) / alpha)] = 1. The loss is linear beyond u = 12. Where exp(u)
-    averages more than 4 over a batch, the batch's gradient is scaled down, so that its entries sum to at most
-    10 alpha / scale; the value of the loss is not scaled.
-
-    The lower alpha is relative to s, the spread of the targets given x_i, the more the value falls short of the soft
-    value. For normal targets in batches of 256 it covers the whole distance from the mean down to alpha = s / 2, 96 %
-    at s / 3, 88 % at s / 4 and 50 % at s / 10.
-
-    Source: the linear-exponential loss of Garg et al., Extreme Q-Learning, 2023, arXiv 2301.02328.
+    averages more than 4 over a batch, the batch's gradient, not the loss, is scaled down, so that its entries sum to at
+    most 10 alpha / scale. Source: the linear-exponential loss of Garg et al., 2023, arXiv 2301.02328.
 
     Args:
-        alpha: Temperature in units of the reward, above 0; use the sampler's.
+        alpha: Temperature in units of the reward, > 0; use the sampler's. For its lower limit see docs/values.md.
         bootstrap: As in every loss.
-
-    Raises:
-        ValueError: If `alpha` is not above 0.
     """
 
     def __init__(self, alpha: float, bootstrap: bool = False) -> None:

@@ -3,8 +3,7 @@
 from svdd import UserError
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
-from svdd.values.learned import LearnedValue
-from svdd.values.weights import read_weights
+from svdd.values.learned import HEADER, LearnedValue, read_checkpoint
 
 __all__ = ["BUILT_IN", "learned_class", "load_value"]
 
@@ -12,24 +11,13 @@ BUILT_IN = (LatentConvValue, FeatureValue)  # imported, so that their files can 
 
 
 def load_value(pretrained: str) -> LearnedValue:
-    """Returns the value that a file holds; binding it loads and checks the weights.
-
-    Args:
-        pretrained: A file that `svdd fit` wrote, or the name of a value that ships with svdd.
-
-    Raises:
-        UserError: If the file cannot be read, or its class is not imported.
-
-    Example:
-        >>> load_value("emoji-compressibility").pretrained
-        'emoji-compressibility'
-    """
+    """Returns the value in a file of `svdd fit`, or the shipped value of that name; `bind` loads its weights."""
     return learned_class(pretrained)(pretrained=pretrained)
 
 
 def learned_class(pretrained: str) -> type[LearnedValue]:
-    """Returns the class of the value in a file, among all imported subclasses of `LearnedValue`."""
-    name, classes = read_weights(pretrained).identity["value"], [LearnedValue]
+    """Returns the class of the value in a file; UserError if the file cannot be read, or its class is not imported."""
+    name, classes = read_checkpoint(pretrained)[HEADER]["identity"]["value"], [LearnedValue]
     for known in classes:  # the list grows by the subclasses of each
         classes += known.__subclasses__()
         if known.__name__ == name:

@@ -23,8 +23,8 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from svdd.__main__ import main
+from svdd.runs.images import read_image
 from svdd.runs.processes.signals import AGENT
-from svdd.runs.tar import read_image
 
 REPOSITORY = Path(__file__).parents[2]
 

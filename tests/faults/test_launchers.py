@@ -38,7 +38,7 @@ def test_a_signal_to_the_command(case: Case, whole: Case, table: Callable, numbe
     before = case.finished()
     (os.kill if number == signal.SIGTERM else os.killpg)(command.pid, number)
     name = signal.Signals(number).name
-    until(lambda: f"svdd: {name}: the batch at work is finished first" in case.said())
+    until(lambda: f"svdd: {name}: the current batch is finished first" in case.said())
     case.gate.touch()
     assert end(case, command) == code, case.said()
     assert len(case.finished()) == 8  # two batches of each

@@ -26,11 +26,11 @@ def test_a_signal_waits_for_the_batch(case: Case, whole: Case, table: Callable, 
     assert process.exitcode == code
     assert len(case.finished()) == 6  # two batches and the current one
     name = signal.Signals(number).name
-    assert f"svdd: {name}: the batch at work is finished first" in case.said()
+    assert f"svdd: {name}: the current batch is finished first" in case.said()
     assert f"svdd: ended: {name}; {KEPT}" in case.said()
     lost = case.resume(before=before)
     assert case.content() == whole.content()
-    table(f"{name} once", "the batch at work was finished", code, lost)
+    table(f"{name} once", "the current batch was finished", code, lost)
 
 
 def test_a_second_interrupt_does_not_wait(case: Case, whole: Case, table: Callable):
@@ -45,7 +45,7 @@ def test_a_second_interrupt_does_not_wait(case: Case, whole: Case, table: Callab
     assert len(case.finished()) == 4
     lost = case.resume(before=before)
     assert case.content() == whole.content()
-    table("SIGINT twice", "ended at once; the batch at work was drawn again", 130, lost)
+    table("SIGINT twice", "ended at once; the current batch was drawn again", 130, lost)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
@@ -66,7 +66,7 @@ def test_a_signal_to_the_workers_too(case: Case, whole: Case, table: Callable, n
     lost = case.resume(before=before)
     assert case.content() == whole.content()
     name = signal.Signals(number).name
-    table(f"{name} to the workers that read prompts too", "the batch at work was finished", code, lost)
+    table(f"{name} to the workers that read prompts too", "the current batch was finished", code, lost)
 
 
 def test_a_signal_in_the_only_batch(case: Case, whole: Case):
@@ -105,7 +105,7 @@ def test_twenty_kills_at_random_moments(tmp_path, table: Callable):
     lost += case.resume()
     assert len(progress) >= 5, "the kills did not fall within the run"
     assert case.content() == whole.content()
-    table(f"SIGKILL at {kills} random moments", "the batch at work was drawn again each time", 137, lost)
+    table(f"SIGKILL at {kills} random moments", "the current batch was drawn again each time", 137, lost)
 
 
 @pytest.mark.slow

@@ -39,9 +39,8 @@ class Diversity(GatheredMetric):
             ValueError: If the shapes do not fit.
         """
         if features.ndim != 2 or prompts.shape != features.shape[:1]:
-            raise ValueError(
-                f"expected features [n, d] and prompts [n], got {list(features.shape)} and {list(prompts.shape)}"
-            )
+            shapes = f"{list(features.shape)} and {list(prompts.shape)}"
+            raise ValueError(f"expected features [n, d] and prompts [n], got {shapes}")
         self.add("features", torch.nn.functional.normalize(features.detach().float(), dim=1))
         self.add("prompts", prompts)
 
@@ -51,12 +50,10 @@ class Diversity(GatheredMetric):
         order = prompts.argsort(stable=True)
         features, sizes = features[order], prompts[order].unique_consecutive(return_counts=True)[1]
         several = [group for group in features.split(sizes.tolist()) if len(group) > 1]
-        nothing = features.new_full((), math.nan)
-        measures = {"pairwise": _pairwise_distance, "vendi": _vendi_score}
-        found = {name: measure(features) if len(features) else nothing for name, measure in measures.items()}
-        for name, measure in measures.items():
-            within = torch.stack([measure(group) for group in several]).mean() if several else nothing
-            found[f"{name}_within"] = within
+        found = {}
+        for suffix, groups in (("", [features] if len(features) else []), ("_within", several)):
+            for name, measure in (("pairwise", _pairwise_distance), ("vendi", _vendi_score)):
+                found[name + suffix] = features.new_tensor([float(measure(group)) for group in groups]).mean()
         return found
 
 

@@ -64,10 +64,7 @@ class RewardStatistics(GatheredMetric):
         if scores.ndim != 1:
             raise ValueError(f"scores must have the shape [n], got {list(scores.shape)}: give one score per image")
         if bad := int((~torch.isfinite(scores)).sum()):
-            raise ValueError(
-                f"{bad} of {len(scores)} scores are NaN or infinite, expected finite numbers: "
-                "check what the reward returns for these images"
-            )
+            raise ValueError(f"{bad} of {len(scores)} scores are NaN or infinite; check what the reward returns")
         own = torch.full((len(scores),), -1) if prompts is None else prompts
         if own.shape != scores.shape:
             raise ValueError(f"expected one prompt per score, got {len(own)} for {len(scores)}")

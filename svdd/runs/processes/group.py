@@ -19,19 +19,19 @@ from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 __all__ = ["Group", "is_rank_zero"]
 
 _MEETING = timedelta(minutes=30)
-_COLLECTIVE = timedelta(days=7)  # a process may have that much more to do; a dead one is noticed by its connection
-_GRACE = 30.0  # seconds for the batch at work after another process has died
-_COMPLETE, _FAILED = "0", "1"  # verdicts; others are the exit codes of a signal
+_COLLECTIVE = timedelta(days=7)  # one process may have far more to do; a dead one is noticed by its connection
+_GRACE = 30.0  # seconds to finish the current batch after another process has died
+_COMPLETE, _FAILED = "0", "1"  # verdicts, besides the exit codes of signals
 
 
 class Group:
     """Initialises `torch.distributed` before Lightning, which keeps an initialised group.
 
-    `env://` does not work after a restart by torchelastic: the agent's store still holds the addresses of the dead
-    processes (torch 2.14). Here each meeting has a name of its own, under which its keys stand.
+    `env://` fails after a restart by torchelastic: the agent's store still holds the addresses of dead processes (torch
+    2.14). Here each attempt prefixes its keys with a unique name.
 
     Args:
-        environment: Rank, world size and the address of the store, as the launcher has set them.
+        environment: Rank, world size and the address of the store, from the launcher.
         backend: The backend of the default group, `nccl` or `gloo`.
 
     Raises:
@@ -55,11 +55,11 @@ class Group:
         threading.Thread(target=self._watch, args=(following,), name="svdd-group", daemon=True).start()
 
     def decide(self, verdict: str) -> int:
-        """Returns the exit code with which all processes end: that of the first call anywhere."""
+        """Returns the exit code of all processes: the verdict of the first call in any of them."""
         return int(self._store.compare_set("verdict", "", verdict))
 
     def check(self) -> int | None:
-        """Returns the exit code with which all processes end early, None while there is no reason to."""
+        """Returns the exit code if all processes are to end early, else None."""
         if signals.exit_code is not None:
             verdict = self.decide(str(signals.exit_code))
         elif self._store.check(["verdict"]):
@@ -74,17 +74,13 @@ class Group:
         return verdict
 
     def count_batch(self) -> None:
-        """Tells the processes that wait that work goes on."""
+        """Tells waiting processes that another batch is finished."""
         self._store.add("batches", 1)
 
     def wait(self, patience: float) -> int:
-        """Waits until all processes have drawn their share, without a collective that could time out.
+        """Waits, without a collective, until all processes have drawn their share; returns the exit code.
 
-        Args:
-            patience: Seconds without a finished batch after which the wait, and with it the run, ends.
-
-        Returns:
-            0, or the exit code with which all processes end early.
+        After `patience` seconds without a finished batch the run fails.
         """
         self._store.add("through", 1)
         batches, since = -1, time.monotonic()
@@ -100,22 +96,22 @@ class Group:
         return verdict
 
     def is_broken(self) -> bool:
-        """Whether a process has died, which may be the cause of an error in a collective."""
+        """Whether a process has died, which can cause an error in a collective."""
         try:
             end = time.monotonic() + 2
             while time.monotonic() < end and not self._store.check(["lost"]):
                 time.sleep(0.1)
             return self._store.check(["lost"])
         except RuntimeError:
-            return True  # so has the process with the store
+            return True  # the process with the store has died
 
     def leave(self) -> None:
-        """Tells the process that watches this one that it ends in order."""
+        """Tells the process that watches this one that this is an orderly end."""
         with suppress(OSError):
             self._previous.send(b".")
 
     def _meet(self, store: distributed.TCPStore) -> str:
-        """Returns a name that exactly the processes of this attempt share; earlier ones may have left keys."""
+        """Returns a name shared by the processes of this attempt only; earlier ones may have left keys."""
         own = uuid.uuid4().hex
         if self.rank > 0:
             store.set(f"svdd/{self.rank}", own)
@@ -134,7 +130,7 @@ class Group:
         return own
 
     def _connect(self, environment: ClusterEnvironment) -> tuple[socket.socket, socket.socket]:
-        """Returns connections from the previous and to the next process, which break when one of the two dies."""
+        """Returns connections from the previous and to the next process, which break when that process dies."""
         with socket.create_connection((environment.main_address, environment.main_port)) as probe:
             host = probe.getsockname()[0]
         with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
@@ -143,14 +139,14 @@ class Group:
             following = socket.create_connection((host, int(port)))
             previous, _ = server.accept()
         following.settimeout(None)
-        following.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is switched off
+        following.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notices a machine that is switched off
         for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, name):
                 following.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return previous, following
 
     def _watch(self, following: socket.socket) -> None:
-        """Waits for the goodbye of the next process; if its connection breaks instead, ends all processes."""
+        """Waits for the next process to leave; if its connection breaks instead, ends all processes."""
         with suppress(OSError):
             if following.recv(1):
                 return
@@ -165,6 +161,6 @@ class Group:
 
 
 def is_rank_zero() -> bool:
-    """Whether this is rank 0 of all, before a Trainer exists; a further node's first process has only NODE_RANK."""
+    """Whether this is global rank 0, also before a Trainer exists; the first process of another node has NODE_RANK."""
     node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
     return getattr(rank_zero_only, "rank", 0) == 0 and node == 0

@@ -17,37 +17,28 @@ from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 
 __all__ = ["join"]
 
-_FINAL = (2, 3, *STOP_EXIT_CODES)  # exit codes that a restart would only repeat
+_FINAL = (2, 3, *STOP_EXIT_CODES)  # exit codes after which a restart does not help
 
 
 def join(trainer: Any, max_restarts: int, words: Sequence[str]) -> Group | None:
-    """Returns the processes that this one works with; where several are wanted and none are started, starts them.
+    """Joins the processes that a launcher has started, or starts several and raises `SystemExit` when they end.
+
+    Returns None for a single process.
 
     Args:
         trainer: The Trainer's settings.
-        max_restarts: How often the processes are started again after one has died.
+        max_restarts: How often the processes are started again after one has died, >= 0.
         words: The command line, which each started process repeats.
 
-    Returns:
-        The group that this process has joined, None for a single process.
-
     Raises:
-        UserError: If the launcher has started another number of processes than the Trainer expects, or there are
-            several machines and no launcher.
-        SystemExit: With the exit code of the run, in the process that has started the others.
+        UserError: If the Trainer's settings do not fit what the launcher has started, or need a launcher.
     """
     if max_restarts < 0:
         raise UserError(f"max_restarts must be >= 0, got {max_restarts}")
-    probe = L.Trainer(
-        accelerator=trainer.accelerator,
-        strategy=trainer.strategy if isinstance(trainer.strategy, str) else "auto",
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options: dict[str, Any] = dict.fromkeys(quiet, False)
+    options |= {name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
+    probe = L.Trainer(strategy=trainer.strategy if isinstance(trainer.strategy, str) else "auto", **options)
     environment: ClusterEnvironment
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher, environment = "torchrun", TorchElasticEnvironment()
@@ -75,14 +66,15 @@ def join(trainer: Any, max_restarts: int, words: Sequence[str]) -> Group | None:
 
 
 def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
-    """Runs `svdd` in several processes on this machine under a torchelastic agent, and reports how they end.
+    """Runs `svdd` in several processes on this machine under a torchelastic agent; returns the run's exit code.
 
-    The agent passes SIGTERM on for either signal and waits for the batches at work; a second SIGINT ends all at once.
-    After the death of a process it gives the others 30 seconds. torchelastic would restart the processes whatever the
-    reason, so the attempts are counted here, where the exit code tells whether a restart can help.
+    The agent answers either signal with SIGTERM to all and waits for the current batches; a second SIGINT ends all at
+    once. After a death the others have 30 seconds. Attempts are counted here, not by torchelastic, which would also
+    restart after errors that a restart only repeats.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
 
     stopped = 0
 
@@ -92,21 +84,25 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
             stopped = 128 + number
             raise SignalException(f"stopped by {number}", signal.SIGTERM)
 
-    logging.disable(logging.ERROR)  # torchelastic's remarks; what there is to say is printed below
+    logging.disable(logging.ERROR)  # torchelastic's own messages
     os.environ |= {AGENT: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(10**6)}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    options: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    options |= {"run_id": "svdd", "max_restarts": 0}
+    escaped = [word.replace("$", "$$") for word in words]  # torchelastic substitutes ${local_rank}
     try:
         signals.deferred = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         for attempt in range(max_restarts + 1):
             try:
-                _run_agent(words, count)
+                with tempfile.TemporaryDirectory(prefix="svdd-") as folder:  # for the errors of the processes
+                    config = LaunchConfig(1, 1, count, logs_specs=DefaultLogsSpecs(folder), **options)
+                    config.signals_to_handle = "SIGHUP"  # the other two are handled here
+                    elastic_launch(config, sys.executable)("-m", "svdd", *escaped)
                 return 0
             except ChildFailedError as error:
-                code, reason = _explain(error)
-                if reason:
-                    print(f"svdd: {reason}", file=sys.stderr, flush=True)
+                code = _report(error)
             if code in _FINAL or attempt == max_restarts:
                 break
             print(f"svdd: restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)
@@ -116,34 +112,18 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
         return stopped
 
 
-def _run_agent(words: Sequence[str], count: int) -> None:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher import LaunchConfig, elastic_launch
-
-    with tempfile.TemporaryDirectory(prefix="svdd-") as folder:  # each process may leave its error there
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id="svdd",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(folder),
-        )
-        config.signals_to_handle = "SIGHUP"  # the other two are handled in `_launch`
-        escaped = (word.replace("$", "$$") for word in words)  # torchelastic substitutes ${local_rank}
-        elastic_launch(config, sys.executable)("-m", "svdd", *escaped)
-
-
-def _explain(error: Any) -> tuple[int, str]:
-    """Returns the exit code of the process that failed first, and why, in one line if that is not said yet."""
+def _report(error: Any) -> int:
+    """Returns the exit code of the process that failed first, and prints the reason if it has not been printed."""
     rank, failure = error.get_first_failure()
+    code = failure.exitcode
     if failure.error_file_data.get("svdd"):
-        return failure.exitcode, failure.message
-    if failure.exitcode < 0:
-        return 1, f"process {rank} was killed by {failure.signal_name()}; finished images are kept"
-    if failure.exitcode in STOP_EXIT_CODES:
-        return failure.exitcode, f"ended: {STOP_EXIT_CODES[failure.exitcode]} to process {rank}"
-    return failure.exitcode, "" if failure.exitcode == 3 else f"process {rank} ended with exit code {failure.exitcode}"
+        reason = failure.message
+    elif code < 0:
+        code, reason = 1, f"process {rank} was killed by {failure.signal_name()}; finished images are kept"
+    elif code in STOP_EXIT_CODES:
+        reason = f"ended: {STOP_EXIT_CODES[code]} to process {rank}"
+    else:
+        reason = "" if code == 3 else f"process {rank} ended with exit code {code}"
+    if reason:
+        print(f"svdd: {reason}", file=sys.stderr, flush=True)
+    return code

@@ -1,11 +1,10 @@
-"""SIGINT and SIGTERM: they end the process at once, or after the batch at work while a run is drawing."""
+"""SIGINT and SIGTERM end the process at once, or after the current batch while a run is drawing."""
 
 import os
 import signal
 import socket
 import threading
 from contextlib import suppress
-from typing import Any
 
 __all__ = ["AGENT", "STOP_EXIT_CODES", "Signals", "die_with_parent", "signals"]
 
@@ -15,24 +14,20 @@ STOP_EXIT_CODES = {128 + number: number.name for number in (signal.SIGINT, signa
 
 
 class Signals:
-    """Handles the two signals in a thread of its own, so that imports and waits outside Python do not delay them.
+    """Handles both signals in its own thread, which imports and waits outside Python do not delay.
 
-    The Python-level handlers do nothing. No KeyboardInterrupt is raised at an arbitrary place.
-
-    Attributes:
-        deferred: Whether the first signal waits for the batch at work; a second SIGINT ends the process all the same.
-        exit_code: 130 or 143 after a deferred signal, else None.
-        quiet: Whether another process reports the signal.
+    The Python-level handlers do nothing, so no KeyboardInterrupt is raised at an arbitrary place.
     """
 
     def __init__(self) -> None:
-        self.deferred, self.quiet = False, AGENT in os.environ
-        self.exit_code: int | None = None
+        self.deferred = False  # whether the first signal waits for the current batch; a second SIGINT never does
+        self.exit_code: int | None = None  # 130 or 143 after a deferred signal
+        self.quiet = AGENT in os.environ  # whether another process reports the signal
         self._interrupts = 0
         self._pipe: tuple[socket.socket, socket.socket] | None = None
 
     def listen(self) -> None:
-        """Starts to listen, for the life of the process; call it in the main thread."""
+        """Starts the thread; call this in the main thread."""
         self._pipe = heard, woken = socket.socketpair()
         woken.setblocking(False)
         signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
@@ -42,32 +37,30 @@ class Signals:
             os.register_at_fork(after_in_child=self._forget)
 
     def install(self) -> None:
-        """Installs the Python-level handlers, in place of those of a library."""
+        """Replaces the Python-level handlers of a library."""
         if self._pipe is not None:
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, _ignore)
+                signal.signal(number, lambda number, frame: None)
 
     def say(self, message: str) -> None:
-        """Writes a line to stderr about a signal, even while the main thread writes there."""
+        """Writes a line about a signal to stderr, even while the main thread writes there."""
         if not self.quiet:
             with suppress(OSError):
                 os.write(2, f"svdd: {message}\n".encode())
 
     def _run(self, heard: socket.socket) -> None:
         while data := heard.recv(1):
-            if (code := 128 + data[0]) in STOP_EXIT_CODES:
-                self._on_signal(code)
-
-    def _on_signal(self, code: int) -> None:
-        name = STOP_EXIT_CODES[code]
-        self._interrupts += name == "SIGINT"
-        if not self.deferred or (name == "SIGINT" and self._interrupts > 1):
-            self.say(f"ended: {name}")
-            os._exit(code)
-        if self.exit_code is None:
-            self.exit_code = code
-            again = "; once more ends it at once" if name == "SIGINT" else ""
-            self.say(f"{name}: the batch at work is finished first{again}")
+            code, name = 128 + data[0], STOP_EXIT_CODES.get(128 + data[0])
+            if name is None:
+                continue
+            self._interrupts += name == "SIGINT"
+            if not self.deferred or (name == "SIGINT" and self._interrupts > 1):
+                self.say(f"ended: {name}")
+                os._exit(code)
+            if self.exit_code is None:
+                self.exit_code = code
+                again = "; once more ends it at once" if name == "SIGINT" else ""
+                self.say(f"{name}: the current batch is finished first{again}")
 
     def _forget(self) -> None:
         """Restores the defaults in a forked process, which inherits the socket but not the thread."""
@@ -77,17 +70,13 @@ class Signals:
         self._pipe = None
 
 
-def _ignore(number: int, frame: Any) -> None:
-    """Does nothing: the thread has heard the signal."""
-
-
 def die_with_parent() -> None:
-    """Asks Linux to kill this process when the one that started it ends; elsewhere nothing happens."""
+    """Asks Linux to kill this process when its parent ends; other systems do nothing."""
     import ctypes
 
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.environ.get(AGENT, str(os.getppid())) != str(os.getppid()):  # it ended before the call
+    if os.environ.get(AGENT, str(os.getppid())) != str(os.getppid()):  # the parent ended before the call
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The callback that finishes the batch at work on a signal, and waits for the other processes at the end."""
+"""The callback that finishes the current batch on a signal, and waits for the other processes at the end."""
 
 from typing import Any
 
@@ -12,17 +12,14 @@ __all__ = ["StopOnSignal"]
 
 
 class StopOnSignal(L.Callback):
-    """Ends a prediction after the batch at work: on SIGTERM with 143, on SIGINT with 130, whichever process got it.
+    """Ends a prediction after the current batch: on SIGTERM with 143, on SIGINT with 130, in all processes.
 
-    Before the first batch and after the summary there is nothing to finish, and a signal ends the process at once.
-    It must be the last callback: an earlier one writes the batch.
+    Before the first batch and after the summary a signal ends the process at once. This must be the last callback: an
+    earlier one writes the batch. Its hooks raise `Stopped` after a signal or the death of another process.
 
     Args:
         group: The processes of the run; None for one.
-        patience: Seconds that a process which is through waits while no other finishes a batch.
-
-    Raises:
-        ValueError: If `patience` is not positive.
+        patience: Seconds without a finished batch anywhere after which a process that has finished stops waiting, > 0.
     """
 
     def __init__(self, group: Group | None = None, patience: float = 3600.0) -> None:
@@ -31,25 +28,13 @@ class StopOnSignal(L.Callback):
         self.group, self.patience = group, patience
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on a signal waits for the batch."""
-        signals.install()  # Lightning has put its own in their place, which waits for other processes
+        """From now on a signal waits for the batch."""
+        signals.install()  # in place of Lightning's handlers, which wait for other processes
         signals.quiet = signals.quiet or trainer.global_rank > 0
         signals.deferred = True
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Ends the run if that was asked for; the batch is on disk by now.
-
-        Raises:
-            Stopped: After a signal, or when another process has died.
-        """
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Ends the run if there is a reason to; the batch is on disk by now."""
         if self.group is None:
             _end(signals.exit_code)
         else:
@@ -57,25 +42,17 @@ class StopOnSignal(L.Callback):
             _end(self.group.check())
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Waits for the other processes, so that they come to the collectives that follow together.
-
-        Raises:
-            Stopped: After a signal, or when another process has died.
-        """
+        """Waits for the other processes: the collectives that follow must not time out."""
         if self.group is not None:
             _end(self.group.wait(self.patience))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on a signal ends the process at once: the summary is on disk.
-
-        Raises:
-            Stopped: If there has been one since the last batch.
-        """
+        """Ends the run if a signal came after the last batch; from now on one ends the process at once."""
         signals.deferred = False
         _end(signals.exit_code)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The batch is lost, so there is nothing to finish."""
+        """From now on a signal ends the process at once: the batch is lost."""
         signals.deferred = False
 
 

@@ -1,6 +1,7 @@
 """How well a value predicts the reward, step by step, on new chains of the pretrained model."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,20 @@ from torch import Tensor
 from torchmetrics.functional.regression import explained_variance, pearson_corrcoef, spearman_corrcoef
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from svdd import UserError
+from svdd import UserError, require_at_least
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
+from svdd.runs.config import plain
 from svdd.runs.files import os_errors_explained, write_atomically
-from svdd.runs.prompts import Prompt
-from svdd.state.state import State
+from svdd.runs.rows import Prompt
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.training.rollouts import draw_rollouts
 
-__all__ = ["FILES", "Calibration", "check_counts", "measure", "plot", "read_config", "write"]
+__all__ = ["FILES", "Calibration", "measure", "plot", "read_config", "require_chains", "write"]
 
 FILES = ("calibration.json", "calibration.csv", "calibration.png")
-
-_FEWEST_CHAINS = 3  # two always lie on a line
 
 Table = list[dict[str, float]]
 
@@ -36,8 +36,8 @@ class Calibration(L.LightningModule):
         reward: The reward that the value predicts.
         diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
         value: The value to measure; by default `PosteriorMean`.
-        images_per_prompt: Chains for each prompt.
-        seed: As in `svdd predict`: the chains are those of its unguided images.
+        images_per_prompt: Chains for each prompt, >= 1.
+        seed: As in `svdd predict`, >= 0: the chains are those of its unguided images.
     """
 
     def __init__(
@@ -49,84 +49,54 @@ class Calibration(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt must be >= 1, got {images_per_prompt}")
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
-        self.reward = reward
-        self.diffusion = diffusion if diffusion is not None else StableDiffusion()
-        self.value = value if value is not None else PosteriorMean()
+        require_at_least(1, images_per_prompt=images_per_prompt)
+        require_at_least(0, seed=seed)
+        self.reward, self.diffusion, self.value = reward, diffusion or StableDiffusion(), value or PosteriorMean()
+        if self.diffusion.num_inference_steps < 2:
+            raise UserError("num_inference_steps=1 has no step between noise and image to evaluate at; use at least 2")
         self.value.bind(reward, self.diffusion)
+        reward.load()
         self.images_per_prompt, self.seed = images_per_prompt, seed
         self.table: Table = []
         self._seen: list[Tensor] = []
-
-    def configure_model(self) -> None:
-        """Loads the reward's weights; Lightning calls it on every process."""
-        self.reward.load()
 
     @torch.no_grad()
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Runs `images_per_prompt` chains for each prompt of the batch."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
-        texts, negatives = [prompt.text for prompt, _ in jobs], [prompt.negative_prompt for prompt, _ in jobs]
-        state, columns = State.start(self.diffusion, texts, seeds, 1, negatives), []
-        while not state.done:
-            if state.i > 0:
-                columns.append(self.value(state))
-            state = state.propose()
-        columns.append(state.scores(self.reward))
-        key = torch.tensor([[prompt.index, k] for prompt, k in jobs], device=self.device)
-        self._seen.append(torch.cat([key.double(), torch.stack(columns, 1).double()], 1))
+        steps = range(1, self.diffusion.num_inference_steps)
+        values, end = draw_rollouts(self.diffusion, [prompt for prompt, _ in jobs], seeds, steps, self.value)
+        keys = torch.tensor([[prompt.index, k] for prompt, k in jobs])
+        columns = keys, values, end.scores(self.reward)[:, None].cpu()
+        self._seen.append(torch.cat([column.double() for column in columns], 1))
 
     def on_test_epoch_end(self) -> None:
         """Gathers the chains of all processes, some of which may have none, orders them by prompt, and measures."""
-        none = torch.empty(0, 2 + self.diffusion.num_inference_steps, dtype=torch.float64, device=self.device)
-        own, self._seen = torch.cat([none, *self._seen]), []
+        none = torch.empty(0, 2 + self.diffusion.num_inference_steps, dtype=torch.float64)
+        own, self._seen = torch.cat([none, *self._seen]).to(self.device), []
         chains = torch.cat(gather_all_tensors(own) if self.trainer.world_size > 1 else [own]).cpu()
         chains = chains[(chains[:, 0] * self.images_per_prompt + chains[:, 1]).argsort()]
         self.table = measure(chains[:, 2:-1], chains[:, -1], chains[:, 0].long())
 
 
-def check_counts(num_inference_steps: int, num_chains: int) -> None:
-    """Raises UserError if there is no step between noise and image, or fewer than three chains."""
-    if num_inference_steps < 2:
-        raise UserError(
-            f"num_inference_steps={num_inference_steps} has no step between noise and image at which to evaluate the "
-            "value; use at least 2"
-        )
-    if num_chains < _FEWEST_CHAINS:
-        raise UserError(
-            f"a calibration needs at least {_FEWEST_CHAINS} chains, better hundreds, got {num_chains}; "
-            "give more prompts or a larger images_per_prompt"
-        )
+def require_chains(num_chains: int) -> None:
+    """Raises UserError for fewer than three chains; two always lie on a line."""
+    if num_chains < 3:
+        raise UserError(f"needs at least 3 chains, better hundreds, got {num_chains}; increase images_per_prompt")
 
 
 def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
-    """Returns one row per step.
+    """Compares values at the steps 1 .. T - 1, float64 [n, T - 1], with final rewards, float64 [n]: one row per step.
 
-    Args:
-        values: Predictions at the steps 1 .. T - 1, float64 [n, T - 1].
-        rewards: Final reward of each chain, float64 [n].
-        prompts: Index of each chain's prompt, int64 [n].
-
-    Returns:
-        Correlation of value and reward (`spearman`, `pearson`), of their deviations from the prompt's mean, which a
-        sampler selects by (`spearman_within`; NaN with one chain per prompt), `bias` (mean of value - reward), `rmse`,
-        and `explained_variance` (1 - var(reward - value) / var(reward)).
-
-    Raises:
-        UserError: If there are too few steps or chains, or all rewards are equal.
+    `spearman_within` correlates deviations from the mean of each chain's prompt, int64 [n] (NaN with one chain each),
+    `bias` is the mean of value - reward, `explained_variance` is 1 - var(reward - value) / var(reward). UserError if
+    there are fewer than three chains, or all rewards are equal.
     """
-    check_counts(values.shape[1] + 1, len(rewards))
+    require_chains(len(rewards))
     if not rewards.var() > 0:
-        raise UserError(
-            f"the rewards of {len(rewards)} chains do not differ, so there is nothing to predict; "
-            "draw more chains or use another reward"
-        )
-    several = bool((torch.bincount(prompts) > 1).any())
-    within = _within(rewards, prompts)
+        raise UserError(f"the rewards of {len(rewards)} chains do not differ: draw more, or use another reward")
+    several, within = bool((torch.bincount(prompts) > 1).any()), _within(rewards, prompts)
     return [
         {
             "step": i,
@@ -142,7 +112,7 @@ def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
 
 
 def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
-    """Returns the deviation of each number from the mean of its prompt."""
+    """Returns each number's deviation from the mean of its prompt."""
     counts = torch.bincount(prompts).clamp(min=1)
     means = torch.zeros(len(counts), dtype=numbers.dtype).scatter_add_(0, prompts, numbers) / counts
     return numbers - means[prompts]
@@ -151,13 +121,13 @@ def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
 def write(folder: Path, table: Table, about: dict[str, Any]) -> str:
     """Writes `calibration.json`, with `about`, and `calibration.csv`; removes an earlier plot; returns a text table."""
     lines = "".join(",".join(map(str, cells)) + "\r\n" for cells in ([*table[0]], *(row.values() for row in table)))
-    plain = [{name: None if number != number else number for name, number in row.items()} for row in table]
+    record = json.dumps({**about, "steps": plain(table, finite=True)}, indent=2)
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FILES[0], json.dumps({**about, "steps": plain}, indent=2).encode() + b"\n")
+        write_atomically(folder / FILES[0], f"{record}\n".encode())
         write_atomically(folder / FILES[1], lines.encode())
         (folder / FILES[2]).unlink(missing_ok=True)
-    numbers = [[f"{row['step']:.0f}", *(f"{number:.4f}" for number in list(row.values())[1:])] for row in table]
+    numbers = ([f"{row['step']:.0f}", *(f"{number:.4f}" for number in [*row.values()][1:])] for row in table)
     return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *numbers))
 
 
@@ -182,9 +152,9 @@ def plot(path: Path, tables: dict[str, Table], title: str) -> bool:
         columns = {key: [row[key] for row in table] for key in table[0]}
         (line,) = left.plot(columns["step"], columns["spearman"], label=name)
         right.plot(columns["step"], columns["explained_variance"], color=line.get_color())
-        if columns["spearman_within"][0] == columns["spearman_within"][0]:  # not NaN
-            style = {"color": line.get_color(), "label": f"{name}, within prompts"}
-            left.plot(columns["step"], columns["spearman_within"], "--", **style)
+        within = columns["spearman_within"]
+        if not math.isnan(within[0]):
+            left.plot(columns["step"], within, "--", color=line.get_color(), label=f"{name}, within prompts")
     for axes, label in ((left, "Spearman correlation"), (right, "explained variance")):
         axes.set(xlabel="step i (1: noise)", ylabel=label, ylim=(max(-1.0, min(0.0, axes.get_ylim()[0])), 1.02))
         axes.grid(alpha=0.3)

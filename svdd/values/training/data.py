@@ -1,20 +1,22 @@
 """The data of `svdd fit`: rollouts, drawn once and cached, and batches of their states."""
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
 
-from svdd import UserError
-from svdd.runs.prompts import PromptDataset
+from svdd import UserError, require_at_least
+from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache, draw_rollouts
 
@@ -23,40 +25,24 @@ __all__ = ["RolloutDataModule", "StateDataset"]
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
 class StateDataset(Dataset[Batch]):
-    """Every kept state of some rollouts, with the rollout's final reward.
+    """Every kept state of some rollouts, with the rollout's final reward."""
 
-    Args:
-        shards: What `RolloutCache.load` returned.
-        rollouts: Which rollouts, counted over all shards.
-        steps: The kept steps, increasing.
-        rewards: The reward of every rollout of the cache, [rollouts].
-        prompts: Index of every rollout's prompt, int64 [rollouts].
-    """
-
-    def __init__(
-        self, shards: Sequence[Batch], rollouts: range, steps: Sequence[int], rewards: Tensor, prompts: Tensor
-    ) -> None:
-        self.shards, self.rollouts, self.steps = shards, rollouts, torch.tensor(steps)
-        self.rewards, self.prompts = rewards, prompts
+    shards: Sequence[Batch]  # what `RolloutCache.load` returned
+    rollouts: range  # which rollouts, counted over all shards
+    steps: Tensor  # the kept steps, increasing, int64 [steps]
+    rewards: Tensor  # of the rollouts of all shards, [rollouts]
+    prompts: Tensor  # index of each rollout's prompt, int64 [rollouts]
 
     def __len__(self) -> int:
         return len(self.rollouts) * len(self.steps)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Returns one state; see `__getitems__`."""
-        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Returns states as one batch.
-
-        Returns:
-            `x`, and `next_x` one kept step later; `step` and `next_step`, int64 [b], where `next_step` -1 is the end
-            of the chain, whose `next_x` has no meaning; `reward` [b]; `prompt` int64 [b].
-        """
+        """Returns a batch of states and those one kept step later; after the last step -1, whose `next_x` is void."""
         count, size = len(self.steps), len(self.shards[0]["end"])
-        rollout = torch.tensor([self.rollouts[index // count] for index in indices])
-        k = torch.tensor([index % count for index in indices])
+        index = torch.tensor(indices)
+        rollout, k = self.rollouts.start + index // count, index % count
         following = (k + 1).clamp(max=count - 1)
         chains = [self.shards[r // size]["x"][r % size] for r in rollout.tolist()]
         return {
@@ -78,25 +64,22 @@ class StateDataset(Dataset[Batch]):
 class RolloutDataModule(L.LightningDataModule):
     """Draws rollouts of the pretrained chain, caches them, and serves their states to `ValueFitting`.
 
-    Rollout k starts from prompt k modulo the number of prompts, with the seed `seed + k`. Each process draws different
-    shards; an interrupted generation continues. Rewards are computed in every training, so one cache serves many.
+    Rollout k starts from prompt k modulo the number of prompts, with the seed `seed + k`.
 
     Args:
         prompts: A list of prompts or a file, as in `svdd predict`, with its column `negative_prompt`, without `seed`.
-        num_rollouts: Number of chains. A held-out share is never trained on.
-        keep_every: Keep every so many steps of a chain, counted back from the last; 1 keeps all, which bootstrapping
-            needs.
+        num_rollouts: Number of chains, >= 4. A held-out share is never trained on.
+        keep_every: Keep every so many steps of a chain, counted back from the last. Bootstrapping needs 1, all steps.
         validation: Share of the rollouts that is held out, above 0 and below 1.
-        batch_size: States in a training batch.
-        rollout_batch_size: Chains drawn, and final images scored, at once; at most the 64 of a shard of the cache.
-        seed: Seed of the first rollout.
+        batch_size: States in a training batch, >= 1.
+        rollout_batch_size: Chains drawn, and final images scored, at once, >= 1; at most the 64 of a shard.
+        seed: Seed of the first rollout, >= 0.
         cache: Folder of the caches.
         prompt_column: Name of the column, or JSON key, that holds the prompt.
         limit: Use at most this many prompts, the first ones.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
+
+    trainer: Any
 
     def __init__(
         self,
@@ -112,123 +95,91 @@ class RolloutDataModule(L.LightningDataModule):
         limit: int | None = None,
     ) -> None:
         super().__init__()
-        counts = {"keep_every": keep_every, "batch_size": batch_size, "rollout_batch_size": rollout_batch_size}
-        for name, number in counts.items():
-            if number < 1:
-                raise ValueError(f"{name} must be >= 1, got {number}")
-        if num_rollouts < 4:
-            raise ValueError(f"num_rollouts must be >= 4, some to train on and some to hold out, got {num_rollouts}")
+        require_at_least(4, num_rollouts=num_rollouts)
+        require_at_least(1, keep_every=keep_every, batch_size=batch_size, rollout_batch_size=rollout_batch_size)
+        require_at_least(0, seed=seed)
         if not 0 < validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {validation}")
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
         self.num_rollouts, self.keep_every, self.validation = num_rollouts, keep_every, validation
         self.batch_size, self.rollout_batch_size, self.seed, self.cache = batch_size, rollout_batch_size, seed, cache
         dataset = PromptDataset(prompts, prompt_column, limit)
-        used = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
-        self.texts, self.negatives = [prompt.text for prompt in used], [prompt.negative_prompt for prompt in used]
         self.digest = dataset.digest
+        self.prompts = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
         dataset.close()
-        self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Discards the data of an earlier training, whose model may have been another."""
-        self.training: StateDataset | None = None
-        self.held_out: StateDataset | None = None
+        """Discards the states of an earlier training, whose model may have been another."""
+        vars(self).pop("states", None)
 
-    def generate(self) -> None:
-        """Draws what the cache lacks, computes the rewards, and sets the value's units; every process calls it.
-
-        Raises:
-            UserError: If the value cannot learn from these steps.
-            RewardError: If the reward fails; the rollouts stay in the cache.
-        """
-        module = self._module
+    @cached_property
+    def states(self) -> tuple[StateDataset, StateDataset]:
+        """States to train on, and held-out ones: draws what the cache lacks, and sets the value's units."""
+        module: ValueFitting = self.trainer.lightning_module
         diffusion, value = module.diffusion, module.value
         steps = list(range(diffusion.num_inference_steps - 1, 0, -self.keep_every))[::-1]
         if not steps:
             raise UserError("num_inference_steps=1 has no step between noise and image to learn from")
         if value.loss.bootstrap and self.keep_every > 1:
             raise UserError(f"loss.bootstrap needs every step of the rollouts, got data.keep_every={self.keep_every}")
-        settings = {"input": value.input, "prompts_sha256": self.digest, "seed": self.seed, "steps": steps}
-        settings = {**diffusion.identity, **settings, "dtype": str(diffusion.dtype)}
-        cache = RolloutCache(Path(self.cache), settings, self.num_rollouts)
+        own = {"input": value.input, "prompts_sha256": self.digest, "seed": self.seed, "steps": steps}
+        settings = diffusion.identity | own | {"dtype": str(diffusion.dtype)}
+        count, cache = self.num_rollouts, RolloutCache(Path(self.cache), settings, self.num_rollouts)
         self._fill(cache, steps)
-        shards = cache.load()
-        rewards, prompts = self._rewards(shards), torch.arange(self.num_rollouts) % len(self.texts)
-        cut = self.num_rollouts - max(1, round(self.validation * self.num_rollouts))
-        self.training = StateDataset(shards, range(cut), steps, rewards, prompts)
-        self.held_out = StateDataset(shards, range(cut, self.num_rollouts), steps, rewards, prompts)
-        value.set_units(rewards[:cut], self.training.spread(diffusion.num_inference_steps))
-        module.encode_prompts(self.texts)
+        shards, prompts = cache.load(), torch.arange(count) % len(self.prompts)
+        contents = torch.tensor(steps), self._rewards(cache, shards), prompts
+        cut = count - max(1, round(self.validation * count))
+        training, held_out = (StateDataset(shards, part, *contents) for part in (range(cut), range(cut, count)))
+        value.set_units(training.rewards[:cut], training.spread(diffusion.num_inference_steps))
+        module.encode_prompts([prompt.text for prompt in self.prompts])
+        return training, held_out
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns shuffled batches of the training states."""
-        if self.training is None:
-            self.generate()
-        generator = torch.Generator().manual_seed(self.seed)
-        dataset = cast(StateDataset, self.training)
-        return DataLoader(dataset, self.batch_size, shuffle=True, collate_fn=_identity, generator=generator)
+        order = torch.Generator().manual_seed(self.seed)
+        return DataLoader(self.states[0], self.batch_size, shuffle=True, collate_fn=default_convert, generator=order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns batches of the held-out states."""
-        if self.held_out is None:
-            self.generate()
-        return DataLoader(cast(StateDataset, self.held_out), self.batch_size, collate_fn=_identity)
+        return DataLoader(self.states[1], self.batch_size, collate_fn=default_convert)
 
-    @property
-    def _module(self) -> ValueFitting:
-        return cast(ValueFitting, cast(L.Trainer, self.trainer).lightning_module)
+    def _parts(self, rollouts: range) -> Iterator[tuple[range, list[Prompt]]]:
+        """Yields at most `rollout_batch_size` rollouts at once, with their prompts."""
+        for start in range(0, len(rollouts), self.rollout_batch_size):
+            part = rollouts[start : start + self.rollout_batch_size]
+            yield part, [self.prompts[k % len(self.prompts)] for k in part]
 
+    @torch.no_grad()
     def _fill(self, cache: RolloutCache, steps: Sequence[int]) -> None:
         """Draws the missing shards, every process its share; rank 0 finds them and holds the lock for all."""
-        trainer: Any = self.trainer
+        trainer, module = self.trainer, self.trainer.lightning_module
+        read = attrgetter(module.value.input)
         with ExitStack() as around:
-            missing: list[int] | UserError = []
-            if trainer.is_global_zero:
-                try:
-                    missing = around.enter_context(cache.filling())
-                except UserError as error:
-                    missing = error
-            missing = trainer.strategy.broadcast(missing)
-            if isinstance(missing, UserError):  # raised on every process, so that none waits for rank 0
-                raise missing
-            if missing:
-                rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
-                self._draw(cache, missing[trainer.global_rank :: trainer.world_size], steps)
-                trainer.strategy.barrier("svdd.values.training.rollouts.drawn")
+            missing = trainer.strategy.broadcast(cache.claim(around) if trainer.is_global_zero else None)
+            if not missing:
+                return
+            rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
+            silent = None if trainer.is_global_zero else True  # None: unless stderr is a terminal
+            own = missing[trainer.global_rank :: trainer.world_size]
+            for shard in tqdm(own, desc="rollouts", disable=silent, leave=False):
+                parts = [
+                    draw_rollouts(module.diffusion, prompts, [self.seed + k for k in rollouts], steps, read)
+                    for rollouts, prompts in self._parts(cache.shards[shard])
+                ]
+                x, end = torch.cat([inputs for inputs, _ in parts]), torch.cat([state.x.cpu() for _, state in parts])
+                cache.write(shard, {"x": x, "end": end})
+            trainer.strategy.barrier("svdd.values.training.rollouts.drawn")
 
     @torch.no_grad()
-    def _draw(self, cache: RolloutCache, shards: Sequence[int], steps: Sequence[int]) -> None:
-        module, size, count = self._module, self.rollout_batch_size, len(self.texts)
-        silent = not (shards and module.global_rank == 0 and sys.stderr.isatty())
-        for shard in tqdm(shards, desc="rollouts", disable=silent, leave=False):
-            rollouts, parts = cache.shards[shard], []
-            for part in (rollouts[start : start + size] for start in range(0, len(rollouts), size)):
-                prompts, seeds = [self.texts[k % count] for k in part], [self.seed + k for k in part]
-                negatives = [self.negatives[k % count] for k in part]
-                parts.append(draw_rollouts(module.diffusion, prompts, seeds, steps, module.value.read, negatives))
-            cache.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-    @torch.no_grad()
-    def _rewards(self, shards: Sequence[Batch]) -> Tensor:
+    def _rewards(self, cache: RolloutCache, shards: Sequence[Batch]) -> Tensor:
         """Scores the final images, every process its share of the shards, and returns all scores, [rollouts]."""
-        trainer: Any = self.trainer
-        module, size, count = self._module, self.rollout_batch_size, len(self.texts)
-        diffusion, rewards, start = module.diffusion, torch.zeros(self.num_rollouts), 0
+        trainer, module, rewards = self.trainer, self.trainer.lightning_module, torch.zeros(self.num_rollouts)
 
-        def score(ends: Tensor, prompts: Sequence[str]) -> Tensor:
-            return module.reward.score(diffusion.decode(ends.to(diffusion.device)), prompts).cpu()
+        def score(ends: Tensor, texts: Sequence[str]) -> Tensor:
+            return module.reward.score(module.diffusion.decode(ends.to(module.device)), texts).cpu()
 
-        for k, shard in enumerate(shards):
-            for ends in shard["end"].split(size):
-                rows = range(start, start + len(ends))
-                if k % trainer.world_size == trainer.global_rank:
-                    texts = [self.texts[r % count] for r in rows]
-                    rewards[rows.start : rows.stop] = diffusion.chunker.map(score, len(ends), ends, texts)
-                start = rows.stop
+        for k in range(trainer.global_rank, len(shards), trainer.world_size):
+            ends = shards[k]["end"].split(self.rollout_batch_size)
+            for (rollouts, prompts), end in zip(self._parts(cache.shards[k]), ends, strict=True):
+                texts = [prompt.text for prompt in prompts]
+                rewards[rollouts.start : rollouts.stop] = module.diffusion.chunker.map(score, len(end), end, texts)
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()
-
-
-def _identity(batch: Any) -> Any:
-    return batch

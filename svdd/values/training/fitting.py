@@ -14,12 +14,9 @@ from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import LearnedValue
-from svdd.values.weights import Weights
 
 __all__ = ["ValueFitting"]
 
-_WEIGHT_DECAY = 1e-4
-_WARM_UP = 0.05  # of all steps
 _PROMPTS_PER_BLOCK = 64
 
 
@@ -35,54 +32,32 @@ class ValueFitting(L.LightningModule):
     def __init__(self, reward: Reward, diffusion: Diffusion | None = None, value: LearnedValue | None = None) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
-        self.reward = reward
-        self.diffusion = diffusion if diffusion is not None else StableDiffusion()
-        self.value = value if value is not None else LatentConvValue()
+        self.reward, self.diffusion, self.value = reward, diffusion or StableDiffusion(), value or LatentConvValue()
         self.value.bind(reward, self.diffusion)
+        reward.load()
+        for frozen in (reward, self.diffusion):
+            frozen.eval().requires_grad_(False)  # DDP would wait for these gradients
         self._prompt_features: Tensor | None = None
         self._held_out: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def configure_model(self) -> None:
-        """Loads the reward's weights; Lightning calls it on every process."""
-        self.reward.load()
-
-    def train(self, mode: bool = True) -> "ValueFitting":
-        """Sets the mode of the value; the frozen models stay in evaluation mode."""
-        super().train(mode)
-        self.diffusion.eval()
-        self.reward.eval()
-        return self
-
-    def setup(self, stage: str) -> None:
-        """Excludes frozen weights from the gradient before DDP is set up, which would wait for theirs."""
-        for name, parameter in self.named_parameters() if stage == "fit" else ():
-            if not name.startswith("value."):
-                parameter.requires_grad_(False)
 
     @torch.no_grad()
     def encode_prompts(self, texts: list[str]) -> None:
         """Keeps the features of the prompts, which batches refer to by index; encodes them in blocks."""
-        parts = []
-        for start in range(0, len(texts), _PROMPTS_PER_BLOCK):
-            block = texts[start : start + _PROMPTS_PER_BLOCK]
-            features = self.diffusion.prompt_features(self.diffusion.encode(block, [None] * len(block)))
-            parts += [] if features is None else [features]
+        blocks = [texts[k : k + _PROMPTS_PER_BLOCK] for k in range(0, len(texts), _PROMPTS_PER_BLOCK)]
+        encoded = (self.diffusion.encode(block, [None] * len(block)) for block in blocks)
+        parts = [part for part in map(self.diffusion.prompt_features, encoded) if part is not None]
         self._prompt_features = torch.cat(parts) if parts else None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""
         loss = self._loss(batch, self.value.loss.bootstrap)[0]
-        count = len(batch["step"])
-        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
+        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss of held-out states against the rewards, also where training bootstraps.
-
-        Against its own later predictions an uninformed value would score best.
-        """
+        """Logs the loss of held-out states against the rewards: against itself an uninformed value would score best."""
         loss, predictions, rewards = self._loss(batch, bootstrap=False)
-        self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["step"]), sync_dist=True)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         self._held_out.append((batch["step"].cpu(), predictions.float().cpu(), rewards.float().cpu()))
 
     def on_validation_epoch_end(self) -> None:
@@ -95,48 +70,39 @@ class ValueFitting(L.LightningModule):
         self.log("val_spearman", mean.to(self.device), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on the value's own parameters, with a short warm-up and a cosine to 0.
-
-        Raises:
-            UserError: If the length of the training is unknown.
-        """
+        """AdamW on the value's own parameters, warmed up, then cosine to 0; UserError if the length is unknown."""
         own = [parameter for parameter in self.value.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(own, lr=self.value.learning_rate, weight_decay=_WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(own, lr=self.value.learning_rate, weight_decay=1e-4)
         if math.isinf(total := self.trainer.estimated_stepping_batches):
             raise UserError(
-                "the learning rate falls to 0 over the whole training, so its length must be known: got neither "
-                "trainer.max_epochs nor trainer.max_steps; give one of them (trainer.max_time may end it earlier)"
+                "the learning rate falls to 0 over the training: got neither trainer.max_epochs nor trainer.max_steps; "
+                "give one of them (trainer.max_time may end it earlier)"
             )
         total = max(1, int(total))
 
         def share(step: int) -> float:  # not part of the checkpoint: a longer training may continue a shorter one
-            rising = min(1.0, (step + 1) / (_WARM_UP * total + 1))
-            return rising * (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+            warm_up = min(1.0, (step + 1) / (0.05 * total + 1))
+            return warm_up * (1 + math.cos(math.pi * min(1.0, step / total))) / 2
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the value alone, and what it was trained for."""
-        checkpoint |= self.value.weights().to_checkpoint()
+        checkpoint |= self.value.checkpoint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads the value.
-
-        Raises:
-            UserError: If the checkpoint holds no value, or one that was trained for something else.
-        """
-        self.value.load_weights(Weights.from_checkpoint(checkpoint, "the checkpoint"), "the checkpoint")
+        """Loads the value; UserError if the checkpoint holds none, or one that was trained for something else."""
+        self.value.load_checkpoint(checkpoint, "the checkpoint")
 
     def _loss(self, batch: dict[str, Tensor], bootstrap: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the predictions and the rewards, both in units of the rewards' spread."""
         value = self.value
         text = None if self._prompt_features is None else self._prompt_features[batch["prompt"]]
-        predictions = value.predict_standardized(batch["x"], batch["step"], text)
-        rewards = (batch["reward"] - value.mean) / value.std
-        targets = rewards
+        predictions = value.predict(batch["x"], batch["step"], text)
+        targets = rewards = (batch["reward"] - value.mean) / value.std
         if bootstrap:
             with torch.no_grad():
-                ahead = value.predict_standardized(batch["next_x"], batch["next_step"].clamp(min=0), text)
+                ahead = value.predict(batch["next_x"], batch["next_step"].clamp(min=0), text)
             targets = torch.where(batch["next_step"] < 0, rewards, ahead)
         return value.loss(predictions, targets.to(predictions), float(value.std)), predictions.detach(), rewards
