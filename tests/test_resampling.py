@@ -15,7 +15,7 @@ from svdd.samplers.toolbox.weights import (
     Tempering,
     Weighing,
     Weights,
-    next_exponent,
+    adapt,
 )
 
 NAMES = list(RESAMPLERS)
@@ -206,6 +206,6 @@ def test_adaptive_tempering_stops_at_the_threshold():
 def test_the_next_exponent_meets_the_effective_sample_size():
     """Two particles with weights 1 and exp(-x): ESS = (1 + e^-x)^2 / (1 + e^-2x) = 1.6 at e^-x = 1 / 3."""
     gap = torch.tensor([[0.0, -4.0], [0.0, -8.0], [0.0, -0.1]], dtype=torch.float64)
-    found = next_exponent(Weights.equal(3, 2, gap.device), gap, 1.6)
+    found = adapt(Weights.equal(3, 2, gap.device), gap, 1.6)
     expected = torch.tensor([[math.log(3) / 4], [math.log(3) / 8], [1.0]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

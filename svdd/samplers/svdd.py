@@ -19,8 +19,8 @@ class SVDD(Sampler):
 
     1. at each guided step, for each of the b particles: draw M candidates x_{i+1} from the pretrained kernel
     2. v = value(candidates)
-    3. keep b of each image's b M candidates in proportion to exp((v - v of the parent) / alpha), at alpha = 0 the b
-       best; at the last step, where the value is the reward of the image itself, keep one
+    3. of each image's b M candidates, draw b in proportion to exp((v - v of the parent) / alpha), or take the b best at
+       alpha = 0; at the last step, where the value is the reward of the image itself, keep one
 
     Costs b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b T with a learned one.
 

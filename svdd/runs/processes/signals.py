@@ -14,7 +14,7 @@ STOP_EXIT_CODES = {128 + number: number.name for number in (signal.SIGINT, signa
 
 
 class Signals:
-    """Handles both signals in its own thread, which imports and waits outside Python do not delay.
+    """Handles both signals in a separate thread, so imports and blocking native calls do not delay them.
 
     The Python-level handlers do nothing, so no KeyboardInterrupt is raised at an arbitrary place.
     """

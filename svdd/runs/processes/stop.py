@@ -14,8 +14,8 @@ __all__ = ["StopOnSignal"]
 class StopOnSignal(L.Callback):
     """Ends a prediction after the current batch: on SIGTERM with 143, on SIGINT with 130, in all processes.
 
-    Before the first batch and after the summary a signal ends the process at once. This must be the last callback: an
-    earlier one writes the batch. Its hooks raise `Stopped` after a signal or the death of another process.
+    Before the first batch and after the summary a signal ends the process at once. This must be the last callback,
+    so that the batch has been written. Its hooks raise `Stopped` after a signal or the death of another process.
 
     Args:
         group: The processes of the run; None for one.
@@ -47,7 +47,7 @@ class StopOnSignal(L.Callback):
             _end(self.group.wait(self.patience))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends the run if a signal came after the last batch; from now on one ends the process at once."""
+        """Ends the run if a signal came after the last batch; after this, a signal ends the process at once."""
         signals.deferred = False
         _end(signals.exit_code)
 
@@ -58,6 +58,6 @@ class StopOnSignal(L.Callback):
 
 def _end(code: int | None) -> None:
     if code:
-        reason = STOP_EXIT_CODES.get(code, "another process was lost")
+        reason = STOP_EXIT_CODES.get(code, "another process has died or hangs")
         signals.say(f"ended: {reason}; finished images are kept, and the same command continues")
         raise Stopped(code)

@@ -21,17 +21,7 @@ from torch import Tensor
 
 from svdd.samplers.toolbox.selection import RESAMPLERS, draw, effective_sample_size, top
 
-__all__ = [
-    "POTENTIALS",
-    "SCHEDULES",
-    "Ends",
-    "Potential",
-    "Resampler",
-    "Tempering",
-    "Weighing",
-    "Weights",
-    "next_exponent",
-]
+__all__ = ["POTENTIALS", "SCHEDULES", "Ends", "Potential", "Resampler", "Tempering", "Weighing", "Weights", "adapt"]
 
 Potential = Literal["difference", "max", "sum", "immediate"]
 Resampler = Literal["multinomial", "stratified", "systematic", "residual", "ssp"]
@@ -109,7 +99,7 @@ class Weighing:
             exponent, potential = torch.ones_like(weights.exponent), "difference"
         elif self.tempering == "adaptive":
             n = scaled.shape[1]
-            exponent = next_exponent(weights, scaled, max(self.ess_threshold, 1 / n) * n)
+            exponent = adapt(weights, scaled, max(self.ess_threshold, 1 / n) * n)
         else:
             exponent = torch.full_like(weights.exponent, SCHEDULES[self.tempering](progress))
         tempered = exponent * scaled
@@ -138,7 +128,7 @@ class Weighing:
         return torch.arange(rewards.shape[1], device=rewards.device).expand(len(rewards), -1)
 
 
-def next_exponent(weights: Weights, scaled: Tensor, size: float) -> Tensor:
+def adapt(weights: Weights, scaled: Tensor, size: float) -> Tensor:
     """Returns the largest next exponents, at most 1, that keep the effective sample size, by bisection; [images, 1].
 
     Args:
