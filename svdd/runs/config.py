@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.yaml_text import read_yaml
 
-__all__ = ["CONFIG", "differences", "plain", "read_config", "write_config"]
+__all__ = ["CONFIG", "differences", "plain", "read_config", "recorded_settings", "write_config"]
 
 CONFIG = "config.yaml"
 _HEADER = "# svdd run"  # begins the file, which marks a folder as ours
@@ -37,10 +38,23 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not text.startswith(_HEADER):
         return None
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
+        config = read_yaml(text)
+    except (yaml.YAMLError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def recorded_settings(text: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the settings out of a `config.yaml` that svdd has written; None if a user has written it.
+
+    Left out are the checksums, which are no settings, and `overwrite`, which would remove the run that was recorded.
+    """
+    if not re.match(r"# svdd \w+: ", text):
+        return None
+    kept = {name: setting for name, setting in config.items() if name != "overwrite" and not name.endswith("_sha256")}
+    if isinstance(data := kept.get("data"), dict):
+        kept["data"] = {name: setting for name, setting in data.items() if name != "prompts_sha256"}
+    return kept
 
 
 def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = _HARMLESS) -> list[str]:
