@@ -51,7 +51,7 @@ class FitCLI(ModelCLI):
             config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
         with os_errors_explained(self.folder):
             self._around.callback(hold(self.folder, self.command).release)
-            recorded = found.config if (found := read_config(self.folder)) else {}
+            recorded = known.config if (known := read_config(self.folder)) else {}
             names = {path.name for path in self.folder.iterdir()}
             if self.settings.overwrite:
                 for name in ("checkpoints", "logs"):
