@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m tests.fuzz --lines 4000 --damages 400
 
-Each case is a forked child of one process that has imported everything, in a folder of its own that holds some files of
-a user. A case fails if a traceback shows, if the exit code is none that svdd documents, if it takes more than 30 seconds
-or if it changes a file that is not svdd's. `tests/test_fuzz.py` runs a sample.
+Each case is a forked child of one process that has imported everything, in a folder of its own that holds some files
+of a user. A case fails if a traceback shows, if the exit code is none that svdd documents, if it takes more than 30
+seconds or if it changes a file that is not svdd's. `tests/test_fuzz.py` runs a sample.
 """
 
 import os
@@ -47,22 +47,52 @@ COMMANDS = {"predict": PredictCLI, "fit": FitCLI, "calibrate": CalibrateCLI}
 _BOMB = "[&a [x,x,x,x,x,x,x,x], " + ", ".join(
     f"&{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
 ) + "]"  # fmt: skip
-_PYTHON = "!!python/object/apply:os.system ['touch hacked']"
-_VALUES = [
-    *("", " ", "0", "-1", "1", "0.5", "nan", "inf", "-.inf", "1e30", "1" + "0" * 30, "1e-320", "-1e400", "0x10", "1_0"),
-    *("true", "null", "~", "{", "[", "[[]]", "[1, x]", "[null]", "{a: 1}", "{1: 2}", "{? [a] : b}", "&a [*a]", "*a", "- x"),
-    *(_PYTHON, _BOMB, "[" * 3000, "{a: " * 300 + "1" + "}" * 300, "a" * 5000, "9" * 5000, "- " * 400 + "x"),
-    *("\x1b[2J\x1b]0;gotcha\x07", "\u202etxt.exe", "e\u0301\U0001f600", "\udcff", "a\x00b", "a\nb\r\x85c", "\x7f\x9b1m"),
-    *("/", ".", "..", "missing/file", "mine", "mine/thesis.txt", "mine/fifo", "mine/loop", "mine/pictures", "/dev/null"),
-    *("Nope", "os.system", "os.path", "builtins.dict", "torch.nn.Linear", "a.b", "x.y.z", ".", "..x", "__main__", "svdd"),
-    *("svdd.samplers.svdd.SVDD", "SMC", "Compressibility", "LatentConvValue", "StableDiffusion", "svdd.rewards.base.Reward"),
-    *("{class_path: SVDD, init_args: 3}", "{class_path: 3}", "{class_path: [SVDD]}", "{class_path: SVDD, init_args: {x: 1}}"),
-    *("{class_path: torch.nn.Linear, init_args: {in_features: x}}", "{class_path: CLIPScore, init_args: {pretrained: 5}}"),
-    *("{init_args: {}}", "[{class_path: CLIPScore}, CLIPScore]", "--", "-", "--help", "${x}", "%s%n", "cuda:99", "mps", "2"),
-    *("ddp_spawn", "fsdp", "deepspeed", "16-mixed", "64-true", "RichProgressBar", "ModelCheckpoint", "owner/name", "../x/y"),
-]  # fmt: skip
+_WORDS = """
+    0 -1 1 2 0.5 nan inf -.inf 1e30 1e-320 -1e400 0x10 1_0 true null ~ { [ [[]] [null] *a -- - --help ${x} %s%n
+    / . .. missing/file mine mine/thesis.txt mine/fifo mine/loop mine/pictures mine/run /dev/null owner/name ../x/y
+    Nope os.system os.path builtins.dict torch.nn.Linear a.b x.y.z ..x __main__ svdd svdd.rewards.base.Reward
+    svdd.samplers.svdd.SVDD SMC Compressibility LatentConvValue StableDiffusion RichProgressBar ModelCheckpoint
+    ddp_spawn fsdp deepspeed 16-mixed 64-true cuda:99 mps
+"""
+_LINES = """
+    [1, x]
+    {a: 1}
+    {1: 2}
+    {? [a] : b}
+    &a [*a]
+    - x
+    !!python/object/apply:os.system ['touch hacked']
+    {class_path: SVDD, init_args: 3}
+    {class_path: 3}
+    {class_path: [SVDD]}
+    {class_path: SVDD, init_args: {x: 1}}
+    {class_path: torch.nn.Linear, init_args: {in_features: x}}
+    {class_path: CLIPScore, init_args: {pretrained: 5}}
+    {init_args: {}}
+    [{class_path: CLIPScore}, CLIPScore]
+""".strip().splitlines()
+_STRINGS = [
+    *("", " ", _BOMB, "1" + "0" * 30, "9" * 5000, "a" * 5000, "[" * 3000, "{a: " * 300 + "1" + "}" * 300, "- " * 400),
+    *(
+        "\x1b[2J\x1b]0;gotcha\x07",
+        "\u202etxt.exe",
+        "e\u0301\U0001f600",
+        "\udcff",
+        "a\x00b",
+        "a\nb\r\x85c",
+        "\x7f\x9b1m",
+    ),
+]
+VALUES = [*_WORDS.split(), *map(str.strip, _LINES), *_STRINGS]
 
-_MODEL = ["--model.reward", "Compressibility", "--model.diffusion.num_inference_steps", "2", "--trainer.accelerator", "cpu"]
+_MODEL = [
+    "--model.reward",
+    "Compressibility",
+    "--model.diffusion.num_inference_steps",
+    "2",
+    "--trainer.accelerator",
+    "cpu",
+]
 _PROMPTS = ["--data.prompts", '["apple", "blue car"]']
 _FIT = ["--data.num_rollouts", "4", "--data.cache", "cache", "--trainer.max_epochs", "1"]
 _FIT += ["--model.value", "LatentConvValue", "--model.value.channels", "8", "--model.value.num_blocks", "1"]
@@ -141,12 +171,12 @@ def command_lines(count: int, seed: int) -> Iterator[Case]:
     for k in range(count):
         command, option, before = places[k % len(places)]
         words = [*BASE[command], *before.split()]
-        chosen = [(option, chance.choice(_VALUES))]
+        chosen = [(option, chance.choice(VALUES))]
         if k >= 10 * len(places) or chance.random() < 0.05:
             others = [(name, earlier) for other, name, earlier in places if other == command]
             another, earlier = chance.choice(others)
             words += earlier.split()
-            chosen.append((another, chance.choice(_VALUES)))
+            chosen.append((another, chance.choice(VALUES)))
         for name, value in chosen:
             words += [name, value] if name else [value]
         yield Case(f"{command} " + " ".join(f"{name} {value[:60]!r}" for name, value in chosen), words)
@@ -154,23 +184,89 @@ def command_lines(count: int, seed: int) -> Iterator[Case]:
 
 # --- damaged configurations and folders ---
 
+_CONFIG_LINES = r"""
+    5
+    []
+    a
+    null
+    # nothing
+    trainer: 5
+    model: 5
+    model: {}
+    data: []
+    evaluation: x
+    trainer: {devices: [}
+    a: b: c
+    <<: *x
+    &a a: *a
+    ? [a]
+    1: 2
+    on: yes
+    output: "a\0b"
+    output: [a]
+    output: 5
+    output: {a: b}
+    overwrite: maybe
+    config: wrong.yaml
+    config: [wrong.yaml]
+    predict: {model: {seed: 3}}
+    model: {budget: 1.0e+30}
+    model: {seed: 2001-01-01}
+    model: {seed: 0o17}
+    model: {sampler: 5}
+    model: {sampler: {alpha: 1.0e-320}}
+    model: {sampler: {class_path: SMC, init_args: {alpha: 1.0e-320}}}
+    model: {sampler: {class_path: SMC, num_particles: 3}}
+    model: {reward: [CLIPScore]}
+    model: {eval_rewards: {a: b}}
+    model: !!python/object:os.x {}
+    model: !x y
+    model: wrong.yaml
+    data: {batch_size: 1.0e+30}
+    data: {batch_size: 1000000000000000000000000000000}
+    trainer: {limit_predict_batches: 0, limit_train_batches: 0, limit_test_batches: 0}
+    trainer: {limit_predict_batches: 0.5}
+    trainer: {limit_test_batches: 0.5}
+    trainer: {strategy: ddp_spawn}
+    trainer: {strategy: x}
+    trainer: {callbacks: RichProgressBar}
+    trainer: {callbacks: [{class_path: RichProgressBar}]}
+    trainer: {logger: 7}
+    trainer: {logger: {class_path: CSVLogger}}
+    trainer: {plugins: [x]}
+    trainer: {profiler: x}
+    "\x1b[31m": 1
+    model: {"\ud800": 1}
+    x: "\ud800"
+""".strip().splitlines()
 _CONFIGS = [
-    *(b"", b"\n", b"# nothing\n", b"5", b"[]", b"a", b"null", b"trainer: 5\n", b"model: 5\n", b"data: []\n", b"model: {}\n"),
-    *(b"trainer: {devices: [}\n", b"\xff\xfe\x00m", b"caf\xe9: 1\n", b"\x00", b"a: b: c\n", b"\tmodel: 1\n", b"model:\n\tx: 1\n"),
-    *(b"[" * 3000, b"{a: " * 2000, b"- " * 3000, b"a: " + _BOMB.encode(), b"<<: *x\n", b"&a a: *a\n", b"? [a]\n: b\n"),
-    *(b"output: \"a\\0b\"\n", b"output: [a]\n", b"output: " + b"x" * 5000, b"output: 5\n", b"output: {a: b}\n", b"overwrite: maybe\n"),
-    *(b"model: {budget: 1.0e+30}\n", b"data: {batch_size: 1.0e+30}\n", b"data: {batch_size: 1" + b"0" * 30 + b"}\n"),
-    *(b"trainer: {limit_predict_batches: 0}\n", b"trainer: {limit_predict_batches: 0.5}\n", b"trainer: {strategy: ddp_spawn}\n"),
-    *(b"model: {sampler: {class_path: SMC, init_args: {alpha: 1.0e-320}}}\n", b"model: {sampler: {alpha: 1.0e-320}}\n"),
-    *(b"model: {sampler: {class_path: SMC, num_particles: 3}}\n", b"model: {sampler: 5}\n", b"model: {reward: [CLIPScore]}\n"),
-    *(b"trainer: {callbacks: RichProgressBar}\n", b"trainer: {callbacks: [{class_path: RichProgressBar}]}\n", b"1: 2\n"),
-    *(b"model: {eval_rewards: {a: b}}\n", b"trainer: {logger: 7}\n", b"trainer: {plugins: [x]}\n", b"trainer: {profiler: x}\n"),
-    *(b"config: self.yaml\n", b"predict: {model: {seed: 3}}\n", b"model: !!python/object:os.x {}\n", b"model: !x y\n"),
-    *(b"%YAML 9.9\n---\na: 1\n", b"--- 1\n--- 2\n", b"model: {seed: 2001-01-01}\n", b"model: {seed: 0o17}\n", b"on: yes\n"),
-    *("model: {r\u202eeward: x}\n".encode(), b"\"\\x1b[31m\": 1\n", b"model: {\"\\ud800\": 1}\n", b"x: \"\\ud800\"\n"),
-]  # fmt: skip
+    *(line.strip().encode() + b"\n" for line in _CONFIG_LINES),
+    *(
+        b"",
+        b"\n",
+        b"\x00",
+        b"\xff\xfe\x00m",
+        b"caf\xe9: 1\n",
+        b"\tmodel: 1\n",
+        b"model:\n\tx: 1\n",
+        b"output: " + b"x" * 5000,
+    ),
+    *(b"[" * 3000, b"{a: " * 2000, b"- " * 3000, b"a: " + _BOMB.encode(), "model: {r\u202eeward: x}\n".encode()),
+    *(b"%YAML 9.9\n---\na: 1\n", b"--- 1\n--- 2\n", b"# svdd predict: x\nmodel: 5\n", b"# svdd fit: x\ndata: []\n"),
+]
 
-_JSON = [b"[]", b"3", b"null", b'"x"', b"{}", b'{"a": [1]}', b"[" * 100000, b"NaN", b'{"prompt_index": "x"}', b"\xff\xfe"]
+_JSON = [
+    b"[]",
+    b"3",
+    b"null",
+    b'"x"',
+    b"{}",
+    b'{"a": [1]}',
+    b"[" * 100000,
+    b"NaN",
+    b'{"prompt_index": "x"}',
+    b"\xff\xfe",
+]
 
 
 def damaged_configs() -> Iterator[Case]:
@@ -209,7 +305,8 @@ USES = {  # a folder, and the commands that read it
     "emoji-sd": [[*BASE["predict"], "--model.diffusion.pretrained", "theirs/emoji-sd"]],
     "emoji-clip": [[*BASE["predict"], "--model.reward", "CLIPScore", "--model.reward.pretrained", "theirs/emoji-clip"]],
     "prompts": [
-        [*BASE["predict"], "--data.prompts", f"theirs/prompts/p.{kind}"] for kind in ("txt", "csv", "tsv", "json", "jsonl")
+        [*BASE["predict"], "--data.prompts", f"theirs/prompts/p.{kind}"]
+        for kind in ("txt", "csv", "tsv", "json", "jsonl")
     ],
     "pictures": [["score", "--reward", "Compressibility", "--images", "theirs/pictures", "--device", "cpu"]],
 }  # fmt: skip
@@ -268,7 +365,9 @@ def _other_value(path: Path, content: bytes, chance: random.Random) -> None:
         key = chance.choice(list(node))
         if chance.random() < 0.3:
             break
-    other = chance.choice([None, "x", -1, 10**30, [], {}, [[1]], 0.5, True, "\x00", "../../mine/thesis.txt", "1" * 5000])
+    other = chance.choice(
+        [None, "x", -1, 10**30, [], {}, [[1]], 0.5, True, "\x00", "../../mine/thesis.txt", "1" * 5000]
+    )
     if node is None:
         tree = other
     elif chance.random() < 0.3:
@@ -444,7 +543,9 @@ def fuzz(lines: int, damages: int, seed: int, configs: bool = True, only: str = 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lines", type=int, default=4000, help="command lines")
-    parser.add_argument("--damages", type=int, default=400, help="damaged folders; each meets every command that reads it")
+    parser.add_argument(
+        "--damages", type=int, default=400, help="damaged folders; each meets every command that reads it"
+    )
     parser.add_argument("--no_configs", action="store_true", help="leave out the damaged configurations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only cases whose name holds this text")
