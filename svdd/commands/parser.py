@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, did_you_mean, missing_methods
 from svdd.commands.registry import KINDS, catalogue, import_all
+from svdd.runs.prompts import PromptWarning
 
 __all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
 
@@ -36,6 +37,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         import_all()
         warnings.filterwarnings("ignore", message=f".*({_HIDDEN_WARNINGS})")
+        warnings.filterwarnings("once", category=PromptWarning)  # a command may read its prompts twice
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         if not sys.stderr.isatty():  # no progress bars in log files, also none of huggingface_hub
             from transformers.utils.logging import disable_progress_bar

@@ -8,6 +8,7 @@ import signal
 import tempfile
 from array import array
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from typing import Any, cast
@@ -17,10 +18,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from svdd.runs.prompt_files import PromptError, located, open_source, shorten, to_record
+from svdd.runs.prompt_files import open_source
+from svdd.runs.prompt_rows import PromptError, RowReader, located, shorten
 from svdd.runs.rows import Prompt
 
-__all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError"]
+__all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError", "PromptWarning"]
+
+
+class PromptWarning(UserWarning):
+    """What should be known about a source that can be used; the commands show each once."""
 
 
 class PromptDataset(Dataset[Prompt]):
@@ -37,13 +43,13 @@ class PromptDataset(Dataset[Prompt]):
         limit: int | None = None,
         max_prompt_length: int = 2000,
     ) -> None:
-        name, rows = open_source(prompts, prompt_column)
+        reader = RowReader(prompt_column, max_prompt_length)
+        name, rows = open_source(prompts, reader)
         self._ends = array("Q", [0])  # record i is the bytes ends[i] .. ends[i + 1]
         num_blank, first_blank, digest = 0, "", hashlib.sha256()
-        with located(name), tempfile.TemporaryFile(prefix="svdd-") as file:
+        with located(name), _spool() as file:
             for place, row in rows:
-                with located(place):
-                    record = to_record(row, prompt_column, max_prompt_length)
+                record = reader.record(place, row)
                 if record is None:
                     num_blank += 1
                     first_blank = first_blank or place
@@ -61,7 +67,9 @@ class PromptDataset(Dataset[Prompt]):
         self.digest = digest.hexdigest()
         if num_blank:
             count = f"{num_blank} blank prompts" if num_blank > 1 else "a blank prompt"
-            rank_zero_warn(f"{name}: skipped {count}, the first at {first_blank}")
+            reader.note(f"skipped {count}, the first at {first_blank}")
+        for note in reader.notes():
+            rank_zero_warn(f"{name}: {note}", category=PromptWarning)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -77,6 +85,17 @@ class PromptDataset(Dataset[Prompt]):
         """Frees the prompts, which cannot be read afterwards."""
         if isinstance(self._content, mmap.mmap):
             self._content.close()
+
+
+@contextmanager
+def _spool() -> Iterator[Any]:
+    """An unnamed temporary file; an error of it, or of the file that is read, becomes a PromptError."""
+    try:
+        with tempfile.TemporaryFile(prefix="svdd-") as file:
+            yield file
+    except OSError as error:
+        what = f"cannot be read, or copied to the temporary folder (TMPDIR): {error.strerror or error}"
+        raise PromptError(what) from None
 
 
 class _Share(IterableDataset[list[Prompt]]):
