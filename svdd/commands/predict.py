@@ -16,6 +16,7 @@ from svdd.evaluation.baseline import against, over_optimised, warning
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.prompts import PromptDataModule
@@ -43,6 +44,7 @@ class PredictCLI(ModelCLI):
         with as_user_errors():
             self.stop = StopOnSignal(self.group, self.settings.patience)
             prompts = PromptDataModule(**self.settings.data.as_dict())
+            check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             self.evaluation.check()
             plain = self.resolved()

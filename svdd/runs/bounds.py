@@ -11,6 +11,7 @@ MAX_RECORD = 2**20  # bytes of a prompt with its columns, written again with eac
 MAX_JSON_FILE = 2**28  # bytes of a file that is read as a whole
 MAX_IMAGES_PER_PROMPT = 10_000  # drawn and written together
 MAX_IMAGES = 10**8  # of a run
+MAX_WORKERS = 256  # processes that read prompts
 MAX_PICTURE_BYTES = 2**30
 MAX_PIXELS = 178_956_970  # of a picture; Pillow refuses more
 MAX_PIXELS_AT_ONCE = 2**26  # of pictures of one size, while there are several

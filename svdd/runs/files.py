@@ -51,7 +51,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     With `durable` it waits until the rename is on disk; otherwise, call `sync_folder` later.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=regular_only) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -201,7 +201,11 @@ def _members(shard: Path) -> dict[str, tuple[int, int]]:
 @lru_cache(maxsize=256)  # until the shard changes
 def _scan(shard: Path, size: int, modified: int) -> dict[str, tuple[int, int]]:
     members = {}
-    with suppress(tarfile.TarError), tarfile.open(shard, "r:", ignore_zeros=False) as archive:
+    with (
+        open(shard, "rb", opener=regular_only) as content,
+        suppress(tarfile.TarError),
+        tarfile.open(fileobj=content, mode="r:", ignore_zeros=False) as archive,
+    ):
         for member in archive:
             if member.offset_data + member.size > size:
                 break

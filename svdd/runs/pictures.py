@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from svdd.runs.images import read_image
 __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 
 _SUFFIXES = {".apng", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF")  # other formats of Pillow run programs
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # other formats of Pillow run programs
 _HIDDEN = re.compile(r"\.|__MACOSX$")  # how the names of files and folders begin that no viewer shows
 
 
@@ -47,7 +46,10 @@ def find_pictures(folder: Path) -> list[Picture]:
     """
     run = RunFolder(folder)
     if run.results.is_file():
-        found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in run.rows()]
+        try:
+            found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in run.rows()]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{run.results} has a row without {error}; run the same `svdd predict` again") from error
     elif folder.is_dir():
         files = sorted((str(path.relative_to(folder)) for path in _files(folder)), key=_natural)
         found = [Picture(folder, file, k) for k, file in enumerate(files)]
@@ -128,8 +130,10 @@ def _rgb(image: Image.Image, png: bool) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_8_bits(np.asarray(image), png)).convert("RGB")
     if image.mode == "LAB":
-        profiles: Any = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+        assert converted is not None  # None if changed in place
+        return converted
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

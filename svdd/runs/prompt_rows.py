@@ -17,7 +17,7 @@ from svdd import UserError, did_you_mean
 from svdd.runs.bounds import MAX_COLUMNS, MAX_DEPTH, MAX_RECORD, check_bound
 from svdd.runs.rows import MAX_SEED, RESERVED_COLUMNS
 
-__all__ = ["PromptError", "Row", "RowReader", "find_columns", "located", "shorten"]
+__all__ = ["PromptError", "Row", "RowReader", "find_columns", "key", "located", "shorten"]
 
 _ALIASES = ("prompts", "text", "caption")  # of the column "prompt", where there is none
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f]")
@@ -150,7 +150,7 @@ class RowReader:
 _OPTIONAL = ("negative_prompt", "seed")
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
     """Returns a column's name without case, spaces, underscores and hyphens."""
     return re.sub(r"[\s_\-\u200b\ufeff]", "", name).casefold()
 
@@ -169,9 +169,9 @@ def find_columns(names: tuple[str, ...], prompt_column: str, aliases: bool = Fal
         raise PromptError(f"column {repeated[0]!r} appears more than once; rename one of them")
     by_key: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        by_key[_key(name)].append(name)
+        by_key[key(name)].append(name)
     wanted = {"prompt": prompt_column, **{role: role for role in _OPTIONAL}}
-    found = {role: by_key[_key(name)] for role, name in wanted.items() if _key(name) in by_key}
+    found = {role: by_key[key(name)] for role, name in wanted.items() if key(name) in by_key}
     if aliases and prompt_column == "prompt" and "prompt" not in found:
         found |= {"prompt": same} if (same := [name for alias in _ALIASES for name in by_key.get(alias, [])]) else {}
     for role, same in found.items():
@@ -196,29 +196,28 @@ def find_columns(names: tuple[str, ...], prompt_column: str, aliases: bool = Fal
 def _near_misses(names: tuple[str, ...], prompt_column: str) -> list[tuple[str, str]]:
     """Returns the columns whose name resembles that of an optional one that is missing, each with that name."""
     columns = find_columns(names, prompt_column)
-    missing = {_key(role): role for role in _OPTIONAL if role not in columns}
+    missing = {key(role): role for role in _OPTIONAL if role not in columns}
     if "negativeprompt" in missing:
         missing["negative"] = "negative_prompt"
     others = [name for name in names if name not in columns.values()]
-    close = ((name, get_close_matches(_key(name), missing, n=1, cutoff=0.76)) for name in others)
+    close = ((name, get_close_matches(key(name), missing, n=1, cutoff=0.76)) for name in others)
     return [(name, missing[match[0]]) for name, match in close if match]
 
 
 def _seed(value: Any) -> int | None:
     """Returns a seed, which may be text or a whole floating-point number; None if there is none."""
-    number = value.strip() if isinstance(value, str) else value
+    number: Any = value.strip() if isinstance(value, str) else value
     if number is None or number == "" or (isinstance(number, Real) and number != number):
         return None
     if isinstance(number, str):
         number = int(number) if _DIGITS.fullmatch(number) else float(number) if _DECIMAL.fullmatch(number) else None
-    if isinstance(number, Integral) and not isinstance(number, bool) and 0 <= number <= MAX_SEED:
-        return int(number)
-    if isinstance(number, Real) and not isinstance(number, Integral):
-        if 0 <= number <= _EXACT and number == int(number):
-            return int(number)
-        if _EXACT < number <= MAX_SEED:
-            raise PromptError(f"seed {shorten.repr(value)} has lost digits as a decimal number; write it as an integer")
-    raise PromptError(f"seed must be an integer from 0 to 2**64 - 1 or empty, got {shorten.repr(value)}")
+    decimal = isinstance(number, Real) and not isinstance(number, Integral)
+    number = float(number) if decimal else int(number) if isinstance(number, Integral) and number is not True else -1
+    if decimal and _EXACT < number <= MAX_SEED:
+        raise PromptError(f"seed {shorten.repr(value)} has lost digits as a decimal number; write it as an integer")
+    if not 0 <= number <= MAX_SEED or number != int(number) or value is False:
+        raise PromptError(f"seed must be an integer from 0 to 2**64 - 1 or empty, got {shorten.repr(value)}")
+    return int(number)
 
 
 class _BinaryData(Exception):

@@ -18,8 +18,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from svdd.runs.bounds import MAX_WORKERS, check_bound
 from svdd.runs.prompt_files import open_source
-from svdd.runs.prompt_rows import PromptError, RowReader, located, shorten
+from svdd.runs.prompt_rows import PromptError, RowReader, key, located, shorten
 from svdd.runs.rows import Prompt
 
 __all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError", "PromptWarning"]
@@ -122,14 +123,15 @@ class PromptDataModule(LightningDataModule):
     The whole source is checked before the first image is made. Blank prompts are skipped with one warning.
 
     Args:
-        prompts: A list of prompts, `emoji` (a list that ships with svdd), or a UTF-8 file: .txt (one prompt a line),
-            .csv or .tsv (with a header row), .json (an array), .jsonl (one JSON value a line) or .parquet (needs `pip
-            install 'svdd[parquet]'`). JSON items are strings or objects. Optional columns (or JSON keys) are
-            `negative_prompt` and `seed`; all others are copied into the results. All but .json are read in constant
-            memory. A single prompt is written as a list, '["a red apple"]'.
+        prompts: A list of prompts, `emoji` (a list that ships with svdd), or a file: .txt (one prompt a line), .csv or
+            .tsv (with a header row), .json (an array), .jsonl (one JSON value a line) or .parquet (needs `pip install
+            'svdd[parquet]'`). JSON items are strings or objects. Optional columns (or JSON keys) are `negative_prompt`
+            and `seed`; all others are copied into the results. Text is UTF-8, or has a byte-order mark. All but .json
+            are read in constant memory. A single prompt is written as a list, '["a red apple"]'.
         batch_size: Number of prompts handed to the sampler at once, on each device.
         num_workers: Number of processes that read prompts; 0 reads them in the main process, which is fast enough.
-        prompt_column: Name of the column, or JSON key, that holds the prompt.
+        prompt_column: Name of the column, or JSON key, that holds the prompt. Without a column `prompt`, it may also be
+            called `prompts`, `text` or `caption`. Case, spaces, underscores and hyphens in names do not count.
         limit: Use only the first prompts, at most this many; what follows them is not even checked. Default: all.
         max_prompt_length: Longest prompt accepted, in characters; a longer one is an error.
 
@@ -156,7 +158,8 @@ class PromptDataModule(LightningDataModule):
             least = 0 if name == "num_workers" else 1
             if number is not None and number < least:
                 raise ValueError(f"{name} must be >= {least}, got {number}")
-        if prompt_column in ("negative_prompt", "seed"):
+        check_bound("num_workers", num_workers, MAX_WORKERS, "0 is fast enough")
+        if key(prompt_column) in map(key, ("negative_prompt", "seed")):
             raise ValueError(f"prompt_column must name the column of the prompts, got {prompt_column!r}")
         self.prompts, self.prompt_column, self.limit = prompts, prompt_column, limit
         self.batch_size, self.num_workers, self.max_prompt_length = batch_size, num_workers, max_prompt_length
