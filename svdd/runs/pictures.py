@@ -75,7 +75,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _natural(name: str) -> tuple[list[str | int], str]:
     """Returns the alternating texts and numbers of a name, text first; then the name, for equal ones."""
-    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"([0-9]{1,99})", name))], name
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[list[Picture], Tensor]]:

@@ -67,7 +67,8 @@ def _read_lines(path: str) -> Iterator[str]:
             _check_decoded(line, number)
             if len(line) == MAX_LINE:
                 raise PromptError(f"line {number}: is longer than {MAX_LINE} characters; is this a text file?")
-            yield line.replace("\ufeff", "")
+            if line := line.replace("\ufeff", ""):
+                yield line
 
 
 def _parse_json(text: str, line: int) -> Any:

@@ -176,10 +176,8 @@ def find_columns(names: tuple[str, ...], prompt_column: str, aliases: bool = Fal
         found |= {"prompt": same} if (same := [name for alias in _ALIASES for name in by_key.get(alias, [])]) else {}
     for role, same in found.items():
         if len(same) > 1:
-            advice = "or name one with prompt_column" if role == "prompt" and prompt_column not in same else ""
-            raise PromptError(
-                f"columns {same[0]!r} and {same[1]!r} could both be the {role}; rename one {advice}".strip()
-            )
+            advice = ", or name one with prompt_column" if role == "prompt" and prompt_column not in same else ""
+            raise PromptError(f"columns {same[0]!r} and {same[1]!r} could both be the {role}; rename one{advice}")
     if "prompt" not in found:
         shown = ", ".join(map(shorten.repr, names[:20])) or "none"
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
