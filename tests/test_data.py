@@ -486,12 +486,12 @@ def test_values_that_json_cannot_hold_are_carried_as_text_or_left_out(tmp_path):
     row = {"prompt": "b", "nan": math.nan, "day": day, "price": price, "image": {"bytes": b"\x89"}, "seed": 2**32 - 1}
     expected = {"nan": None, "price": "1.50"}
     array = {"array": np.arange(2), "scalar": np.float32(1.5), "yes": np.bool_(True), "nested": ({1: day},)}
-    with pytest.warns(UserWarning, match="column 'image' holds binary data and is left out of the results"):
+    with pytest.warns(UserWarning, match="column 'image' holds values that JSON lacks and is left out of the results"):
         (prompt,) = PromptDataset([row | array | {"seed": np.uint64(2**64 - 1)}])
     array = {"array": [0, 1], "scalar": 1.5, "yes": True, "nested": [{"1": str(day)}]}
     assert (prompt.seed, prompt.extra) == (2**64 - 1, expected | {"day": str(day)} | array)
     write_rows(tmp_path / "p.parquet", [row])
-    with pytest.warns(UserWarning, match="column 'image' holds binary data and is left out of the results"):
+    with pytest.warns(UserWarning, match="column 'image' holds values that JSON lacks and is left out of the results"):
         (prompt,) = PromptDataset(str(tmp_path / "p.parquet"))
     assert prompt.extra.pop("day").startswith("2022-08-07 22:57:00")
     assert (prompt.seed, prompt.extra) == (2**32 - 1, expected)

@@ -142,24 +142,29 @@ def _read_parquet(path: str, reader: RowReader) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             with located("schema"):
-                reader.find(schema.names)
-            binary = [column.name for column in schema if "binary" in str(column.type)]
-            for name in binary:
-                reader.note(f"column {name!r} holds binary data and is left out of the results")
-            kept = [name for name in schema.names if name not in binary]
+                columns = reader.find(schema.names).values()
+            kept = [field.name for field in schema if field.name in columns or not _is_lacking(field.type)]
+            for name in schema.names:
+                if name not in kept:
+                    reader.leave_out(name)
             rows = (row for part in file.iter_batches(256, columns=kept) for row in _as_text(part).to_pylist())
             yield from _numbered(rows, "row")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PromptError(f"not a readable parquet file: {' '.join(str(error).split())}") from None
 
 
-def _as_text(batch: Any) -> Any:
-    """Casts the columns of a batch whose dates and decimals Python may not hold."""
-    from pyarrow import string, types
+def _is_lacking(kind: Any) -> bool:
+    """Whether JSON has nothing for a type: bytes, also in lists and structs, and nanoseconds in these."""
+    return "binary" in str(kind) or ("[ns" in str(kind) and kind.num_fields > 0)
 
-    for k, column in enumerate(batch.schema):
-        if types.is_temporal(column.type) or types.is_decimal(column.type):
-            batch = batch.set_column(k, column.name, batch.column(k).cast(string()))
+
+def _as_text(batch: Any) -> Any:
+    """Casts the columns of a batch that Python has no type for, nanoseconds and texts that are not marked as such."""
+    from pyarrow import string
+
+    for k, field in enumerate(batch.schema):
+        if "[ns" in str(field.type) or "binary" in str(field.type):
+            batch = batch.set_column(k, field.name, batch.column(k).cast(string()))
     return batch
 
 

@@ -70,6 +70,10 @@ class RowReader:
         if len(places) < 2:
             places.append(place)
 
+    def leave_out(self, column: str) -> None:
+        """Adds the warning about a column that is not carried."""
+        self.note(f"column {column!r} holds values that JSON lacks and is left out of the results")
+
     def notes(self) -> Iterable[str]:
         """Yields the warnings."""
         for text, (place, *more) in self._notes.items():
@@ -113,14 +117,14 @@ class RowReader:
             return None
         if foreign := _FOREIGN.search(text):
             advice = "svdd takes settings from columns and options of its own"
-            what = f"options of another program are drawn as part of the prompt; {advice}"
+            what = f"options of another program are read as part of the prompt; {advice}"
             self.note(what, f"{place} ({foreign[0].strip(' :')})")
         for name in list(extra):
             try:
                 extra[name] = _carried(extra[name], name)
             except _BinaryData:
                 del extra[name]
-                self.note(f"column {name!r} holds binary data and is left out of the results")
+                self.leave_out(name)
         try:
             record = json.dumps([text, negative_prompt, number, extra], ensure_ascii=False).encode() + b"\n"
         except UnicodeEncodeError:
