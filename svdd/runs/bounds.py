@@ -1,8 +1,8 @@
 """Limits of what a run takes in, so that a mistake is an error at once instead of minutes and gigabytes later."""
 
-from svdd import UserError
+from svdd import check_bound
 
-__all__ = ["check_bound", "check_images"]
+__all__ = ["check_images"]
 
 MAX_COLUMNS = 1_000  # of a prompt, each copied into its results
 MAX_DEPTH = 32  # of lists and objects in a column
@@ -15,12 +15,6 @@ MAX_WORKERS = 256  # processes that read prompts
 MAX_PICTURE_BYTES = 2**30
 MAX_PIXELS = 178_956_970  # of a picture; Pillow refuses more
 MAX_PIXELS_AT_ONCE = 2**26  # of pictures of one size, while there are several
-
-
-def check_bound(what: str, number: int, most: int, advice: str, error: type[UserError] = UserError) -> None:
-    """Raises an error if a number is above its limit."""
-    if number > most:
-        raise error(f"{what}: {number} is above the limit of {most}; {advice}")
 
 
 def check_images(prompts: int, images_per_prompt: int) -> None:

@@ -9,7 +9,8 @@ from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from svdd.runs.bounds import MAX_JSON_FILE, MAX_LINE, check_bound
+from svdd import check_bound
+from svdd.runs.bounds import MAX_JSON_FILE, MAX_LINE
 from svdd.runs.files import regular_only
 from svdd.runs.prompt_rows import PromptError, Row, RowReader, located, shorten
 from svdd.runs.prompt_tables import read_table

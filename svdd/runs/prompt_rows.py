@@ -13,8 +13,8 @@ from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
-from svdd import UserError, did_you_mean
-from svdd.runs.bounds import MAX_COLUMNS, MAX_DEPTH, MAX_RECORD, check_bound
+from svdd import UserError, check_bound, did_you_mean
+from svdd.runs.bounds import MAX_COLUMNS, MAX_DEPTH, MAX_RECORD
 from svdd.runs.rows import MAX_SEED, RESERVED_COLUMNS
 
 __all__ = ["PromptError", "Row", "RowReader", "find_columns", "key", "located", "shorten"]

@@ -18,7 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from svdd.runs.bounds import MAX_WORKERS, check_bound
+from svdd import check_bound
+from svdd.runs.bounds import MAX_WORKERS
 from svdd.runs.prompt_files import open_source
 from svdd.runs.prompt_rows import PromptError, RowReader, key, located, shorten
 from svdd.runs.rows import Prompt
