@@ -21,9 +21,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from svdd import UserError
+from svdd import GuidedDiffusion, UserError
+from svdd.__main__ import main
+from svdd.rewards.brightness import Brightness
+from svdd.runs.bounds import check_images
 from svdd.runs.prompts import Prompt, PromptDataModule, PromptDataset, PromptError
 from svdd.runs.rows import RESERVED_COLUMNS, ResultRow, result_row
+from svdd.samplers.svdd import SVDD
 
 REAL_FILES = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [
@@ -602,6 +606,21 @@ def test_a_mistyped_list_is_shown_with_quotes():
 def test_a_fifo_named_like_a_prompt_file_is_refused_at_once(tmp_path, suffix):
     os.mkfifo(path := str(tmp_path / f"p.{suffix}"))
     assert message(path) == f"{path}: cannot be read: expected a regular file, found a FIFO"
+
+
+def test_absurd_counts_are_refused_before_anything_is_made(tmp_path, capsys):
+    for make in (
+        lambda: GuidedDiffusion(Brightness(), images_per_prompt=10**9),
+        lambda: check_images(10**6, 1000),
+        lambda: SVDD(num_candidates=10**9),
+        lambda: PromptDataModule(["a"], num_workers=10**6),
+    ):
+        with pytest.raises(UserError, match=r": 10+ is above the limit of 10*|: 1000000 is above the limit of 256"):
+            make()
+    words = ["predict", "--model.reward", "Brightness", "--data.prompts", "emoji", "--output", str(tmp_path / "run")]
+    assert main([*words, "--model.images_per_prompt", "1000000000"]) == 2
+    assert "images_per_prompt: 1000000000 is above the limit of 10000" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_or_missing_temporary_folder_is_one_line(monkeypatch):

@@ -12,6 +12,7 @@ from svdd import UserError
 from svdd.__main__ import main
 from svdd.runs.images import read_image
 from svdd.runs.pictures import find_pictures, pixels_of, read_pictures
+from svdd.runs.prompts import PromptWarning
 
 RAMP = np.tile(np.arange(0, 65535, 1040, dtype=np.uint16), (64, 1))  # 64 x 64, 0 .. 65520
 GREY = (RAMP / 257).round().astype(np.uint8)
@@ -204,6 +205,8 @@ def test_score_finds_the_prompts_in_any_column(words, tmp_path):
         (["--output", "pictures"], "pictures is not empty and is not a run folder"),
         (["--output", "p.csv"], "the output must be a folder, got the file p.csv"),
         (["--images", "absent"], "absent is no folder"),
+        (["--prompts", "red"], 'write a single prompt as a list: ["a red apple"]'),
+        (["--prompts", '["red", "blue"]'], "--prompts has 2 prompts for 1 pictures in pictures"),
     ],
 )
 def test_score_checks_its_options_before_it_loads_a_model(words, tmp_path, monkeypatch, capsys, arguments, said):
@@ -216,10 +219,13 @@ def test_score_checks_its_options_before_it_loads_a_model(words, tmp_path, monke
     assert sorted(os.listdir()) == before
 
 
-def test_score_leaves_the_files_of_a_run_alone(words, tmp_path, capsys):
-    run = ["predict", "--config", "quickstart", "--data.limit", "1", "--model.diffusion.num_inference_steps", "2"]
+def test_a_run_warns_once_and_score_leaves_its_files_alone(words, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("red apple\n\n")
+    run = ["predict", "--config", "quickstart", "--data.prompts", "p.txt", "--model.diffusion.num_inference_steps", "2"]
     run += ["--model.sampler", "Unguided", "--trainer.accelerator", "cpu", "--output", "run"]
-    assert main(run) == 0
+    with pytest.warns(PromptWarning, match="^p.txt: skipped a blank prompt, the first at line 2$") as caught:
+        assert main(run) == 0
+    assert sum(each.category is PromptWarning for each in caught) == 1  # although the prompts are read twice
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for output, code in (("run", 2), ("run/images", 2), ("run/../run", 2), ("run/scores", 0)):
         assert (

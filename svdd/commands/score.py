@@ -38,8 +38,8 @@ def score_parser() -> Parser:
     parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
     parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
     parser.add_argument("--images", type=str, required=True, help="Folder of pictures, or a run folder.")
-    prompts = "File with the pictures' prompts, in the order of their names (2 before 10); a run folder has its own."
-    parser.add_argument("--prompts", type=str | None, default=None, help=prompts)
+    prompts = "The pictures' prompts, a file or a list, in the order of their names (2 before 10); a run has its own."
+    parser.add_argument("--prompts", type=list[str] | str | None, default=None, help=prompts)
     parser.add_argument("--prompt_column", type=str, default="prompt", help="Column, or JSON key, of the prompts.")
     parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
@@ -122,7 +122,8 @@ def _find(settings: Any) -> list[Picture]:
     with as_user_errors(), closing(PromptDataset(file, settings.prompt_column, max_prompt_length=MAX_LINE)) as dataset:
         texts = [dataset[k].text for k in range(len(dataset))]
     if len(texts) != len(pictures):
-        found = f"{file} has {len(texts)} prompts for {len(pictures)} pictures in {folder}"
+        name = file if isinstance(file, str) else "--prompts"
+        found = f"{name} has {len(texts)} prompts for {len(pictures)} pictures in {folder}"
         raise UserError(f"{found}; expected one that is not blank for each, in the order of the pictures' names")
     first = {text: k for k, text in reversed([*enumerate(texts)])}
     return [replace(pictures[k], prompt_index=first[text], prompt=text) for k, text in enumerate(texts)]
