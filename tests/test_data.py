@@ -308,7 +308,8 @@ def test_invalid_utf8_names_the_line(write, name):
         "p.jsonl": ['"a"', '"b"', '"caf\xe9"'],
     }[name]
     path, position = write(name, "\n".join(lines).encode("latin-1")), lines[2].index("\xe9") + 1
-    assert message(path) == f"{path}: line 3: byte 0xe9 at position {position} is not UTF-8 text; save it as UTF-8"
+    expected = f"line 3: byte 0xe9 at position {position} is not UTF-8 text; save the file as UTF-8"
+    assert message(path) == f"{path}: {expected}"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])

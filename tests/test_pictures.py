@@ -60,7 +60,7 @@ def animated(second):
         ("cmyk.tif", Image.fromarray(COLOUR).convert("CMYK"), {}, COLOUR, 0),
         ("cmyk.jpg", Image.fromarray(COLOUR).convert("CMYK"), {"quality": 100, "subsampling": 0}, COLOUR, 4),
         ("ycbcr.tif", Image.fromarray(COLOUR).convert("YCbCr"), {}, COLOUR, 10),
-        ("lab.tif", lab(), {}, COLOUR, 10),
+        ("lab.tif", lab(), {}, COLOUR, 40),
         ("alpha.png", ALPHA, {}, OVER_WHITE, 1),
         ("alpha.webp", ALPHA, {"lossless": True}, OVER_WHITE, 1),
         ("grey_alpha.png", Image.fromarray(ALPHA).convert("LA"), {}, None, 0),
@@ -122,7 +122,7 @@ HEADER = (b"IHDR", b"\0\0\0\x08\0\0\0\x08\x08\x02\0\0\0")
     [
         (b"", "none of PNG, JPEG, WebP, BMP, GIF and TIFF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG"),  # Pillow would run Ghostscript
-        (bad_png(HEADER, (b"IDAT", zlib.compress(bytes(200))[:9])), "cannot be read as a picture"),
+        (bad_png(HEADER, (b"IDAT", zlib.compress(os.urandom(200))[:90])), "cannot be read as a picture"),
         (bad_png(HEADER, (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**27))), (b"IDAT", b"")), "cannot be read as a"),
         (bad_png((b"IHDR", b"\xff\xff\xff\xff" * 2 + HEADER[1][8:])), "cannot be read as a picture"),
     ],

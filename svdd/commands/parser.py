@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from svdd import UserError, did_you_mean, missing_methods
 from svdd.commands.registry import KINDS, catalogue, import_all
 from svdd.runs.config import recorded_settings
-from svdd.runs.prompts import PromptWarning
 from svdd.runs.yaml_text import check_yaml, read_yaml
 
 __all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
@@ -45,7 +44,6 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         import_all()
         warnings.filterwarnings("ignore", message=f".*({_HIDDEN_WARNINGS})")
-        warnings.filterwarnings("once", category=PromptWarning)  # a command may read its prompts twice
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         if not sys.stderr.isatty():  # no progress bars in log files, also none of huggingface_hub
             from transformers.utils.logging import disable_progress_bar

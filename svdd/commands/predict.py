@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import warnings
 from typing import Any
 
 import lightning as L
@@ -20,7 +21,7 @@ from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
-from svdd.runs.prompts import PromptDataModule
+from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.runs.writer import RunWriter
 from svdd.values.learned import weights_file
 
@@ -46,6 +47,7 @@ class PredictCLI(ModelCLI):
             self.stop = StopOnSignal(self.group, self.settings.patience)
             prompts = PromptDataModule(**self.settings.data.as_dict())
             check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
+            warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             self.evaluation.check()
             plain = self.resolved()

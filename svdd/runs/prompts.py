@@ -28,7 +28,7 @@ __all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError", "Prompt
 
 
 class PromptWarning(UserWarning):
-    """What should be known about a source that can be used; the commands show each once."""
+    """What should be known about a source that can be used."""
 
 
 class PromptDataset(Dataset[Prompt]):
