@@ -6,6 +6,7 @@ import sys
 from pkgutil import resolve_name
 
 from svdd import UserError, __version__, did_you_mean
+from svdd.commands.streams import exits_explained, protect_streams
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
 
 __all__ = ["main"]
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns 0, or 2 for an error that the user can fix."""
     if arguments is None:
         arguments = sys.argv[1:]
+        protect_streams()
         signals.listen()  # also while libraries are imported
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()
@@ -59,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
-        resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
+        with exits_explained():
+            resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
     except UserError as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
@@ -69,8 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(f"svdd: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `svdd list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
