@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning as L
 
+from svdd import printable
+
 __all__ = ["StepTimeout"]
 
 _MARGIN = 5.0  # seconds after which the process ends without a message, if native code blocks the interpreter
@@ -73,5 +75,5 @@ class StepTimeout(L.Callback):
                 f"svdd: error: no step was finished within {seconds:g} s (step_timeout); {frame.f_code.co_filename}:"
                 f"{frame.f_lineno} was running; finished images are kept, and the same command continues\n"
             )
-            os.write(2, message.encode())  # the main thread may hold the lock of sys.stderr
+            os.write(2, printable(message).encode())  # the main thread may hold the lock of sys.stderr
             os._exit(1)
