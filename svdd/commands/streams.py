@@ -14,7 +14,7 @@ _MAY_EXIT = {"svdd", "argparse", "jsonargparse"}  # packages whose SystemExit is
 
 
 class _Lenient:
-    """A text stream that goes on without an error when it cannot be written: its reader has left, or the disk is full."""
+    """A text stream that drops what cannot be written, because its reader has left or the disk is full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -41,7 +41,7 @@ class _Lenient:
 
 
 def protect_streams() -> None:
-    """Makes output optional: a closed stream or a broken pipe, as in `svdd predict | head`, does not end the command."""
+    """Makes output optional: neither a closed stream nor a broken pipe (`svdd predict | true`) ends the command."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

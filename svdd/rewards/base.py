@@ -18,7 +18,7 @@ __all__ = ["Reward", "is_device_failure"]
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
 _NO_EFFECT |= {"api_key_env", "backoff", "concurrency", "retries", "timeout"}
 
-_DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator (Linux, Windows), the C++ library, the system
+_DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
     *("cuda error", "out of memory"),
     *("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
 )
