@@ -167,5 +167,4 @@ def test_an_exit_while_a_plugin_is_imported_is_an_error(call, tmp_path, monkeypa
     assert main(["predict", "--model.reward", "quitter.Reward", "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert f"svdd: error: {tmp_path}/quitter.py:3 called sys.exit(" in error
-    assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
