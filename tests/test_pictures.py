@@ -10,7 +10,11 @@ from PIL import Image, ImageCms
 
 from svdd import UserError
 from svdd.__main__ import main
+from svdd.runs.files import write_atomically
+from svdd.runs.folder import RunFolder
 from svdd.runs.images import read_image
+from svdd.runs.json_lines import ShardedFile
+from svdd.runs.output import hold
 from svdd.runs.pictures import find_pictures, pixels_of, read_pictures
 from svdd.runs.prompts import PromptWarning
 
@@ -166,6 +170,18 @@ def test_a_name_of_a_picture_that_is_none_is_refused_before_any_is_read(tmp_path
     path.rename(tar)
     with pytest.raises(OSError, match=r"regular file|No such file"):
         read_image(tmp_path, "00000-000000.tar/000000-00.png")
+
+
+def test_a_fifo_named_like_a_result_file_is_refused_at_once(tmp_path):
+    for name in ("results.jsonl", "results-00000.jsonl", "summary.json", "summary.json.tmp", "config.yaml"):
+        os.mkfifo(tmp_path / name)
+    run, rows = RunFolder(tmp_path), ShardedFile(tmp_path / "results.jsonl")
+    for read in (rows.scan, lambda: rows.open(0), lambda: write_atomically(run.summary, b"")):
+        with pytest.raises(OSError, match=r"regular file|No such device"):
+            read()
+    for read in (run.read_summary, lambda: list(run.rows()), lambda: hold(tmp_path, "predict")):
+        with pytest.raises(UserError):
+            read()
 
 
 def test_large_pictures_are_read_in_smaller_batches(tmp_path, monkeypatch):
