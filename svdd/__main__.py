@@ -6,6 +6,7 @@ import sys
 from pkgutil import resolve_name
 
 from svdd import UserError, __version__, did_you_mean
+from svdd.runs.processes.environment import ignore_incomplete
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
 
 __all__ = ["main"]
@@ -45,17 +46,18 @@ One class's own settings: svdd predict --model.sampler.help SVDD"""
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns 0, or 2 for an error that the user can fix."""
+    whole_process = arguments is None
     if arguments is None:
         arguments = sys.argv[1:]
         signals.listen()  # also while libraries are imported
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent()
     command, *words = arguments or ["--help"]
     if command in ("-h", "--help", "--version"):
         print(f"svdd {__version__}" if command == "--version" else _HELP)
         return 0
     sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
     try:
+        if ignore_incomplete() == "torchrun" and whole_process:  # before Lightning reads the same variables
+            die_with_parent()
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")

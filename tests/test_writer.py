@@ -28,6 +28,7 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.images import image_name
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
+from svdd.runs.processes.environment import ignore_incomplete, node_rank
 from svdd.runs.writer import RunError, RunWriter
 
 PROMPTS = ["apple", "blue car", "café ☕ \u2028 line", "lone \ud800", "../../etc/passwd", "x"]
@@ -473,12 +474,66 @@ def test_failures_in_a_row_end_the_run(tmp_path):
     assert RunWriter(tmp_path, CONFIG).open() == {5}
 
 
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+TORCHRUN |= {"GROUP_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        *(({name: value}, None) for name in (*TORCHRUN, *SLURM, "NODE_RANK") for value in ("1", "garbage")),
+        (
+            {name: value for name, value in (TORCHRUN | SLURM).items() if name not in ("MASTER_ADDR", "SLURM_NODEID")},
+            None,
+        ),
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, None),
+        (TORCHRUN | {"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": ""}, None),  # a container of one process
+        (TORCHRUN, "torchrun"),
+        (SLURM | {"RANK": "x", "NODE_RANK": "1"}, "SLURM"),
+        (TORCHRUN | SLURM, "torchrun"),
+        (TORCHRUN | {"RANK": "first"}, "RANK='first' in the environment is no launcher's: expected an integer >= 0"),
+        (TORCHRUN | {"RANK": "2"}, "RANK=2 and WORLD_SIZE=2 in the environment contradict each other"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT='0' .* expected an integer >= 1"),
+        (SLURM | {"SLURM_PROCID": "-1"}, "SLURM_PROCID='-1'"),
+        (SLURM | {"MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": ""}, "WORLD_SIZE=2 in the environment belong to no torchrun and no srun"),
+    ],
+    ids=str,
+)
+def test_variables_of_launchers_count_only_in_whole_sets(monkeypatch, variables, expected):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in {*TORCHRUN, "NODE_RANK"}:
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if expected in (None, "torchrun", "SLURM"):
+        assert ignore_incomplete() == expected
+        left = {name for name in variables if name in os.environ}
+        assert left == {None: set(), "torchrun": set(TORCHRUN), "SLURM": set(SLURM) | left & {"MASTER_PORT"}}[expected]
+        assert node_rank() == 0
+    else:
+        with pytest.raises(UserError, match=expected):
+            ignore_incomplete()
+
+
+def test_a_script_of_rank_0_that_believes_it_is_another_does_not_write(tmp_path, monkeypatch):
+    for name, value in {"NODE_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    writer = RunWriter(tmp_path / "run", CONFIG)
+    assert writer.open() == set()
+    with pytest.raises(RunError, match="is not held by this process, the first of the run"):
+        predict(writer, Tiny(), range(2))
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_ranks_read_and_change_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     run(folder)
     tear_the_last_line(folder)
     before = read_all(folder)
-    monkeypatch.setenv("NODE_RANK", "1")
+    for name, value in (TORCHRUN | {"RANK": "1", "GROUP_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
     assert RunWriter(folder, CONFIG).open() == {0, 1, 2, 3, 4}
     assert RunWriter(folder, CONFIG, overwrite=True).open() == set()
     assert RunWriter(tmp_path / "absent", CONFIG).open() == set()

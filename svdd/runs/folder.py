@@ -51,6 +51,11 @@ class RunFolder:
         self._shard_lock: FileLock | None = None
         self._rank: int | None = None  # None while the shards are closed
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has claimed the folder."""
+        return self._lock is not None
+
     def rows(self) -> Iterator[ResultRow]:
         """Yields the rows of a finished run; raises a UserError if the folder is none."""
         if not self.results.is_file():

@@ -88,6 +88,9 @@ class RunWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens this process's shards."""
+        if trainer.is_global_zero and not self.folder.held:
+            found = "an environment variable such as NODE_RANK or RANK says that another process does"
+            raise RunError(f"{self.folder.path} is not held by this process, the first of the run: {found}; unset it")
         self._drawn = True
         self.folder.open_shard(trainer.global_rank)
 
