@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from svdd import UserError
 from svdd.diffusion.pipelines import fingerprint
@@ -15,12 +19,17 @@ from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
+from svdd.rewards.image_reward import ImageReward
 from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.pick_score import PickScore
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.vlm_judge import VLMJudge
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
+from svdd.runs.folder import RunFolder
+from svdd.runs.prompts import PromptDataModule
+from svdd.runs.writer import RunError, RunWriter
+from svdd.samplers.unguided import Unguided
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import to_safetensors
@@ -114,6 +123,91 @@ def test_models_of_one_name_are_distinguished_by_their_weights(sd15, tmp_path):
     assert StableDiffusion(str(same), 2).identity == identity == StableDiffusion(str(half), 2).identity
     different = StableDiffusion(str(tuned), 2).identity
     assert {key for key in identity if identity[key] != different[key]} == {"weights"}
+
+
+def test_the_tokenizer_belongs_to_image_reward():
+    assert ImageReward(tokenizer="a").identity != ImageReward(tokenizer="b").identity
+
+
+@pytest.fixture
+def folders(sd15, tiny_clip, tmp_path):
+    """Copies whose files may be changed: a diffusion model, a CLIP, and a module with a reward."""
+    (tmp_path / "helper_of_mine.py").write_text("WEIGHT = 1.0\n")
+    function = "def score(images, prompts):\n    return images.mean((1, 2, 3)) * helper_of_mine.WEIGHT\n"
+    (tmp_path / "reward_of_mine.py").write_text(f"import helper_of_mine\n\n{function}")
+    return {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in (("sd", sd15), ("clip", tiny_clip))}
+
+
+def scale(file, suffix=""):
+    """Multiplies one tensor of a weights file."""
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith(suffix) and tensors[name].is_floating_point())
+    save_file(tensors | {name: tensors[name] * 1.5}, file, {"format": "pt"})
+
+
+def edit_json(file, **settings):
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+CHANGES = {
+    "diffusion.unet": lambda path: scale(path / "sd/unet/diffusion_pytorch_model.safetensors", "bias"),
+    "diffusion.vae": lambda path: scale(path / "sd/vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+    "diffusion.text_encoder": lambda path: scale(path / "sd/text_encoder/model.safetensors", "bias"),
+    "diffusion.files": lambda path: edit_json(path / "sd/scheduler/scheduler_config.json", beta_end=0.013),
+    "reward CLIPScore-clip": lambda path: scale(path / "clip/model.safetensors", "visual_projection.weight"),
+    "reward CLIPScore-clip ": lambda path: edit_json(path / "clip/preprocessor_config.json", image_mean=[0.4] * 3),
+    "reward ZScored-Brightness": lambda path: edit_json(
+        path / "summary.json", rewards={"Brightness": STATISTICS | {"std": 2}}
+    ),
+    "the code of reward_of_mine": lambda path: (path / "reward_of_mine.py").open("a").write("# changed\n"),
+    "the code of helper_of_mine": lambda path: (path / "helper_of_mine.py").open("a").write("WEIGHT = 2.0\n"),
+}
+STATISTICS = {"mean": 0.0, "std": 1.0, "std_within": None}
+WIDER = STATISTICS | {"std": 2.0}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_does_not_continue_with_other_weights_files_or_code(folders, name, tmp_path, monkeypatch, capsys):
+    """A finished part of it and new contents under the same path would be one run with two models."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"rewards": {"Brightness": STATISTICS}}))
+
+    def draw(folder):
+        for module in ("reward_of_mine", "helper_of_mine"):
+            sys.modules.pop(module, None)
+        rewards = [CLIPScore(str(folders["clip"])), ZScored(Brightness(), statistics=str(tmp_path))]
+        rewards.append(FunctionReward("reward_of_mine.score"))
+        diffusion = StableDiffusion(str(folders["sd"]), 2)
+        model = GuidedDiffusion(Brightness(), diffusion, Unguided(), eval_rewards=rewards)
+        writer = RunWriter(folder, {"label": "same"})
+        data = PromptDataModule(["apple", "car"], batch_size=1)
+        data.skip(finished := writer.open())
+        trainer = L.Trainer(callbacks=[writer], accelerator="cpu", logger=False, enable_checkpointing=False, **QUIET)
+        trainer.predict(model, data, return_predictions=False)
+        return finished
+
+    assert draw(tmp_path / "run") == set()
+    assert draw(tmp_path / "run") == {0, 1}  # nothing has changed
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    (tmp_path / "run" / "results.jsonl").write_bytes(before.splitlines(keepends=True)[0])
+    CHANGES[name](tmp_path)
+    with pytest.raises(RunError, match=f"was begun with other contents of {name.strip()}: restore what was there"):
+        draw(tmp_path / "run")
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before.splitlines(keepends=True)[0]
+
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
+
+
+def test_a_changed_library_is_a_warning(tmp_path, capsys):
+    record = tmp_path / "fingerprints.json"
+    folder = RunFolder(tmp_path)
+    assert folder.fingerprint({"value": "a"}, {"torch": "1.0"}) == []
+    assert folder.fingerprint({"value": "a"}, {"torch": "2.0"}) == ["torch 1.0, now 2.0"]
+    with pytest.raises(RunError, match="other contents of value"):
+        folder.fingerprint({"value": "b"}, {"torch": "1.0"})
+    record.write_bytes(bytes(20))  # as if it had been removed
+    assert folder.fingerprint({"value": "b"}, {"torch": "1.0"}) == []
 
 
 def test_the_negative_prompt_belongs_to_the_chain(sd15):

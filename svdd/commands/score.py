@@ -23,6 +23,7 @@ from svdd.runs.json_lines import encode
 from svdd.runs.output import hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
+from svdd.runs.secrets import refuse_secrets
 
 __all__ = ["print_measurements", "score"]
 
@@ -45,13 +46,14 @@ def score(words: list[str]) -> None:
     parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(words))
+        refuse_secrets(config := yaml.safe_load(parser.dump(given, skip_none=False)))
         settings = parser.instantiate_classes(given)
     with ExitStack() as around:
         if settings.output is not None:  # first, as scoring may take hours
             folder = Path(settings.output)
             with os_errors_explained(folder):
                 around.callback(hold(folder, "score").release)
-                write_config(folder, "score", yaml.safe_load(parser.dump(given, skip_none=False)))
+                write_config(folder, "score", config)
         _run(settings)
 
 

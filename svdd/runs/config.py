@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.secrets import redacted
 
 __all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "write_config"]
 
@@ -86,7 +87,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True)
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -104,6 +104,8 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         for attempt in range(max_restarts + 1):
+            if attempt == 1:
+                escaped += ["--overwrite", "false"]  # a restart continues what the first attempt began
             try:
                 with tempfile.TemporaryDirectory(prefix="svdd-") as folder:  # for the errors of the processes
                     config = LaunchConfig(1, 1, count, logs_specs=DefaultLogsSpecs(folder), **options)
@@ -112,6 +114,9 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
                 return 0
             except ChildFailedError as error:
                 code = _report(error)
+            except OSError as error:
+                problem = f"the processes cannot be started: {first_line(error)}"
+                raise UserError(f"{problem}; if the temporary folder is full, set TMPDIR to another") from error
             if code in _FINAL or attempt == max_restarts:
                 break
             print(f"svdd: restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)
