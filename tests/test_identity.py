@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -129,15 +128,6 @@ def test_the_tokenizer_belongs_to_image_reward():
     assert ImageReward(tokenizer="a").identity != ImageReward(tokenizer="b").identity
 
 
-@pytest.fixture
-def folders(sd15, tiny_clip, tmp_path):
-    """Copies whose files may be changed: a diffusion model, a CLIP, and a module with a reward."""
-    (tmp_path / "helper_of_mine.py").write_text("WEIGHT = 1.0\n")
-    function = "def score(images, prompts):\n    return images.mean((1, 2, 3)) * helper_of_mine.WEIGHT\n"
-    (tmp_path / "reward_of_mine.py").write_text(f"import helper_of_mine\n\n{function}")
-    return {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in (("sd", sd15), ("clip", tiny_clip))}
-
-
 def scale(file, suffix=""):
     """Multiplies one tensor of a weights file."""
     tensors = load_file(file)
@@ -152,8 +142,8 @@ def edit_json(file, **settings):
 CHANGES = {
     "diffusion.unet": lambda path: scale(path / "sd/unet/diffusion_pytorch_model.safetensors", "bias"),
     "diffusion.vae": lambda path: scale(path / "sd/vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
-    "diffusion.text_encoder": lambda path: scale(path / "sd/text_encoder/model.safetensors", "bias"),
-    "diffusion.files": lambda path: edit_json(path / "sd/scheduler/scheduler_config.json", beta_end=0.013),
+    "diffusion.text_encoder": lambda path: scale(path / "sd/text_encoder/model.safetensors", "token_embedding.weight"),
+    "diffusion.configuration": lambda path: edit_json(path / "sd/scheduler/scheduler_config.json", beta_end=0.013),
     "reward CLIPScore-clip": lambda path: scale(path / "clip/model.safetensors", "visual_projection.weight"),
     "reward CLIPScore-clip ": lambda path: edit_json(path / "clip/preprocessor_config.json", image_mean=[0.4] * 3),
     "reward ZScored-Brightness": lambda path: edit_json(
@@ -166,34 +156,62 @@ STATISTICS = {"mean": 0.0, "std": 1.0, "std_within": None}
 WIDER = STATISTICS | {"std": 2.0}
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_run_does_not_continue_with_other_weights_files_or_code(folders, name, tmp_path, monkeypatch, capsys):
-    """A finished part of it and new contents under the same path would be one run with two models."""
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.fixture
+def mine(sd15, tiny_clip, tmp_path, monkeypatch):
+    """A folder of copies whose files may be changed: a diffusion model, a CLIP, statistics, and a reward's modules."""
+    shutil.copytree(sd15, tmp_path / "sd")
+    shutil.copytree(tiny_clip, tmp_path / "clip")
     (tmp_path / "summary.json").write_text(json.dumps({"rewards": {"Brightness": STATISTICS}}))
+    (tmp_path / "helper_of_mine.py").write_text("WEIGHT = 1.0\n")
+    function = "def score(images, prompts):\n    return images.mean((1, 2, 3)) * helper_of_mine.WEIGHT\n"
+    (tmp_path / "reward_of_mine.py").write_text(f"import helper_of_mine\n\n{function}")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
 
-    def draw(folder):
-        for module in ("reward_of_mine", "helper_of_mine"):
-            sys.modules.pop(module, None)
-        rewards = [CLIPScore(str(folders["clip"])), ZScored(Brightness(), statistics=str(tmp_path))]
-        rewards.append(FunctionReward("reward_of_mine.score"))
-        diffusion = StableDiffusion(str(folders["sd"]), 2)
-        model = GuidedDiffusion(Brightness(), diffusion, Unguided(), eval_rewards=rewards)
-        writer = RunWriter(folder, {"label": "same"})
-        data = PromptDataModule(["apple", "car"], batch_size=1)
+
+def load(mine):
+    for module in ("reward_of_mine", "helper_of_mine"):
+        sys.modules.pop(module, None)
+    rewards = [CLIPScore(str(mine / "clip")), ZScored(Brightness(), statistics=str(mine))]
+    rewards.append(FunctionReward("reward_of_mine.score"))
+    return GuidedDiffusion(Brightness(), StableDiffusion(str(mine / "sd"), 2), Unguided(), eval_rewards=rewards)
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """The fingerprints of the copies before a change, once known: they do not depend on the folder."""
+    return {}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_fingerprints_name_what_has_changed(mine, name, unchanged):
+    before = unchanged or unchanged.update(load(mine).fingerprints()) or unchanged
+    CHANGES[name](mine)
+    after = load(mine).fingerprints()
+    assert {part for part in before if before[part] != after[part]} == {name.strip()}
+    assert after.keys() == before.keys()
+
+
+def test_a_run_does_not_continue_with_other_weights(mine):
+    """New weights under the same path would make one run of two models."""
+
+    def draw():
+        writer, data = RunWriter(mine / "run", {"label": "same"}), PromptDataModule(["apple", "car"], batch_size=1)
         data.skip(finished := writer.open())
         trainer = L.Trainer(callbacks=[writer], accelerator="cpu", logger=False, enable_checkpointing=False, **QUIET)
-        trainer.predict(model, data, return_predictions=False)
+        trainer.predict(load(mine), data, return_predictions=False)
         return finished
 
-    assert draw(tmp_path / "run") == set()
-    assert draw(tmp_path / "run") == {0, 1}  # nothing has changed
-    before = (tmp_path / "run" / "results.jsonl").read_bytes()
-    (tmp_path / "run" / "results.jsonl").write_bytes(before.splitlines(keepends=True)[0])
-    CHANGES[name](tmp_path)
-    with pytest.raises(RunError, match=f"was begun with other contents of {name.strip()}: restore what was there"):
-        draw(tmp_path / "run")
-    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before.splitlines(keepends=True)[0]
+    assert draw() == set()
+    results = mine / "run" / "results.jsonl"
+    first = results.read_bytes().splitlines(keepends=True)[0]
+    results.write_bytes(first)
+    assert draw() == {0}  # nothing has changed
+    results.write_bytes(first)
+    CHANGES["diffusion.unet"](mine)
+    with pytest.raises(RunError, match=r"run was begun with other contents of diffusion\.unet: restore what was there"):
+        draw()
+    assert results.read_bytes() == first
 
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}

@@ -76,10 +76,14 @@ def _facts(part: nn.Module) -> Iterator[Any]:
     yield from (_public(getattr(part, name)) for name in getattr(part, "from_files", ()))
     for value in vars(part).values():
         for held in value.values() if isinstance(value, dict) else (value,):
-            if hasattr(held, "get_vocab") and hasattr(held, "model_max_length"):
-                yield [_tokenizer(held), held.model_max_length]
-            elif hasattr(held, "to_dict") and (hasattr(held, "image_mean") or hasattr(held, "image_processor")):
-                yield _public(held)
+            for piece in (held, getattr(held, "tokenizer", None), getattr(held, "image_processor", None)):
+                if hasattr(piece, "get_vocab") and hasattr(piece, "model_max_length"):
+                    yield [
+                        _tokenizer(piece),
+                        *(getattr(piece, name, None) for name in ("model_max_length", "chat_template")),
+                    ]
+                elif hasattr(piece, "image_mean") and hasattr(piece, "to_dict"):
+                    yield _public(piece)
     if isinstance(config := getattr(part, "config", None), Mapping) or hasattr(config, "to_dict"):
         yield _public(config)
 
@@ -96,9 +100,11 @@ def _public(config: Any) -> Any:
     """Returns a configuration as JSON data, without names of folders and versions of libraries."""
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if isinstance(config, Mapping):
-        left_out = ("transformers_version", "dtype", "torch_dtype")
+        left_out = ("transformers_version", "dtype", "torch_dtype", "name_or_path")
         return {str(k): _public(v) for k, v in config.items() if not str(k).startswith("_") and k not in left_out}
-    return [_public(entry) for entry in config] if isinstance(config, list | tuple) else str(config)
+    if isinstance(config, list | tuple):
+        return [_public(entry) for entry in config]
+    return str(config) if config is None or isinstance(config, str | int | float) else type(config).__name__
 
 
 def _parts(found: Any) -> list[Any]:

@@ -71,7 +71,7 @@ class Diffusion(nn.Module, ABC):
 
     def fingerprints(self) -> dict[str, str]:
         """Returns digests of what images depend on beyond the settings, by the name of the submodule."""
-        own = {"files": digest(self, deep=False)}
+        own = {"configuration": digest(self, deep=False)}
         return own | {name: digest(part) for name, part in self.named_children()}
 
     @abstractmethod

@@ -171,7 +171,8 @@ class RunWriter(L.Callback):
         if other := [name for name in first if first[name] != found.get(name)]:
             where = f"process {trainer.global_rank} has other contents of {', '.join(other)} than process 0"
             raise RunError(f"{where}: all machines need the same files")
-        if trainer.is_global_zero and (changed := self.folder.fingerprint(found, _VERSIONS)):
+        versions = {**_VERSIONS, "transformers": version("transformers")}
+        if trainer.is_global_zero and (changed := self.folder.fingerprint(found, versions)):
             text = f"{self.folder.path} was begun with {', '.join(changed)}: images may differ in the last bits"
             print(f"svdd: warning: {text}", file=sys.stderr)
 
