@@ -1,11 +1,13 @@
 """The `svdd` command: imports the command at hand from `svdd.commands`, and runs it."""
 
+import errno
 import json
 import os
 import sys
 import sysconfig
 import traceback
 import warnings
+from contextlib import suppress
 from pkgutil import resolve_name
 from types import TracebackType
 
@@ -50,6 +52,7 @@ One class's own settings: svdd predict --model.sampler.help SVDD
 The whole traceback of an error: SVDD_DEBUG=1 svdd ..."""
 
 _LIBRARIES = tuple(os.path.join(folder, "") for folder in (os.path.dirname(__file__), sysconfig.get_path("stdlib")))
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _format_warning = warnings.formatwarning
 
 
@@ -97,7 +100,11 @@ def _find_files_here() -> None:
 def _report(error: Exception) -> int:
     """Prints an error in one line, after the traceback through the user's own code if it went through some."""
     message = f"error: {redact(' '.join(str(error).splitlines()))}"
-    if not isinstance(error, UserError):
+    if isinstance(error, OSError) and (error.errno in _NO_SPACE or "temporary directory" in str(error)):
+        found = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        error = UserError(f"{found}; free some space, or set TMPDIR to another folder for temporary files")
+        message = f"error: {error}"
+    elif not isinstance(error, UserError):
         message = f"error: {type(error).__name__}: {redact(first_line(error))} (SVDD_DEBUG=1 shows where)"
     cause: BaseException | None = error
     while cause is not None:
@@ -107,10 +114,15 @@ def _report(error: Exception) -> int:
             break
         cause = cause.__cause__
     if isinstance(error, UserError) and AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
-        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:  # the agent reports
-            json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
-    else:
-        say(f"svdd: {message}", error=True)
+        path = os.environ["TORCHELASTIC_ERROR_FILE"]
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
+            return 2  # the agent reports
+        except OSError:  # it cannot read half a file
+            with suppress(OSError):
+                os.unlink(path)
+    say(f"svdd: {message}", error=True)
     return 2 if isinstance(error, UserError) else 1
 
 
