@@ -12,6 +12,7 @@ from pkgutil import resolve_name
 from types import TracebackType
 
 from svdd import UserError, __version__, did_you_mean, first_line, printable, say
+from svdd.commands.streams import exits_explained, protect_streams
 from svdd.runs.processes.environment import ignore_incomplete
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
 from svdd.runs.secrets import redact
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     whole_process = arguments is None
     if arguments is None:
         arguments = sys.argv[1:]
+        protect_streams()
         signals.listen()  # also while libraries are imported
     command, *words = arguments or ["--help"]
     if command in ("-h", "--help", "--version"):
@@ -77,9 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
-        resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
-    except BrokenPipeError:  # `svdd list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with exits_explained():
+            resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
     except Exception as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
