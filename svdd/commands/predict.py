@@ -1,6 +1,7 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import sys
+import warnings
 from typing import Any
 
 import lightning as L
@@ -16,10 +17,11 @@ from svdd.evaluation.baseline import against, over_optimised, warning
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
-from svdd.runs.prompts import PromptDataModule
+from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.runs.writer import RunWriter
 
 __all__ = ["PredictCLI", "StepProgress"]
@@ -46,6 +48,8 @@ class PredictCLI(ModelCLI):
             self.stop = StopOnSignal(self.group, self.settings.patience)
             self.watchdog = StepTimeout(self.settings.step_timeout)
             prompts = PromptDataModule(**self.settings.data.as_dict())
+            check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
+            warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             self.evaluation.check()
             plain = self.resolved()

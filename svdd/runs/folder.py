@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
 from svdd.runs.config import CONFIG, differences, read_config, write_config
-from svdd.runs.files import RunError, lock, os_errors_explained, sync_folder, write_atomically
+from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, sync_folder, write_atomically
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import hold
@@ -74,7 +74,8 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))
+            with open(self.summary, encoding="utf-8", opener=regular_only) as file:
+                return json.load(file)
         except (OSError, ValueError) as error:
             what = f"{self.path} has no readable {self.summary.name}"
             raise UserError(f"{what}; run the same `svdd predict` to its end") from error

@@ -19,7 +19,8 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from svdd.runs.files import append, replacing, sync_folder, write_atomically
+from svdd.runs.bounds import MAX_PICTURE_BYTES
+from svdd.runs.files import append, regular_only, replacing, sync_folder, write_atomically
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
 
@@ -151,7 +152,10 @@ def read_image(run: Path, file: str) -> bytes:
     path = run / file
     shard = path.parent
     if shard.suffix != ".tar":
-        return path.read_bytes()
+        with open(path, "rb", opener=regular_only) as picture:
+            if (size := os.fstat(picture.fileno()).st_size) > MAX_PICTURE_BYTES:
+                raise OSError(errno.EFBIG, f"has {size} bytes, at most {MAX_PICTURE_BYTES} are read", str(path))
+            return picture.read()
     members = _members(shard)
     if path.name not in members or f"{path.stem}.json" not in members:  # the row is written after its image
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
@@ -188,7 +192,7 @@ def _encode(name: str, data: bytes) -> bytes:
 
 
 def _read(shard: Path, offset: int, size: int) -> bytes:
-    with open(shard, "rb") as content:
+    with open(shard, "rb", opener=regular_only) as content:
         content.seek(offset)
         return content.read(size)
 
@@ -203,7 +207,11 @@ def _members(shard: Path) -> dict[str, tuple[int, int]]:
 @lru_cache(maxsize=256)  # until the shard changes
 def _scan(shard: Path, size: int, modified: int) -> dict[str, tuple[int, int]]:
     members = {}
-    with suppress(tarfile.TarError), tarfile.open(shard, "r:", ignore_zeros=False) as archive:
+    with (
+        open(shard, "rb", opener=regular_only) as content,
+        suppress(tarfile.TarError),
+        tarfile.open(fileobj=content, mode="r:", ignore_zeros=False) as archive,
+    ):
         for member in archive:
             if member.offset_data + member.size > size:
                 break
