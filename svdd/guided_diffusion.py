@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
 from svdd import UserError
+from svdd.assets.content import digest, sources
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.evaluation.metrics import RewardStatistics
@@ -195,6 +196,15 @@ class GuidedDiffusion(L.LightningModule):
         self.path_kl.update(divergence, prompts.long())
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns digests of all weights, files and user's code that images and scores depend on, by what they are."""
+        self.configure_model()
+        found = {f"diffusion.{name}": content for name, content in self.diffusion.fingerprints().items()}
+        found |= {f"reward {name}": digest(reward) for name, reward in self.rewards.items()}
+        found["value"] = digest(self.value)
+        parts = (self.diffusion, self.sampler, self.value, *self.rewards.values())
+        return found | {f"the code of {name}": content for name, content in sources(*parts).items()}
 
     def configure_model(self) -> None:
         """Reads the rewards' weights before anything is drawn; Lightning calls it on every process."""

@@ -1,6 +1,5 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
-import hashlib
 import sys
 import warnings
 from typing import Any
@@ -24,7 +23,6 @@ from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
 from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.runs.writer import RunWriter
-from svdd.values.learned import weights_file
 
 __all__ = ["PredictCLI", "StepProgress"]
 
@@ -56,9 +54,6 @@ class PredictCLI(ModelCLI):
             self.evaluation.check()
             plain = self.resolved()
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
-            arguments = (plain["model"].get("value") or {}).get("init_args", {})
-            if arguments.get("pretrained") and (file := weights_file(str(arguments["pretrained"]))).is_file():
-                plain["value_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
             self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
         prompts.teardown("predict")

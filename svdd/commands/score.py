@@ -24,6 +24,7 @@ from svdd.runs.json_lines import encode
 from svdd.runs.output import check, hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
+from svdd.runs.secrets import refuse_secrets
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
@@ -53,6 +54,7 @@ def score(words: list[str]) -> None:
     parser = score_parser()
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(words))
+        refuse_secrets(config := yaml.safe_load(parser.dump(given, skip_none=False)))
         settings = parser.instantiate_classes(given)
         require_at_least(1, batch_size=settings.batch_size)
     rewards = {reward.name: reward for reward in (settings.reward, *settings.eval_rewards)}
@@ -69,7 +71,7 @@ def score(words: list[str]) -> None:
         if folder is not None:  # before scoring, which may take hours
             with os_errors_explained(folder):
                 around.callback(hold(folder, "score").release)
-                write_config(folder, "score", yaml.safe_load(parser.dump(given, skip_none=False)))
+                write_config(folder, "score", config)
         rows, statistics = _score(pictures, rewards, settings.batch_size, device)
         if not any(picture.prompt for picture in pictures):
             print(f"svdd: warning: {_NO_PROMPTS}", file=sys.stderr)

@@ -25,6 +25,8 @@ class ZScored(Reward):
         ValueError: Unless either `statistics` or both numbers are given, std > 0, and the summary holds the reward.
     """
 
+    from_files = ("mean", "std")
+
     def __init__(
         self, reward: Reward, mean: float | None = None, std: float | None = None, statistics: str | None = None
     ) -> None:

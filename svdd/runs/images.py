@@ -24,7 +24,7 @@ from svdd.runs.files import append, regular_only, replacing, sync_folder, write_
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
 
-__all__ = ["RunImages", "image_name", "is_named_by", "read_image"]
+__all__ = ["RunImages", "image_name", "is_complete", "read_image"]
 
 _IMAGES_PER_FOLDER = 10_000  # larger folders are slow to list and to back up
 _SUBFOLDER, _SHARD = re.compile(r"\d{4,}"), re.compile(r"\d{5,}-\d{6,}\.tar")
@@ -132,13 +132,19 @@ def _complete(row: ResultRow, file: str, png: bytes) -> ResultRow:
     return cast(ResultRow, {**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()})
 
 
-def is_named_by(row: Mapping[str, Any]) -> bool:
-    """Whether a row is complete and names its image as svdd does; a prompt has the images 0 to num_images - 1."""
+def is_complete(row: Mapping[str, Any]) -> bool:
+    """Whether a row can be read back: it names its image as svdd does, and its scores and costs are numbers.
+
+    A prompt has the images 0 to num_images - 1. May also fail for a row that is not complete.
+    """
     if type(row["num_images"]) is not int or not 0 <= row["image_index"] < row["num_images"]:
+        return False
+    numbers = [*row["rewards"].values(), *row["ledger"].values(), row.get("particle_weight"), row.get("path_kl")]
+    if not all(number is None or type(number) in (int, float) for number in numbers):
         return False
     named = _FILE.fullmatch(row["file"])
     right = named is not None and f"images/{named[1]}" == image_name(row["prompt_index"], row["image_index"])
-    return right and isinstance(row["sha256"], str)
+    return right and isinstance(row["sha256"], str) and isinstance(row["prompt"], str)
 
 
 def read_image(run: Path, file: str) -> bytes:

@@ -35,7 +35,7 @@ RowIndex = dict[tuple[int, int], _Place]  # the newest line about each image, by
 
 
 class ShardedFile:
-    """A merged file and the shards beside it; `is_entry` is false, or raises KeyError or TypeError, for a bad entry."""
+    """A merged file and the shards beside it; `is_entry` is false, or fails, for a bad entry."""
 
     def __init__(self, path: Path, is_entry: Callable[[dict[str, Any]], bool] = lambda entry: True) -> None:
         self.path, self._is_entry = path, is_entry
@@ -113,7 +113,7 @@ class ShardedFile:
 
     def _parse(self, line: bytes) -> dict[str, Any] | None:
         """Returns the entry in a complete line, else None."""
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             entry = json.loads(line)
             indices = entry["prompt_index"], entry["image_index"]
             if all(type(k) is int and k >= 0 for k in indices) and line.endswith(b"\n") and self._is_entry(entry):
