@@ -110,8 +110,8 @@ def pixels_of(folder: Path, file: str) -> np.ndarray:
         advice = "make it smaller, or cut a contact sheet into its pictures"
         raise UserError(f"{folder / file} has more than {MAX_PIXELS} pixels; {advice}") from error
     except UnidentifiedImageError as error:
-        kinds = "PNG, JPEG, WebP, BMP, GIF and TIFF"
-        raise UserError(f"{folder / file} cannot be read as a picture: it is none of {kinds}, or damaged") from error
+        reason = "it is none of PNG, JPEG, WebP, BMP, GIF and TIFF, damaged, or its pixels are of an unusual type"
+        raise UserError(f"{folder / file} cannot be read as a picture: {reason}") from error
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow raise errors of any kind
