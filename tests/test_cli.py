@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -430,6 +431,13 @@ def test_an_error_in_a_users_code_shows_its_place_and_one_in_a_library_does_not(
     assert len(capsys.readouterr().err.splitlines()) == 1
     sys.path.remove(str(packages))
     sys.modules.pop("theirs")
+
+
+def test_a_warning_is_one_line_without_control_characters(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restored at the end
+    assert main(["list", "reward"]) == 0
+    shown = warnings.formatwarning("a\nb\x1b[2J\u202e", UserWarning, sys.modules["svdd"].__file__, 1)
+    assert shown == "svdd: warning: a b\\x1b[2J\\u202e\n"
 
 
 def test_an_error_in_svdd_is_one_line_and_code_1(predict, capsys, monkeypatch):
