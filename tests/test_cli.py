@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -277,6 +278,14 @@ def test_the_working_directory_is_searched_last(tmp_path):
         )
         assert "did you mean 'list'?" in done.stderr
         assert "from the working directory" not in done.stderr
+
+
+def test_an_interrupt_during_the_first_import_leaves_no_traceback(tmp_path):
+    (tmp_path / "lazy_loader.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-m", "svdd", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_mistake_in_a_custom_sampler_names_class_and_method(refused, tmp_path, monkeypatch):
