@@ -1,7 +1,10 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
 import inspect
+import re
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
@@ -12,6 +15,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from svdd import Stopped, UserError
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
+from svdd.runs.config import HARMLESS, differences, read_config, write_config
+from svdd.runs.files import RunError, os_errors_explained
+from svdd.runs.output import hold
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
 from svdd.values.learned import LearnedValue
@@ -31,6 +37,7 @@ class ModelCLI(LightningCLI):
         "value": "svdd.values.posterior_mean.PosteriorMean",
     }
     defaults: ClassVar[dict[str, Any]] = {}  # of other settings
+    folder: Path  # the output folder
     hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})  # no options
 
     def __init__(self, words: list[str]) -> None:
@@ -92,6 +99,30 @@ class ModelCLI(LightningCLI):
         """Returns the whole configuration of the command as plain values."""
         plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
         return {name: setting for name, setting in plain.items() if name != "config"}
+
+    def claim(self, config: dict[str, Any], results: Sequence[str], harmless: re.Pattern[str] | None = None) -> None:
+        """Holds the output folder for this configuration until the command ends; called by rank 0.
+
+        Args:
+            config: The resolved configuration.
+            results: Patterns of the files that the command writes there. With `overwrite` they are removed, in this
+                order; else, if one exists, the configuration must equal the recorded one.
+            harmless: The settings that may differ, by default those of `svdd predict`.
+        """
+        folder = self.folder
+        with os_errors_explained(folder):
+            self._around.callback(hold(folder, self.command).release)
+            recorded = known.config if (known := read_config(folder)) else {}
+            for leftover in (path for name in results for path in folder.glob(f"{name}.tmp")):
+                leftover.unlink()
+            found = [path for name in results for path in sorted(folder.glob(name))]
+            if self.settings.overwrite:
+                for path in found:
+                    path.unlink()
+            elif found and (changed := differences(recorded, config, harmless or HARMLESS)):
+                what = f"{folder} holds a run with other settings: {'; '.join(changed)}"
+                raise RunError(f"{what}. Choose another --output, or remove the old run with --overwrite true")
+            write_config(folder, self.command, config)
 
     def instantiate_classes(self) -> None:
         """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""

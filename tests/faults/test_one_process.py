@@ -12,7 +12,7 @@ import pytest
 from svdd.evaluation.evaluation import Evaluation
 from tests.faults.harness import Case, until
 
-KEPT = "finished images are kept, and the same command continues"
+KEPT = "what is finished is kept, and the same command continues"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

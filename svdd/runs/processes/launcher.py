@@ -108,7 +108,7 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
             print(f"svdd: restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)
         return code
     except SignalException:
-        signals.say(f"ended: {STOP_EXIT_CODES[stopped]}; finished images are kept, and the same command continues")
+        signals.say(f"ended: {STOP_EXIT_CODES[stopped]}; what is finished is kept, and the same command continues")
         return stopped
 
 
@@ -119,7 +119,7 @@ def _report(error: Any) -> int:
     if failure.error_file_data.get("svdd"):
         reason = failure.message
     elif code < 0:
-        code, reason = 1, f"process {rank} was killed by {failure.signal_name()}; finished images are kept"
+        code, reason = 1, f"process {rank} was killed by {failure.signal_name()}; what is finished is kept"
     elif code in STOP_EXIT_CODES:
         reason = f"ended: {STOP_EXIT_CODES[code]} to process {rank}"
     else:

@@ -21,6 +21,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.deferred = False  # whether the first signal waits for the current batch; a second SIGINT never does
+        self.unit = "batch"  # what a deferred signal waits for
         self.exit_code: int | None = None  # 130 or 143 after a deferred signal
         self.quiet = AGENT in os.environ  # whether another process reports the signal
         self._interrupts = 0
@@ -60,7 +61,7 @@ class Signals:
             if self.exit_code is None:
                 self.exit_code = code
                 again = "; once more ends it at once" if name == "SIGINT" else ""
-                self.say(f"{name}: the current batch is finished first{again}")
+                self.say(f"{name}: the current {self.unit} is finished first{again}")
 
     def _forget(self) -> None:
         """Restores the defaults in a forked process, which inherits the socket but not the thread."""
