@@ -1,5 +1,6 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
+import errno
 import inspect
 import re
 from collections.abc import Sequence
@@ -119,17 +120,17 @@ class ModelCLI(LightningCLI):
 
         Args:
             config: The resolved configuration.
-            results: Patterns of the files that the command writes there. With `overwrite` they are removed, in this
-                order; else, if one exists, the configuration must equal the recorded one.
+            results: Names of the files that the command writes there. With `overwrite` they are removed, in this order;
+                else, if one exists, the configuration must equal the recorded one.
             harmless: The settings that may differ, by default those of `svdd predict`.
         """
         folder = self.folder
         with os_errors_explained(folder):
             self._around.callback(hold(folder, self.command).release)
             recorded = known.config if (known := read_config(folder)) else {}
-            for leftover in (path for name in results for path in folder.glob(f"{name}.tmp")):
-                leftover.unlink()
-            found = [path for name in results for path in sorted(folder.glob(name))]
+            for name in results:  # what a killed run had not finished
+                (folder / f"{name}.tmp").unlink(missing_ok=True)
+            found = [path for path in map(folder.joinpath, results) if path.exists()]
             if self.settings.overwrite:
                 for path in found:
                     path.unlink()
@@ -144,11 +145,16 @@ class ModelCLI(LightningCLI):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command; an error because another process has died becomes `Stopped`."""
+        """Runs the command; an error because another process has died becomes `Stopped`, a full disk a `RunError`."""
         try:
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:  # of Lightning, about the Trainer's settings
             raise UserError(explain(str(error))) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            with os_errors_explained(Path(self.settings.output)):
+                raise
         except RuntimeError as error:
             if self.group is not None and self.group.is_broken():
                 raise Stopped(1) from error

@@ -93,7 +93,7 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
     options |= {"run_id": "svdd", "max_restarts": 0}
     escaped = [word.replace("$", "$$") for word in words]  # torchelastic substitutes ${local_rank}
     try:
-        signals.deferred = True
+        signals.deferred, signals.unit = True, "epoch" if words[0] == "fit" else "batch"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         for attempt in range(max_restarts + 1):
