@@ -204,7 +204,7 @@ def test_a_folder_of_something_else_is_left_alone(calibrate, tmp_path, capsys, o
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "results.jsonl").touch()
     assert calibrate("--overwrite", overwrite) == 2
-    assert "is not empty and is not a run folder (it holds results.jsonl); choose another --output" in capsys.readouterr().err
+    assert "is not empty and is not a run folder (it holds results.jsonl); choose another" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["results.jsonl"]
 
 
