@@ -17,11 +17,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
-from svdd.runs.config import HARMLESS, differences, read_config, write_config
+from svdd.runs.config import CONFIG, HARMLESS, differences, read_config, write_config
 from svdd.runs.files import RunError, os_errors_explained
 from svdd.runs.output import hold
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
+from svdd.runs.secrets import redacted, refuse_secrets
 from svdd.values.learned import LearnedValue
 from svdd.values.pretrained import learned_class
 
@@ -111,9 +112,10 @@ class ModelCLI(LightningCLI):
         self.settings.ckpt_path = None  # Lightning would read settings of the module from it
 
     def resolved(self) -> dict[str, Any]:
-        """Returns the whole configuration of the command as plain values."""
+        """Returns the whole configuration of the command as plain values, without secrets; some are a UserError."""
         plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
-        return {name: setting for name, setting in plain.items() if name != "config"}
+        refuse_secrets(plain)
+        return {name: redacted(setting, name) for name, setting in plain.items() if name != "config"}
 
     def claim(self, config: dict[str, Any], results: Sequence[str], harmless: re.Pattern[str] | None = None) -> None:
         """Holds the output folder for this configuration until the command ends; called by rank 0.
@@ -135,6 +137,7 @@ class ModelCLI(LightningCLI):
                 for path in found:
                     path.unlink()
             elif found and (changed := differences(recorded, config, harmless or HARMLESS)):
+                changed = changed if recorded else [f"{CONFIG} is damaged, so they are not known"]
                 what = f"{folder} holds a run with other settings: {'; '.join(changed)}"
                 raise RunError(f"{what}. Choose another --output, or remove the old run with --overwrite true")
             write_config(folder, self.command, config)

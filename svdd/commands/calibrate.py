@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.processes.group import is_rank_zero
-from svdd.runs.prompts import PromptDataModule
+from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.values.training.calibration import FILES, Calibration, require_chains, write
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
@@ -55,6 +56,7 @@ class CalibrateCLI(ModelCLI):
             prompts = PromptDataModule(**settings.data.as_dict())
             config["data"]["prompts_sha256"] = prompts.dataset.digest
             prompts.teardown("test")
+        warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
         self.claim(config, FILES)
 
     def before_calibrate(self) -> None:

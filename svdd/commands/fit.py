@@ -1,6 +1,7 @@
 """`svdd fit`: trains a learned value on rollouts of the pretrained chain."""
 
 import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from svdd.commands.parser import as_user_errors
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.processes.stop import StopOnSignal
+from svdd.runs.prompts import PromptWarning
 from svdd.values.learned import read_checkpoint, to_safetensors
 from svdd.values.losses import MeanLoss
 from svdd.values.training.checkpoints import Checkpoints, WholeFiles
@@ -50,6 +52,7 @@ class FitCLI(ModelCLI):
         config = self.resolved()
         with as_user_errors():
             config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
+        warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
         self.claim(config, _RESULTS, _HARMLESS)
         with os_errors_explained(self.folder):
             self.checkpoints.repair()
