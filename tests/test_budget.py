@@ -70,7 +70,9 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
         case BlockwiseBestOfN():
             inside = range(start, stop)
             ends = {i for i in inside if (last - i) % given["block_size"] == 0}
-            rows = steps + (m - 1) * (min(start + 1, steps) if given["choose_start"] else 0)  # the starts reach the first block's end
+            rows = steps + (m - 1) * (
+                min(start + 1, steps) if given["choose_start"] else 0
+            )  # the starts reach the first block's end
             for i in inside:
                 alone = (i == start and not given["choose_start"]) or i - 1 in ends  # a block begins
                 skips = i in ends and (free or (given["score_parent"] and not alone))

@@ -110,11 +110,13 @@ def test_a_drawn_particle_follows_the_tilted_gaussian(sampler):
     ids=lambda case: label(case) if isinstance(case, Sampler) else str(case),
 )
 def test_the_law_of_soft_selection_depends_on_the_choice_of_the_start(sampler, tilts_start):
-    """A chosen start is tilted too; otherwise only the noise of the steps is. Values of parents are not counted twice."""
+    """A chosen start is tilted too, else only the noise of the steps; a parent's value is not counted twice."""
     diffusion = GaussianDiffusion(6, **WIDE)
     final = run(diffusion, sampler, bound(ExactSoftValue(ALPHA), Linear(B)), 1000)
     mean, variance = diffusion.end_law()
-    shift = (variance if tilts_start else diffusion.end(0)[2]) / ALPHA  # of N(., V), tilted by exp(r / alpha): V / alpha
+    shift = (
+        variance if tilts_start else diffusion.end(0)[2]
+    ) / ALPHA  # of N(., V), tilted by exp(r / alpha): V / alpha
     assert_mean(rewards(final), mean * sum(B) + shift, slack=0.03 * shift)
     assert_variance(rewards(final), variance, slack=0.02)
 
