@@ -19,8 +19,8 @@ from svdd.values.posterior_mean import PosteriorMean
 BUDGET = 200
 HEADER = """# Choosing the start
 
-The embedded model, T = {steps}, guidance scale 3, {prompts} prompts x {images} images, same seeds, at most {budget} denoiser rows
-per image, alpha = 0. Differences are paired by prompt, with 95 % intervals (Student's t). Made by
+The embedded model, T = {steps}, guidance scale 3, {prompts} prompts x {images} images, same seeds, at most {budget}
+denoiser rows per image, alpha = 0. Differences are paired by prompt, with 95 % intervals (Student's t). Made by
 `python -m benchmarks.choose_start`.
 
 | eta | guide | best-of-N | SVDD | SVDD, choose_start | choose_start - SVDD | choose_start - best-of-N |

@@ -1,9 +1,10 @@
 """Beam search over the chain: the b best of b M candidates at every step.
 
 Target: the image of the highest reward.
-Source: textbook beam search, applied as `SVDD` at alpha = 0 with a beam of constant width. Li et al., Dynamic Search for
-Inference-Time Alignment in Diffusion Models, 2025, arXiv 2503.02039 (DSearch) vary the width, the number of children and
-the steps of the search along the chain and look ahead with several denoiser steps; none of that is done here.
+Source: textbook beam search, applied as `SVDD` at alpha = 0 with a beam of constant width. Li et al., Dynamic Search
+for Inference-Time Alignment in Diffusion Models, 2025, arXiv 2503.02039 (DSearch) vary the width, the number of
+children and the steps of the search along the chain and look ahead with several denoiser steps; none of that is done
+here.
 """
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one
@@ -18,7 +19,7 @@ class BeamSearch(Sampler):
     1. at each guided step: draw M candidates of each of the b beams, keep the b of the highest value
     2. return the beam of the highest reward
 
-    This is `SVDD` at alpha = 0 with b particles, under its common name. Costs b (1 + M (T - 1)) denoiser rows per image.
+    This is `SVDD` at alpha = 0 with b particles. Costs b (1 + M (T - 1)) denoiser rows per image.
 
     Args:
         num_beams: b, beams kept per image.

@@ -19,8 +19,8 @@ class BlockwiseBestOfN(Sampler):
     3. keep one in proportion to exp(v / alpha), at alpha = 0 the best; go on with the next block
 
     At alpha = 0 and with the other defaults as published; alpha > 0, choose_start, score_parent and the window are
-    additions, and the paper's conditioning on a reference image is left out. Costs 1 + M (T - 1) denoiser rows per image;
-    B + M (T - B) for B blocks with `score_parent` or a learned value. choose_start adds M - 1.
+    additions, and the paper's conditioning on a reference image is left out. Costs 1 + M (T - 1) denoiser rows per
+    image; B + M (T - B) for B blocks with `score_parent` or a learned value. choose_start adds M - 1.
 
     Args:
         num_candidates: M, candidates of each block.

@@ -24,7 +24,8 @@ class ProgressivePruning(Sampler):
     3. return the end of the highest reward
 
     The default schedule is that of PSP; other schedules, and values other than the reward of the posterior mean, are
-    additions. Costs about N T denoiser rows per image: at each step the chains before pruning, after it with a learned value.
+    additions. Costs about N T denoiser rows per image: at each step the chains before pruning, after it with a learned
+    value.
 
     Args:
         num_particles: N; the default schedule costs about as much as N whole chains.

@@ -1,8 +1,9 @@
 """Soft value-based decoding: at every step draw candidates and keep those of high value.
 
 Law, with the exact soft value as M grows, at alpha > 0:
-one particle: p(x_T) p(x_0 | x_T) exp(r / alpha) / E[exp(r / alpha) | x_T] integrated over x_T: the start stays untilted;
-one particle with choose_start, or b particles as b grows: p(x_0) exp(r / alpha) / Z, the pretrained model tilted by r.
+- one particle: the integral of p(x_T) p(x_0 | x_T) exp(r / alpha) / E[exp(r / alpha) | x_T], whose start is not tilted;
+- one particle with choose_start, or b particles as b grows: p(x_0) exp(r / alpha) / Z, the pretrained model tilted by r.
+
 Source: Li et al., Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based
 Decoding, 2024, arXiv 2408.08252, Algorithm 1.
 """
@@ -26,9 +27,10 @@ class SVDD(Sampler):
     3. of each image's b M candidates, draw b in proportion to exp((v - v of the parent) / alpha), or take the b best at
        alpha = 0; at the last step, where the value is the reward of the image itself, keep one
 
-    Steps 1 to 3 at b = 1 are Algorithm 1 of the paper. Additions: b > 1 (sequential Monte Carlo with multinomial resampling
-    at every step, or at alpha = 0 a beam search), choose_start, score_parent and the window. Costs
-    b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b M T with choose_start; b T with a learned value.
+    Steps 1 to 3 at b = 1 are Algorithm 1 of the paper. Additions: b > 1 (sequential Monte Carlo with multinomial
+    resampling at every step, or at alpha = 0 a beam search), choose_start, score_parent and the window. Costs
+    b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b M T with choose_start; b T with a learned
+    value.
 
     Args:
         num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code).
@@ -39,7 +41,7 @@ class SVDD(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step; at the others one candidate is drawn.
-        choose_start: Also draw M starts per particle and choose among them; needed for the law p exp(r / alpha) at b = 1.
+        choose_start: Also choose among M starts per particle; needed for the law p exp(r / alpha) at b = 1.
     """
 
     budget_argument = "num_candidates"
