@@ -2,7 +2,7 @@
 
 Law, with the exact soft value as M grows, at alpha > 0:
 - one particle: the integral of p(x_T) p(x_0 | x_T) exp(r / alpha) / E[exp(r / alpha) | x_T], whose start is not tilted;
-- one particle with choose_start, or b particles as b grows: p(x_0) exp(r / alpha) / Z, the pretrained model tilted by r.
+- one particle with choose_start, or b particles as b grows: p(x_0) exp(r / alpha) / Z, the pretrained model tilted.
 
 Source: Li et al., Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based
 Decoding, 2024, arXiv 2408.08252, Algorithm 1.
