@@ -1,7 +1,6 @@
 """`svdd calibrate`: how well a value predicts the reward, step by step."""
 
 import inspect
-import sys
 import warnings
 from argparse import SUPPRESS
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
+from svdd import say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.guided_diffusion import GuidedDiffusion
@@ -33,6 +33,7 @@ class CalibrationTrainer(L.Trainer):
 class CalibrateCLI(ModelCLI):
     """Draws new unguided chains for the prompts and writes table and plot into the output folder."""
 
+    purpose = "Measures how well a value predicts the reward, step by step."
     command, builds = "calibrate", (Calibration, PromptDataModule, CalibrationTrainer)
     defaults: ClassVar = {"output": "runs/calibration"}
 
@@ -47,7 +48,7 @@ class CalibrateCLI(ModelCLI):
         settings = self.settings
         unused = [f"model.{name}" for name in sorted(_UNUSED) if settings.model.pop(name, None) is not None]
         if unused:
-            print(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", file=sys.stderr)
+            say(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", error=True)
         self.folder = Path(settings.output)
         if not is_rank_zero():
             return
@@ -71,7 +72,7 @@ class CalibrateCLI(ModelCLI):
         name, reward = type(self.model.value).__name__, self.model.reward.name
         about = {"value": name, "reward": reward, "chains": self.chains}
         text, plotted = write(self.folder, self.model.table, about, f"{name} for {reward}, {self.chains} chains")
-        print(text)
-        print(f"wrote {self.folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
+        say(text)
+        say(f"wrote {self.folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
         if not plotted:
-            print("no plot: it needs matplotlib (pip install 'svdd[plot]')")
+            say("no plot: it needs matplotlib (pip install 'svdd[plot]')")

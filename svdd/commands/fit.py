@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from svdd import say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.runs.files import os_errors_explained, write_atomically
@@ -38,8 +39,9 @@ _RESULTS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "value.safetensors
 class FitCLI(ModelCLI):
     """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
 
+    purpose = "Trains a learned value on rollouts of the pretrained model."
     command, builds = "fit", (ValueFitting, RolloutDataModule, L.Trainer)
-    hidden = ModelCLI.hidden | {"train_dataloaders", "val_dataloaders", "ckpt_path"}
+    hidden = ModelCLI.hidden | {"train_dataloaders", "val_dataloaders"}
     classes: ClassVar = ModelCLI.classes | {"value": "svdd.values.latent_conv.LatentConvValue"}
     defaults: ClassVar = {"output": "runs/fit", "trainer.max_epochs": 20, "trainer.num_sanity_val_steps": 0}
 
@@ -80,11 +82,11 @@ class FitCLI(ModelCLI):
         file, value = self.folder / "value.safetensors", self.model.value
         with os_errors_explained(self.folder):
             write_atomically(file, to_safetensors(read_checkpoint(str(best))))
-        print(f"{type(value).__name__} for {self.model.reward.name} in {self.folder}")
+        say(f"{type(value).__name__} for {self.model.reward.name} in {self.folder}")
         if best == self.checkpoints.best:
             known = " (1 is that of the mean reward)" if isinstance(value.loss, MeanLoss) else ""
-            print(f"best held-out loss {self.checkpoints.score:.4g}{known}, {best}")
-        print(f"use it: svdd predict ... --ckpt_path {file}")
+            say(f"best held-out loss {self.checkpoints.score:.4g}{known}, {best}")
+        say(f"use it: svdd predict ... --ckpt_path {file}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.checkpoints.last

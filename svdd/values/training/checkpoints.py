@@ -2,7 +2,6 @@
 
 import io
 import math
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from svdd import UserError, first_line
+from svdd import UserError, first_line, say
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.values.learned import HEADER
 
@@ -56,7 +55,7 @@ class Checkpoints(Checkpoint):
         newest = max(whole, key=whole.__getitem__, default=None)
         for path in steps.keys() - whole.keys():
             then = f"continues from {newest.name}" if newest else "starts again"
-            print(f"svdd: {path} is damaged and was removed: the training {then}", file=sys.stderr)
+            say(f"svdd: {path} is damaged and was removed: the training {then}", error=True)
             path.unlink()
         if newest == self.best:
             write_atomically(self.last, self.best.read_bytes())
