@@ -786,6 +786,7 @@ def test_no_command_touches_the_folder_of_another(tmp_path, kind, overwrite, cap
     before = read_folder(folder)
     words = ["--output", str(folder)]
     if kind == "score":
+        Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
         words += ["--reward", "Brightness", "--images", str(tmp_path)]
     else:
         words += ["--model.reward", "Brightness", "--data.prompts", str(prompts)]
