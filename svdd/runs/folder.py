@@ -171,15 +171,19 @@ class RunFolder:
             parts, known = (entry if isinstance(entry, dict) else {} for entry in (parts, known))
             changed = [name for name in parts if parts[name] != found.get(name, "")]
             changed += [f"{name} (new)" for name in found if parts and name not in parts]
+            newer = [
+                f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new
+            ]
             if changed:
+                began = "; ".join([f"other contents of {', '.join(changed)}", *newer])
                 raise RunError(
-                    f"{self.path} was begun with other contents of {', '.join(changed)}: restore what was there, "
-                    "choose another --output, or remove the old run with --overwrite true"
+                    f"{self.path} was begun with {began}: restore what was there, choose another --output, or remove "
+                    "the old run with --overwrite true"
                 )
             if not parts and found:
                 record = {"parts": dict(found), "versions": dict(versions)}
                 write_atomically(self._fingerprints, encode(record, indent=2) + b"\n")
-        return [f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new]
+        return newer
 
     def has_summary(self) -> bool:
         """Whether there is a whole summary."""
