@@ -10,7 +10,11 @@ from PIL import Image, ImageCms
 
 from svdd import UserError
 from svdd.__main__ import main
+from svdd.runs.files import write_atomically
+from svdd.runs.folder import RunFolder
 from svdd.runs.images import read_image
+from svdd.runs.json_lines import ShardedFile
+from svdd.runs.output import hold
 from svdd.runs.pictures import find_pictures, pixels_of, read_pictures
 from svdd.runs.prompts import PromptWarning
 
@@ -100,6 +104,21 @@ def test_a_turned_picture_stands_upright(tmp_path, suffix, orientation):
     assert np.abs(pixels - COLOUR[:32]).max() <= (8 if suffix == "jpg" else 0)
 
 
+def test_colours_of_another_profile_are_converted_to_srgb(tmp_path):
+    """A profile with red and blue exchanged; one that is sRGB or damaged changes nothing."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = srgb.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+    other = other.replace("sRGB".encode("utf-16-be"), "RBG.".encode("utf-16-be"))
+    image = Image.fromarray(ALPHA)
+    for profile, expected in ((other, COLOUR[..., ::-1]), (srgb, COLOUR), (b"damaged", COLOUR)):
+        for mode in ("RGB", "RGBA"):
+            image.convert(mode).save(tmp_path / "a.png", icc_profile=profile)
+            pixels = pixels_of(tmp_path, "a.png")
+            over_white = OVER_WHITE if expected is COLOUR else OVER_WHITE[..., ::-1]
+            difference = np.abs(pixels - (expected if mode == "RGB" else over_white).astype(float))
+            assert difference.max() <= (3 if profile is other else 1 if mode == "RGBA" else 0)
+
+
 def test_a_contact_sheet_above_the_limit_is_one_line(tmp_path, capsys):
     Image.new("1", (14000, 14000)).save(tmp_path / "sheet.png")
     assert main(["score", "--reward", "Brightness", "--images", str(tmp_path), "--device", "cpu"]) == 2
@@ -166,6 +185,18 @@ def test_a_name_of_a_picture_that_is_none_is_refused_before_any_is_read(tmp_path
     path.rename(tar)
     with pytest.raises(OSError, match=r"regular file|No such file"):
         read_image(tmp_path, "00000-000000.tar/000000-00.png")
+
+
+def test_a_fifo_named_like_a_result_file_is_refused_at_once(tmp_path):
+    for name in ("results.jsonl", "results-00000.jsonl", "summary.json", "summary.json.tmp", "config.yaml"):
+        os.mkfifo(tmp_path / name)
+    run, rows = RunFolder(tmp_path), ShardedFile(tmp_path / "results.jsonl")
+    for read in (rows.scan, lambda: rows.open(0), lambda: write_atomically(run.summary, b"")):
+        with pytest.raises(OSError, match=r"regular file|No such device"):
+            read()
+    for read in (run.read_summary, lambda: list(run.rows()), lambda: hold(tmp_path, "predict")):
+        with pytest.raises(UserError):
+            read()
 
 
 def test_large_pictures_are_read_in_smaller_batches(tmp_path, monkeypatch):
