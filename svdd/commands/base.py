@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
+from svdd.runs.processes.environment import restarted
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
 from svdd.runs.secrets import redacted, refuse_secrets
@@ -78,6 +79,7 @@ class ModelCLI(LightningCLI):
         with as_user_errors():
             super().parse_arguments(parser, args)
             self.settings = self.config[self.command]
+            self.settings.overwrite = self.settings.overwrite and not restarted()  # the first start did that
             self._check_trainer()
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
 
