@@ -20,6 +20,7 @@ from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_c
 from svdd.runs.config import CONFIG, HARMLESS, differences, read_config, write_config
 from svdd.runs.files import RunError, os_errors_explained
 from svdd.runs.output import hold
+from svdd.runs.processes.environment import restarted
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
 from svdd.runs.secrets import redacted, refuse_secrets
@@ -85,6 +86,7 @@ class ModelCLI(LightningCLI):
         with as_user_errors():
             super().parse_arguments(parser, args)
             self.settings = self.config[self.command]
+            self.settings.overwrite = self.settings.overwrite and not restarted()  # the first start did that
             self._check_trainer()
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
 
