@@ -93,6 +93,7 @@ def test_a_run_writes_all_documented_files(predict, tmp_path, read_rows):
         "alpha": 0.0,
         "num_particles": 1,
         "score_parent": False,
+        "choose_start": False,
         "guide_start": 0.0,
         "guide_stop": 1.0,
         "guide_every": 1,
