@@ -1,6 +1,7 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import hashlib
+import math
 import sys
 from typing import Any
 
@@ -12,7 +13,7 @@ from svdd import Incomplete, UserError
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.commands.score import print_measurements
-from svdd.evaluation.baseline import against, over_optimised, warning
+from svdd.evaluation.baseline import against, difference_words, over_optimised, verdict
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
@@ -23,6 +24,8 @@ from svdd.runs.writer import RunWriter
 from svdd.values.learned import weights_file
 
 __all__ = ["PredictCLI", "StepProgress"]
+
+_ONE_PROMPT = "no standard error from one prompt"
 
 
 class PredictCLI(ModelCLI):
@@ -44,7 +47,8 @@ class PredictCLI(ModelCLI):
             self.stop = StopOnSignal(self.group, self.settings.patience)
             prompts = PromptDataModule(**self.settings.data.as_dict())
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
-            self.evaluation.check()
+            images = len(prompts.dataset) * self.settings.model.images_per_prompt
+            self.evaluation.check(images, prompts.dataset)
             plain = self.resolved()
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
             arguments = (plain["model"].get("value") or {}).get("init_args", {})
@@ -68,6 +72,7 @@ class PredictCLI(ModelCLI):
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
+        self.evaluation.check_rewards(self.model.rewards)
         if self.trainer.is_global_zero and self.model.budget is not None:
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
@@ -88,8 +93,8 @@ class PredictCLI(ModelCLI):
                 raise UserError("no prompt could be drawn, so no picture was made")
         print(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
-            by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
-            print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
+            known = math.isfinite(error := entry["standard_error"])
+            print(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
         print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
         self._evaluate(summary)
         if failed:
@@ -105,10 +110,9 @@ class PredictCLI(ModelCLI):
             fallen = over_optimised(comparison, summary["guide"], better)
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
-                line = "{difference:+.3g} [{ci95_low:+.3g}, {ci95_high:+.3g}]".format_map(entry)
-                print(f"{name} - {baseline}: {line}")
-            if fallen:
-                print(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", file=sys.stderr)
+                print(f"{name} - {baseline}: {difference_words(entry)}")
+            if said := verdict(comparison, summary["guide"], fallen, baseline):
+                print(f"svdd: warning: {said}", file=sys.stderr)
         if found:
             folder.amend_summary(found)
             print_measurements(found)

@@ -20,7 +20,7 @@ from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.images import RunImages, is_named_by
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
-from svdd.runs.rows import ResultRow
+from svdd.runs.rows import ResultRow, row_fault
 
 __all__ = ["RunFolder"]
 
@@ -48,24 +48,38 @@ class RunFolder:
         self._shard_lock: FileLock | None = None
         self._rank: int | None = None  # None while the shards are closed
 
-    def rows(self) -> Iterator[ResultRow]:
-        """Yields the rows of a finished run; raises a UserError if the folder is none."""
+    def rows(self, checked: bool = False) -> Iterator[ResultRow]:
+        """Yields the rows of a finished run; with `checked` they have all that evaluation reads, in its type.
+
+        Raises:
+            UserError: If the folder is none, a line is not JSON, or a checked row is damaged.
+        """
         if not self.results.is_file():
             what = f"{self.path} holds no {self.results.name}"
             raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
-        with open(self.results, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    what = f"{self.results}, line {number} is not JSON"
-                    raise UserError(f"{what}; run the same `svdd predict` again") from error
+        try:
+            with open(self.results, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        row = json.loads(line)
+                        fault = row_fault(row) if checked else ""
+                    except (ValueError, RecursionError):
+                        fault = "not JSON"
+                    if fault:
+                        what = f"{self.results}, line {number} is damaged ({fault})"
+                        raise UserError(f"{what}; run the same `svdd predict` again")
+                    yield row
+        except OSError as error:
+            raise UserError(f"cannot read {self.results}: {error.strerror or error}") from error
 
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            if not isinstance(summary, dict):
+                raise ValueError("not an object")
+            return summary
+        except (OSError, ValueError, RecursionError) as error:
             what = f"{self.path} has no readable {self.summary.name}"
             raise UserError(f"{what}; run the same `svdd predict` to its end") from error
 
