@@ -3,12 +3,13 @@
 import math
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from svdd import UserError, first_line
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
@@ -16,9 +17,11 @@ from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward
+from svdd.runs.config import write_config
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
+from svdd.runs.output import hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
 
@@ -41,7 +44,19 @@ def score(words: list[str]) -> None:
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
     with as_user_errors():
-        settings = parser.instantiate_classes(parser.parse_args(with_shipped_configs(words)))
+        given = parser.parse_args(with_shipped_configs(words))
+        settings = parser.instantiate_classes(given)
+    with ExitStack() as around:
+        if settings.output is not None:  # first, as scoring may take hours
+            folder = Path(settings.output)
+            with os_errors_explained(folder):
+                around.callback(hold(folder, "score").release)
+                write_config(folder, "score", yaml.safe_load(parser.dump(given, skip_none=False)))
+        _run(settings)
+
+
+def _run(settings: Any) -> None:
+    """Scores the pictures, and prints and writes what was found."""
     device = _device(settings.device)
     pictures = _read_prompts(find_pictures(Path(settings.images)), Path(settings.images), settings.prompts)
     settings.evaluation.check(len({(picture.prompt_index, picture.image) for picture in pictures}))
@@ -59,7 +74,6 @@ def score(words: list[str]) -> None:
     if settings.output is not None:
         run = RunFolder(settings.output)
         with os_errors_explained(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
             write_atomically(run.path / "scores.jsonl", b"".join(encode(row) + b"\n" for row in rows))
         run.write_summary(summary)
         print(f"wrote {settings.output}/scores.jsonl and {run.summary.name}")
