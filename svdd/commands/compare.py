@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 from pathlib import Path
 from statistics import fmean
 
@@ -34,7 +35,7 @@ def compare(words: list[str]) -> None:
     output: Path = options.output
     if options.limit < 1:
         raise UserError(f"--limit must be >= 1, got {options.limit}")
-    if output.suffix.lower() != ".png" or output.is_dir():
+    if output.suffix.lower() != ".png" or os.path.isdir(output):
         raise UserError(f"--output must be a file whose name ends in .png, got {output}")
     tables = [read_images(run) for run in options.runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
@@ -44,7 +45,7 @@ def compare(words: list[str]) -> None:
         )
     rows = [(run, [table[key] for key in shared]) for run, table in zip(options.runs, tables, strict=True)]
     rewards = list(dict.fromkeys(name for _, images in rows for image in images for name in image.rewards))
-    if any(output.absolute() == (run / image.file).absolute() for run, images in rows for image in images):
+    if os.path.realpath(output) in {os.path.realpath(run / image.file) for run, images in rows for image in images}:
         raise UserError(f"--output {output} is an image of a run; choose another file")
     canvas = _draw([(run, images[: options.limit]) for run, images in rows], rewards)
     try:

@@ -1,5 +1,6 @@
 """Measurements of the finished pictures of a run, besides their rewards."""
 
+import os
 import random
 import warnings
 from collections import defaultdict
@@ -79,7 +80,7 @@ class Evaluation:
         """
         if self.baseline is not None:
             folder = RunFolder(self.baseline)
-            if not folder.results.is_file():
+            if not os.path.isfile(folder.results):
                 raise UserError(f"evaluation.baseline={str(self.baseline)!r} is no finished run: it has no result rows")
             drawn = by_prompt(self.baseline)
             if prompts is not None:

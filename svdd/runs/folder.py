@@ -7,6 +7,7 @@ run continues, which tries them again.
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -57,7 +58,7 @@ class RunFolder:
         Raises:
             UserError: If the folder is none, a line is not JSON, or a checked row is damaged.
         """
-        if not self.results.is_file():
+        if not os.path.isfile(self.results):  # also of a name that no file can have
             what = f"{self.path} holds no {self.results.name}"
             raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
         try:

@@ -1,6 +1,7 @@
 """Pictures read from a run folder or any other folder, with their prompts where these are known."""
 
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def find_pictures(folder: Path) -> list[Picture]:
     Numbers in names count as numbers: 2.png comes before 10.png. Raises a UserError if there are none.
     """
     run = RunFolder(folder)
-    if run.results.is_file():
+    if os.path.isfile(run.results):
         found = [
             Picture(
                 folder,
@@ -51,7 +52,7 @@ def find_pictures(folder: Path) -> list[Picture]:
             )
             for row in run.rows(checked=True)
         ]
-    elif folder.is_dir():
+    elif os.path.isdir(folder):
         paths = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES]
         files = sorted((str(path.relative_to(folder)) for path in paths), key=_natural)
         found = [Picture(folder, file, k, image=k) for k, file in enumerate(files)]
