@@ -45,7 +45,7 @@ def compare(words: list[str]) -> None:
         )
     rows = [(run, [table[key] for key in shared]) for run, table in zip(options.runs, tables, strict=True)]
     rewards = list(dict.fromkeys(name for _, images in rows for image in images for name in image.rewards))
-    if os.path.realpath(output) in {os.path.realpath(run / image.file) for run, images in rows for image in images}:
+    if os.path.abspath(output) in {os.path.abspath(run / image.file) for run, images in rows for image in images}:
         raise UserError(f"--output {output} is an image of a run; choose another file")
     canvas = _draw([(run, images[: options.limit]) for run, images in rows], rewards)
     try:
