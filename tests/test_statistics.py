@@ -403,7 +403,7 @@ def test_many_differences_are_flipped_by_a_group():
     for shift in (0.0, 0.2, 0.4):
         entry = paired((noise + shift).tolist())
         t = entry["difference"] / entry["standard_error"]
-        assert entry["p_value"] == pytest.approx(t_probability(t, 39), rel=0.3, abs=0.003)
+        assert entry["p_value"] == pytest.approx(t_probability(t, 39), rel=0.3, abs=0.005)
     assert p_value([1.0] * 40) == 2**-14
     assert p_value([0.0] * 8) == 1
 
@@ -421,13 +421,10 @@ def differences_of(law: str, seed: int, *shape: int) -> torch.Tensor:
     }[law]
 
 
-@pytest.mark.parametrize("law", ["normal", "two values", "skewed scores", "heavy tails", "skewed differences"])
+@pytest.mark.parametrize("law", ["normal", "two values", "skewed scores", "heavy tails"])
 @pytest.mark.parametrize(("prompts", "held_out"), [(2, 1), (5, 1), (6, 1), (8, 1), (8, 3), (12, 3)])
 def test_noise_is_no_over_optimisation(law, prompts, held_out):
-    """False alarms occur in at most 2.5 % of 500 runs (standard error 0.7 %); with too few prompts nothing is said.
-
-    For skewed differences of mean 0 the promise does not hold: Student's t gives 14 % to 31 % here.
-    """
+    """False alarms occur in at most 2.5 % of 500 runs (standard error 0.7 %); with too few prompts nothing is said."""
     risen = {"guide": paired([1.0 + 0.01 * k for k in range(prompts)])}
     noise = differences_of(law, prompts, 500, held_out, prompts).tolist()
     found = [over_optimised(risen | {str(k): paired(row) for k, row in enumerate(run)}, "guide", {}) for run in noise]
@@ -439,8 +436,16 @@ def test_noise_is_no_over_optimisation(law, prompts, held_out):
         assert f"cannot be tested with {prompts} prompts" in said
         assert f"draw at least {least} prompts" in said
     else:
-        allowed = 0.12 if law == "skewed differences" else 0.025 + 4 * 0.007
-        assert sum(map(bool, found)) / 500 < allowed
+        assert sum(map(bool, found)) / 500 < 0.025 + 4 * 0.007
+
+
+def test_skewed_differences_give_fewer_false_alarms_than_students_t():
+    """Of mean 0, they have no exact test: 14 % by Student's t and by sign flips alone."""
+    noise = differences_of("skewed differences", 3, 500, 12)
+    t = noise.mean(1) / (noise.std(1) / 12**0.5)
+    former = int((t < -t_quantile(0.95, 11)).sum())
+    found = [entry["difference"] < 0 and entry["p_value"] <= 0.05 for entry in map(paired, noise.tolist())]
+    assert sum(found) < 0.6 * former
 
 
 def test_a_fall_of_six_prompts_is_found():
@@ -566,6 +571,32 @@ def test_an_evaluation_measures_the_selected_quantities(tmp_path, tiny_clip):
     for name in ("cmmd", "fid"):
         assert found["s"]["distances"][name] < found["o"]["distances"][name]
     assert found["s"]["distances"]["kid"]["mean"] < found["o"]["distances"]["kid"]["mean"]
+
+
+def test_particles_without_weight_do_not_count(tmp_path, tiny_clip):
+    """Of each image's two particles one has all the weight: every measurement is that of these alone."""
+    run, other = tmp_path / "run", save_pictures(tmp_path / "other", 5, 0.8)
+    run.mkdir()
+    save_pictures(run / "images", 8, 0.3)
+    rows = [
+        {
+            "prompt_index": k // 4,
+            "image_index": k % 4,
+            "particle": k % 2,
+            "particle_weight": float(k % 2),
+            "prompt": "x",
+        }
+        | {"file": f"images/{k:03d}.png", "rewards": {}}
+        for k in range(8)
+    ]
+    found = []
+    for kept in (rows, [row for row in rows if row["particle_weight"]]):
+        (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        evaluation = Evaluation(tiny_clip, None, str(other), ["cmmd", "kid", "fid"], "clip", batch_size=3)
+        found.append(evaluation.measure(find_pictures(run)))
+    for part in ("diversity", "distances"):
+        for name, value in found[0][part].items():
+            assert name == "reference" or value == pytest.approx(found[1][part][name], rel=1e-4), name
 
 
 def test_an_evaluation_refuses_incompatible_settings(tmp_path):
