@@ -5,6 +5,7 @@ import io
 import os
 from pathlib import Path
 from statistics import fmean
+from typing import NoReturn
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,6 +21,11 @@ _INK, _FAINT = (20, 20, 20), (110, 110, 110)
 _MOST_PIXELS, _MOST_LETTERS = 2**27, 200
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `svdd compare --help` lists all settings")
+
+
 def compare(words: list[str]) -> None:
     """Runs `svdd compare` with the command line after its name: a row per run, a column per image, a table of means.
 
@@ -27,7 +33,7 @@ def compare(words: list[str]) -> None:
         UserError: If a folder holds no finished run or a damaged one, the runs share no image, or the output cannot be
             written.
     """
-    parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
+    parser = _Parser(prog="svdd compare", description="Runs of the same prompts in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, one row each")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
     parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
