@@ -97,17 +97,17 @@ class Evaluation:
                 )
         reference = find_pictures(self.reference) if self.distances and self.reference is not None else []
         for name in self.distances:
-            least, others = _LEAST[name], len(_one_per_image(reference))
-            if min(num_images, others) < least:
-                what = (
-                    f"{name} needs at least {least} images on each side, got {num_images} to be measured and {others}"
-                )
-                raise UserError(f"{what} in {self.reference}; draw more, or leave {name} out of evaluation.distances")
+            others = len(_one_per_image(reference))
+            if min(num_images, others) < _LEAST[name]:
+                what = f"{name} needs at least {_LEAST[name]} images on each side, got {num_images} to be measured"
+                advice = f"draw more, or leave {name} out of evaluation.distances"
+                raise UserError(f"{what} and {others} in {self.reference}; {advice}")
         clip = self._read_clip("cpu")
-        for name in self.distances:
-            metric = self._distance(name, clip)
-            for _, images in read_pictures(reference[:1], 1):  # shows whether features and pictures fit
-                metric.update(clip.image_features(images) if clip and name == "cmmd" else images, real=True)
+        with torch.inference_mode():
+            for name in self.distances:
+                metric = self._distance(name, clip)
+                for _, images in read_pictures(reference[:1], 1):  # shows whether features and pictures fit
+                    metric.update(clip.image_features(images) if clip and name == "cmmd" else images, real=True)
 
     def check_rewards(self, names: Collection[str]) -> None:
         """Raises a UserError if the baseline, which `check` has read, measured none of these rewards."""
@@ -140,15 +140,15 @@ class Evaluation:
         self, pictures: Sequence[Picture], reference: Sequence[Picture], clip: CLIPScore | None, device: Any
     ) -> dict[str, Any]:
         """Returns the distances between two sets of pictures by name; None where there are too few."""
-        chosen = {picture for side in (pictures, reference) for picture in _one_per_image(side)}
-        images = min(len(_one_per_image(side)) for side in (pictures, reference))
+        sides = [(side, set(_one_per_image(side)), real) for side, real in ((reference, True), (pictures, False))]
+        images = min(len(chosen) for _, chosen, _ in sides)
         found: dict[str, Any] = {"reference": str(self.reference), **dict.fromkeys(self.distances)}
         metrics: dict[str, Any] = {
             name: self._distance(name, clip, min(1000, images)).to(device)
             for name in self.distances
             if images >= _LEAST[name]
         }
-        for side, real in ((reference, True), (pictures, False)):
+        for side, chosen, real in sides:
             for part, pixels in read_pictures(side, self.batch_size):
                 shown, drawn = pixels.to(device), [k for k, picture in enumerate(part) if picture in chosen]
                 for name, metric in metrics.items():
