@@ -10,6 +10,7 @@ from pkgutil import resolve_name
 from types import TracebackType
 
 from svdd import UserError, __version__, did_you_mean, first_line, printable, say
+from svdd.commands.streams import exits_explained, protect_streams
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
 
 __all__ = ["main"]
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:
         arguments = sys.argv[1:]
+        protect_streams()
         signals.listen()  # also while libraries are imported
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()
@@ -71,9 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
-        resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
-    except BrokenPipeError:  # `svdd list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with exits_explained():
+            resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
     except Exception as error:
         if os.environ.get("SVDD_DEBUG"):
             raise

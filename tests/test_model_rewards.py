@@ -3,7 +3,7 @@
 import math
 import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
@@ -635,6 +635,23 @@ def test_an_endpoint_that_hangs_times_out():
         message = failure(address, timeout=0.1, retries=1)
         released.set()
     assert message.endswith("no answer within 0.1 s after 2 attempts")
+
+
+@pytest.mark.parametrize("part", ["headers", "body", "size"])
+def test_an_endless_answer_ends(part):
+    """Each byte arrives in time, but the answer would never be complete."""
+
+    def answer(body, handler):
+        write, pause = handler.wfile.write, threading.Event().wait
+        write(b"HTTP/1.1 200 OK\r\n" + (b"" if part == "headers" else b"\r\n"))
+        with suppress(OSError):
+            while True:
+                write(b"x" * 2**16 if part == "size" else b"x")
+                pause(0 if part == "size" else 0.02)
+
+    with chat_server(answer) as (address, _):
+        message = failure(address, timeout=20 if part == "size" else 0.3, retries=0)
+    assert message.endswith("larger than 1048576 bytes" if part == "size" else "no answer within 0.3 s")
 
 
 def test_an_unreachable_endpoint():

@@ -20,6 +20,7 @@ from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
+from svdd.runs.processes.watchdog import StepTimeout
 from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
 from svdd.values.learned import weights_file
@@ -41,11 +42,14 @@ class PredictCLI(ModelCLI):
         patience = "Seconds to wait for other processes, once done, while none of them finishes a batch."
         parser.add_argument("--tar", type=bool, default=False, help="Write WebDataset tar shards instead of PNG files.")
         parser.add_argument("--patience", type=float, default=3600.0, help=patience)
+        timeout = "Seconds after which a process whose step does not finish is ended; by default never."
+        parser.add_argument("--step_timeout", type=float | None, default=None, help=timeout)
 
     def before_instantiate_classes(self) -> None:
         """Checks prompts and run folder, which is fast, before weights are loaded, which is slow."""
         with as_user_errors():
             self.stop = StopOnSignal(self.group, self.settings.patience)
+            self.watchdog = StepTimeout(self.settings.step_timeout)
             prompts = PromptDataModule(**self.settings.data.as_dict())
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             images = len(prompts.dataset) * self.settings.model.images_per_prompt
@@ -70,7 +74,7 @@ class PredictCLI(ModelCLI):
         own = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
         trainer: Any = super().instantiate_trainer(enable_progress_bar=own and wanted, **kwargs)
         shown = not own and wanted and sys.stderr.isatty() and trainer.is_global_zero
-        trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.stop]
+        trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.watchdog, self.stop]
         return trainer
 
     def before_predict(self) -> None:

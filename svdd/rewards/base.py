@@ -18,6 +18,11 @@ __all__ = ["Reward", "is_device_failure"]
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
 _NO_EFFECT |= {"api_key_env", "backoff", "concurrency", "retries", "timeout"}
 
+_DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
+    *("cuda error", "out of memory"),
+    *("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
+)
+
 
 class Reward(nn.Module, ABC):
     """Scores images: one number per image. A subclass implements `forward` and sets the attributes that differ.
@@ -85,10 +90,11 @@ class Reward(nn.Module, ABC):
 
 
 def is_device_failure(error: Exception) -> bool:
-    """Whether the device, not the reward, caused the error."""
-    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-    named = any(words in str(error).lower() for words in ("cuda error", "out of memory"))
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and named)
+    """Whether the device or a lack of memory, not the reward, caused the error or one that it was raised from."""
+    kinds = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    named = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _DEVICE_FAILURES)
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, kinds) or named or (isinstance(cause, Exception) and is_device_failure(cause))
 
 
 def _plain(value: Any) -> Any:

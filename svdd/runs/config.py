@@ -22,7 +22,7 @@ _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the fold
 # Settings that do not change a run's images and rows, beyond float rounding.
 _HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    r"|(output|overwrite|patience|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
+    r"|(output|overwrite|patience|step_timeout|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
     r"|model\.(on_error|diffusion\.(chunk_size|compile))(\..*)?"
 )
 

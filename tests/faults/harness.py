@@ -82,10 +82,23 @@ class Case:
         """Runs in this process and returns the exit code."""
         return main(self.words(*options))
 
-    def fork(self, *options: str, environment: dict[str, str] | None = None, disk: int | None = None) -> BaseProcess:
-        """Starts a run in a fork of this process; `disk` limits the size of each file, in bytes."""
+    def fork(
+        self,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        disk: int | None = None,
+        output: int | None = None,
+    ) -> BaseProcess:
+        """Starts a run in a fork of this process.
+
+        Args:
+            options: Command-line options.
+            environment: Additional variables.
+            disk: Maximum size of each file, in bytes.
+            output: A file descriptor for standard output instead of the log; 1 or 2 closes that stream.
+        """
         process = multiprocessing.get_context("fork").Process(
-            target=_run, args=(self.words(*options), environment or {}, str(self.log), disk)
+            target=_run, args=(self.words(*options), environment or {}, str(self.log), disk, output)
         )
         process.start()
         self.processes.append(process)
@@ -229,7 +242,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(words: list[str], environment: dict[str, str], log: str, disk: int | None) -> None:
+def _run(words: list[str], environment: dict[str, str], log: str, disk: int | None, output: int | None) -> None:
     """The body of a fork: what a new interpreter does after its imports."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", AGENT):
         os.environ.pop(name, None)
@@ -237,10 +250,13 @@ def _run(words: list[str], environment: dict[str, str], log: str, disk: int | No
     rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
+    os.dup2(descriptor if output in (None, 1, 2) else output, 1)
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", closefd=False, buffering=1)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
+    if output in (1, 2):
+        os.close(output)
+        setattr(sys, ("stdout", "stderr")[output - 1], None)
     if disk is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
