@@ -235,11 +235,9 @@ def test_image_reward_is_the_published_arithmetic(models, side):
     state = torch.load(f"{models('image_reward')}/ImageReward.pt", weights_only=True)
     reward.load()
     pixels = images if side == 32 else torch.nn.functional.interpolate(images, 32, mode="bicubic", antialias=True)
-    tokens = reward.tokenizer(
-        PROMPTS, padding="max_length", truncation=True, max_length=BLIP_TOKENS, return_tensors="pt"
-    )
+    tokens = reward.words(PROMPTS, padding="max_length", truncation=True, max_length=BLIP_TOKENS, return_tensors="pt")
     assert tokens.input_ids.shape == (4, BLIP_TOKENS)
-    assert tokens.input_ids[:, 0].tolist() == [reward.tokenizer.cls_token_id] * 4
+    assert tokens.input_ids[:, 0].tolist() == [reward.words.cls_token_id] * 4
     expected = plain_image_reward(
         state, normalise(pixels.clamp(0, 1), CLIP_MEAN, CLIP_STD), tokens.input_ids, tokens.attention_mask
     )

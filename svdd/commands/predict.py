@@ -1,8 +1,8 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
-import hashlib
 import math
 import sys
+import warnings
 from typing import Any
 
 import lightning as L
@@ -18,12 +18,12 @@ from svdd.evaluation.baseline import against, difference_words, over_optimised, 
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
-from svdd.runs.prompts import PromptDataModule
+from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.runs.writer import RunWriter
-from svdd.values.learned import weights_file
 
 __all__ = ["PredictCLI", "StepProgress"]
 
@@ -51,14 +51,13 @@ class PredictCLI(ModelCLI):
             self.stop = StopOnSignal(self.group, self.settings.patience)
             self.watchdog = StepTimeout(self.settings.step_timeout)
             prompts = PromptDataModule(**self.settings.data.as_dict())
+            check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
+            warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             images = len(prompts.dataset) * self.settings.model.images_per_prompt
             self.evaluation.check(images, prompts.dataset)
             plain = self.resolved()
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
-            arguments = (plain["model"].get("value") or {}).get("init_args", {})
-            if arguments.get("pretrained") and (file := weights_file(str(arguments["pretrained"]))).is_file():
-                plain["value_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
             self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
         prompts.teardown("predict")

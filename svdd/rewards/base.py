@@ -16,7 +16,7 @@ __all__ = ["Reward", "is_device_failure"]
 
 # Arguments that do not change the result; the second line holds those of an endpoint.
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
-_NO_EFFECT |= {"api_key_env", "backoff", "concurrency", "retries", "timeout"}
+_NO_EFFECT |= {"api_key", "api_key_env", "password", "token", "backoff", "concurrency", "retries", "timeout"}
 
 _DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
     *("cuda error", "out of memory"),
@@ -32,12 +32,15 @@ class Reward(nn.Module, ABC):
         higher_is_better: Must be True to guide; False for a held-out error, whose lowest score is the best.
         range: The lowest and the highest possible score.
         variant: Which of the class's rewards this is, for its name; empty if there is only one.
+        from_files: Names of attributes, beyond weights and tokenizers, that were read from files: a run continues only
+            while they and the reward's source are the same.
     """
 
     differentiable: bool = False
     higher_is_better: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
     variant: str = ""
+    from_files: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

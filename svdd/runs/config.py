@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.secrets import redacted
 from svdd.runs.yaml_text import read_yaml
 
 __all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "recorded_settings", "write_config"]
@@ -100,7 +101,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True)
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypedDict, cast
 
-__all__ = ["RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row", "row_fault"]
+__all__ = ["MAX_SEED", "RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row", "row_fault"]
+
+MAX_SEED = 2**64 - 1
 
 
 class ResultRow(TypedDict, total=False):
@@ -44,7 +46,7 @@ class Prompt(NamedTuple):
     def image_seeds(self, seed: int, count: int) -> list[int]:
         """Returns `count` seeds, one per image: the run's seed + index * count + k, or the prompt's own seed + k."""
         first = seed + self.index * count if self.seed is None else self.seed
-        return [(first + k) % 2**63 for k in range(count)]
+        return [(first + k) % (MAX_SEED + 1) for k in range(count)]
 
 
 def result_row(
@@ -86,7 +88,7 @@ def row_fault(row: Any) -> str:
     path = PurePosixPath(row["file"])
     if path.is_absolute() or ".." in path.parts:
         return f"file is {row['file']!r:.80}, expected a path in the folder"
-    numbers = {"particle_weight": row.get("particle_weight", 1.0)}
+    numbers = {name: row.get(name, 1.0) for name in ("particle_weight", "path_kl_sample")}
     for name in ("rewards", "ledger"):
         if not isinstance(entries := row.get(name, {} if name == "ledger" else None), dict):
             return f"{name} is {entries!r:.40}, expected numbers by name"

@@ -88,6 +88,7 @@ class Case:
         environment: dict[str, str] | None = None,
         disk: int | None = None,
         output: int | None = None,
+        operations: int | None = None,
     ) -> BaseProcess:
         """Starts a run in a fork of this process.
 
@@ -96,7 +97,10 @@ class Case:
             environment: Additional variables.
             disk: Maximum size of each file, in bytes.
             output: A file descriptor for standard output instead of the log; 1 or 2 closes that stream.
+            operations: File operations in the run folder after which the process ends as if killed.
         """
+        if operations is not None:
+            environment = {**(environment or {}), "STUB_OPERATIONS": str(operations)}
         process = multiprocessing.get_context("fork").Process(
             target=_run, args=(self.words(*options), environment or {}, str(self.log), disk, output)
         )
@@ -262,5 +266,35 @@ def _run(words: list[str], environment: dict[str, str], log: str, disk: int | No
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
     os.chdir(REPOSITORY)
     os.setsid()
+    if "STUB_OPERATIONS" in environment:
+        _die_after(int(environment["STUB_OPERATIONS"]), words[words.index("--output") + 1])
     sys.argv = ["svdd", *words]
     sys.exit(main())
+
+
+def _die_after(count: int, folder: str) -> None:
+    """Ends this process, without a farewell, before file operation `count` + 1 below the folder."""
+    left = count
+
+    def tick() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os._exit(137)
+
+    def hear(event: str, arguments: tuple) -> None:
+        changes = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+        if changes and str(arguments[0]).startswith(folder):
+            tick()
+
+    def counted(function: Callable) -> Callable:
+        def wrapped(descriptor: int, *arguments: object) -> object:
+            with suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{descriptor}").startswith(folder):
+                    tick()
+            return function(descriptor, *arguments)
+
+        return wrapped
+
+    os.write, os.fsync, os.ftruncate = counted(os.write), counted(os.fsync), counted(os.ftruncate)
+    sys.addaudithook(hear)

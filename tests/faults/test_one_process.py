@@ -4,13 +4,16 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from svdd.evaluation.evaluation import Evaluation
-from tests.faults.harness import Case, until
+from tests.faults.conftest import PROMPTS
+from tests.faults.harness import REPOSITORY, Case, until
 
 KEPT = "finished images are kept, and the same command continues"
 
@@ -164,6 +167,37 @@ def test_kills_while_shards_are_written(tmp_path, table: Callable):
     assert len(whole.content()[0]) == 400
     assert len(list(case.folder.glob("images/*.tar"))) > 1
     table("SIGKILL while tar shards are written", "torn ends were dropped, new shards begun", 137, lost)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
+def test_a_kill_while_an_old_run_is_overwritten(case: Case, whole: Case, tmp_path: Path, share: float):
+    """At a share of the file operations; the old run has more pictures and other settings."""
+    old = Case(case.folder.parent, [f"old {k}" for k in range(20)])
+    assert old.resume("--model.seed", "5") == 0
+    case = Case(case.folder.parent, PROMPTS)
+    case.gate.touch()
+    process = case.fork("--overwrite", "true", operations=round(share * 170))
+    process.join(60)
+    assert process.exitcode == 137
+    assert case.resume("--overwrite", "true", before={}) == 0
+    assert case.content() == whole.content()
+
+
+@pytest.mark.parametrize("name", ["RANK", "every one"])
+def test_single_variables_of_launchers_are_ignored(case: Case, name: str):
+    """With NODE_RANK=1 a finished run was drawn over with other settings, as no lock was taken."""
+    case.resume()
+    before = case.finished()
+    names = ["RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"]
+    names += ["SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK", "SVDD_AGENT"]
+    variables = {name: "1"} if name in names else dict.fromkeys(names, "garbage")
+    command = [sys.executable, "-m", "svdd", *case.words("--model.seed", "5")]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "holds a run with other settings: model.seed was 0, now 5" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert case.finished() == before
 
 
 BAD = {"STUB_BAD": "there"}

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,9 @@ class Endpoint:
             valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
         except ValueError:
             valid = False
-        if not valid or url.query or url.fragment or "@" in self.address:  # not shown: it may hold a password
+        if (
+            not valid or url.query or url.fragment or re.search("@|%40", self.address)
+        ):  # not shown: it may hold a password
             problem = "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password"
             raise UserError(f"{problem} (a run saves it); give a key in the variable that api_key_env names")
         for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
