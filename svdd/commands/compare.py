@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from PIL import Image, ImageDraw, ImageFont
 
-from svdd import UserError
+from svdd import UserError, say
 from svdd.evaluation.images import RunImage, read_images
 from svdd.runs.files import write_atomically
 from svdd.runs.pictures import pixels_of
@@ -60,12 +60,12 @@ def compare(words: list[str]) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {output}: {reason}; choose another --output") from error
-    print(f"means over {len(shared)} images")
-    print("".join(f"{name:>24}" for name in ("run", *map(_printable, rewards), "denoiser rows/image")))
+    say(f"means over {len(shared)} images")
+    say("".join(f"{name:>24}" for name in ("run", *map(_printable, rewards), "denoiser rows/image")))
     for run, images in rows:
         means = "".join(_mean([image.rewards.get(reward) for image in images], ".4f") for reward in rewards)
-        print(f"{_printable(run.name):>24}{means}{_mean([image.denoiser_rows for image in images], '.0f')}")
-    print(f"wrote {_printable(str(output))}")
+        say(f"{_printable(run.name):>24}{means}{_mean([image.denoiser_rows for image in images], '.0f')}")
+    say(f"wrote {_printable(str(output))}")
 
 
 def _draw(rows: list[tuple[Path, list[RunImage]]], rewards: list[str]) -> bytes:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from tqdm import tqdm
 
-from svdd import Incomplete, UserError
+from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.commands.score import print_measurements
@@ -33,6 +33,7 @@ _ONE_PROMPT = "no standard error from one prompt"
 class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
 
+    purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -83,7 +84,7 @@ class PredictCLI(ModelCLI):
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
             backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
-            print(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
+            say(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
@@ -94,14 +95,14 @@ class PredictCLI(ModelCLI):
         count = summary["rewards"][summary["guide"]]["count"]
         if failed:
             where = f"see {self.writer.folder.failures}; the same command tries them again"
-            print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
+            say(f"svdd: {failed} prompts could not be drawn: {where}", error=True)
             if not count:
                 raise UserError("no prompt could be drawn, so no picture was made")
-        print(f"{count:.0f} images in {self.writer.folder.path}/images")
+        say(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
             known = math.isfinite(error := entry["standard_error"])
-            print(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
-        print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+            say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
+        say(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
         self._evaluate(summary)
         if failed:
             raise Incomplete(3)
@@ -116,9 +117,9 @@ class PredictCLI(ModelCLI):
             fallen = over_optimised(comparison, summary["guide"], better)
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
-                print(f"{name} - {baseline}: {difference_words(entry)}")
+                say(f"{name} - {baseline}: {difference_words(entry)}")
             if said := verdict(comparison, summary["guide"], fallen, baseline):
-                print(f"svdd: warning: {said}", file=sys.stderr)
+                say(f"svdd: warning: {said}", error=True)
         if found:
             folder.amend_summary(found)
             print_measurements(found)

@@ -186,15 +186,19 @@ class RunFolder:
             parts, known = (entry if isinstance(entry, dict) else {} for entry in (parts, known))
             changed = [name for name in parts if parts[name] != found.get(name, "")]
             changed += [f"{name} (new)" for name in found if parts and name not in parts]
+            newer = [
+                f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new
+            ]
             if changed:
+                began = "; ".join([f"other contents of {', '.join(changed)}", *newer])
                 raise RunError(
-                    f"{self.path} was begun with other contents of {', '.join(changed)}: restore what was there, "
-                    "choose another --output, or remove the old run with --overwrite true"
+                    f"{self.path} was begun with {began}: restore what was there, choose another --output, or remove "
+                    "the old run with --overwrite true"
                 )
             if not parts and found:
                 record = {"parts": dict(found), "versions": dict(versions)}
                 write_atomically(self._fingerprints, encode(record, indent=2) + b"\n")
-        return [f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new]
+        return newer
 
     def has_summary(self) -> bool:
         """Whether there is a whole summary."""
@@ -225,14 +229,12 @@ class RunFolder:
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
         changed = differences(recorded.config, config) if recorded is not None else []
-        if changed and recorded is not None and not recorded.config:
-            changed = [f"{CONFIG} is damaged, so they are not known"]
         drawn = any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
         if changed and drawn and not overwrite and not self._condemned.exists():
-            raise RunError(
-                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Choose another --output, or remove the old run with --overwrite true"
-            )
+            known = recorded is not None and recorded.config
+            what = f"other settings: {'; '.join(changed)}" if known else f"unknown settings, as its {CONFIG} is damaged"
+            way_out = "Choose another --output, or remove the old run with --overwrite true"
+            raise RunError(f"{self.path} holds a run with {what}. {way_out}")
         anew = recorded is None or overwrite or not drawn or self._condemned.exists()
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
