@@ -267,7 +267,7 @@ class RunFolder:
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; {} if there is none or the file is damaged."""
     with suppress(FileNotFoundError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
     return {}
 
