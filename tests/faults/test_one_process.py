@@ -15,7 +15,7 @@ from svdd.evaluation.evaluation import Evaluation
 from tests.faults.conftest import PROMPTS
 from tests.faults.harness import REPOSITORY, Case, until
 
-KEPT = "finished images are kept, and the same command continues"
+KEPT = "what is finished is kept, and the same command continues"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
