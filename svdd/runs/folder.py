@@ -7,6 +7,7 @@ run continues, which tries them again.
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, s
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import hold
-from svdd.runs.rows import ResultRow
+from svdd.runs.rows import ResultRow, row_fault
 
 __all__ = ["RunFolder"]
 
@@ -58,25 +59,39 @@ class RunFolder:
         """Whether this process has claimed the folder."""
         return self._lock is not None
 
-    def rows(self) -> Iterator[ResultRow]:
-        """Yields the rows of a finished run; raises a UserError if the folder is none."""
-        if not self.results.is_file():
+    def rows(self, checked: bool = False) -> Iterator[ResultRow]:
+        """Yields the rows of a finished run; with `checked` they have all that evaluation reads, in its type.
+
+        Raises:
+            UserError: If the folder is none, a line is not JSON, or a checked row is damaged.
+        """
+        if not os.path.isfile(self.results):  # also of a name that no file can have
             what = f"{self.path} holds no {self.results.name}"
             raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
-        with open(self.results, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    what = f"{self.results}, line {number} is not JSON"
-                    raise UserError(f"{what}; run the same `svdd predict` again") from error
+        try:
+            with open(self.results, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        row = json.loads(line)
+                        fault = row_fault(row) if checked else ""
+                    except (ValueError, RecursionError):
+                        fault = "not JSON"
+                    if fault:
+                        what = f"{self.results}, line {number} is damaged ({fault})"
+                        raise UserError(f"{what}; run the same `svdd predict` again")
+                    yield row
+        except OSError as error:
+            raise UserError(f"cannot read {self.results}: {error.strerror or error}") from error
 
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
         try:
             with open(self.summary, encoding="utf-8", opener=regular_only) as file:
-                return json.load(file)
-        except (OSError, ValueError) as error:
+                summary = json.load(file)
+            if not isinstance(summary, dict):
+                raise ValueError("not an object")
+            return summary
+        except (OSError, ValueError, RecursionError) as error:
             what = f"{self.path} has no readable {self.summary.name}"
             raise UserError(f"{what}; run the same `svdd predict` to its end") from error
 
@@ -224,7 +239,13 @@ class RunFolder:
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
         files = (self._rows, self._traces, self._failures)  # rows before their traces
-        for path in (*(file.path for file in files), self.summary, self.path / CONFIG, self._fingerprints):
+        for path in (
+            *(file.path for file in files),
+            self.summary,
+            self.path / CONFIG,
+            self._fingerprints,
+            self._condemned,
+        ):
             path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         for file in files if anew else (self._failures,):  # failed prompts are tried again
             file.remove()
