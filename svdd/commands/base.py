@@ -67,6 +67,10 @@ class ModelCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.settings = self.config[self.command]
         with as_user_errors():
+            if (diffusion := self.settings.model.get("diffusion")) is not None:
+                examine = getattr(resolve_name(diffusion.class_path), "examine", None)  # of a class, not of a function
+                if examine is not None:
+                    examine(diffusion.get("init_args") or {})
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, args)
 
     def _parse_ckpt_path(self) -> None:

@@ -1,7 +1,7 @@
 """A pretrained text-to-image model as a Markov chain with Gaussian steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,13 @@ class Diffusion(nn.Module, ABC):
         """Everything that a value learned on this chain depends on, as numbers and strings."""
         own = {"diffusion": type(self).__name__, "num_inference_steps": self.num_inference_steps}
         return own | {"latent_shape": list(self.latent_shape)}
+
+    @classmethod
+    def examine(cls, arguments: Mapping[str, Any]) -> None:
+        """Raises UserError if small files show that a model cannot be built from these constructor arguments.
+
+        Commands call it before they write anything or start processes; by default it checks nothing.
+        """
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:
