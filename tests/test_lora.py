@@ -119,16 +119,16 @@ def test_fused_weights_equal_those_of_diffusers(sd15, pipeline, pairs, tmp_path,
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "alpha_pattern": {"conv1": 7}}])
 def test_fused_peft_adapters_equal_those_of_peft(sd15, pipeline, pairs, tmp_path, parts, settings):
     peft_adapters({part: pairs[part] for part in parts}, tmp_path, **settings)
-    theirs = pipeline()
+    theirs, base, ours = pipeline(), pipeline(), StableDiffusion(sd15, STEPS, lora=str(tmp_path))
     for part in parts:
         inner = tmp_path / part if len(parts) > 1 else tmp_path
         setattr(theirs, part, peft.PeftModel.from_pretrained(getattr(theirs, part), inner).merge_and_unload())
-    for name in ("unet", "text_encoder"):
-        ours = getattr(StableDiffusion(sd15, STEPS, lora=str(tmp_path)), name).state_dict()
-        for weight, expected in getattr(theirs, name).state_dict().items():
-            torch.testing.assert_close(ours[weight], expected, rtol=0, atol=1e-6)
-            if name in parts and TARGETS.match(weight.removesuffix(".weight")) and weight.endswith(".weight"):
-                assert not torch.equal(ours[weight], getattr(pipeline(), name).state_dict()[weight])
+    for part in ("unet", "text_encoder"):
+        before, expected, found = (getattr(model, part).state_dict() for model in (base, theirs, ours))
+        changed = {f"{layer}.weight" for layer in (pairs[part] if part in parts else [])}
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+            assert torch.equal(weight, before[name]) == (name not in changed)
 
 
 def test_names_without_their_part_are_found_in_the_model(sd15, pipeline, pairs, tmp_path):

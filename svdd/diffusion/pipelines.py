@@ -45,8 +45,8 @@ def examine(
         UserError: If there is no such model, or it is not what is expected.
     """
     what = f"pretrained={pretrained!r}"
-    family = class_name.removesuffix("Pipeline")
-    expected = f"`emoji`, a folder saved by {class_name}.save_pretrained, or a hub name of such a {family} model"
+    saved = f"a folder saved by {class_name}.save_pretrained"
+    expected = f"`emoji`, {saved}, or a hub name such as stable-diffusion-v1-5/stable-diffusion-v1-5"
     if is_local(pretrained):
         folder = Path(pretrained).expanduser()
         if folder.exists() and not (file := folder / _INDEX).is_file():
@@ -179,8 +179,10 @@ class TinyDecoder(nn.Module):
         from diffusers import AutoencoderTiny
 
         what = f"decoder={source!r}"
+        expected = "`tiny`, a folder written by AutoencoderTiny.save_pretrained, or a hub name: madebyollin/taesd"
+        source, options = locate(what, source, "config.json", expected, None, local_files_only)
         with quiet("diffusers"):
-            vae = read_model(AutoencoderTiny, source, dtype, what, local_files_only=local_files_only)
+            vae = read_model(AutoencoderTiny, source, dtype, what, **options)
         if (found := vae.config.latent_channels) != latent_channels:
             raise UserError(f"{what} is for latents of {found} channels; this model has {latent_channels}")
         self.decoder, self.scaling_factor = vae.decoder.eval(), float(vae.config.scaling_factor)
