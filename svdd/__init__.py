@@ -1,5 +1,11 @@
 """Steer text-to-image diffusion models with any reward, at inference time, without training or gradients."""
 
+import sys
+
+if sys.argv[:1] == ["-m"] and {"svdd", "-msvdd"} & {*sys.orig_argv} and not getattr(sys.flags, "safe_path", False):
+    sys.path.append(sys.path.pop(0))  # `python -m svdd`: a json.py in the working directory must not be imported
+
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -15,7 +21,16 @@ __getattr__, _, __all__ = lazy_loader.attach(  # imports on first use, so that `
     ["diffusion", "rewards", "samplers", "state", "values"],
     {"diffusion.stable_diffusion": ["StableDiffusion"], "guided_diffusion": ["GuidedDiffusion"]},
 )
-__all__ += ["Incomplete", "RewardError", "Stopped", "UserError", "did_you_mean", "first_line", "missing_methods"]
+__all__ += [
+    "Incomplete",
+    "RewardError",
+    "Stopped",
+    "UserError",
+    "did_you_mean",
+    "first_line",
+    "missing_methods",
+    "printable",
+]
 __dir__ = __all__.copy
 
 try:
@@ -55,6 +70,22 @@ def first_line(error: object) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Returns a text without what could act on a terminal: control characters and bidirectional overrides are escaped.
+
+    Tabs and ends of lines stay.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(text: object, error: bool = False) -> None:
+    """Prints a message, which may quote what others have written, to stdout or stderr."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=error)
+
+
 def did_you_mean(name: str, known: Iterable[str], separator: str = "; ") -> str:
     """Returns `separator` and a hint at the known name most similar to `name`; empty if none is close."""
     from difflib import get_close_matches
@@ -69,3 +100,9 @@ def require_at_least(least: int, **numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < least:
             raise ValueError(f"{name} must be >= {least}, got {number}")
+
+
+def check_bound(what: str, number: int, most: int, advice: str, error: type[UserError] = UserError) -> None:
+    """Raises an error if a number is above its limit; most limits are in `svdd.runs.bounds`."""
+    if number > most:
+        raise error(f"{what}: {number} is above the limit of {most}; {advice}")

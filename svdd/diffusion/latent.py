@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
+from svdd.assets.content import digest
 from svdd.assets.hub import ASSETS, is_local
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.kernels import KERNELS, Kernel, find_kernel
@@ -52,6 +53,7 @@ class LatentDiffusion(Diffusion):
     pipeline: ClassVar[str]  # name of the class in diffusers
     kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
+    from_files = ("scheduler_config",)
     tiny: ClassVar[str]  # hub name of the family's small decoder
     guidance_scale: float
 
@@ -93,6 +95,7 @@ class LatentDiffusion(Diffusion):
         encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
         names = [self.backbone, "vae", *sorted(encoders)]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
+        self._unfused = {name: digest(parts[name]) for name in names} if lora is not None else {}
         if lora is not None:
             fuse_lora(pipeline, lora, lora_scale)
         # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
@@ -157,12 +160,20 @@ class LatentDiffusion(Diffusion):
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
         return super().identity | names | {name: getattr(self, name) for name in settings}
 
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The configuration of the scheduler."""
+        return self.kernel.config
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns digests of the scheduler and the tokenizers and of each network, before a LoRA was fused."""
+        return super().fingerprints() | self._unfused
+
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
         """Returns the encoded prompts and negative prompts (None without guidance)."""
         negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
-        return self._encode(list(prompts)), self._encode(negatives) if self.network_rows(
-            self.guidance_scale
-        ) > 1 else None
+        guided = self.network_rows(self.guidance_scale) > 1
+        return self._encode(list(prompts)), self._encode(negatives) if guided else None
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales noise to the scheduler's first level."""

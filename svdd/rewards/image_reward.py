@@ -52,20 +52,20 @@ class ImageReward(PretrainedReward):
         local_files_only: bool = False,
     ) -> None:
         super().__init__(revision=revision, local_files_only=local_files_only)
-        self.pretrained, self.tokenizer_name = pretrained, tokenizer
+        self.pretrained, self.tokenizer = pretrained, tokenizer
 
     def read(self) -> nn.Module:
         """Returns BLIP with the head."""
         from transformers import BertTokenizer
 
         network = read_grounded_text(read_weights(find_file(self.pretrained, **self.options)), self.pretrained)
-        words, what = network.text.config.vocab_size, f"tokenizer={self.tokenizer_name!r}"
+        words, what = network.text.config.vocab_size, f"tokenizer={self.tokenizer!r}"
         expected, local = "a folder saved by BertTokenizer.save_pretrained or a hub name", self.local_files_only
-        source, options = locate(what, self.tokenizer_name, "tokenizer_config.json", expected, None, local)
-        self.tokenizer = read_tokenizer(BertTokenizer, source, what, words, **options)
-        size = len(self.tokenizer)
+        source, options = locate(what, self.tokenizer, "tokenizer_config.json", expected, None, local)
+        self.words = read_tokenizer(BertTokenizer, source, what, words, **options)
+        size = len(self.words)
         if not words - 2 <= size <= words:  # the weights have two more special words
-            raise UserError(f"tokenizer={self.tokenizer_name!r} has {size} words; expected {words - 2}")
+            raise UserError(f"tokenizer={self.tokenizer!r} has {size} words; expected {words - 2}")
         return network
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -73,7 +73,7 @@ class ImageReward(PretrainedReward):
         network = self.network
         weights = next(network.parameters())
         pixels = normalise(fit_square(images, network.vision.config.image_size, rounded=True), CLIP_MEAN, CLIP_STD)
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        tokens = self.words(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
         tokens = tokens.to(weights.device)
         return (network(pixels.to(weights), tokens.input_ids, tokens.attention_mask).float() - _MEAN) / _STD
 

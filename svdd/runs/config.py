@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.secrets import redacted
+from svdd.runs.yaml_text import read_yaml
 
-__all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "write_config"]
+__all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "recorded_settings", "write_config"]
 
 CONFIG = "config.yaml"
 _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the folder as the output of that command
@@ -21,7 +23,7 @@ _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the fold
 # Settings that do not change a run's images and rows, beyond float rounding.
 _HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    r"|(output|overwrite|patience|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
+    r"|(output|overwrite|patience|step_timeout|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
     r"|model\.(on_error|diffusion\.(chunk_size|compile))(\..*)?"
 )
 
@@ -45,9 +47,22 @@ def read_config(folder: Path) -> Recorded | None:
     if not (header := _HEADER.match(text)):
         return None
     config = None
-    with suppress(yaml.YAMLError):
-        config = yaml.safe_load(text)
+    with suppress(yaml.YAMLError, ValueError):
+        config = read_yaml(text)
     return Recorded(header[1], config if isinstance(config, dict) else {})
+
+
+def recorded_settings(text: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the settings out of a `config.yaml` that svdd has written; None if a user has written it.
+
+    Left out are the checksums, which are no settings, and `overwrite`, which would remove the run that was recorded.
+    """
+    if not _HEADER.match(text):
+        return None
+    kept = {name: setting for name, setting in config.items() if name != "overwrite" and not name.endswith("_sha256")}
+    if isinstance(data := kept.get("data"), dict):
+        kept["data"] = {name: setting for name, setting in data.items() if name != "prompts_sha256"}
+    return kept
 
 
 def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = _HARMLESS) -> list[str]:
@@ -86,7 +101,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True)
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
