@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from svdd import UserError
+from svdd.__main__ import main
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import State
@@ -348,3 +349,14 @@ def test_what_is_no_folder_of_a_pipeline_is_refused_with_what_it_is(sd15, tmp_pa
 def test_arguments_out_of_range_are_refused(sd15, options, message):
     with pytest.raises(ValueError, match=message):
         StableDiffusion(sd15, **{"num_inference_steps": 2} | options)
+
+
+@pytest.mark.parametrize("command", ["predict", "fit", "calibrate"])
+def test_commands_refuse_another_class_before_anything_is_written(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / INDEX).write_text('{"_class_name": "FluxPipeline"}')
+    words = ["--model.reward", "Compressibility", "--data.prompts", "[a]", "--model.diffusion.pretrained", "./flux"]
+    assert main([command, *words, "--output", "out", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]) == 2
+    assert "pretrained='./flux' is a FluxPipeline; this class takes" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["flux"]
