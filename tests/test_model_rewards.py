@@ -369,7 +369,9 @@ def test_other_incomplete_models_are_refused(models, tiny_clip, tiny_head, tmp_p
     assert_refused(Aesthetic(str(clip), tiny_head), "lacks 2 weights of CLIPVisionModelWithProjection")
     classifier = shutil.copytree(models("vit"), tmp_path / "vit")
     without("classifier.weight")(classifier)
-    assert_refused(Classifier(str(classifier), 0), "lacks 1 weights of ViTForImageClassification, first classifier.weight")
+    assert_refused(
+        Classifier(str(classifier), 0), "lacks 1 weights of ViTForImageClassification, first classifier.weight"
+    )
     words = shutil.copytree(models("image_reward"), tmp_path / "words")
     for file in words.glob("*token*"):
         file.unlink()

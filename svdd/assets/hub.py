@@ -174,7 +174,7 @@ def read_auto(auto: Any, pretrained: str, what: str = "", **options: Any) -> Any
     The options include `revision` and `local_files_only`; `what` begins the error's message.
     """
     what, expected = what or f"pretrained={pretrained!r}", "a folder saved by save_pretrained or a hub name"
-    hub = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
+    hub: dict[str, Any] = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
     source, hub = locate(what, pretrained, "config.json", expected, **hub)
     with loading(what, source):
         return auto.from_pretrained(source, trust_remote_code=False, **hub, **options)

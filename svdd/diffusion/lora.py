@@ -54,7 +54,7 @@ def find_lora(lora: str, weight_name: str | None = None, local_files_only: bool 
         raise UserError(
             f"{what} does not exist; expected a file, a folder, or a hub name: owner/name or owner/name/file"
         )
-    options = {"local_files_only": local_files_only}
+    options: dict[str, Any] = {"local_files_only": local_files_only}
     if weight_name is None:
         with loading(what):
             cached = [name for name in _USUAL if isinstance(try_to_load_from_cache(lora, name), str)]

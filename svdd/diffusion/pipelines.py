@@ -107,19 +107,25 @@ def load_pipeline(
         its = f"{what}, its {name},"
         if issubclass(part, nn.Module):
             with quiet("diffusers"):
-                of = {"variant": variant} if name in found else {}
+                of: dict[str, Any] = {"variant": variant} if name in found else {}
                 parts[name] = read_model(part, str(Path(folder, name)), torch.float32, its, **of)
         elif hasattr(part, "vocab_files_names"):
-            encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+            encoder: Any = parts.get(name.replace("tokenizer", "text_encoder"))
             words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
             parts[name] = read_tokenizer(part, str(Path(folder, name)), its, words, local_files_only=True)
-            limit, positions = parts[name].model_max_length, getattr(encoder.config, "max_position_embeddings", None)
-            if limit > (positions or 10_000):  # transformers takes 1e30 if it is not stated
-                stated = f"states a model_max_length of {limit}" if limit < 10_000 else "states no model_max_length"
-                problem = f"{stated}, and the text encoder reads {positions} tokens; correct its tokenizer_config.json"
-                raise UserError(f"{its} {problem}")
+            _check_length(its, parts[name].model_max_length, getattr(encoder, "config", None))
     with loading(what, folder), quiet("diffusers"):
         return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out, **parts)
+
+
+def _check_length(what: str, limit: int, encoder: Any) -> None:
+    """Raises UserError if a tokenizer returns more tokens than the text encoder of this configuration reads."""
+    positions = getattr(encoder, "max_position_embeddings", None)
+    if limit > (positions or 10_000):  # transformers takes 1e30 if it is not stated
+        stated = f"states a model_max_length of {limit}" if limit < 1e9 else "states no model_max_length"
+        raise UserError(
+            f"{what} {stated}, and the text encoder reads {positions} tokens; correct tokenizer_config.json"
+        )
 
 
 def _parts(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
