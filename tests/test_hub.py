@@ -171,6 +171,25 @@ def test_a_model_of_the_hub_equals_its_folder_and_loads_again_without_the_hub(hu
         assert all(torch.equal(tensor, expected[name]) for name, tensor in other.state_dict().items())
 
 
+def test_code_in_a_model_that_open_clip_reads_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a user might answer
+    tower, clip = tmp_path / "tower", tmp_path / "clip"
+    for folder in (tower, clip):
+        folder.mkdir()
+    (tower / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
+    (tower / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nMine = None\n")
+    text = {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
+    model = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
+        "text_cfg": text,
+    }
+    (clip / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    with pytest.raises(UserError, match=r"of open_clip cannot be loaded: .*code"):
+        CLIPScore(architecture=f"local-dir:{clip}").load()
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_call_loads_code_or_pickles():
     """Every call that takes them says `trust_remote_code=False`, or `weights_only=True`."""
     found = {"from_pretrained": [], "download": [], "torch.load": []}
