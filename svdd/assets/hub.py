@@ -146,15 +146,13 @@ def _damaged(folder: str | Path | None) -> str:
 
 @contextmanager
 def offline(wanted: bool) -> Iterator[None]:
-    """Restricts the hub's client to its cache, and refuses code in models, for libraries that take no such options."""
-    from transformers import dynamic_module_utils as code
-
-    before = constants.HF_HUB_OFFLINE, code.TIME_OUT_REMOTE_CODE
-    constants.HF_HUB_OFFLINE, code.TIME_OUT_REMOTE_CODE = wanted or before[0], 0  # no time to ask whether to run it
+    """Restricts the hub's client to its cache, where `local_files_only` cannot be passed on."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = wanted or before
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, code.TIME_OUT_REMOTE_CODE = before
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from svdd.runs.files import write_atomically
 from svdd.runs.secrets import redacted
 from svdd.runs.yaml_text import read_yaml
 
-__all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "recorded_settings", "write_config"]
+__all__ = ["CONFIG", "HARMLESS", "Recorded", "differences", "plain", "read_config", "recorded_settings", "write_config"]
 
 CONFIG = "config.yaml"
 _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the folder as the output of that command
 
 # Settings that do not change a run's images and rows, beyond float rounding.
-_HARMLESS = re.compile(
+HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
     r"|(output|overwrite|patience|step_timeout|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
     r"|model\.(on_error|diffusion\.(chunk_size|compile))(\..*)?"
@@ -65,7 +65,7 @@ def recorded_settings(text: str, config: dict[str, Any]) -> dict[str, Any] | Non
     return kept
 
 
-def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = _HARMLESS) -> list[str]:
+def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = HARMLESS) -> list[str]:
     """Lists the settings that differ, with both values.
 
     Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images.

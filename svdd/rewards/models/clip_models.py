@@ -1,7 +1,8 @@
 """CLIP models from transformers and open_clip behind one interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ class OpenClipModel(ClipModel):
             problem = f"open_clip downloads {tag!r} for {architecture} from outside the hub"
             raise UserError(f"{problem}, so local_files_only cannot be kept; give a weights file")
         down = "" if local_files_only or own_file or architecture.startswith("local-dir:") else unreachable()
-        with loading(f"{architecture!r} of open_clip", down=down), offline(local_files_only or bool(down)):
+        with loading(f"{architecture!r} of open_clip", down=down), offline(local_files_only or bool(down)), _no_code():
             self.clip = open_clip.create_model(architecture, tag, load_weights=not own_file, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(architecture)
         if own_file:
@@ -156,6 +157,19 @@ class OpenClipModel(ClipModel):
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Returns the projected embedding of each text, truncated to the model's context, [n, d]."""
         return self.clip.encode_text(self.tokenizer(texts).to(next(self.clip.parameters()).device))
+
+
+@contextmanager
+def _no_code() -> Iterator[None]:
+    """Refuses code in models, where `trust_remote_code` cannot be passed on and transformers would ask a user."""
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def read_clip(
