@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd.commands.base import ModelCLI
 from svdd.guided_diffusion import GuidedDiffusion
-from svdd.runs.config import differences
+from svdd.runs.config import HARMLESS_IF_REPRODUCIBLE, differences
 from svdd.runs.files import RunError, os_errors_explained
 from svdd.runs.prompts import PromptDataModule
 from svdd.values.training.calibration import FILES, Calibration, plot, read_config, require_chains, write
@@ -53,7 +53,11 @@ class CalibrateCLI(ModelCLI):
             if not recorded.exists() and self.folder.exists() and any(self.folder.iterdir()):
                 raise RunError(f"{self.folder} is not empty and holds no calibration; choose another --output")
             known = recorded.exists() and not config.overwrite
-            if known and (changed := differences(read_config(recorded), self.resolved())):
+            if known and (
+                changed := differences(
+                    read_config(recorded), self.resolved(), HARMLESS_IF_REPRODUCIBLE
+                )  # but for rounding
+            ):
                 found = f"{self.folder} holds a calibration with other settings: {'; '.join(changed)}"
                 raise RunError(f"{found}. Choose another --output, or replace the old one with --overwrite true")
 

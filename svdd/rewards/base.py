@@ -27,12 +27,15 @@ class Reward(nn.Module, ABC):
         higher_is_better: Must be True to guide; False for a held-out error, whose lowest score is the best.
         range: The lowest and the highest possible score.
         variant: Which of the class's rewards this is, for its name; empty if there is only one.
+        one_call: Whether a score never depends on the other images of a call, to the last bit; then one call may score
+            several prompts' images in the reproducible mode too.
     """
 
     differentiable: bool = False
     higher_is_better: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
     variant: str = ""
+    one_call: bool = False
 
     @property
     def name(self) -> str:

@@ -13,17 +13,28 @@ import yaml
 
 from svdd.runs.files import write_atomically
 
-__all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "write_config"]
+__all__ = [
+    "CONFIG",
+    "HARMLESS",
+    "HARMLESS_IF_REPRODUCIBLE",
+    "ROWS_AT_ONCE",
+    "Recorded",
+    "differences",
+    "plain",
+    "read_config",
+    "write_config",
+]
 
 CONFIG = "config.yaml"
+ROWS_AT_ONCE = "rows_at_once"  # recorded: `Chunker.most`, with which the images are drawn
 _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the folder as the output of that command
 
-# Settings that do not change a run's images and rows, beyond float rounding.
-_HARMLESS = re.compile(
+# Settings that do not change a run's images and rows.
+HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    r"|(output|overwrite|patience|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
-    r"|model\.(on_error|diffusion\.(chunk_size|compile))(\..*)?"
+    rf"|({ROWS_AT_ONCE}|output|overwrite|patience|max_restarts|tar|evaluation|data\.num_workers|model\.on_error)(\..*)?"
 )
+HARMLESS_IF_REPRODUCIBLE = re.compile(rf"{HARMLESS.pattern}|(data\.batch_size|model\.diffusion\.chunk_size)(\..*)?")
 
 
 class Recorded(NamedTuple):
@@ -50,7 +61,7 @@ def read_config(folder: Path) -> Recorded | None:
     return Recorded(header[1], config if isinstance(config, dict) else {})
 
 
-def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = _HARMLESS) -> list[str]:
+def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = HARMLESS) -> list[str]:
     """Lists the settings that differ, with both values.
 
     Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images.

@@ -16,7 +16,15 @@ from typing import Any
 from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
-from svdd.runs.config import CONFIG, differences, read_config, write_config
+from svdd.runs.config import (
+    CONFIG,
+    HARMLESS,
+    HARMLESS_IF_REPRODUCIBLE,
+    ROWS_AT_ONCE,
+    differences,
+    read_config,
+    write_config,
+)
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.images import RunImages, is_named_by
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
@@ -26,6 +34,11 @@ from svdd.runs.rows import ResultRow
 __all__ = ["RunFolder"]
 
 _KIND = "predict"  # the command whose folder this is
+_BATCHES = ("data.batch_size", "model.diffusion.chunk_size")
+_ONLY_IF_REPRODUCIBLE = (
+    "Without the reproducible mode, other batches change the last bits of an image and can change which candidates are "
+    "selected: keep these settings, or start a new run with --model.diffusion.reproducible true. "
+)
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -102,6 +115,27 @@ class RunFolder:
             self.close()
             raise
 
+    def record_rows_at_once(self, most: int | None, rank: int) -> int | None:
+        """Records with how many rows of an image at once it is drawn, and returns with how many to draw.
+
+        That is what an earlier run here used, if it was interrupted. Only rank 0 writes. RunError if exactly one of the
+        two runs is in the reproducible mode.
+        """
+        with os_errors_explained(self.path):
+            config = recorded.config if (recorded := read_config(self.path)) else {}
+            known = config.get(ROWS_AT_ONCE, ...)
+            if known is not ... and self._drawn():
+                if (known is None) != (most is None):
+                    modes = ("with", "without") if known else ("without", "with")
+                    raise RunError(
+                        f"{self.path} holds images drawn {modes[0]} the reproducible mode, and this process would draw "
+                        f"{modes[1]} it: continue on the same kind of device, or choose another --output"
+                    )
+                most = min(most or 0, known or 0) or None
+            if rank == 0 and known != most:
+                write_config(self.path, _KIND, {**config, ROWS_AT_ONCE: most})
+        return most
+
     def open_shard(self, rank: int) -> None:
         """Locks and opens the files to which the process of this rank appends; raises a RunError if it cannot."""
         with os_errors_explained(self.path):
@@ -167,6 +201,10 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
+    def _drawn(self) -> bool:
+        """Whether rows of an earlier run are on disk."""
+        return any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
+
     def _lock_and_clear(self, config: dict[str, Any], overwrite: bool) -> None:
         """Locks the folder, checks and records the configuration, and removes what must not stay."""
         if self._lock is None:
@@ -175,11 +213,15 @@ class RunFolder:
         for path in sorted(self.path.glob(".lock-*")):  # a process of a killed run may have outlived it
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
-        changed = differences(recorded.config, config) if recorded is not None else []
-        drawn = any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
-        if changed and drawn and not overwrite:
+        changed = []
+        if recorded is not None:
+            reproducible = bool(recorded.config.get(ROWS_AT_ONCE))
+            harmless = HARMLESS_IF_REPRODUCIBLE if reproducible else HARMLESS
+            changed = differences(recorded.config, config, harmless)
+        if changed and self._drawn() and not overwrite:
             raise RunError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
+                f"{_ONLY_IF_REPRODUCIBLE if any(line.startswith(_BATCHES) for line in changed) else ''}"
                 "Choose another --output, or remove the old run with --overwrite"
             )
         files = (self._rows, self._traces, self._failures)  # rows before their traces
