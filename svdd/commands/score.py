@@ -24,14 +24,14 @@ from svdd.runs.output import hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
 
-__all__ = ["print_measurements", "score"]
+__all__ = ["print_measurements", "score", "score_parser"]
 
 _LINE = "mean {mean:.4g} [{ci95_low:.4g}, {ci95_high:.4g}], std {std:.3g}, median {median:.4g}, top 10 % {top10:.4g}"
 _NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
 
-def score(words: list[str]) -> None:
-    """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
+def score_parser() -> Parser:
+    """Returns the parser of `svdd score`."""
     parser = Parser(prog="svdd score", description="Scores existing pictures with any reward.")
     parser.add_argument("--config", action="config", help="YAML file with these settings.")
     parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
@@ -43,6 +43,12 @@ def score(words: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
+    return parser
+
+
+def score(words: list[str]) -> None:
+    """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
+    parser = score_parser()
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(words))
         settings = parser.instantiate_classes(given)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.yaml_text import read_yaml
 
 __all__ = [
     "CONFIG",
@@ -22,6 +23,7 @@ __all__ = [
     "differences",
     "plain",
     "read_config",
+    "recorded_settings",
     "write_config",
 ]
 
@@ -56,9 +58,23 @@ def read_config(folder: Path) -> Recorded | None:
     if not (header := _HEADER.match(text)):
         return None
     config = None
-    with suppress(yaml.YAMLError):
-        config = yaml.safe_load(text)
+    with suppress(yaml.YAMLError, ValueError):
+        config = read_yaml(text)
     return Recorded(header[1], config if isinstance(config, dict) else {})
+
+
+def recorded_settings(text: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the settings out of a `config.yaml` that svdd has written; None if a user has written it.
+
+    Left out are checksums, rows at once, and `overwrite`, which would remove the recorded run.
+    """
+    if not _HEADER.match(text):
+        return None
+    dropped = ("overwrite", ROWS_AT_ONCE)
+    kept = {name: setting for name, setting in config.items() if not (name in dropped or name.endswith("_sha256"))}
+    if isinstance(data := kept.get("data"), dict):
+        kept["data"] = {name: setting for name, setting in data.items() if name != "prompts_sha256"}
+    return kept
 
 
 def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = HARMLESS) -> list[str]:
