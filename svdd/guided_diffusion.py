@@ -30,7 +30,7 @@ from svdd.values.posterior_mean import PosteriorMean
 
 __all__ = ["GuidedDiffusion"]
 
-_TOGETHER = 7  # rows at once from which a CPU gains nothing by more
+_TOGETHER = 6.5  # rows at once from which a CPU gains nothing by more
 
 
 class GuidedDiffusion(L.LightningModule):

@@ -114,6 +114,12 @@ def test_an_invalid_size_is_refused(size):
         Chunker(size)
 
 
+@pytest.mark.parametrize("reproducible", [1, "on", None])
+def test_an_invalid_mode_is_refused(reproducible):
+    with pytest.raises(ValueError, match=f"reproducible must be true, false or 'auto', got {reproducible!r}"):
+        Chunker(reproducible=reproducible)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 4, 7])
 def test_a_run_does_not_depend_on_the_size(chunk_size):
     value = bound(PosteriorMean(), Linear([1.0, -0.5]))

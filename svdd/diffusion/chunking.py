@@ -40,7 +40,7 @@ class Chunker:
     def __init__(self, size: int | str = "auto", reproducible: Reproducible = False) -> None:
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"chunk_size must be 'auto' or an integer >= 1, got {size!r}")
-        if reproducible not in (True, False, "auto"):
+        if not isinstance(reproducible, bool) and reproducible != "auto":
             raise ValueError(f"reproducible must be true, false or 'auto', got {reproducible!r}")
         self.limit = None if isinstance(size, str) else size
         self.automatic = size == "auto"
