@@ -182,6 +182,7 @@ def test_threads_compute_the_parts_as_the_caller_would(context):
     assert {threads for _, threads in seen} == {1}
 
 
+@pytest.mark.filterwarnings("ignore:out of memory")
 def test_out_of_memory_halves_the_parts_and_redraws_the_whole_batch():
     class Model:
         diffusion = SimpleNamespace(chunker=Chunker(reproducible=True))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.secrets import redacted
 from svdd.runs.yaml_text import read_yaml
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ROWS_AT_ONCE",
     "Recorded",
     "differences",
+    "harmless",
     "plain",
     "read_config",
     "recorded_settings",
@@ -34,7 +36,8 @@ _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the fold
 # Settings that do not change a run's images and rows.
 HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    rf"|({ROWS_AT_ONCE}|output|overwrite|patience|max_restarts|tar|evaluation|data\.num_workers|model\.on_error)(\..*)?"
+    rf"|({ROWS_AT_ONCE}|output|overwrite|patience|step_timeout|max_restarts|tar|evaluation)(\..*)?"
+    r"|(data\.num_workers|model\.on_error)(\..*)?"
 )
 HARMLESS_IF_REPRODUCIBLE = re.compile(rf"{HARMLESS.pattern}|(data\.batch_size|model\.diffusion\.chunk_size)(\..*)?")
 
@@ -90,6 +93,11 @@ def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.P
     ]
 
 
+def harmless(recorded: Mapping[str, Any]) -> re.Pattern[str]:
+    """Returns which settings may change when the run with this configuration continues."""
+    return HARMLESS_IF_REPRODUCIBLE if recorded.get(ROWS_AT_ONCE) else HARMLESS
+
+
 def plain(value: Any, finite: bool = False) -> Any:
     """Reduces a value to dicts, lists, strings, numbers, booleans and None, as in YAML and JSON.
 
@@ -113,7 +121,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True)
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
