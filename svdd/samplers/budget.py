@@ -69,7 +69,8 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
             "state.propose and uniform numbers with state.uniforms"
         )
     spent = final.context.ledger.per_image(len(final.x))
-    return Cost(len(final.x), *(spent[name] for name in Cost._fields[1:-1]), chain.squares / max(chain.rows, 1))
+    work = {name: spent[name] for name in Cost._fields[1:-1]}
+    return Cost(len(final.x), **work, together=chain.squares / max(chain.rows, 1))
 
 
 def current_count(sampler: Sampler) -> dict[str, int]:
