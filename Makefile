@@ -49,6 +49,7 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (hours on 2 
 	$(BIN)/python -m benchmarks.over_optimisation
 	$(BIN)/python -m benchmarks.values
 	$(BIN)/python -m benchmarks.samplers
+	$(BIN)/python -m benchmarks.choose_start
 	$(BIN)/python -m benchmarks.scale --processes 26
 
 embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours; continues where it stopped)

@@ -582,6 +582,11 @@ def test_files_that_cannot_be_used_are_refused(write, name, content, expected):
     ("name", "content", "expected"),
     [
         ("p.csv", "prompt,Seeds\na,1\n", "column 'Seeds' is only copied into the results, did you mean 'seed'?"),
+        (
+            "p.csv",
+            "prompt,noise_seed\na,1\n",
+            "column 'noise_seed' is only copied into the results, did you mean 'seed'?",
+        ),
         ("p.csv", "prompt,negative\na,1\n", "column 'negative' is only copied .* did you mean 'negative_prompt'?"),
         ("p.txt", 'a\n--prompt "red" --seed 5\nx --ar 3:2\n', r"line 2 \(--prompt\) and others: options of another"),
     ],

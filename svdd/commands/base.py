@@ -27,6 +27,7 @@ class ModelCLI(LightningCLI):
     """A command that builds a module, its data and a Trainer from `words`, the command line after its name."""
 
     command: ClassVar[str]  # its name, and that of the Trainer's method
+    purpose: ClassVar[str]  # the first line of its help
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
     classes: ClassVar[dict[str, str]] = {  # whose arguments can be given without naming them
         "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
@@ -34,10 +35,13 @@ class ModelCLI(LightningCLI):
         "value": "svdd.values.posterior_mean.PosteriorMean",
     }
     defaults: ClassVar[dict[str, Any]] = {}  # of other settings
-    hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})  # no options
+    hidden = frozenset(  # arguments of the Trainer's method that are no options
+        {"model", "datamodule", "dataloaders", "return_predictions", "weights_only", "ckpt_path"}
+    )
 
     def __init__(self, words: list[str]) -> None:
         self._words = [self.command, *words]
+        usage = f"svdd {self.command} [--config FILE] [--SETTING VALUE ...]"
         with ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
                 *self.builds[:2],
@@ -47,7 +51,7 @@ class ModelCLI(LightningCLI):
                 trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
                 auto_configure_optimizers=False,
                 parser_class=Parser,
-                parser_kwargs={"prog": "svdd"},
+                parser_kwargs={"prog": "svdd", self.command: {"description": self.purpose, "usage": usage}},
                 args=[self.command, *with_shipped_configs(words)],
             )
 
@@ -63,6 +67,9 @@ class ModelCLI(LightningCLI):
         parser.add_argument(
             "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
         )
+        if self.command != "fit":
+            path = "A learned value's file, or checkpoint, which takes the place of `model.value`."
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help=path)
         known = self.classes.keys() & inspect.signature(self.builds[0]).parameters
         parser.set_defaults({f"model.{k}": {"class_path": self.classes[k]} for k in known} | self.defaults)
 

@@ -1,7 +1,6 @@
 """`svdd calibrate`: how well a value predicts the reward, step by step."""
 
 import inspect
-import sys
 from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +8,7 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
+from svdd import say
 from svdd.commands.base import ModelCLI
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import HARMLESS_IF_REPRODUCIBLE, differences
@@ -32,6 +32,7 @@ class CalibrationTrainer(L.Trainer):
 class CalibrateCLI(ModelCLI):
     """Draws new unguided chains for the prompts and writes table and plot into the output folder."""
 
+    purpose = "Measures how well a value predicts the reward, step by step."
     command, builds = "calibrate", (Calibration, PromptDataModule, CalibrationTrainer)
     defaults: ClassVar = {"output": "runs/calibration"}
 
@@ -46,7 +47,7 @@ class CalibrateCLI(ModelCLI):
         config = self.settings
         unused = [f"model.{name}" for name in sorted(_UNUSED) if config.model.pop(name, None) is not None]
         if unused:
-            print(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", file=sys.stderr)
+            say(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", error=True)
         self.folder = Path(config.output)
         recorded = self.folder / FILES[0]
         with os_errors_explained(self.folder):
@@ -72,8 +73,8 @@ class CalibrateCLI(ModelCLI):
             return
         folder, table = self.folder, self.model.table
         name, reward = type(self.model.value).__name__, self.model.reward.name
-        print(write(folder, table, {"value": name, "reward": reward, "chains": self.chains, "config": self.resolved()}))
+        say(write(folder, table, {"value": name, "reward": reward, "chains": self.chains, "config": self.resolved()}))
         plotted = plot(folder / FILES[2], {name: table}, f"{name} for {reward}, {self.chains} chains")
-        print(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
+        say(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
         if not plotted:
-            print("no plot: it needs matplotlib (pip install 'svdd[plot]')")
+            say("no plot: it needs matplotlib (pip install 'svdd[plot]')")

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from PIL import Image, ImageDraw, ImageFont
 
-from svdd import UserError
+from svdd import UserError, say
 from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import pixels_of
 
@@ -62,9 +62,9 @@ def compare(words: list[str]) -> None:
                 pen.text((x, y + height + 2 + _LINE * k), label, _FAINT, font)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(options.output)
-    print(f"means over {len(shared)} images")
-    print("".join(f"{name:>24}" for name in ("run", *rewards, "denoiser rows/image")))
+    say(f"means over {len(shared)} images")
+    say("".join(f"{name:>24}" for name in ("run", *rewards, "denoiser rows/image")))
     for run, chosen in rows:
         means = "".join(f"{fmean(row['rewards'][reward] for row in chosen):>24.4f}" for reward in rewards)
-        print(f"{run.name:>24}{means}{fmean(row['ledger']['denoiser_rows'] for row in chosen):>24.0f}")
-    print(f"wrote {options.output}")
+        say(f"{run.name:>24}{means}{fmean(row['ledger']['denoiser_rows'] for row in chosen):>24.0f}")
+    say(f"wrote {options.output}")

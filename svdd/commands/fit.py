@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from svdd import say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.runs.config import CONFIG, differences, read_config, write_config
@@ -38,8 +39,9 @@ _BEFORE_A_CHECKPOINT = {".lock", CONFIG, f"{CONFIG}.tmp", "logs"}  # with only t
 class FitCLI(ModelCLI):
     """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
 
+    purpose = "Trains a learned value on rollouts of the pretrained model."
     command, builds = "fit", (ValueFitting, RolloutDataModule, L.Trainer)
-    hidden = ModelCLI.hidden | {"train_dataloaders", "val_dataloaders", "ckpt_path"}
+    hidden = ModelCLI.hidden | {"train_dataloaders", "val_dataloaders"}
     classes: ClassVar = ModelCLI.classes | {"value": "svdd.values.latent_conv.LatentConvValue"}
     defaults: ClassVar = {"output": "runs/fit", "trainer.max_epochs": 20, "trainer.num_sanity_val_steps": 0}
 
@@ -84,11 +86,11 @@ class FitCLI(ModelCLI):
         file, value = self.folder / "value.safetensors", self.model.value
         with os_errors_explained(self.folder):
             write_atomically(file, to_safetensors(read_checkpoint(str(best))))
-        print(f"{type(value).__name__} for {self.model.reward.name} in {self.folder}")
+        say(f"{type(value).__name__} for {self.model.reward.name} in {self.folder}")
         if (score := self._checkpoints.best_model_score) is not None:
             known = " (1 is that of the mean reward)" if isinstance(value.loss, MeanLoss) else ""
-            print(f"best held-out loss {float(score):.4g}{known}, {best}")
-        print(f"use it: svdd predict ... --ckpt_path {file}")
+            say(f"best held-out loss {float(score):.4g}{known}, {best}")
+        say(f"use it: svdd predict ... --ckpt_path {file}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.folder / "checkpoints" / "last.ckpt"

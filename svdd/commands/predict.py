@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from tqdm import tqdm
 
-from svdd import Incomplete, UserError
+from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.commands.score import print_measurements
@@ -30,6 +30,7 @@ __all__ = ["PredictCLI", "StepProgress"]
 class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
 
+    purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -78,7 +79,7 @@ class PredictCLI(ModelCLI):
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
             backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
-            print(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
+            say(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
@@ -89,14 +90,14 @@ class PredictCLI(ModelCLI):
         count = summary["rewards"][summary["guide"]]["count"]
         if failed:
             where = f"see {self.writer.folder.failures}; the same command tries them again"
-            print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
+            say(f"svdd: {failed} prompts could not be drawn: {where}", error=True)
             if not count:
                 raise UserError("no prompt could be drawn, so no picture was made")
-        print(f"{count:.0f} images in {self.writer.folder.path}/images")
+        say(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
             by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
-            print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
-        print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+            say(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
+        say(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
         self._evaluate(summary)
         if failed:
             raise Incomplete(3)
@@ -112,9 +113,9 @@ class PredictCLI(ModelCLI):
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
                 line = "{difference:+.3g} [{ci95_low:+.3g}, {ci95_high:+.3g}]".format_map(entry)
-                print(f"{name} - {baseline}: {line}")
+                say(f"{name} - {baseline}: {line}")
             if fallen:
-                print(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", file=sys.stderr)
+                say(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", error=True)
         if found:
             folder.amend_summary(found)
             print_measurements(found)

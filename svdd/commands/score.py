@@ -1,6 +1,5 @@
 """`svdd score`: measures pictures that exist already."""
 
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from svdd import UserError, first_line, require_at_least
+from svdd import UserError, first_line, require_at_least, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
@@ -74,24 +73,24 @@ def score(words: list[str]) -> None:
                 write_config(folder, "score", config)
         rows, statistics = _score(pictures, rewards, settings.batch_size, device)
         if not any(picture.prompt for picture in pictures):
-            print(f"svdd: warning: {_NO_PROMPTS}", file=sys.stderr)
+            say(f"svdd: warning: {_NO_PROMPTS}", error=True)
         summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
         for name, entry in statistics.items():
-            print(f"{name}: {_LINE.format_map(entry)}, {entry['count']:.0f} images")
+            say(f"{name}: {_LINE.format_map(entry)}, {entry['count']:.0f} images")
         print_measurements(summary)
         if folder is not None:
             run = RunFolder(folder)
             with os_errors_explained(folder):
                 write_atomically(folder / "scores.jsonl", b"".join(encode(row) + b"\n" for row in rows))
             run.write_summary(summary)
-            print(f"wrote {folder}/scores.jsonl and {run.summary.name}")
+            say(f"wrote {folder}/scores.jsonl and {run.summary.name}")
 
 
 def print_measurements(found: Mapping[str, Any]) -> None:
     """Prints what `Evaluation.measure` returned, one number a line."""
     for key in ("diversity", "distances"):
         for name, value in found.get(key, {}).items():
-            print(f"{key}, {name}: {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}")
+            say(f"{key}, {name}: {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}")
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -91,8 +92,8 @@ def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[lis
 def pixels_of(folder: Path, file: str) -> np.ndarray:
     """Returns the pixels of a file as in `Picture`, uint8 [h, w, 3], as a viewer shows them.
 
-    This is the first frame, turned as its EXIF data say, with 16 bits and floating-point numbers scaled to 8 bits, and
-    transparency over white. Colour profiles are ignored.
+    This is the first frame in sRGB, turned as its EXIF data say, with numbers of other types scaled to 8 bits, and
+    transparency over white.
 
     Raises:
         UserError: If it is no picture, damaged or too large.
@@ -104,13 +105,13 @@ def pixels_of(folder: Path, file: str) -> np.ndarray:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 image.load()
-                return np.array(_rgb(_upright(image), png=image.format == "PNG"))
+                return np.array(_rgb(_in_srgb(_upright(image)), png=image.format == "PNG"))
     except Image.DecompressionBombError as error:
         advice = "make it smaller, or cut a contact sheet into its pictures"
         raise UserError(f"{folder / file} has more than {MAX_PIXELS} pixels; {advice}") from error
     except UnidentifiedImageError as error:
-        kinds = "PNG, JPEG, WebP, BMP, GIF and TIFF"
-        raise UserError(f"{folder / file} cannot be read as a picture: it is none of {kinds}, or damaged") from error
+        reason = "it is none of PNG, JPEG, WebP, BMP, GIF and TIFF, damaged, or its pixels are of an unusual type"
+        raise UserError(f"{folder / file} cannot be read as a picture: {reason}") from error
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow raise errors of any kind
@@ -123,6 +124,18 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # as above
         return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Converts colours with another profile than sRGB; a damaged profile says nothing."""
+    if image.mode in ("RGB", "RGBA", "CMYK") and (data := image.info.get("icc_profile")):
+        with suppress(ImageCms.PyCMSError, OSError, ValueError):
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+                mode = "RGBA" if image.mode == "RGBA" else "RGB"
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(image, profile, srgb, outputMode=mode) or image
+    return image
 
 
 def _rgb(image: Image.Image, png: bool) -> Image.Image:

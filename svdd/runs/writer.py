@@ -1,7 +1,6 @@
 """The callback that writes a run to disk while it is under way, so that an interrupted run can continue."""
 
 import io
-import sys
 import time
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchmetrics import Metric
 
-from svdd import UserError, __version__, first_line
+from svdd import UserError, __version__, first_line, say
 from svdd.runs.files import RunError
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
@@ -183,7 +182,7 @@ class RunWriter(L.Callback):
         versions = {**_VERSIONS, "transformers": version("transformers")}
         if trainer.is_global_zero and (changed := self.folder.fingerprint(found, versions)):
             text = f"{self.folder.path} was begun with {', '.join(changed)}: images may differ in the last bits"
-            print(f"svdd: warning: {text}", file=sys.stderr)
+            say(f"svdd: warning: {text}", error=True)
 
     def _finish(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None

@@ -242,7 +242,7 @@ class Start:
     Args:
         diffusion: The chain.
         prompts: One per image.
-        seeds: One per image, 0 .. 2^63 - 1; they determine every random number of the image.
+        seeds: One per image, 0 .. 2^64 - 1; they determine every random number of the image.
         negative_prompts: One per image, or None for the model's default throughout.
     """
 

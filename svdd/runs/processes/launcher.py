@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-from svdd import UserError, first_line
+from svdd import UserError, first_line, say
 from svdd.runs.processes.environment import launcher
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
@@ -121,7 +121,7 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
                 raise UserError(f"{problem}; if the temporary folder is full, set TMPDIR to another") from error
             if code in _FINAL or attempt == max_restarts:
                 break
-            print(f"svdd: restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)
+            say(f"svdd: restart {attempt + 1} of {max_restarts}", error=True)
         return code
     except SignalException:
         signals.say(f"ended: {STOP_EXIT_CODES[stopped]}; finished images are kept, and the same command continues")
@@ -141,5 +141,5 @@ def _report(error: Any) -> int:
     else:
         reason = "" if code == 3 else f"process {rank} ended with exit code {code}"
     if reason:
-        print(f"svdd: {reason}", file=sys.stderr, flush=True)
+        say(f"svdd: {reason}", error=True)
     return code
