@@ -174,7 +174,10 @@ def main() -> None:
         f"{os.environ.get('OMP_NUM_THREADS', 'not set')}. Made by `python -m benchmarks.reproducible`.",
         "",
     ]
-    for part in (cost(), ["", "CPU seconds of T = 5 steps, one thread, both modes in turn; the second and third of three rounds.", ""]):
+    for part in (
+        cost(),
+        ["", "CPU seconds of T = 5 steps, one thread, both modes in turn; the second and third of three rounds.", ""],
+    ):
         for line in part:
             print(line, flush=True)
             lines.append(line)

@@ -1,7 +1,6 @@
 """The LightningModule that wraps a diffusion model, a sampler, a value and a reward."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from svdd import UserError
 from svdd.assets.content import digest, sources
@@ -101,7 +100,6 @@ class GuidedDiffusion(L.LightningModule):
             raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate")
         # Lists in the order of `rewards`: the name of a reward need not be one that a module may have.
         self.statistics: Any = nn.ModuleList(RewardStatistics(each.higher_is_better) for each in self.rewards.values())
-        self.weighted: Any = nn.ModuleList(MeanMetric().set_dtype(torch.float64) for _ in self.rewards)
         self.path_kl = RewardStatistics()
         self.spent: Any = nn.ModuleDict({each.name: SumMetric().set_dtype(torch.float64) for each in fields(Ledger)})
         self.summary: dict[str, Any] = {}
@@ -178,7 +176,7 @@ class GuidedDiffusion(L.LightningModule):
                 rewards={name: values[j * returned + particle] for name, values in scores.items()},
                 ledger=ledger,
                 particle=None if weights is None else (particle, weights[j * returned + particle]),
-                path_kl=path_kl[j],
+                path_kl_sample=path_kl[j],
             )
             for j, (prompt, k) in enumerate(jobs)
             for particle in range(returned)
@@ -196,12 +194,9 @@ class GuidedDiffusion(L.LightningModule):
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""
-        for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
-            scores, prompts = _pairs((row["rewards"][name], row["prompt_index"]) for row in rows)
-            metric.update(scores, prompts.long())
-            weighted.update(*_pairs((row["rewards"][name], row.get("particle_weight")) for row in rows))
-        divergence, prompts = _pairs((row.get("path_kl"), row["prompt_index"]) for row in rows)
-        self.path_kl.update(divergence, prompts.long())
+        for name, metric in zip(self.rewards, self.statistics, strict=True):
+            metric.update(*_columns(rows, [row["rewards"][name] for row in rows]))
+        self.path_kl.update(*_columns(rows, [row.get("path_kl_sample") for row in rows]))
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
 
@@ -228,10 +223,8 @@ class GuidedDiffusion(L.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
         statistics = {}
-        for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
+        for name, metric in zip(self.rewards, self.statistics, strict=True):
             statistics[name] = {key: value.item() for key, value in metric.compute().items()}
-            if not math.isnan(mean := weighted.compute().item()):
-                statistics[name]["weighted_mean"] = float(f"{mean:.7g}")  # the order of the sum changes the last digits
         totals = {name: metric.compute().item() for name, metric in self.spent.items()}
         divergence, images = self.path_kl.compute(), statistics[self.reward.name]["count"]
         self.summary = {"guide": self.reward.name, "sampler": type(self.sampler).__name__}
@@ -239,7 +232,7 @@ class GuidedDiffusion(L.LightningModule):
             self.summary["budget"] = {"denoiser_rows": self.budget, "chosen": self.chosen}
         self.summary["rewards"] = statistics
         if divergence["count"]:
-            self.summary["path_kl"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
+            self.summary["path_kl_bound"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
         decimals = {name: 3 if name.endswith("seconds") else None for name in totals}
         self.summary["ledger"] = {name: round(total, decimals[name]) for name, total in totals.items()}
         self.summary["denoiser_rows_per_image"] = totals["denoiser_rows"] / images if images else None
@@ -256,11 +249,16 @@ class GuidedDiffusion(L.LightningModule):
 
     @torch.inference_mode(False)
     def _reset(self) -> None:
-        for metric in (*self.statistics, *self.weighted, self.path_kl, *self.spent.values()):
+        for metric in (*self.statistics, self.path_kl, *self.spent.values()):
             metric.reset()
 
 
-def _pairs(pairs: Iterable[tuple[float | None, float | None]]) -> list[Tensor]:
-    """Returns the first and the second numbers of the complete pairs, float64 [n] each."""
-    complete = [pair for pair in pairs if None not in pair]
-    return list(torch.tensor(complete, dtype=torch.float64).view(-1, 2).unbind(1))
+def _columns(rows: Sequence[ResultRow], numbers: Sequence[float | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the numbers that are known, their prompts and their particles' weights, [n] each."""
+    known = [
+        (number, row["prompt_index"], row.get("particle_weight", 1.0))
+        for number, row in zip(numbers, rows, strict=True)
+        if number is not None
+    ]
+    found, prompts, weights = torch.tensor(known, dtype=torch.float64).view(-1, 3).unbind(1)
+    return found, prompts.long(), weights

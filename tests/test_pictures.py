@@ -194,6 +194,7 @@ def test_a_fifo_named_like_a_result_file_is_refused_at_once(tmp_path):
     for read in (rows.scan, lambda: rows.open(0), lambda: write_atomically(run.summary, b"")):
         with pytest.raises(OSError, match=r"regular file|No such device"):
             read()
+    assert not run.has_summary()
     for read in (run.read_summary, lambda: list(run.rows()), lambda: hold(tmp_path, "predict")):
         with pytest.raises(UserError):
             read()

@@ -700,6 +700,16 @@ def test_other_settings_are_refused(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text()) == other
 
 
+def test_a_run_with_a_damaged_configuration_is_not_continued(tmp_path):
+    run(tmp_path / "run", prompts=[0])
+    config = tmp_path / "run" / "config.yaml"
+    config.write_bytes(config.read_bytes()[:60] + bytes(200))
+    before = read_folder(tmp_path / "run")
+    with pytest.raises(RunError, match=r"a run with unknown settings, as its config\.yaml is damaged\. Choose another"):
+        run(tmp_path / "run", prompts=[0, 1])
+    assert read_folder(tmp_path / "run") == before
+
+
 def test_settings_may_change_until_something_is_drawn(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         run(tmp_path / "run", stop_at=0)
@@ -790,6 +800,7 @@ def test_no_command_touches_the_folder_of_another(tmp_path, kind, overwrite, cap
     before = read_folder(folder)
     words = ["--output", str(folder)]
     if kind == "score":
+        Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
         words += ["--reward", "Brightness", "--images", str(tmp_path)]
     else:
         words += ["--model.reward", "Brightness", "--data.prompts", str(prompts)]

@@ -7,6 +7,7 @@ run continues, which tries them again.
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, s
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import hold
-from svdd.runs.rows import ResultRow
+from svdd.runs.rows import ResultRow, row_fault
 
 __all__ = ["RunFolder"]
 
@@ -63,25 +64,39 @@ class RunFolder:
         """Whether this process has claimed the folder."""
         return self._lock is not None
 
-    def rows(self) -> Iterator[ResultRow]:
-        """Yields the rows of a finished run; raises a UserError if the folder is none."""
-        if not self.results.is_file():
+    def rows(self, checked: bool = False) -> Iterator[ResultRow]:
+        """Yields the rows of a finished run; with `checked` they have all that evaluation reads, in its type.
+
+        Raises:
+            UserError: If the folder is none, a line is not JSON, or a checked row is damaged.
+        """
+        if not os.path.isfile(self.results):  # also of a name that no file can have
             what = f"{self.path} holds no {self.results.name}"
             raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
-        with open(self.results, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    what = f"{self.results}, line {number} is not JSON"
-                    raise UserError(f"{what}; run the same `svdd predict` again") from error
+        try:
+            with open(self.results, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        row = json.loads(line)
+                        fault = row_fault(row) if checked else ""
+                    except (ValueError, RecursionError):
+                        fault = "not JSON"
+                    if fault:
+                        what = f"{self.results}, line {number} is damaged ({fault})"
+                        raise UserError(f"{what}; run the same `svdd predict` again")
+                    yield row
+        except OSError as error:
+            raise UserError(f"cannot read {self.results}: {error.strerror or error}") from error
 
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
         try:
             with open(self.summary, encoding="utf-8", opener=regular_only) as file:
-                return json.load(file)
-        except (OSError, ValueError) as error:
+                summary = json.load(file)
+            if not isinstance(summary, dict):
+                raise ValueError("not an object")
+            return summary
+        except (OSError, ValueError, RecursionError) as error:
             what = f"{self.path} has no readable {self.summary.name}"
             raise UserError(f"{what}; run the same `svdd predict` to its end") from error
 
@@ -197,15 +212,19 @@ class RunFolder:
             parts, known = (entry if isinstance(entry, dict) else {} for entry in (parts, known))
             changed = [name for name in parts if parts[name] != found.get(name, "")]
             changed += [f"{name} (new)" for name in found if parts and name not in parts]
+            newer = [
+                f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new
+            ]
             if changed:
+                began = "; ".join([f"other contents of {', '.join(changed)}", *newer])
                 raise RunError(
-                    f"{self.path} was begun with other contents of {', '.join(changed)}: restore what was there, "
-                    "choose another --output, or remove the old run with --overwrite true"
+                    f"{self.path} was begun with {began}: restore what was there, choose another --output, or remove "
+                    "the old run with --overwrite true"
                 )
             if not parts and found:
                 record = {"parts": dict(found), "versions": dict(versions)}
                 write_atomically(self._fingerprints, encode(record, indent=2) + b"\n")
-        return [f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new]
+        return newer
 
     def has_summary(self) -> bool:
         """Whether there is a whole summary."""
@@ -241,15 +260,12 @@ class RunFolder:
             path.unlink(missing_ok=True)
         known = {} if recorded is None else recorded.config
         changed = [] if recorded is None else differences(known, config, harmless(known))
-        if changed and not known:
-            changed = [f"{CONFIG} is damaged, so they are not known"]
         drawn = self._drawn()
         if changed and drawn and not overwrite and not self._condemned.exists():
-            raise RunError(
-                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                f"{_ONLY_IF_REPRODUCIBLE if any(line.startswith(_BATCHES) for line in changed) else ''}"
-                "Choose another --output, or remove the old run with --overwrite true"
-            )
+            what = f"other settings: {'; '.join(changed)}" if known else f"unknown settings, as its {CONFIG} is damaged"
+            batches = known and any(line.startswith(_BATCHES) for line in changed)
+            way_out = "Choose another --output, or remove the old run with --overwrite true"
+            raise RunError(f"{self.path} holds a run with {what}. {_ONLY_IF_REPRODUCIBLE if batches else ''}{way_out}")
         anew = recorded is None or overwrite or not drawn or self._condemned.exists()
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
@@ -282,7 +298,7 @@ class RunFolder:
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; {} if there is none or the file is damaged."""
     with suppress(FileNotFoundError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
     return {}
 

@@ -164,6 +164,8 @@ def weights_file(pretrained: str) -> Path:
 def read_checkpoint(pretrained: str) -> dict[str, Any]:
     """Reads a file of `svdd fit` as data; UserError if it cannot be read or is another kind of file."""
     source, path = f"pretrained={pretrained!r}", weights_file(pretrained)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{source} is no regular file; expected a file of `svdd fit`")
     try:
         with open(path, "rb") as opened:
             if path.suffix != ".safetensors":

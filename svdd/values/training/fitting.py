@@ -1,6 +1,7 @@
 """Training of a learned value."""
 
 import math
+import os
 from typing import Any
 
 import lightning as L
@@ -47,6 +48,11 @@ class ValueFitting(L.LightningModule):
         encoded = (self.diffusion.encode(block, [None] * len(block)) for block in blocks)
         parts = [part for part in map(self.diffusion.prompt_features, encoded) if part is not None]
         self._prompt_features = torch.cat(parts) if parts else None
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds the global generator, from which dropout draws, by epoch and process: a continued training repeats."""
+        epochs, trainer = int(os.environ.get("PL_GLOBAL_SEED", "0")) * 1_000_000 + self.current_epoch, self.trainer
+        torch.manual_seed(epochs * trainer.world_size + trainer.global_rank)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""
