@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from svdd.runs.files import write_atomically
+from svdd.runs.files import RunError, write_atomically
 from svdd.runs.secrets import redacted
 from svdd.runs.yaml_text import read_yaml
 
@@ -21,11 +21,12 @@ __all__ = [
     "HARMLESS_IF_REPRODUCIBLE",
     "ROWS_AT_ONCE",
     "Recorded",
+    "about_batches",
     "differences",
-    "harmless",
     "plain",
     "read_config",
     "recorded_settings",
+    "rows_at_once",
     "write_config",
 ]
 
@@ -80,11 +81,13 @@ def recorded_settings(text: str, config: dict[str, Any]) -> dict[str, Any] | Non
     return kept
 
 
-def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = HARMLESS) -> list[str]:
+def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] | None = None) -> list[str]:
     """Lists the settings that differ, with both values.
 
     Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images.
     """
+    if harmless is None:
+        harmless = HARMLESS_IF_REPRODUCIBLE if recorded.get(ROWS_AT_ONCE) else HARMLESS
     there, now = (dict(_leaves(yaml.safe_load(_dump(tree)))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
@@ -93,9 +96,29 @@ def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.P
     ]
 
 
-def harmless(recorded: Mapping[str, Any]) -> re.Pattern[str]:
-    """Returns which settings may change when the run with this configuration continues."""
-    return HARMLESS_IF_REPRODUCIBLE if recorded.get(ROWS_AT_ONCE) else HARMLESS
+def about_batches(changed: list[str]) -> str:
+    """Returns why other batches are refused, if they are among the `differences`."""
+    if not any(line.startswith(("data.batch_size", "model.diffusion.chunk_size")) for line in changed):
+        return ""
+    return (
+        "Without the reproducible mode, other batches change the last bits of an image and can change which candidates "
+        "are selected: keep these settings, or start a new run with --model.diffusion.reproducible true. "
+    )
+
+
+def rows_at_once(recorded: Mapping[str, Any], most: int | None, folder: Path) -> int | None:
+    """Returns `Chunker.most` for a run that continues: the smaller of the recorded one and this process's.
+
+    RunError if exactly one of the two is None, because one of the two runs is not in the reproducible mode.
+    """
+    known = recorded.get(ROWS_AT_ONCE, most)
+    if (known is None) != (most is None):
+        modes = ("without", "with") if known is None else ("with", "without")
+        raise RunError(
+            f"{folder} holds images drawn {modes[0]} the reproducible mode, and this process would draw {modes[1]} it: "
+            "continue on the same kind of device, or choose another --output"
+        )
+    return None if most is None else min(most, int(known))
 
 
 def plain(value: Any, finite: bool = False) -> Any:

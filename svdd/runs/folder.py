@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
-from svdd.runs.config import CONFIG, ROWS_AT_ONCE, differences, harmless, read_config, write_config
+from svdd.runs.config import CONFIG, ROWS_AT_ONCE, about_batches, differences, read_config, rows_at_once, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, sync_folder, write_atomically
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
@@ -27,11 +27,6 @@ from svdd.runs.rows import ResultRow, row_fault
 __all__ = ["RunFolder"]
 
 _KIND = "predict"  # the command whose folder this is
-_BATCHES = ("data.batch_size", "model.diffusion.chunk_size")
-_ONLY_IF_REPRODUCIBLE = (
-    "Without the reproducible mode, other batches change the last bits of an image and can change which candidates are "
-    "selected: keep these settings, or start a new run with --model.diffusion.reproducible true. "
-)
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -131,23 +126,11 @@ class RunFolder:
             raise
 
     def record_rows_at_once(self, most: int | None, rank: int) -> int | None:
-        """Records with how many rows of an image at once it is drawn, and returns with how many to draw.
-
-        That is what an earlier run here used, if it was interrupted. Only rank 0 writes. RunError if exactly one of the
-        two runs is in the reproducible mode.
-        """
+        """Records how many rows of an image are computed together, and returns how many to take: see `rows_at_once`."""
         with os_errors_explained(self.path):
             config = recorded.config if (recorded := read_config(self.path)) else {}
-            known = config.get(ROWS_AT_ONCE, ...)
-            if known is not ... and self._drawn():
-                if (known is None) != (most is None):
-                    modes = ("with", "without") if known else ("without", "with")
-                    raise RunError(
-                        f"{self.path} holds images drawn {modes[0]} the reproducible mode, and this process would draw "
-                        f"{modes[1]} it: continue on the same kind of device, or choose another --output"
-                    )
-                most = min(most or 0, known or 0) or None
-            if rank == 0 and known != most:
+            most = rows_at_once(config, most, self.path) if self._drawn() else most
+            if rank == 0 and config.get(ROWS_AT_ONCE, ...) != most:
                 write_config(self.path, _KIND, {**config, ROWS_AT_ONCE: most})
         return most
 
@@ -259,13 +242,12 @@ class RunFolder:
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
         known = {} if recorded is None else recorded.config
-        changed = [] if recorded is None else differences(known, config, harmless(known))
+        changed = [] if recorded is None else differences(known, config)
         drawn = self._drawn()
         if changed and drawn and not overwrite and not self._condemned.exists():
             what = f"other settings: {'; '.join(changed)}" if known else f"unknown settings, as its {CONFIG} is damaged"
-            batches = known and any(line.startswith(_BATCHES) for line in changed)
             way_out = "Choose another --output, or remove the old run with --overwrite true"
-            raise RunError(f"{self.path} holds a run with {what}. {_ONLY_IF_REPRODUCIBLE if batches else ''}{way_out}")
+            raise RunError(f"{self.path} holds a run with {what}. {about_batches(changed)}{way_out}")
         anew = recorded is None or overwrite or not drawn or self._condemned.exists()
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
