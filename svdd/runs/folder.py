@@ -252,7 +252,13 @@ class RunFolder:
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
         files = (self._rows, self._traces, self._failures)  # rows before their traces
-        for path in (*(file.path for file in files), self.summary, self.path / CONFIG, self._fingerprints):
+        for path in (
+            *(file.path for file in files),
+            self.summary,
+            self.path / CONFIG,
+            self._fingerprints,
+            self._condemned,
+        ):
             path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         for file in files if anew else (self._failures,):  # failed prompts are tried again
             file.remove()
