@@ -17,6 +17,7 @@ from huggingface_hub import constants, hf_api
 import svdd
 from svdd import UserError
 from svdd.assets.hub import find_file, read_weights
+from svdd.diffusion.lora import find_lora
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.classifier import Classifier
 from svdd.rewards.clip import CLIPScore
@@ -116,6 +117,7 @@ def closed_port() -> str:
 LOADED = {  # everything that comes from the hub
     "diffusion": lambda name: StableDiffusion.examine({"pretrained": name}),
     "lora": lambda name: StableDiffusion("emoji", 1, lora=name, weight_name="a.safetensors"),
+    "lora's names": lambda name: StableDiffusion("emoji", 1, lora=name),
     "decoder": lambda name: StableDiffusion("emoji", 1).load_decoder(name),
     "clip": lambda name: CLIPScore(name).load(),
     "open_clip": lambda name: CLIPScore(architecture=f"hf-hub:{name}").load(),
@@ -169,6 +171,21 @@ def test_a_model_of_the_hub_equals_its_folder_and_loads_again_without_the_hub(hu
     for other in (ours, StableDiffusion("owner/sd15", 1), StableDiffusion("owner/sd15", 1, local_files_only=True)):
         expected = local.state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in other.state_dict().items())
+
+
+def test_a_lora_of_the_hub_is_found_by_its_files(hub, tmp_path, monkeypatch):
+    folder = hub.root / "owner" / "lora"
+    folder.mkdir()
+    (folder / "toy.safetensors").write_bytes(b"toy")
+    assert find_lora("owner/lora")[0].read_bytes() == b"toy"
+    (folder / "adapter_model.safetensors").write_bytes(b"peft")
+    (folder / "adapter_config.json").write_text("{}")
+    (found,) = find_lora("owner/lora")
+    assert found.read_bytes() == b"peft"
+    assert (found.parent / "adapter_config.json").is_file()
+    assert find_lora("owner/lora/toy.safetensors")[0].read_bytes() == b"toy"
+    use(monkeypatch, closed_port(), tmp_path / "cache")
+    assert find_lora("owner/lora") == find_lora("owner/lora", local_files_only=True) == [found]
 
 
 def test_code_in_a_model_that_open_clip_reads_is_not_run(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import fetch, is_local, loading, quiet, read_weights
+from svdd.assets.hub import fetch, is_local, loading, offline, quiet, read_weights, unreachable
 
 __all__ = ["find_lora", "fuse_lora", "load_lora"]
 
@@ -56,9 +56,10 @@ def find_lora(lora: str, weight_name: str | None = None, local_files_only: bool 
         )
     options: dict[str, Any] = {"local_files_only": local_files_only}
     if weight_name is None:
-        with loading(what):
+        down = "" if local_files_only else unreachable()
+        with loading(what, down=down), offline(local_files_only or bool(down)):
             cached = [name for name in _USUAL if isinstance(try_to_load_from_cache(lora, name), str)]
-            names = cached or ([] if local_files_only else HfApi().list_repo_files(lora))
+            names = cached or HfApi().list_repo_files(lora)
         weight_name = _choose(what, None, names)
     if Path(weight_name).stem == "adapter_model":
         fetch(what, lora, str(Path(weight_name).with_name("adapter_config.json")), **options)
