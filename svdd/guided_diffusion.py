@@ -13,6 +13,7 @@ from torchmetrics import SumMetric
 from svdd import UserError
 from svdd.assets.content import digest, sources
 from svdd.diffusion.base import Diffusion
+from svdd.diffusion.chunking import redrawn
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward, is_device_failure
@@ -29,6 +30,8 @@ from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
 __all__ = ["GuidedDiffusion"]
+
+_TOGETHER = 6.5  # rows at once from which a CPU gains nothing by more
 
 
 class GuidedDiffusion(L.LightningModule):
@@ -87,8 +90,9 @@ class GuidedDiffusion(L.LightningModule):
         if budget is not None:
             self.sampler = fit_budget(self.sampler, budget, self.diffusion, self.value)
             self.sampler.check(self.diffusion, self.value)
+        self._together = 1.0
         with suppress(Uncountable):  # a mistake in a sampler shows here, before anything is drawn
-            count(self.sampler, self.diffusion, self.value)
+            self._together = count(self.sampler, self.diffusion, self.value).together
         if not reward.higher_is_better:
             raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
         names = [each.name for each in (reward, *self.eval_rewards)]
@@ -114,6 +118,7 @@ class GuidedDiffusion(L.LightningModule):
         return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **gradients}
 
     @torch.no_grad()
+    @redrawn
     def sample(
         self, prompts: Sequence[str] | str, seed: int = 0, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -131,6 +136,7 @@ class GuidedDiffusion(L.LightningModule):
     ) -> State:
         """Runs the sampler and returns the end of the chain, decoded, with as many rows per image as it returns."""
         self.value.eval()
+        self._resolve()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
@@ -148,6 +154,7 @@ class GuidedDiffusion(L.LightningModule):
             self.record(prediction.rows)
         return prediction
 
+    @redrawn
     def _predict(self, batch: list[Prompt]) -> Prediction:
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
@@ -181,7 +188,8 @@ class GuidedDiffusion(L.LightningModule):
         return Prediction(final.images.cpu(), rows, traces)
 
     def _score(self, reward: Reward, final: State) -> Tensor:
-        return self.diffusion.chunker.map(reward.score, len(final.x), final.images, final.prompts)
+        groups = 1 if reward.one_call else final.num_images
+        return self.diffusion.chunker.map(reward.score, groups, final.images, final.prompts)
 
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[ResultRow]) -> None:
@@ -210,6 +218,7 @@ class GuidedDiffusion(L.LightningModule):
         """Resets the statistics of an earlier prediction; callbacks add those of a resumed run after this."""
         self.summary = {}
         self._reset()
+        self._resolve()
 
     def on_predict_epoch_end(self) -> None:
         """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
@@ -232,6 +241,11 @@ class GuidedDiffusion(L.LightningModule):
             logger.log_metrics(
                 {f"{name}/{key}": entries[key] for name, entries in statistics.items() for key in entries}
             )
+
+    def _resolve(self) -> None:
+        """Switches the reproducible mode on where it is left open and costs nothing."""
+        automatic = self._together >= _TOGETHER and self.diffusion.device.type == "cpu"
+        self.diffusion.chunker.resolve(automatic)
 
     @torch.inference_mode(False)
     def _reset(self) -> None:

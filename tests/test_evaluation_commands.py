@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from svdd import Incomplete
+from svdd import Incomplete, UserError
 from svdd.__main__ import main
 from svdd.commands.predict import PredictCLI
 from svdd.evaluation.evaluation import Evaluation
+from svdd.rewards.brightness import Brightness
+from svdd.rewards.z_scored import ZScored
 from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import find_pictures
 
@@ -346,6 +349,20 @@ def test_a_baseline_that_cannot_serve_is_refused_before_sampling(predict, tmp_pa
     run = predict("run", "--model.reward", "Brightness", "--evaluation.baseline", str(plain), code=2)
     assert message in capsys.readouterr().err
     assert not (run / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ([], "is not the summary of a run (AttributeError)"),
+        ({"Brightness": 3}, "is not the summary of a run (TypeError)"),
+        ({"Brightness": {"mean": 1.0, "std": None}}, "has mean 1.0 and standard deviation None of Brightness"),
+    ],
+)
+def test_statistics_of_a_damaged_summary_are_refused(tmp_path, rewards, message):
+    (tmp_path / "summary.json").write_text(json.dumps({"rewards": rewards}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        ZScored(Brightness(), statistics=str(tmp_path))
 
 
 def edit(run, change) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
-from svdd.runs.config import CONFIG, differences, read_config, write_config
+from svdd.runs.config import CONFIG, ROWS_AT_ONCE, about_batches, differences, read_config, rows_at_once, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, sync_folder, write_atomically
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
@@ -125,6 +125,15 @@ class RunFolder:
             self.close()
             raise
 
+    def record_rows_at_once(self, most: int | None, rank: int) -> int | None:
+        """Records how many rows of an image are computed together, and returns how many to take: see `rows_at_once`."""
+        with os_errors_explained(self.path):
+            config = recorded.config if (recorded := read_config(self.path)) else {}
+            most = rows_at_once(config, most, self.path) if self._drawn() else most
+            if rank == 0 and config.get(ROWS_AT_ONCE, ...) != most:
+                write_config(self.path, _KIND, {**config, ROWS_AT_ONCE: most})
+        return most
+
     def open_shard(self, rank: int) -> None:
         """Locks and opens the files to which the process of this rank appends; raises a RunError if it cannot."""
         with os_errors_explained(self.path):
@@ -220,6 +229,10 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
+    def _drawn(self) -> bool:
+        """Whether rows of an earlier run are on disk."""
+        return any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
+
     def _lock_and_clear(self, config: dict[str, Any], overwrite: bool) -> None:
         """Locks the folder, checks and records the configuration, and removes what must not stay."""
         if self._lock is None:
@@ -228,13 +241,13 @@ class RunFolder:
         for path in sorted(self.path.glob(".lock-*")):  # a process of a killed run may have outlived it
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
-        changed = differences(recorded.config, config) if recorded is not None else []
-        drawn = any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
+        known = {} if recorded is None else recorded.config
+        changed = [] if recorded is None else differences(known, config)
+        drawn = self._drawn()
         if changed and drawn and not overwrite and not self._condemned.exists():
-            known = recorded is not None and recorded.config
             what = f"other settings: {'; '.join(changed)}" if known else f"unknown settings, as its {CONFIG} is damaged"
             way_out = "Choose another --output, or remove the old run with --overwrite true"
-            raise RunError(f"{self.path} holds a run with {what}. {way_out}")
+            raise RunError(f"{self.path} holds a run with {what}. {about_batches(changed)}{way_out}")
         anew = recorded is None or overwrite or not drawn or self._condemned.exists()
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
