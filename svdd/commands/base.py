@@ -1,8 +1,11 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
+import errno
 import inspect
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
@@ -14,6 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
+from svdd.runs.config import CONFIG, HARMLESS, differences, read_config, write_config
+from svdd.runs.files import RunError, os_errors_explained
+from svdd.runs.output import hold
 from svdd.runs.processes.environment import restarted
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
@@ -36,6 +42,7 @@ class ModelCLI(LightningCLI):
         "value": "svdd.values.posterior_mean.PosteriorMean",
     }
     defaults: ClassVar[dict[str, Any]] = {}  # of other settings
+    folder: Path  # the output folder
     hidden = frozenset(  # arguments of the Trainer's method that are no options
         {"model", "datamodule", "dataloaders", "return_predictions", "weights_only", "ckpt_path"}
     )
@@ -81,7 +88,15 @@ class ModelCLI(LightningCLI):
             self.settings = self.config[self.command]
             self.settings.overwrite = self.settings.overwrite and not restarted()  # the first start did that
             self._check_trainer()
+            self._examine_diffusion()
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
+
+    def _examine_diffusion(self) -> None:
+        """Refuses a model of another kind by its small files, before anything is written or processes start."""
+        if (diffusion := self.settings.model.get("diffusion")) is not None:
+            examine = getattr(resolve_name(diffusion.class_path), "examine", None)  # a class has it, a function not
+            if examine is not None:
+                examine(diffusion.get("init_args") or {})
 
     def _check_trainer(self) -> None:
         """Refuses what Lightning would take for a run without pictures, or could not take at all."""
@@ -119,17 +134,47 @@ class ModelCLI(LightningCLI):
         refuse_secrets(plain)
         return {name: redacted(setting, name) for name, setting in plain.items() if name != "config"}
 
+    def claim(self, config: dict[str, Any], results: Sequence[str], harmless: re.Pattern[str] | None = None) -> None:
+        """Holds the output folder for this configuration until the command ends; called by rank 0.
+
+        Args:
+            config: The resolved configuration.
+            results: Names of the files that the command writes there. With `overwrite` they are removed, in this order;
+                else, if one exists, the configuration must equal the recorded one.
+            harmless: The settings that may differ, by default those of `svdd predict`.
+        """
+        folder = self.folder
+        with os_errors_explained(folder):
+            self._around.callback(hold(folder, self.command).release)
+            recorded = known.config if (known := read_config(folder)) else {}
+            for name in results:  # what a killed run had not finished
+                (folder / f"{name}.tmp").unlink(missing_ok=True)
+            found = [path for path in map(folder.joinpath, results) if path.exists()]
+            if self.settings.overwrite:
+                for path in found:
+                    path.unlink()
+            elif found and (changed := differences(recorded, config, harmless or HARMLESS)):
+                changed = changed if recorded else [f"{CONFIG} is damaged, so they are not known"]
+                what = f"{folder} holds a run with other settings: {'; '.join(changed)}"
+                raise RunError(f"{what}. Choose another --output, or remove the old run with --overwrite true")
+            write_config(folder, self.command, config)
+
     def instantiate_classes(self) -> None:
         """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
         with as_user_errors():
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command; an error because another process has died becomes `Stopped`."""
+        """Runs the command; an error because another process has died becomes `Stopped`, a full disk a `RunError`."""
         try:
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:  # of Lightning, about the Trainer's settings
             raise UserError(explain(str(error))) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            with os_errors_explained(Path(self.settings.output)):
+                raise
         except RuntimeError as error:
             if self.group is not None and self.group.is_broken():
                 raise Stopped(1) from error

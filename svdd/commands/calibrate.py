@@ -1,6 +1,7 @@
 """`svdd calibrate`: how well a value predicts the reward, step by step."""
 
 import inspect
+import warnings
 from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,11 +11,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd import say
 from svdd.commands.base import ModelCLI
+from svdd.commands.parser import as_user_errors
 from svdd.guided_diffusion import GuidedDiffusion
-from svdd.runs.config import differences
-from svdd.runs.files import RunError, os_errors_explained
-from svdd.runs.prompts import PromptDataModule
-from svdd.values.training.calibration import FILES, Calibration, plot, read_config, require_chains, write
+from svdd.runs.config import HARMLESS_IF_REPRODUCIBLE
+from svdd.runs.processes.group import is_rank_zero
+from svdd.runs.prompts import PromptDataModule, PromptWarning
+from svdd.values.training.calibration import FILES, Calibration, require_chains, write
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
 
@@ -43,20 +45,21 @@ class CalibrateCLI(ModelCLI):
             parser.add_argument(f"--model.{name}", type=Any, default=None, help=SUPPRESS)
 
     def before_instantiate_classes(self) -> None:
-        """Names the settings that have no effect, and checks the output folder before weights are loaded."""
-        config = self.settings
-        unused = [f"model.{name}" for name in sorted(_UNUSED) if config.model.pop(name, None) is not None]
+        """Names the settings that have no effect, and claims the output folder before weights are loaded."""
+        settings = self.settings
+        unused = [f"model.{name}" for name in sorted(_UNUSED) if settings.model.pop(name, None) is not None]
         if unused:
             say(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", error=True)
-        self.folder = Path(config.output)
-        recorded = self.folder / FILES[0]
-        with os_errors_explained(self.folder):
-            if not recorded.exists() and self.folder.exists() and any(self.folder.iterdir()):
-                raise RunError(f"{self.folder} is not empty and holds no calibration; choose another --output")
-            known = recorded.exists() and not config.overwrite
-            if known and (changed := differences(read_config(recorded), self.resolved())):
-                found = f"{self.folder} holds a calibration with other settings: {'; '.join(changed)}"
-                raise RunError(f"{found}. Choose another --output, or replace the old one with --overwrite true")
+        self.folder = Path(settings.output)
+        if not is_rank_zero():
+            return
+        config = self.resolved()
+        with as_user_errors():
+            prompts = PromptDataModule(**settings.data.as_dict())
+            config["data"]["prompts_sha256"] = prompts.dataset.digest
+            prompts.teardown("test")
+        warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
+        self.claim(config, FILES, HARMLESS_IF_REPRODUCIBLE)  # they may change the last bits of a measurement
 
     def before_calibrate(self) -> None:
         """Refuses too few chains before any is drawn."""
@@ -67,10 +70,10 @@ class CalibrateCLI(ModelCLI):
         """Writes the results and prints the paths."""
         if not self.trainer.is_global_zero:
             return
-        folder, table = self.folder, self.model.table
         name, reward = type(self.model.value).__name__, self.model.reward.name
-        say(write(folder, table, {"value": name, "reward": reward, "chains": self.chains, "config": self.resolved()}))
-        plotted = plot(folder / FILES[2], {name: table}, f"{name} for {reward}, {self.chains} chains")
-        say(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
+        about = {"value": name, "reward": reward, "chains": self.chains}
+        text, plotted = write(self.folder, self.model.table, about, f"{name} for {reward}, {self.chains} chains")
+        say(text)
+        say(f"wrote {self.folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
         if not plotted:
             say("no plot: it needs matplotlib (pip install 'svdd[plot]')")
