@@ -294,7 +294,7 @@ MAY_IMPORT = {  # a folder or module of svdd: the others that it may import, als
     "values": {"diffusion", "state", "rewards"},
     "samplers": {"diffusion", "state", "values"},
     "guided_diffusion": {*NOUNS, "assets", "runs", "evaluation.metrics"},
-    "values.training": {*NOUNS, "runs", "guided_diffusion"},
+    "values.training": {*NOUNS, "assets", "runs", "guided_diffusion"},
     "evaluation": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics"},
     "commands": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics", "values.training", "evaluation"},
     "__main__": {"commands", "runs"},

@@ -1,5 +1,6 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
+import math
 import sys
 import warnings
 from typing import Any
@@ -13,7 +14,7 @@ from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.commands.score import print_measurements
-from svdd.evaluation.baseline import against, over_optimised, warning
+from svdd.evaluation.baseline import against, difference_words, over_optimised, verdict
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
@@ -25,6 +26,8 @@ from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.runs.writer import RunWriter
 
 __all__ = ["PredictCLI", "StepProgress"]
+
+_ONE_PROMPT = "no standard error from one prompt"
 
 
 class PredictCLI(ModelCLI):
@@ -52,7 +55,8 @@ class PredictCLI(ModelCLI):
             check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
             warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
-            self.evaluation.check()
+            images = len(prompts.dataset) * self.settings.model.images_per_prompt
+            self.evaluation.check(images, prompts.dataset)
             plain = self.resolved()
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
@@ -75,6 +79,7 @@ class PredictCLI(ModelCLI):
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
+        self.evaluation.check_rewards(self.model.rewards)
         if self.trainer.is_global_zero and self.model.budget is not None:
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
@@ -95,8 +100,8 @@ class PredictCLI(ModelCLI):
                 raise UserError("no prompt could be drawn, so no picture was made")
         say(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
-            by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
-            say(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
+            known = math.isfinite(error := entry["standard_error"])
+            say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
         say(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
         self._evaluate(summary)
         if failed:
@@ -112,10 +117,9 @@ class PredictCLI(ModelCLI):
             fallen = over_optimised(comparison, summary["guide"], better)
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
-                line = "{difference:+.3g} [{ci95_low:+.3g}, {ci95_high:+.3g}]".format_map(entry)
-                say(f"{name} - {baseline}: {line}")
-            if fallen:
-                say(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", error=True)
+                say(f"{name} - {baseline}: {difference_words(entry)}")
+            if said := verdict(comparison, summary["guide"], fallen, baseline):
+                say(f"svdd: warning: {said}", error=True)
         if found:
             folder.amend_summary(found)
             print_measurements(found)

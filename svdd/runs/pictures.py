@@ -35,6 +35,8 @@ class Picture:
     file: str  # path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`
     prompt_index: int  # without prompts, its own position
     prompt: str = ""  # empty if it is unknown
+    image: int = 0  # equal for all particles of an image
+    weight: float = 1.0  # of the particle among those of its image
 
 
 def find_pictures(folder: Path) -> list[Picture]:
@@ -46,14 +48,21 @@ def find_pictures(folder: Path) -> list[Picture]:
         UserError: If there are none, or a picture's name is that of a FIFO, a device or a broken link.
     """
     run = RunFolder(folder)
-    if run.results.is_file():
-        try:
-            found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in run.rows()]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{run.results} has a row without {error}; run the same `svdd predict` again") from error
-    elif folder.is_dir():
+    if os.path.isfile(run.results):
+        found = [
+            Picture(
+                folder,
+                row["file"],
+                row["prompt_index"],
+                row["prompt"],
+                row["image_index"] - row.get("particle", 0),
+                row.get("particle_weight", 1.0),
+            )
+            for row in run.rows(checked=True)
+        ]
+    elif os.path.isdir(folder):
         files = sorted((str(path.relative_to(folder)) for path in _files(folder)), key=_natural)
-        found = [Picture(folder, file, k) for k, file in enumerate(files)]
+        found = [Picture(folder, file, k, image=k) for k, file in enumerate(files)]
     else:
         raise UserError(f"{folder} is no folder; expected a run folder or a folder of pictures")
     if not found:

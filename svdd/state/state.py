@@ -96,7 +96,8 @@ class State:
         context, own = self.context, x0 is None and decode is None
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
-            scores = context.diffusion.chunker.map(reward.score, len(images), images, self.prompts)
+            groups = 1 if getattr(reward, "one_call", False) else self.num_images
+            scores = context.diffusion.chunker.map(reward.score, groups, images, self.prompts)
         context.ledger.reward_calls += len(images)
         return scores
 
@@ -186,7 +187,7 @@ class State:
         if values not in self._cache:
             rows = (self.x, self.row, self.origin, *(() if through_denoiser else self.prediction))
             differentiate = partial(self._differentiate, value)  # in chunks, which bounds the memory of the graph
-            found = self.context.diffusion.chunker.map(differentiate, len(self.x), *rows)
+            found = self.context.diffusion.chunker.map(differentiate, self.num_images, *rows)
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
         return self._cache[values], self._cache[slope]
 
@@ -215,7 +216,7 @@ class State:
 
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
-            images = self.context.diffusion.chunker.map(decode, len(x0), x0)
+            images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True)
         self.context.ledger.decoded_images += len(x0)
         return images
 
@@ -227,7 +228,7 @@ class State:
             return network(x, self.i, context.conditioning, row)
 
         with ledger.timed("denoiser_seconds", self.x.device):
-            result = context.diffusion.chunker.map(evaluate, n, self.x, self.row)
+            result = context.diffusion.chunker.map(evaluate, self.num_images, self.x, self.row, parallel=True)
         ledger.denoiser_rows += n
         ledger.network_rows += n * context.diffusion.network_rows(guidance_scale)
         return result

@@ -111,7 +111,7 @@ class LearnedValue(Value):
         x, step = getattr(state, self.input), torch.full_like(state.row, state.i)
         rows = (x, step) if features is None else (x, step, features[state.row])
         with context.ledger.timed("decoder_seconds", x.device) if self.decodes else nullcontext():
-            predictions = context.diffusion.chunker.map(self.predict, len(x), *rows)
+            predictions = context.diffusion.chunker.map(self.predict, state.num_images, *rows)
         values = self.mean.float() + self.std.float() * predictions.float()
         context.ledger.decoded_images += len(x) if self.decodes else 0
         if not torch.isfinite(values).all():
@@ -191,9 +191,12 @@ def to_safetensors(checkpoint: dict[str, Any]) -> bytes:
 
 def _header(checkpoint: Any, source: str) -> dict[str, Any]:
     """Returns `identity` and `arguments` of the value in a checkpoint; UserError if it holds none."""
-    found = checkpoint.get(HEADER) if isinstance(checkpoint, dict) else None
+    found, state = (checkpoint.get(k) if isinstance(checkpoint, dict) else None for k in (HEADER, "state_dict"))
     if not isinstance(found, dict) or found.keys() != {"identity", "arguments"}:
         raise UserError(f"{source} holds no value of svdd; {_EXPECTED}")
+    whole = isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())
+    if not (whole and all(isinstance(part, dict) for part in found.values()) and "value" in found["identity"]):
+        raise UserError(f"{source} holds a damaged value of svdd; {_EXPECTED}")
     return found
 
 

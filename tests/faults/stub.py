@@ -30,7 +30,7 @@ class StubDiffusion(Diffusion):
     def __init__(
         self, num_inference_steps: int = 2, chunk_size: int | str = "auto", most_rows: int | None = None
     ) -> None:
-        super().__init__(num_inference_steps, chunk_size)
+        super().__init__(num_inference_steps, chunk_size, reproducible=True)
         self.most_rows = most_rows
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Tensor:
