@@ -312,19 +312,24 @@ USES = {  # a folder, and the commands that read it
 }  # fmt: skip
 
 
+def folders_to_damage(seed: int) -> list[str]:
+    """Returns the kinds of folders in the order in which they are damaged."""
+    return random.Random(seed).sample(list(USES), len(USES))
+
+
 def damaged_folders(template: Path, count: int, seed: int) -> Iterator[Case]:
-    """Yields cases in which one file of a folder, at most once of two, is damaged before each command that reads it."""
-    chance, made = random.Random(seed), 0
-    while made < count:
-        for folder, uses in USES.items():
-            files = sorted(path for path in (template / "theirs" / folder).rglob("*") if path.is_file())
-            path = chance.choice(files).relative_to(template)
-            if folder == "prompts":
-                uses = [use for use in uses if use[-1].endswith(path.suffix)]
-            kind, state = chance.choice(list(_DAMAGES)), chance.getrandbits(32)
-            for words in uses:
-                yield Case(f"{path} {kind}: {words[0]} ... {' '.join(words[-2:])}", words, _damage(path, kind, state))
-            made += 1
+    """Yields cases in which one file of a folder is damaged before each command that reads it."""
+    chance, folders = random.Random(seed), folders_to_damage(seed)
+    for k in range(count):
+        folder = folders[k % len(folders)]
+        uses = USES[folder]
+        files = sorted(path for path in (template / "theirs" / folder).rglob("*") if path.is_file())
+        path = chance.choice(files).relative_to(template)
+        if folder == "prompts":
+            uses = [use for use in uses if use[-1].endswith(path.suffix)]
+        kind, state = chance.choice(list(_DAMAGES)), chance.getrandbits(32)
+        for words in uses:
+            yield Case(f"{path} {kind}: {words[0]} ... {' '.join(words[-2:])}", words, _damage(path, kind, state))
 
 
 def _damage(path: Path, kind: str, state: int) -> Callable[[Path], None]:
@@ -399,8 +404,8 @@ _DAMAGES: dict[str, Callable[[Path, bytes, random.Random], Any]] = {
 # --- running ---
 
 
-def make_template(folder: Path) -> None:
-    """Makes the files of a user, and a healthy folder of every kind for `damaged_folders`."""
+def make_template(folder: Path, kinds: list[str]) -> None:
+    """Makes the files of a user, and a healthy folder of each kind for `damaged_folders`."""
     from PIL import Image
 
     mine, theirs = folder / "mine", folder / "theirs"
@@ -424,6 +429,9 @@ def make_template(folder: Path) -> None:
         ("theirs/fit", [*BASE["fit"][:-2], "--data.cache", "theirs/cache", "--output"]),
         ("theirs/calibration", BASE["calibrate"][:-1]),
     ):
+        made_for = {"theirs/fit": {"fit", "cache"}}.get(output, {output.split("/")[1]})
+        if output != "mine/run" and not made_for & {*kinds}:
+            continue
         code, text, _ = _in_child([*words, output], folder)
         assert code == 0, text
 
@@ -523,7 +531,7 @@ def fuzz(lines: int, damages: int, configs: int, seed: int, only: str = "") -> l
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="svdd-fuzz-template-") as place:
         template = Path(place)
-        make_template(template)
+        make_template(template, folders_to_damage(seed)[:damages])
         cases = [*command_lines(lines, seed), *damaged_configs(configs, seed)]
         cases += damaged_folders(template, damages, seed)
         for case in cases:
