@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.hub import ASSETS
 from svdd.diffusion.base import Denoised, Diffusion
-from svdd.diffusion.kernels import KERNELS, Kernel, find_kernel
+from svdd.diffusion.kernels import KERNELS, Kernel, chain_settings, find_kernel
 from svdd.diffusion.pipelines import TinyDecoder, fingerprint, load_pipeline, warn_of_cuts
 
 __all__ = ["Conditioning", "LatentDiffusion"]
@@ -91,7 +91,7 @@ class LatentDiffusion(Diffusion):
         for name in names:
             self.add_module(name, parts[name].eval())
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
-        self.kernel = kernel(pipeline.scheduler.config, num_inference_steps, eta)
+        self.kernel = kernel(chain_settings(pipeline.scheduler.config), num_inference_steps, eta)
         factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
         size = [native, native] if isinstance(native, int) else list(native)
         for axis, (name, pixels) in enumerate({"height": height, "width": width}.items()):
