@@ -1,5 +1,11 @@
 """Steer text-to-image diffusion models with any reward, at inference time, without training or gradients."""
 
+import sys
+
+if sys.argv[:1] == ["-m"] and {"svdd", "-msvdd"} & {*sys.orig_argv} and not getattr(sys.flags, "safe_path", False):
+    sys.path.append(sys.path.pop(0))  # `python -m svdd`: a json.py in the working directory must not be imported
+
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -15,7 +21,16 @@ __getattr__, _, __all__ = lazy_loader.attach(  # imports on first use, so that `
     ["diffusion", "rewards", "samplers", "state", "values"],
     {"diffusion.stable_diffusion": ["StableDiffusion"], "guided_diffusion": ["GuidedDiffusion"]},
 )
-__all__ += ["Incomplete", "RewardError", "Stopped", "UserError", "did_you_mean", "first_line", "missing_methods"]
+__all__ += [
+    "Incomplete",
+    "RewardError",
+    "Stopped",
+    "UserError",
+    "did_you_mean",
+    "first_line",
+    "missing_methods",
+    "printable",
+]
 __dir__ = __all__.copy
 
 try:
@@ -53,6 +68,22 @@ def missing_methods(cls: type) -> str:
 def first_line(error: object) -> str:
     """Returns the first line of an error's message, or the name of its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Returns a text without what could act on a terminal: control characters and bidirectional overrides are escaped.
+
+    Tabs and ends of lines stay.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(text: object, error: bool = False) -> None:
+    """Prints a message, which may quote what others have written, to stdout or stderr."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=error)
 
 
 def did_you_mean(name: str, known: Iterable[str], separator: str = "; ") -> str:

@@ -3,9 +3,13 @@
 import json
 import os
 import sys
+import sysconfig
+import traceback
+import warnings
 from pkgutil import resolve_name
+from types import TracebackType
 
-from svdd import UserError, __version__, did_you_mean
+from svdd import UserError, __version__, did_you_mean, first_line, printable, say
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
 
 __all__ = ["main"]
@@ -40,11 +44,18 @@ options:
   -h, --help       this help; `svdd predict --help` lists all settings
   --version        print the version
 
-One class's own settings: svdd predict --model.sampler.help SVDD"""
+One class's own settings: svdd predict --model.sampler.help SVDD
+The whole traceback of an error: SVDD_DEBUG=1 svdd ..."""
+
+_LIBRARIES = tuple(os.path.join(folder, "") for folder in (os.path.dirname(__file__), sysconfig.get_path("stdlib")))
+_format_warning = warnings.formatwarning
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line, by default that of the process, and returns 0, or 2 for an error that the user can fix."""
+    """Runs a command line, by default that of the process.
+
+    Returns 0, 2 for an error that the user can fix, or 1 for any other error.
+    """
     if arguments is None:
         arguments = sys.argv[1:]
         signals.listen()  # also while libraries are imported
@@ -52,26 +63,63 @@ def main(arguments: list[str] | None = None) -> int:
             die_with_parent()
     command, *words = arguments or ["--help"]
     if command in ("-h", "--help", "--version"):
-        print(f"svdd {__version__}" if command == "--version" else _HELP)
+        say(f"svdd {__version__}" if command == "--version" else _HELP)
         return 0
-    sys.path.insert(0, os.getcwd())  # a user's own file is named by its class path; console scripts lack this entry
+    warnings.formatwarning = lambda *args, **kwargs: printable(_format_warning(*args, **kwargs))
     try:
+        _find_files_here()
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
         resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
-    except UserError as error:
-        if os.environ.get("SVDD_DEBUG"):
-            raise
-        if AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:  # the command that started this one reports
-            with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
-                json.dump({"svdd": True, "message": f"error: {error}", "timestamp": 0}, file)
-        else:
-            print(f"svdd: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `svdd list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if os.environ.get("SVDD_DEBUG"):
+            raise
+        return _report(error)
     return 0
+
+
+def _find_files_here() -> None:
+    """Lets class paths name files in the working directory, after the standard library and what is installed."""
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise UserError("the working directory no longer exists; change to one that does") from error
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def _report(error: Exception) -> int:
+    """Prints an error in one line, after the traceback through the user's own code if it went through some."""
+    message = f"error: {' '.join(str(error).splitlines())}"
+    if not isinstance(error, UserError):
+        message = f"error: {type(error).__name__}: {first_line(error)} (SVDD_DEBUG=1 shows where)"
+    cause: BaseException | None = error
+    while cause is not None:
+        if frames := _users_frames(cause.__traceback__):
+            lines = traceback.format_exception(type(cause), cause, frames, chain=False)
+            say("".join(lines).rstrip(), error=True)
+            break
+        cause = cause.__cause__
+    if isinstance(error, UserError) and AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:  # the agent reports
+            json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
+    else:
+        say(f"svdd: {message}", error=True)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _users_frames(frames: TracebackType | None) -> TracebackType | None:
+    """Returns the part of a traceback from the first file that is neither svdd's nor a library's; None if none is."""
+    while frames is not None:
+        file = frames.tb_frame.f_code.co_filename
+        packages = {"site-packages", "dist-packages"} & {*file.split(os.sep)}
+        if not packages and not file.startswith(_LIBRARIES) and os.path.isfile(file):
+            return frames
+        frames = frames.tb_next
+    return None
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 import svdd
 from svdd import UserError
+from svdd.__main__ import main
 from svdd.evaluation.metrics import RewardStatistics
-from svdd.runs.config import differences
+from svdd.runs.config import differences, write_config
 from svdd.runs.files import lock
 from svdd.runs.folder import RunFolder
 from svdd.runs.images import image_name
@@ -127,8 +128,12 @@ def edit_rows(folder, edit):
     (folder / "results.jsonl").write_bytes(b"".join(encode(row) + b"\n" for row in rows))
 
 
+def read_folder(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def read_all(folder):
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = read_folder(folder)
     summary = json.loads(files.pop("summary.json"))
     assert summary.pop("wall_seconds") >= 0
     files.pop(".lock")
@@ -625,6 +630,29 @@ def test_an_unrelated_folder_is_refused_and_unchanged(tmp_path, name, overwrite)
         RunWriter(tmp_path, CONFIG, overwrite).open()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "summary.json"])
     assert (tmp_path / name).read_text() == "model: mine"
+
+
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+@pytest.mark.parametrize("kind", ["predict", "fit", "score"])
+def test_no_command_touches_the_folder_of_another(tmp_path, kind, overwrite, capsys):
+    """The commands refuse it before they load a model or read a picture."""
+    other = "fit" if kind != "fit" else "predict"
+    folder, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    folder.mkdir()
+    prompts.write_text("apple")
+    write_config(folder, other, CONFIG)
+    (folder / "summary.json").write_text("{}")
+    before = read_folder(folder)
+    words = ["--output", str(folder)]
+    if kind == "score":
+        words += ["--reward", "Brightness", "--images", str(tmp_path)]
+    else:
+        words += ["--model.reward", "Brightness", "--data.prompts", str(prompts)]
+        words += ["--trainer.accelerator", "cpu", "--overwrite", overwrite]
+    assert main([kind, *words]) == 2
+    expected = f"{folder} holds the output of `svdd {other}`, which `svdd {kind}` neither continues nor removes"
+    assert expected in capsys.readouterr().err
+    assert {name: data for name, data in read_folder(folder).items() if name != ".lock"} == before
 
 
 def test_a_file_is_refused(tmp_path):

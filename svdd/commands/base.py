@@ -1,6 +1,7 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
 import inspect
+import re
 from contextlib import ExitStack
 from pkgutil import resolve_name
 from typing import Any, ClassVar
@@ -9,9 +10,10 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
-from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
+from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
 from svdd.values.learned import LearnedValue
@@ -34,6 +36,7 @@ class ModelCLI(LightningCLI):
     hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})  # no options
 
     def __init__(self, words: list[str]) -> None:
+        self._words = [self.command, *words]
         with ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
                 *self.builds[:2],
@@ -64,10 +67,22 @@ class ModelCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Starts or joins the other processes as soon as the Trainer's settings are known."""
-        super().parse_arguments(parser, args)
-        self.settings = self.config[self.command]
         with as_user_errors():
-            self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, args)
+            super().parse_arguments(parser, args)
+            self.settings = self.config[self.command]
+            self._check_trainer()
+            self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
+
+    def _check_trainer(self) -> None:
+        """Refuses what Lightning would take for a run without pictures, or could not take at all."""
+        loop = {"predict": "predict", "fit": "train", "calibrate": "test"}[self.command]
+        limit = self.settings.trainer[f"limit_{loop}_batches"]
+        if limit is not None and (limit == 0 or (isinstance(limit, float) and limit < 1 and loop != "train")):
+            what = f"trainer.limit_{loop}_batches must be a whole number of batches >= 1, got {limit}"
+            raise UserError(f"{what}; to use the first prompts only, set data.limit")
+        strategy = self.settings.trainer.strategy
+        if isinstance(strategy, str) and re.search("spawn|fork|notebook", strategy):
+            raise UserError(f"trainer.strategy: {strategy!r} starts processes that do not know this command; use 'ddp'")
 
     def _parse_ckpt_path(self) -> None:
         """Checks a learned value's file early; `--ckpt_path FILE` selects its value in place of the default one."""
@@ -102,6 +117,8 @@ class ModelCLI(LightningCLI):
         """Runs the command; an error because another process has died becomes `Stopped`."""
         try:
             super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:  # of Lightning, about the Trainer's settings
+            raise UserError(explain(str(error))) from error
         except RuntimeError as error:
             if self.group is not None and self.group.is_broken():
                 raise Stopped(1) from error

@@ -4,6 +4,7 @@ import argparse
 import io
 from pathlib import Path
 from statistics import fmean
+from typing import NoReturn
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,13 +18,18 @@ _MARGIN, _LINE, _LEAST_TILE, _LEAST_CELL = 12, 18, 128, 190
 _INK, _FAINT = (20, 20, 20), (110, 110, 110)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `svdd compare --help` lists all settings")
+
+
 def compare(words: list[str]) -> None:
     """Runs `svdd compare` with the command line after its name: a row per run, a column per image, a table of means.
 
     Raises:
         UserError: If a folder holds no finished run, or the runs share no image.
     """
-    parser = argparse.ArgumentParser(prog="svdd compare", description="Runs of the same prompts in one picture.")
+    parser = _Parser(prog="svdd compare", description="Runs of the same prompts in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, one row each")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
     parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.runs.config import CONFIG, differences, read_config, write_config
-from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
+from svdd.runs.files import RunError, os_errors_explained, write_atomically
+from svdd.runs.output import hold
 from svdd.runs.processes.group import is_rank_zero
 from svdd.values.learned import read_checkpoint, to_safetensors
 from svdd.values.losses import MeanLoss
@@ -49,20 +50,17 @@ class FitCLI(ModelCLI):
         with as_user_errors():
             config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
         with os_errors_explained(self.folder):
-            recorded = read_config(self.folder)
-            names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-            if recorded is None and names - {".lock", f"{CONFIG}.tmp"}:
-                raise RunError(f"{self.folder} is not empty and is not a run folder; choose another --output")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._around.callback(lock(self.folder / ".lock", f"{self.folder} is in use by another run").release)
+            self._around.callback(hold(self.folder, self.command).release)
+            recorded = known.config if (known := read_config(self.folder)) else {}
+            names = {path.name for path in self.folder.iterdir()}
             if self.settings.overwrite:
                 for name in ("checkpoints", "logs"):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
                 (self.folder / "value.safetensors").unlink(missing_ok=True)
-            elif names - _BEFORE_A_CHECKPOINT and (changed := differences(recorded or {}, config, _HARMLESS)):
+            elif names - _BEFORE_A_CHECKPOINT and (changed := differences(recorded, config, _HARMLESS)):
                 found = f"{self.folder} holds a training with other settings: {'; '.join(changed)}"
                 raise RunError(f"{found}. Choose another --output, or remove the old one with --overwrite true")
-            write_config(self.folder, config)
+            write_config(self.folder, self.command, config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds checkpoints after every epoch and, unless another logger is configured, metrics.csv."""

@@ -1,25 +1,33 @@
 """The argument parser of all commands: shipped configurations and classes by name, and errors in one line."""
 
 import logging
+import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import jsonargparse
+import jsonargparse._loaders_dumpers as loaders
 import jsonargparse._typehints as typehints
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, did_you_mean, missing_methods
 from svdd.commands.registry import KINDS, catalogue, import_all
+from svdd.runs.config import recorded_settings
+from svdd.runs.yaml_text import check_yaml, read_yaml
 
 __all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
 
+_MAX_CONFIG = 2**24  # bytes
+_SECTIONS = {"model", "data", "trainer", "evaluation"}
+_LEAST, _MOST = 1e-30, 1e30  # of a number that is not 0: float32 must hold it, and its ratio to a reward
 _CARRY_OVER = "discard_init_args_on_class_path_change"
 _NOISE = re.compile(
     r"Expected a <class 'NoneType'>|Expected a path but |Does not validate against|Given value|^\s*(Subtypes|Errors):"
@@ -45,7 +53,14 @@ class Parser(LightningArgumentParser):
             found = f"jsonargparse {jsonargparse.__version__} lacks {_CARRY_OVER}, which svdd replaces"
             raise ImportError(f"{found}; install a version that the requirements of svdd allow")
         setattr(typehints, _CARRY_OVER, _discard_all)
+        loaders.yaml_load = loaders.loaders["yaml"] = _load_yaml
         super().__init__(*args, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parses a command line and refuses settings that no class can use."""
+        settings = super().parse_args(*args, **kwargs)
+        _check_settings(settings.as_dict())
+        return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError; jsonargparse's parser of one class has no command in its `prog`."""
@@ -59,17 +74,50 @@ def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
         previous["init_args"] = jsonargparse.Namespace()
 
 
+_read_yaml = loaders.yaml_load
+
+
+def _load_yaml(text: str) -> Any:
+    check_yaml(text)
+    return _read_yaml(text)
+
+
+def _check_settings(settings: Any, key: str = "") -> None:
+    """Raises a UserError for numbers that cannot be computed with, and for text that UTF-8 files cannot hold."""
+    if isinstance(settings, Mapping):
+        for name, setting in settings.items():
+            _check_settings(setting, f"{key}.{name}".lstrip("."))
+    elif isinstance(settings, list | tuple):
+        for setting in settings:
+            _check_settings(setting, key)
+    elif isinstance(settings, float) and math.isnan(settings):
+        raise UserError(f"{key}: expected a number, got nan")
+    elif (
+        isinstance(settings, float)
+        and math.isfinite(settings)
+        and not (settings == 0 or _LEAST <= abs(settings) <= _MOST)
+    ):
+        raise UserError(f"{key}: expected 0 or a magnitude from {_LEAST} to {_MOST}, got {settings}")
+    elif isinstance(settings, int) and abs(settings) >= 2**63:
+        raise UserError(f"{key}: expected an integer below 2**63, got {'-' * (settings < 0)}{abs(settings):.3e}")
+    elif isinstance(settings, str) and (found := re.search("[\0\ud800-\udfff]", settings)):
+        raise UserError(
+            f"{key}: character {found.start() + 1} is {found[0]!r}, which cannot be stored as UTF-8; remove it"
+        )
+
+
 def with_shipped_configs(words: list[str]) -> list[str]:
     """Replaces the names of shipped configurations on a command line by their paths; raises UserError if unknown.
 
     A name has letters, digits, `_` and `-`, and may end in `.yaml`. A file of that name in the working directory wins.
+    The configuration that a run recorded is replaced by its settings.
     """
     found = list(words)
     for k, word in enumerate(words):
         if option := re.match("(-c|--config)=", word):
-            found[k] = option[0] + _find_config(word.removeprefix(option[0]))
+            found[k] = option[0] + _check_config(_find_config(word.removeprefix(option[0])))
         elif k > 0 and words[k - 1] in ("-c", "--config"):
-            found[k] = _find_config(word)
+            found[k] = _check_config(_find_config(word))
     return found
 
 
@@ -87,6 +135,39 @@ def _find_config(name: str) -> str:
     return known[stem]
 
 
+def _check_config(name: str) -> str:
+    """Returns the path of a configuration, or as YAML the settings that a run has recorded; refuses all else."""
+    try:
+        path = Path(name)
+        if path.is_dir():
+            raise UserError("is a folder, expected a YAML file")
+        if not path.is_file():
+            if path.exists():
+                raise UserError("is not a regular file, expected a YAML file")
+            return name  # YAML on the command line, or a mistake
+        if path.stat().st_size > _MAX_CONFIG:
+            raise UserError(
+                f"has more than {_MAX_CONFIG} bytes; give prompts as a file of their own, with data.prompts"
+            )
+        text = path.read_text(encoding="utf-8-sig")
+        settings = read_yaml(text)
+        if not isinstance(settings, dict):
+            raise UserError(f"expected settings as a mapping, such as `model:`, got {_short(settings)}")
+        for section in _SECTIONS & settings.keys():
+            if not isinstance(settings[section], dict | str):  # a string is the name of another file
+                raise UserError(f"{section}: expected settings as a mapping, got {_short(settings[section])}")
+        return name if (recorded := recorded_settings(text, settings)) is None else yaml.safe_dump(recorded)
+    except UserError as error:
+        raise UserError(f"--config {name}: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise UserError(f"--config {name}: cannot be read as YAML: {reason}") from error
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
+
+
 @contextmanager
 def as_user_errors() -> Iterator[None]:
     """Turns the errors that constructors raise about their arguments into `UserError`."""
@@ -94,8 +175,11 @@ def as_user_errors() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise UserError(explain(str(error))) from error
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        deliberate = isinstance(error, ValueError)  # a class refuses an argument: where it does so is of no interest
+        raise UserError(explain(str(error))) from (None if deliberate else error)
+    except OSError as error:
+        raise UserError(f"{error.filename or 'the file system'}: {error.strerror or error}") from error
 
 
 def explain(message: str, command: str | None = None) -> str:
@@ -112,6 +196,8 @@ def explain(message: str, command: str | None = None) -> str:
     if given and " is abstract" in rest:
         return f"{key}class {given[1]!r} cannot be used: {missing_methods(resolve_name(given[1]))}"
     if argument := re.search(r"Option '([^']+)' is not accepted", rest):
+        if command and not key:
+            return f"`svdd {command}` has no setting {argument[1]!r}, remove it; `svdd {command} --help` lists all"
         told = f"{key}no argument {argument[1]!r}; `svdd {command} --{name}.help NAME` lists what class NAME takes"
         return told if command else message  # which becomes part of the message about the command
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):

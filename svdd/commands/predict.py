@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from tqdm import tqdm
 
@@ -57,12 +58,14 @@ class PredictCLI(ModelCLI):
         self.finished = self.writer.open(scan=False, hold=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the run writer and, on a terminal, our progress bar in place of Lightning's."""
+        """Adds the run writer and, on a terminal, our progress bar, unless the user has set one."""
         wanted = self._get(self.config_init, "trainer.enable_progress_bar", default=True) is not False
         if self.model.sampler.needs_gradient:
             kwargs["inference_mode"] = False
-        trainer: Any = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
-        shown = wanted and sys.stderr.isatty() and trainer.is_global_zero
+        given = self._get(self.config_init, "trainer.callbacks") or []
+        own = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
+        trainer: Any = super().instantiate_trainer(enable_progress_bar=own and wanted, **kwargs)
+        shown = not own and wanted and sys.stderr.isatty() and trainer.is_global_zero
         trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.stop]
         return trainer
 

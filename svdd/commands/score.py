@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from svdd import UserError, first_line
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
@@ -15,20 +16,22 @@ from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward
+from svdd.runs.config import write_config
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
+from svdd.runs.output import hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
 
-__all__ = ["print_measurements", "score"]
+__all__ = ["print_measurements", "score", "score_parser"]
 
 _LINE = "mean {mean:.4g} [{ci95_low:.4g}, {ci95_high:.4g}], std {std:.3g}, median {median:.4g}, top 10 % {top10:.4g}"
 _NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
 
-def score(words: list[str]) -> None:
-    """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
+def score_parser() -> Parser:
+    """Returns the parser of `svdd score`."""
     parser = Parser(prog="svdd score", description="Scores existing pictures with any reward.")
     parser.add_argument("--config", action="config", help="YAML file with these settings.")
     parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
@@ -40,8 +43,26 @@ def score(words: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
+    return parser
+
+
+def score(words: list[str]) -> None:
+    """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
+    parser = score_parser()
     with as_user_errors():
-        settings = parser.instantiate_classes(parser.parse_args(with_shipped_configs(words)))
+        given = parser.parse_args(with_shipped_configs(words))
+        settings = parser.instantiate_classes(given)
+    with ExitStack() as around:
+        if settings.output is not None:  # first, as scoring may take hours
+            folder = Path(settings.output)
+            with os_errors_explained(folder):
+                around.callback(hold(folder, "score").release)
+                write_config(folder, "score", yaml.safe_load(parser.dump(given, skip_none=False)))
+        _run(settings)
+
+
+def _run(settings: Any) -> None:
+    """Scores the pictures, and prints and writes what was found."""
     device = _device(settings.device)
     settings.evaluation.check()
     pictures = _read_prompts(find_pictures(Path(settings.images)), Path(settings.images), settings.prompts)
@@ -59,7 +80,6 @@ def score(words: list[str]) -> None:
     if settings.output is not None:
         run = RunFolder(settings.output)
         with os_errors_explained(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
             write_atomically(run.path / "scores.jsonl", b"".join(encode(row) + b"\n" for row in rows))
         run.write_summary(summary)
         print(f"wrote {settings.output}/scores.jsonl and {run.summary.name}")

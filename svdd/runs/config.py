@@ -4,18 +4,20 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.yaml_text import read_yaml
 
-__all__ = ["CONFIG", "differences", "plain", "read_config", "write_config"]
+__all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "recorded_settings", "write_config"]
 
 CONFIG = "config.yaml"
-_HEADER = "# svdd run"  # begins the file, which marks a folder as ours
+_HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the folder as the output of that command
 
 # Settings that do not change a run's images and rows, beyond float rounding.
 _HARMLESS = re.compile(
@@ -25,22 +27,41 @@ _HARMLESS = re.compile(
 )
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Records a configuration in a run folder."""
-    write_atomically(folder / CONFIG, f"{_HEADER}: the full resolved configuration\n{_dump(config)}".encode())
+class Recorded(NamedTuple):
+    """What an output folder says about itself."""
+
+    kind: str  # the name of the command that wrote it
+    config: dict[str, Any]  # its configuration; {} if the file was damaged
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Returns the configuration that a run folder records, {} if the file was damaged; None if svdd recorded none."""
+def write_config(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """Records a command and its configuration in the output folder."""
+    write_atomically(folder / CONFIG, f"# svdd {kind}: the full resolved configuration\n{_dump(config)}".encode())
+
+
+def read_config(folder: Path) -> Recorded | None:
+    """Returns what an output folder records; None if svdd recorded nothing there."""
     path = folder / CONFIG
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    if not text.startswith(_HEADER):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not (header := _HEADER.match(text)):
         return None
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return {}
-    return config if isinstance(config, dict) else {}
+    config = None
+    with suppress(yaml.YAMLError, ValueError):
+        config = read_yaml(text)
+    return Recorded(header[1], config if isinstance(config, dict) else {})
+
+
+def recorded_settings(text: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the settings out of a `config.yaml` that svdd has written; None if a user has written it.
+
+    Left out are the checksums, which are no settings, and `overwrite`, which would remove the run that was recorded.
+    """
+    if not _HEADER.match(text):
+        return None
+    kept = {name: setting for name, setting in config.items() if name != "overwrite" and not name.endswith("_sha256")}
+    if isinstance(data := kept.get("data"), dict):
+        kept["data"] = {name: setting for name, setting in data.items() if name != "prompts_sha256"}
+    return kept
 
 
 def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] = _HARMLESS) -> list[str]:

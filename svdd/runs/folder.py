@@ -20,9 +20,12 @@ from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
 from svdd.runs.images import RunImages, is_named_by
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
+from svdd.runs.output import hold
 from svdd.runs.rows import ResultRow
 
 __all__ = ["RunFolder"]
+
+_KIND = "predict"  # the command whose folder this is
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -166,19 +169,13 @@ class RunFolder:
 
     def _lock_and_clear(self, config: dict[str, Any], overwrite: bool) -> None:
         """Locks the folder, checks and records the configuration, and removes what must not stay."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"the output must be a folder, got the file {self.path}; choose another --output")
-        self.path.mkdir(parents=True, exist_ok=True)
-        recorded = read_config(self.path)
-        if recorded is None and (foreign := {p.name for p in self.path.iterdir()} - {".lock", f"{CONFIG}.tmp"}):
-            why = f"its {CONFIG} was not written by svdd" if CONFIG in foreign else f"it holds {min(foreign)}"
-            raise RunError(f"{self.path} is not empty and is not a run folder ({why}); choose another --output")
         if self._lock is None:
-            self._lock = lock(self.path / ".lock", f"{self.path} is in use by another run")
+            self._lock = hold(self.path, _KIND)
+        recorded = read_config(self.path)
         for path in sorted(self.path.glob(".lock-*")):  # a process of a killed run may have outlived it
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
-        changed = differences(recorded, config) if recorded is not None else []
+        changed = differences(recorded.config, config) if recorded is not None else []
         drawn = any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
         if changed and drawn and not overwrite:
             raise RunError(
@@ -194,7 +191,7 @@ class RunFolder:
             self.summary.unlink(missing_ok=True)
         self.images.remove(everything=overwrite)
         if recorded is None or changed or overwrite:
-            write_config(self.path, config)
+            write_config(self.path, _KIND, config)
         self.images.folder.mkdir(exist_ok=True)  # after the file that marks the folder as ours
 
     def _merge_traces(self, rows: RowIndex) -> None:

@@ -17,6 +17,8 @@ from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 
 __all__ = ["join"]
 
+# As `python -m svdd`, which would import a json.py in the working directory in place of Python's own.
+_START = "import sys; sys.path.append(sys.path.pop(0)); from svdd.__main__ import main; sys.exit(main())"
 _FINAL = (2, 3, *STOP_EXIT_CODES)  # exit codes after which a restart does not help
 
 
@@ -99,7 +101,7 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
                 with tempfile.TemporaryDirectory(prefix="svdd-") as folder:  # for the errors of the processes
                     config = LaunchConfig(1, 1, count, logs_specs=DefaultLogsSpecs(folder), **options)
                     config.signals_to_handle = "SIGHUP"  # the other two are handled here
-                    elastic_launch(config, sys.executable)("-m", "svdd", *escaped)
+                    elastic_launch(config, sys.executable)("-c", _START, *escaped)
                 return 0
             except ChildFailedError as error:
                 code = _report(error)
