@@ -145,6 +145,18 @@ def test_images_need_not_be_square(sd15):
     assert StableDiffusion(sd15, 2, width=16).latent_shape == (4, 8, 2)
 
 
+def test_an_image_has_the_size_that_the_pipeline_would_give_it(sd15, tmp_path):
+    """The pipeline's constructor turns a size below 64 into 64 for networks saved by diffusers before 0.9."""
+    path = copy(sd15, tmp_path) / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"_diffusers_version": "0.6.0", "sample_size": 32}))
+    assert StableDiffusion(str(path.parent.parent), 2).latent_shape == (4, 64, 64)
+    path.write_text(json.dumps(config | {"sample_size": None}))
+    with pytest.raises(ValueError, match="states no image size: set height and width"):
+        StableDiffusion(str(path.parent.parent), 2)
+    assert StableDiffusion(str(path.parent.parent), 2, height=16, width=64).latent_shape == (4, 2, 8)
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler_ancestral"])
 def test_every_scheduler_runs_one_step(folder, scheduler):
     diffusion = StableDiffusion(folder, 1, scheduler=scheduler)

@@ -51,7 +51,9 @@ class Kernel(ABC):
             raise ValueError(f"{kind} does not know beta_schedule={given['beta_schedule']!r}") from error
         self.config, self.eta = self.scheduler.config, eta
         if self.config.get("thresholding"):
-            raise ValueError("thresholding=true is for pixels, not for latents; set it to false in the scheduler's config")
+            raise ValueError(
+                "thresholding=true is for pixels, not for latents; set it to false in the scheduler's config"
+            )
         for name, known in {"timestep_spacing": _SPACINGS, **self.allowed}.items():
             if self.config[name] not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {self.config[name]!r}")

@@ -93,11 +93,13 @@ class LatentDiffusion(Diffusion):
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
         self.kernel = kernel(chain_settings(pipeline.scheduler.config), num_inference_steps, eta)
         factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
-        size = [native, native] if isinstance(native, int) else list(native)
+        size = list(native) if isinstance(native, list | tuple) else [native, native]
         for axis, (name, pixels) in enumerate({"height": height, "width": width}.items()):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
             size[axis] = size[axis] if pixels is None else pixels // factor
+        if None in size:
+            raise UserError(f"pretrained={pretrained!r} states no image size: set height and width")
         self.latent_shape = (pipeline.vae.config.latent_channels, *size)
         if compile:
             parts[self.backbone].compile()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.hub import loading, locate
 
-__all__ = ["TinyDecoder", "fingerprint", "load_pipeline", "warn_of_cuts"]
+__all__ = ["TinyDecoder", "fingerprint", "load_pipeline", "to_images", "warn_of_cuts"]
 
 
 def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options: Any) -> Any:
@@ -64,7 +64,12 @@ class TinyDecoder(nn.Module):
     def forward(self, x0: Tensor) -> Tensor:
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
         images = self.decoder(x0.to(next(self.parameters()).dtype) / self.scaling_factor)
-        return (images * 0.5 + 0.5).clamp(0, 1).float()
+        return to_images(images)
+
+
+def to_images(decoded: Tensor) -> Tensor:
+    """Turns a decoder's output in [-1, 1] into images, float32 in [0, 1]; infinity becomes NaN, which stays NaN."""
+    return (decoded.nan_to_num(torch.nan, torch.nan, torch.nan) * 0.5 + 0.5).clamp(0, 1).float()
 
 
 def fingerprint(*modules: nn.Module) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from svdd.diffusion.latent import Conditioning, LatentDiffusion
+from svdd.diffusion.pipelines import to_images
 
 __all__ = ["StableDiffusion"]
 
@@ -44,4 +45,4 @@ class StableDiffusion(LatentDiffusion):
     def decode(self, x0: Tensor) -> Tensor:
         """Evaluates the autoencoder's decoder."""
         images = self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-        return (images * 0.5 + 0.5).clamp(0, 1).float()
+        return to_images(images)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd import UserError
+from svdd import RewardError, UserError
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.state.context import Context, Scorer
+from svdd.state.finite import require_finite
 
 __all__ = ["Start", "State"]
 
@@ -96,7 +97,10 @@ class State:
         context, own = self.context, x0 is None and decode is None
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
-            scores = context.diffusion.chunker.map(reward.score, len(images), images, self.prompts)
+            try:
+                scores = context.diffusion.chunker.map(reward.score, len(images), images, self.prompts)
+            except RewardError as error:
+                raise RewardError(f"{error} (step {self.i} of {self.num_steps})") from error
         context.ledger.reward_calls += len(images)
         return scores
 
@@ -187,6 +191,7 @@ class State:
             rows = (self.x, self.row, self.origin, *(() if through_denoiser else self.prediction))
             differentiate = partial(self._differentiate, value)  # in chunks, which bounds the memory of the graph
             found = self.context.diffusion.chunker.map(differentiate, len(self.x), *rows)
+            self._require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
         return self._cache[values], self._cache[slope]
 
@@ -213,9 +218,18 @@ class State:
         x0, mean = (tensor.detach() for tensor in part.prediction)
         return {"values": values.detach(), "gradient": slope, "x0": x0, "mean": mean}
 
+    def _require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
+        """Raises NotFinite with the step and the first failing row's prompt."""
+
+        def prompt(k: int) -> str:
+            return self.context.prompts[int(self.row[k])]
+
+        require_finite(part, source, *found, where=f" at step {self.i} of {self.num_steps}", prompt=prompt)
+
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
             images = self.context.diffusion.chunker.map(decode, len(x0), x0)
+            self._require_finite("decoder", x0, images)
         self.context.ledger.decoded_images += len(x0)
         return images
 
@@ -228,6 +242,7 @@ class State:
 
         with ledger.timed("denoiser_seconds", self.x.device):
             result = context.diffusion.chunker.map(evaluate, n, self.x, self.row)
+            self._require_finite("denoiser", self.x, *(result if isinstance(result, tuple) else (result,)))
         ledger.denoiser_rows += n
         ledger.network_rows += n * context.diffusion.network_rows(guidance_scale)
         return result
