@@ -105,3 +105,9 @@ def require_at_least(least: int, **numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < least:
             raise ValueError(f"{name} must be >= {least}, got {number}")
+
+
+def check_bound(what: str, number: int, most: int, advice: str, error: type[UserError] = UserError) -> None:
+    """Raises an error if a number is above its limit; most limits are in `svdd.runs.bounds`."""
+    if number > most:
+        raise error(f"{what}: {number} is above the limit of {most}; {advice}")

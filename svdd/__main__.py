@@ -1,16 +1,21 @@
 """The `svdd` command: imports the command at hand from `svdd.commands`, and runs it."""
 
+import errno
 import json
 import os
 import sys
 import sysconfig
 import traceback
 import warnings
+from contextlib import suppress
 from pkgutil import resolve_name
 from types import TracebackType
 
 from svdd import UserError, __version__, did_you_mean, first_line, printable, say
+from svdd.commands.streams import exits_explained, protect_streams
+from svdd.runs.processes.environment import ignore_incomplete
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
+from svdd.runs.secrets import redact
 
 __all__ = ["main"]
 
@@ -48,6 +53,7 @@ One class's own settings: svdd predict --model.sampler.help SVDD
 The whole traceback of an error: SVDD_DEBUG=1 svdd ..."""
 
 _LIBRARIES = tuple(os.path.join(folder, "") for folder in (os.path.dirname(__file__), sysconfig.get_path("stdlib")))
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _format_warning = warnings.formatwarning
 
 
@@ -56,24 +62,25 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns 0, 2 for an error that the user can fix, or 1 for any other error.
     """
+    whole_process = arguments is None
     if arguments is None:
         arguments = sys.argv[1:]
+        protect_streams()
         signals.listen()  # also while libraries are imported
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent()
     command, *words = arguments or ["--help"]
     if command in ("-h", "--help", "--version"):
         say(f"svdd {__version__}" if command == "--version" else _HELP)
         return 0
     warnings.formatwarning = lambda *args, **kwargs: printable(_format_warning(*args, **kwargs))
     try:
+        if ignore_incomplete() == "torchrun" and whole_process:  # before Lightning reads the same variables
+            die_with_parent()
         _find_files_here()
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
-        resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
-    except BrokenPipeError:  # `svdd list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with exits_explained():
+            resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
     except Exception as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
@@ -93,9 +100,13 @@ def _find_files_here() -> None:
 
 def _report(error: Exception) -> int:
     """Prints an error in one line, after the traceback through the user's own code if it went through some."""
-    message = f"error: {' '.join(str(error).splitlines())}"
-    if not isinstance(error, UserError):
-        message = f"error: {type(error).__name__}: {first_line(error)} (SVDD_DEBUG=1 shows where)"
+    message = f"error: {redact(' '.join(str(error).splitlines()))}"
+    if isinstance(error, OSError) and (error.errno in _NO_SPACE or "temporary directory" in str(error)):
+        found = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        error = UserError(f"{found}; free some space, or set TMPDIR to another folder for temporary files")
+        message = f"error: {error}"
+    elif not isinstance(error, UserError):
+        message = f"error: {type(error).__name__}: {redact(first_line(error))} (SVDD_DEBUG=1 shows where)"
     cause: BaseException | None = error
     while cause is not None:
         if frames := _users_frames(cause.__traceback__):
@@ -104,10 +115,15 @@ def _report(error: Exception) -> int:
             break
         cause = cause.__cause__
     if isinstance(error, UserError) and AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
-        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:  # the agent reports
-            json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
-    else:
-        say(f"svdd: {message}", error=True)
+        path = os.environ["TORCHELASTIC_ERROR_FILE"]
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump({"svdd": True, "message": message, "timestamp": 0}, file)
+            return 2  # the agent reports
+        except OSError:  # it cannot read half a file
+            with suppress(OSError):
+                os.unlink(path)
+    say(f"svdd: {message}", error=True)
     return 2 if isinstance(error, UserError) else 1
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
 from svdd import UserError
+from svdd.assets.content import digest, sources
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward, is_device_failure
+from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
 from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
@@ -39,7 +41,7 @@ class GuidedDiffusion(L.LightningModule):
         sampler: The algorithm; by default `SVDD` with 20 candidates.
         value: The estimate that guides the sampler; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
-        images_per_prompt: Images for each prompt.
+        images_per_prompt: Images for each prompt, at most 10,000.
         budget: Denoiser rows that a returned image may cost; a backward pass counts as two more. Sets the sampler's
             count (of candidates, particles or iterations) to the largest within the budget; see `chosen`.
         seed: Image k of prompt p has the seed `seed + p * images_per_prompt + k`, or the prompt's own seed plus k.
@@ -71,6 +73,7 @@ class GuidedDiffusion(L.LightningModule):
     ) -> None:
         super().__init__()
         require_at_least_one(images_per_prompt=images_per_prompt)
+        check_images(1, images_per_prompt)
         if budget is not None and budget < 1:
             raise ValueError(f"budget must be >= 1 denoiser rows per image, got {budget}")
         if seed < 0:
@@ -193,6 +196,15 @@ class GuidedDiffusion(L.LightningModule):
         self.path_kl.update(divergence, prompts.long())
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns digests of all weights, files and user's code that images and scores depend on, by what they are."""
+        self.configure_model()
+        found = {f"diffusion.{name}": content for name, content in self.diffusion.fingerprints().items()}
+        found |= {f"reward {name}": digest(reward) for name, reward in self.rewards.items()}
+        found["value"] = digest(self.value)
+        parts = (self.diffusion, self.sampler, self.value, *self.rewards.values())
+        return found | {f"the code of {name}": content for name, content in sources(*parts).items()}
 
     def configure_model(self) -> None:
         """Reads the rewards' weights before anything is drawn; Lightning calls it on every process."""

@@ -398,7 +398,7 @@ def test_a_value_is_fitted_and_then_used(fit, predict, capsys, tmp_path, read_ro
     capsys.readouterr()
     assert fit("--model.value.learning_rate", "0.01", "--overwrite", "true") == 0  # other weights in the same file
     assert predict(*value, "--model.value.pretrained", str(weights), "--output", str(tmp_path / "again")) == 2
-    assert "value_sha256" in capsys.readouterr().err
+    assert "was begun with other contents of value: restore" in capsys.readouterr().err
     assert predict(*value, "--overwrite", "true") == 2
     assert "LatentConvValue is not trained yet" in capsys.readouterr().err
     other = ["--ckpt_path", str(checkpoint), "--overwrite", "true", "--model.diffusion.num_inference_steps", "4"]

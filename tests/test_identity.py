@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import sys
 
+import lightning as L
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from svdd import UserError
 from svdd.diffusion.pipelines import fingerprint
@@ -15,12 +18,17 @@ from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.function import FunctionReward
+from svdd.rewards.image_reward import ImageReward
 from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.pick_score import PickScore
 from svdd.rewards.threshold import Threshold
 from svdd.rewards.vlm_judge import VLMJudge
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
+from svdd.runs.folder import RunFolder
+from svdd.runs.prompts import PromptDataModule
+from svdd.runs.writer import RunError, RunWriter
+from svdd.samplers.unguided import Unguided
 from svdd.values.feature import FeatureValue
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import to_safetensors
@@ -114,6 +122,110 @@ def test_models_of_one_name_are_distinguished_by_their_weights(sd15, tmp_path):
     assert StableDiffusion(str(same), 2).identity == identity == StableDiffusion(str(half), 2).identity
     different = StableDiffusion(str(tuned), 2).identity
     assert {key for key in identity if identity[key] != different[key]} == {"weights"}
+
+
+def test_the_tokenizer_belongs_to_image_reward():
+    assert ImageReward(tokenizer="a").identity != ImageReward(tokenizer="b").identity
+
+
+def scale(file, suffix=""):
+    """Multiplies one tensor of a weights file."""
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith(suffix) and tensors[name].is_floating_point())
+    save_file(tensors | {name: tensors[name] * 1.5}, file, {"format": "pt"})
+
+
+def edit_json(file, **settings):
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+CHANGES = {
+    "diffusion.unet": lambda path: scale(path / "sd/unet/diffusion_pytorch_model.safetensors", "bias"),
+    "diffusion.vae": lambda path: scale(path / "sd/vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+    "diffusion.text_encoder": lambda path: scale(path / "sd/text_encoder/model.safetensors", "token_embedding.weight"),
+    "diffusion.configuration": lambda path: edit_json(path / "sd/scheduler/scheduler_config.json", beta_end=0.013),
+    "reward CLIPScore-clip": lambda path: scale(path / "clip/model.safetensors", "visual_projection.weight"),
+    "reward CLIPScore-clip ": lambda path: edit_json(path / "clip/preprocessor_config.json", image_mean=[0.4] * 3),
+    "reward ZScored-Brightness": lambda path: edit_json(
+        path / "summary.json", rewards={"Brightness": STATISTICS | {"std": 2}}
+    ),
+    "the code of reward_of_mine": lambda path: (path / "reward_of_mine.py").open("a").write("# changed\n"),
+    "the code of helper_of_mine": lambda path: (path / "helper_of_mine.py").open("a").write("WEIGHT = 2.0\n"),
+}
+STATISTICS = {"mean": 0.0, "std": 1.0, "std_within": None}
+WIDER = STATISTICS | {"std": 2.0}
+
+
+@pytest.fixture
+def mine(sd15, tiny_clip, tmp_path, monkeypatch):
+    """A folder of copies whose files may be changed: a diffusion model, a CLIP, statistics, and a reward's modules."""
+    shutil.copytree(sd15, tmp_path / "sd")
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    (tmp_path / "summary.json").write_text(json.dumps({"rewards": {"Brightness": STATISTICS}}))
+    (tmp_path / "helper_of_mine.py").write_text("WEIGHT = 1.0\n")
+    function = "def score(images, prompts):\n    return images.mean((1, 2, 3)) * helper_of_mine.WEIGHT\n"
+    (tmp_path / "reward_of_mine.py").write_text(f"import helper_of_mine\n\n{function}")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def load(mine):
+    for module in ("reward_of_mine", "helper_of_mine"):
+        sys.modules.pop(module, None)
+    rewards = [CLIPScore(str(mine / "clip")), ZScored(Brightness(), statistics=str(mine))]
+    rewards.append(FunctionReward("reward_of_mine.score"))
+    return GuidedDiffusion(Brightness(), StableDiffusion(str(mine / "sd"), 2), Unguided(), eval_rewards=rewards)
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    """The fingerprints of the copies before a change, once known: they do not depend on the folder."""
+    return {}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_fingerprints_name_what_has_changed(mine, name, unchanged):
+    before = unchanged or unchanged.update(load(mine).fingerprints()) or unchanged
+    CHANGES[name](mine)
+    after = load(mine).fingerprints()
+    assert {part for part in before if before[part] != after[part]} == {name.strip()}
+    assert after.keys() == before.keys()
+
+
+def test_a_run_does_not_continue_with_other_weights(mine):
+    """New weights under the same path would make one run of two models."""
+
+    def draw():
+        writer, data = RunWriter(mine / "run", {"label": "same"}), PromptDataModule(["apple", "car"], batch_size=1)
+        data.skip(finished := writer.open())
+        trainer = L.Trainer(callbacks=[writer], accelerator="cpu", logger=False, enable_checkpointing=False, **QUIET)
+        trainer.predict(load(mine), data, return_predictions=False)
+        return finished
+
+    assert draw() == set()
+    results = mine / "run" / "results.jsonl"
+    first = results.read_bytes().splitlines(keepends=True)[0]
+    results.write_bytes(first)
+    assert draw() == {0}  # nothing has changed
+    results.write_bytes(first)
+    CHANGES["diffusion.unet"](mine)
+    with pytest.raises(RunError, match=r"run was begun with other contents of diffusion\.unet: restore what was there"):
+        draw()
+    assert results.read_bytes() == first
+
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
+
+
+def test_a_changed_library_is_a_warning(tmp_path, capsys):
+    record = tmp_path / "fingerprints.json"
+    folder = RunFolder(tmp_path)
+    assert folder.fingerprint({"value": "a"}, {"torch": "1.0"}) == []
+    assert folder.fingerprint({"value": "a"}, {"torch": "2.0"}) == ["torch 1.0, now 2.0"]
+    with pytest.raises(RunError, match="other contents of value"):
+        folder.fingerprint({"value": "b"}, {"torch": "1.0"})
+    record.write_bytes(bytes(20))  # as if it had been removed
+    assert folder.fingerprint({"value": "b"}, {"torch": "1.0"}) == []
 
 
 def test_the_negative_prompt_belongs_to_the_chain(sd15):

@@ -3,7 +3,7 @@
 import math
 import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
@@ -235,11 +235,9 @@ def test_image_reward_is_the_published_arithmetic(models, side):
     state = torch.load(f"{models('image_reward')}/ImageReward.pt", weights_only=True)
     reward.load()
     pixels = images if side == 32 else torch.nn.functional.interpolate(images, 32, mode="bicubic", antialias=True)
-    tokens = reward.tokenizer(
-        PROMPTS, padding="max_length", truncation=True, max_length=BLIP_TOKENS, return_tensors="pt"
-    )
+    tokens = reward.words(PROMPTS, padding="max_length", truncation=True, max_length=BLIP_TOKENS, return_tensors="pt")
     assert tokens.input_ids.shape == (4, BLIP_TOKENS)
-    assert tokens.input_ids[:, 0].tolist() == [reward.tokenizer.cls_token_id] * 4
+    assert tokens.input_ids[:, 0].tolist() == [reward.words.cls_token_id] * 4
     expected = plain_image_reward(
         state, normalise(pixels.clamp(0, 1), CLIP_MEAN, CLIP_STD), tokens.input_ids, tokens.attention_mask
     )
@@ -635,6 +633,23 @@ def test_an_endpoint_that_hangs_times_out():
         message = failure(address, timeout=0.1, retries=1)
         released.set()
     assert message.endswith("no answer within 0.1 s after 2 attempts")
+
+
+@pytest.mark.parametrize("part", ["headers", "body", "size"])
+def test_an_endless_answer_ends(part):
+    """Each byte arrives in time, but the answer would never be complete."""
+
+    def answer(body, handler):
+        write, pause = handler.wfile.write, threading.Event().wait
+        write(b"HTTP/1.1 200 OK\r\n" + (b"" if part == "headers" else b"\r\n"))
+        with suppress(OSError):
+            while True:
+                write(b"x" * 2**16 if part == "size" else b"x")
+                pause(0 if part == "size" else 0.02)
+
+    with chat_server(answer) as (address, _):
+        message = failure(address, timeout=20 if part == "size" else 0.3, retries=0)
+    assert message.endswith("larger than 1048576 bytes" if part == "size" else "no answer within 0.3 s")
 
 
 def test_an_unreachable_endpoint():

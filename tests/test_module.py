@@ -26,7 +26,7 @@ from tests.test_samplers import label
 PROMPTS = [
     {"prompt": "red apple", "negative_prompt": "blurry", "style": "photo", "seed": 40},
     {"prompt": "blue car", "style": "drawing"},
-    {"prompt": "panda", "style": "drawing", "seed": 2**63 - 1},
+    {"prompt": "panda", "style": "drawing", "seed": 2**64 - 1},
 ]
 
 
@@ -135,7 +135,7 @@ def test_rows_are_ordered_and_complete(sd15, prompts, tmp_path, batch_size):
     assert [row["style"] for row in rows] == ["photo"] * 2 + ["drawing"] * 4
     assert [row.get("negative_prompt") for row in rows] == ["blurry", "blurry", None, None, None, None]
     assert ["negative_prompt" in row for row in rows] == [True, True, False, False, False, False]
-    assert [row["seed"] for row in rows] == [40, 41, 100 + 2, 100 + 3, 2**63 - 1, 0]  # the last one wraps around
+    assert [row["seed"] for row in rows] == [40, 41, 100 + 2, 100 + 3, 2**64 - 1, 0]  # the last one wraps around
     assert collect.images.shape == (6, 3, 64, 64)
     scores = Compressibility().score(collect.images, [""] * 6).tolist()
     for row, score in zip(rows, scores, strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from svdd.__main__ import main
 from tests.test_docs import unpack
 
 ROOT = Path(__file__).parent.parent
@@ -157,3 +158,13 @@ def test_the_examples_own_test_passes(site, tmp_path):
     )
     assert run.returncode == 0, run.stdout
     assert "2 passed" in run.stdout
+
+
+@pytest.mark.parametrize("call", ["sys.exit(0)", "exit()", "sys.exit('done')"])
+def test_an_exit_while_a_plugin_is_imported_is_an_error(call, tmp_path, monkeypatch, capsys):
+    (tmp_path / "quitter.py").write_text(f"import sys\n\n{call}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["predict", "--model.reward", "quitter.Reward", "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"svdd: error: {tmp_path}/quitter.py:3 called sys.exit(" in error
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -316,12 +317,23 @@ def half_by_default():
 
 def test_numbers_of_a_function_keep_their_digits(half_by_default):
     numbers = [0.123456789, 20.123456]
-    for answer in (numbers, np.array(numbers), torch.tensor(numbers, dtype=torch.float64)):
+    ddpo = (torch.tensor(numbers, dtype=torch.float64), {"metadata": 1})
+    for answer in (numbers, np.array(numbers), torch.tensor(numbers, dtype=torch.float64), ddpo, (numbers, {})):
         scores = FunctionReward(lambda images, prompts, answer=answer: answer).score(pictures(2), PROMPTS[:2])
         assert scores.tolist() == pytest.approx(numbers, rel=1e-7)
-    alone = iter(numbers)
+    alone = iter([numbers[0], (torch.tensor(numbers[1], dtype=torch.float64), {})])
     scores = FunctionReward(lambda image, prompt: next(alone), one_by_one=True).score(pictures(2), PROMPTS[:2])
     assert scores.tolist() == pytest.approx(numbers, rel=1e-7)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("answer", [None, "good", {"score": 1.0}, ([1.0], "x")])
+def test_a_function_that_returns_no_numbers_is_told_what_it_returned(answer, one_by_one):
+    reward = FunctionReward(lambda *given: answer, one_by_one)
+    expected = "one number" if one_by_one else "one number per image"
+    kind = type(answer).__name__
+    with pytest.raises(RewardError, match=re.escape(f"returned {answer!r}, a {kind}; expected {expected}")):
+        reward.score(pictures(2), PROMPTS[:2])
 
 
 def test_sharpness_is_as_exact_under_autocast():

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from svdd import UserError
 from svdd.__main__ import main
@@ -255,6 +256,6 @@ def test_an_output_folder_belongs_to_one_training_at_a_time(command, tmp_path, l
         assert "value is in use by another run" in capsys.readouterr().err
     assert (tmp_path / "value" / "config.yaml").read_bytes() == before
     assert (tmp_path / "value" / "value.safetensors").is_file()
-    monkeypatch.setenv("NODE_RANK", "1")  # another process of the training that holds the lock
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # another process of the training that holds the lock
     assert main(command("--data.num_rollouts", "0")) == 2
     assert "num_rollouts must be >= 4" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from svdd.runs import images as run_images
 from svdd.runs.folder import RunFolder
 from svdd.runs.images import RunImages, read_image
 from svdd.runs.writer import RunWriter
-from tests.test_writer import CONFIG, Tiny, full_disk, predict, read_rows
+from tests.test_writer import CONFIG, ROW, Tiny, full_disk, predict, read_rows
 
 
 def run(folder, prompts=range(6), **kwargs):
@@ -131,7 +131,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 
 def image(prompt_index, content=b"x"):
-    return {"prompt_index": prompt_index, "image_index": 0, "num_images": 1}, content
+    return {**ROW, "prompt_index": prompt_index}, content
 
 
 def writer(folder, rank, **kwargs):
@@ -192,7 +192,7 @@ def test_many_shards_are_read_one_after_the_other(tmp_path, monkeypatch):
     for rank, folder in enumerate(folders):
         folder.open_shard(rank)
         for p in (rank, rank + 70):
-            folder.write([({"prompt_index": p, "image_index": 0, "num_images": 1}, b"png")])
+            folder.write([({**ROW, "prompt_index": p}, b"png")])
         folder.close_shard()
     folders[0].merge()
     folders[0].close()

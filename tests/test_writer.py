@@ -28,6 +28,7 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.images import image_name
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
+from svdd.runs.processes.environment import ignore_incomplete, node_rank
 from svdd.runs.writer import RunError, RunWriter
 
 PROMPTS = ["apple", "blue car", "café ☕ \u2028 line", "lone \ud800", "../../etc/passwd", "x"]
@@ -41,6 +42,9 @@ CONFIG = {
     "output": "a",
     "overwrite": False,
 }
+
+
+ROW = {"prompt_index": 0, "image_index": 0, "num_images": 1, "prompt": "", "rewards": {"r": 0.5}, "ledger": {}}
 
 
 def image(prompt_index, image_index, size=8):
@@ -371,9 +375,51 @@ def point_elsewhere(folder):
     return {3}
 
 
+def replace_row(change):
+    """Replaces the row of prompt 3's second image by what `change` makes of it, and of its line."""
+
+    def damage(folder):
+        lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+        changed = change(json.loads(lines[7]), lines[7])
+        lines[7] = changed if isinstance(changed, bytes) else json.dumps(changed).encode() + b"\n"
+        (folder / "results.jsonl").write_bytes(b"".join(lines))
+        return set() if changed == 2 * lines[7][: len(lines[7]) // 2] else {3}
+
+    return damage
+
+
+def fill_the_end_with_zeros(folder):
+    """What a power cut may leave."""
+    path = folder / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-40] + bytes(3000))
+    return {5}
+
+
+def garble_the_summary(folder):
+    (folder / "summary.json").write_bytes(bytes(100))
+    return set()
+
+
+DAMAGED_ROWS = {
+    "twice": lambda row, line: 2 * line,
+    "nested 100,000 deep": lambda row, line: line.replace(b'"extra 3"', b"[" * 100_000 + b"]" * 100_000),
+    "a list": lambda row, line: [row],
+    "no rewards": lambda row, line: {name: value for name, value in row.items() if name != "rewards"},
+    "rewards in a list": lambda row, line: row | {"rewards": [0.5]},
+    "a score in words": lambda row, line: row | {"rewards": {"r": "0.5"}},
+    "no prompt": lambda row, line: row | {"prompt": None},
+    "a prompt's number that is true": lambda row, line: row | {"prompt_index": True},
+    "another file's checksum": lambda row, line: row | {"sha256": "0" * 64},
+    "not UTF-8": lambda row, line: line.replace(b"extra", b"\xff\xfe"),
+}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        *(pytest.param(replace_row(change), id=name) for name, change in DAMAGED_ROWS.items()),
+        fill_the_end_with_zeros,
+        garble_the_summary,
         break_nothing,
         lose_an_image,
         cut_an_image,
@@ -404,6 +450,47 @@ def test_resume_repairs(tmp_path, whole, damage):
     assert set(module.drawn) == missing
     assert sorted(set(module.recalled)) == sorted(set(range(6)) - missing)
     assert read_all(folder) == read_all(whole)
+
+
+def test_a_row_of_another_reward_is_named(tmp_path):
+    """It is whole, so only the module can tell."""
+    folder = tmp_path / "run"
+    run(folder)
+    edit_rows(folder, lambda row: row.update(rewards={"other": 1.0}) if row["image_index"] and row["seed"] == 7 else 0)
+    with pytest.raises(RunError, match=r"results\.jsonl, line 8, is not a row of this run \('r'\): remove the line"):
+        run(folder)
+    lines = (folder / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "results.jsonl").write_bytes(b"".join(lines[:7] + lines[8:]))
+    assert run(folder).drawn == [3]
+
+
+def test_a_file_that_is_removed_while_it_is_written_ends_the_run(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim({})
+    folder.open_shard(0)
+    folder.write([(ROW, b"png")])
+    (folder.path / "results-00000.jsonl").unlink()
+    with pytest.raises(RunError, match=r"results-00000\.jsonl: the file was removed while it was written"):
+        folder.write([(ROW, b"png")])
+    folder.close()
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_run_that_begins_anew_leaves_no_picture_of_the_old_one(tmp_path, drawn):
+    """The old one was killed before its first row, or while --overwrite removed it."""
+    folder = tmp_path / "run"
+    run(folder, prompts=range(6), config=CONFIG | {"seed": 1})
+    (folder / "images" / "mine.png").write_bytes(b"mine")
+    if drawn:
+        (folder / ".overwriting").touch()
+    else:
+        (folder / "results.jsonl").unlink()
+    assert run(folder, prompts=[0]).drawn == [0]
+    images = ["images/000000-00.png", "images/000000-01.png", "images/mine.png"]
+    assert sorted(read_folder(folder)) == sorted(
+        [".lock", "config.yaml", "results.jsonl", "summary.json", "trace.jsonl", *images]
+    )
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == CONFIG
 
 
 def test_resume_after_an_error(tmp_path, whole):
@@ -473,12 +560,66 @@ def test_failures_in_a_row_end_the_run(tmp_path):
     assert RunWriter(tmp_path, CONFIG).open() == {5}
 
 
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+TORCHRUN |= {"GROUP_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        *(({name: value}, None) for name in (*TORCHRUN, *SLURM, "NODE_RANK") for value in ("1", "garbage")),
+        (
+            {name: value for name, value in (TORCHRUN | SLURM).items() if name not in ("MASTER_ADDR", "SLURM_NODEID")},
+            None,
+        ),
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, None),
+        (TORCHRUN | {"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": ""}, None),  # a container of one process
+        (TORCHRUN, "torchrun"),
+        (SLURM | {"RANK": "x", "NODE_RANK": "1"}, "SLURM"),
+        (TORCHRUN | SLURM, "torchrun"),
+        (TORCHRUN | {"RANK": "first"}, "RANK='first' in the environment is no launcher's: expected an integer >= 0"),
+        (TORCHRUN | {"RANK": "2"}, "RANK=2 and WORLD_SIZE=2 in the environment contradict each other"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT='0' .* expected an integer >= 1"),
+        (SLURM | {"SLURM_PROCID": "-1"}, "SLURM_PROCID='-1'"),
+        (SLURM | {"MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": ""}, "WORLD_SIZE=2 in the environment belong to no torchrun and no srun"),
+    ],
+    ids=str,
+)
+def test_variables_of_launchers_count_only_in_whole_sets(monkeypatch, variables, expected):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in {*TORCHRUN, "NODE_RANK"}:
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if expected in (None, "torchrun", "SLURM"):
+        assert ignore_incomplete() == expected
+        left = {name for name in variables if name in os.environ}
+        assert left == {None: set(), "torchrun": set(TORCHRUN), "SLURM": set(SLURM) | left & {"MASTER_PORT"}}[expected]
+        assert node_rank() == 0
+    else:
+        with pytest.raises(UserError, match=expected):
+            ignore_incomplete()
+
+
+def test_a_script_of_rank_0_that_believes_it_is_another_does_not_write(tmp_path, monkeypatch):
+    for name, value in {"NODE_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    writer = RunWriter(tmp_path / "run", CONFIG)
+    assert writer.open() == set()
+    with pytest.raises(RunError, match="is not held by this process, the first of the run"):
+        predict(writer, Tiny(), range(2))
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_ranks_read_and_change_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     run(folder)
     tear_the_last_line(folder)
     before = read_all(folder)
-    monkeypatch.setenv("NODE_RANK", "1")
+    for name, value in (TORCHRUN | {"RANK": "1", "GROUP_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
     assert RunWriter(folder, CONFIG).open() == {0, 1, 2, 3, 4}
     assert RunWriter(folder, CONFIG, overwrite=True).open() == set()
     assert RunWriter(tmp_path / "absent", CONFIG).open() == set()
@@ -792,10 +933,10 @@ def test_traces_of_several_ranks_are_merged(tmp_path):
         folder.open_shard(rank)
     assert not list(tmp_path.glob("trace*"))
     for p in (4, 3, 2, 1, 0, 0):  # the last prompt also pads the last batch of another rank
-        row = {"prompt_index": p, "image_index": 0, "num_images": 2}
+        row = {**ROW, "prompt_index": p, "num_images": 2}
         batch = [(row, b"a"), ({**row, "image_index": 1}, b"b")]
         folders[p % 2].write(batch, [trace(p, 0), *([trace(p, 1)] if p % 2 else [])])  # two images may share a write
-    folders[1].write([({"prompt_index": 0, "image_index": 0, "num_images": 2}, b"a")], [trace(0, 0)])
+    folders[1].write([({**ROW, "num_images": 2}, b"a")], [trace(0, 0)])
     assert sorted(path.name for path in tmp_path.glob("trace*")) == ["trace-00000.jsonl", "trace-00001.jsonl"]
     assert [entry["prompt_index"] for entry in read_traces(tmp_path, "trace-00001.jsonl")] == [3, 3, 1, 1, 0]
     for folder in folders:
@@ -868,15 +1009,15 @@ class CrashAt:
             raise Crash
 
 
-def work_through(folder, overwrite=False, label="new"):
+def work_through(folder, overwrite=False, label="new", count=3):
     """Writes a complete run without a Trainer; returns the prompts that were drawn."""
     run_folder = RunFolder(folder)
     try:
         finished = run_folder.claim({"label": label}, overwrite)
         run_folder.open_shard(0)
-        drawn = [p for p in range(3) if p not in finished]
+        drawn = [p for p in range(count) if p not in finished]
         for p in drawn:
-            row = {"prompt_index": p, "image_index": 0, "num_images": 1}
+            row = {**ROW, "prompt_index": p}
             run_folder.write([(row, f"{label} {p}".encode())], [trace(p, 0)])
         run_folder.close_shard()
         run_folder.merge()
@@ -895,7 +1036,7 @@ def test_a_crash_at_every_step(tmp_path, monkeypatch, overwrite):
         steps += 1
         folder = tmp_path / str(steps)
         if overwrite:
-            work_through(folder, label="old")
+            work_through(folder, label="old", count=4)
         with monkeypatch.context() as patch:
             crash = CrashAt(patch, steps)
             try:
@@ -908,13 +1049,14 @@ def test_a_crash_at_every_step(tmp_path, monkeypatch, overwrite):
                 assert all(trace(json.loads(line)["prompt_index"], 0) in traced for line in whole_rows)
         if crash.left > 0:
             break
+        removing = (folder / ".overwriting").exists()  # so any rows are those of the old run
         try:
             drawn = work_through(folder)
         except RunError:  # the old configuration is still there: needs --overwrite again
             assert overwrite
             drawn = work_through(folder, overwrite)
         else:
-            recorded = {json.loads(line)["prompt_index"] for line in whole_rows}
+            recorded = set() if removing else {json.loads(line)["prompt_index"] for line in whole_rows}
             assert set(drawn) == set(range(3)) - recorded, "a finished image was drawn again, or a missing one was not"
         assert sorted((path.name, path.read_bytes()) for path in folder.rglob("[!.]*.*")) == expected
     assert steps > 50

@@ -16,6 +16,7 @@ from svdd import Stopped, UserError
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
+from svdd.runs.secrets import redacted, refuse_secrets
 from svdd.values.learned import LearnedValue
 from svdd.values.pretrained import learned_class
 
@@ -104,9 +105,10 @@ class ModelCLI(LightningCLI):
         self.settings.ckpt_path = None  # Lightning would read settings of the module from it
 
     def resolved(self) -> dict[str, Any]:
-        """Returns the whole configuration of the command as plain values."""
+        """Returns the whole configuration of the command as plain values, without secrets; some are a UserError."""
         plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
-        return {name: setting for name, setting in plain.items() if name != "config"}
+        refuse_secrets(plain)
+        return {name: redacted(setting, name) for name, setting in plain.items() if name != "config"}
 
     def instantiate_classes(self) -> None:
         """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""

@@ -1,7 +1,6 @@
 """`svdd compare`: images and rewards of several runs with the same prompts, in one picture."""
 
 import argparse
-import io
 from pathlib import Path
 from statistics import fmean
 from typing import NoReturn
@@ -10,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svdd import UserError
 from svdd.runs.folder import RunFolder
-from svdd.runs.images import read_image
+from svdd.runs.pictures import pixels_of
 
 __all__ = ["compare"]
 
@@ -42,8 +41,7 @@ def compare(words: list[str]) -> None:
         )
     rows = [(run, [table[key] for key in shared]) for run, table in zip(options.runs, tables, strict=True)]
     rewards, shown = list(tables[0][shared[0]]["rewards"]), shared[: max(1, options.limit)]
-    files = [[io.BytesIO(read_image(run, row["file"])) for row in chosen[: len(shown)]] for run, chosen in rows]
-    pictures = [[Image.open(file).convert("RGB") for file in line] for line in files]
+    pictures = [[Image.fromarray(pixels_of(run, row["file"])) for row in line[: len(shown)]] for run, line in rows]
     zoom = max(1, -(-_LEAST_TILE // pictures[0][0].width))
     width, height = pictures[0][0].width * zoom, pictures[0][0].height * zoom
     across, down = max(width, _LEAST_CELL) + _MARGIN, height + _LINE * (len(rewards) + 1) + _MARGIN

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from svdd.runs.config import CONFIG, differences, read_config, write_config
 from svdd.runs.files import RunError, os_errors_explained, write_atomically
 from svdd.runs.output import hold
 from svdd.runs.processes.group import is_rank_zero
+from svdd.runs.prompts import PromptWarning
 from svdd.values.learned import read_checkpoint, to_safetensors
 from svdd.values.losses import MeanLoss
 from svdd.values.training.data import RolloutDataModule
@@ -49,6 +51,7 @@ class FitCLI(ModelCLI):
         config = self.resolved()
         with as_user_errors():
             config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
+        warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
         with os_errors_explained(self.folder):
             self._around.callback(hold(self.folder, self.command).release)
             recorded = known.config if (known := read_config(self.folder)) else {}

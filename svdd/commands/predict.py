@@ -1,7 +1,7 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
-import hashlib
 import sys
+import warnings
 from typing import Any
 
 import lightning as L
@@ -17,11 +17,12 @@ from svdd.evaluation.baseline import against, over_optimised, warning
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
-from svdd.runs.prompts import PromptDataModule
+from svdd.runs.processes.watchdog import StepTimeout
+from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.runs.writer import RunWriter
-from svdd.values.learned import weights_file
 
 __all__ = ["PredictCLI", "StepProgress"]
 
@@ -38,19 +39,21 @@ class PredictCLI(ModelCLI):
         patience = "Seconds to wait for other processes, once done, while none of them finishes a batch."
         parser.add_argument("--tar", type=bool, default=False, help="Write WebDataset tar shards instead of PNG files.")
         parser.add_argument("--patience", type=float, default=3600.0, help=patience)
+        timeout = "Seconds after which a process whose step does not finish is ended; by default never."
+        parser.add_argument("--step_timeout", type=float | None, default=None, help=timeout)
 
     def before_instantiate_classes(self) -> None:
         """Checks prompts and run folder, which is fast, before weights are loaded, which is slow."""
         with as_user_errors():
             self.stop = StopOnSignal(self.group, self.settings.patience)
+            self.watchdog = StepTimeout(self.settings.step_timeout)
             prompts = PromptDataModule(**self.settings.data.as_dict())
+            check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
+            warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             self.evaluation.check()
             plain = self.resolved()
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
-            arguments = (plain["model"].get("value") or {}).get("init_args", {})
-            if arguments.get("pretrained") and (file := weights_file(str(arguments["pretrained"]))).is_file():
-                plain["value_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
             self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
         prompts.teardown("predict")
@@ -66,7 +69,7 @@ class PredictCLI(ModelCLI):
         own = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
         trainer: Any = super().instantiate_trainer(enable_progress_bar=own and wanted, **kwargs)
         shown = not own and wanted and sys.stderr.isatty() and trainer.is_global_zero
-        trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.stop]
+        trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.watchdog, self.stop]
         return trainer
 
     def before_predict(self) -> None:

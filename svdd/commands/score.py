@@ -10,19 +10,21 @@ from typing import Any
 import torch
 import yaml
 
-from svdd import UserError, first_line
+from svdd import UserError, first_line, require_at_least
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward
+from svdd.runs.bounds import MAX_LINE
 from svdd.runs.config import write_config
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
-from svdd.runs.output import hold
+from svdd.runs.output import check, hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
+from svdd.runs.secrets import refuse_secrets
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
@@ -37,8 +39,9 @@ def score_parser() -> Parser:
     parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
     parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
     parser.add_argument("--images", type=str, required=True, help="Folder of pictures, or a run folder.")
-    prompts = "File with the pictures' prompts, in the order of their names (2 before 10); a run folder has its own."
-    parser.add_argument("--prompts", type=str | None, default=None, help=prompts)
+    prompts = "The pictures' prompts, a file or a list, in the order of their names (2 before 10); a run has its own."
+    parser.add_argument("--prompts", type=list[str] | str | None, default=None, help=prompts)
+    parser.add_argument("--prompt_column", type=str, default="prompt", help="Column, or JSON key, of the prompts.")
     parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
@@ -51,38 +54,37 @@ def score(words: list[str]) -> None:
     parser = score_parser()
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(words))
+        refuse_secrets(config := yaml.safe_load(parser.dump(given, skip_none=False)))
         settings = parser.instantiate_classes(given)
-    with ExitStack() as around:
-        if settings.output is not None:  # first, as scoring may take hours
-            folder = Path(settings.output)
-            with os_errors_explained(folder):
-                around.callback(hold(folder, "score").release)
-                write_config(folder, "score", yaml.safe_load(parser.dump(given, skip_none=False)))
-        _run(settings)
-
-
-def _run(settings: Any) -> None:
-    """Scores the pictures, and prints and writes what was found."""
-    device = _device(settings.device)
-    settings.evaluation.check()
-    pictures = _read_prompts(find_pictures(Path(settings.images)), Path(settings.images), settings.prompts)
+        require_at_least(1, batch_size=settings.batch_size)
     rewards = {reward.name: reward for reward in (settings.reward, *settings.eval_rewards)}
     if len(rewards) < 1 + len(settings.eval_rewards):
         names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
         raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
-    rows, statistics = _score(pictures, rewards, settings.batch_size, device)
-    if not any(picture.prompt for picture in pictures):
-        print(f"svdd: warning: {_NO_PROMPTS}", file=sys.stderr)
-    summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
-    for name, entry in statistics.items():
-        print(f"{name}: {_LINE.format_map(entry)}, {entry['count']:.0f} images")
-    print_measurements(summary)
-    if settings.output is not None:
-        run = RunFolder(settings.output)
-        with os_errors_explained(run.path):
-            write_atomically(run.path / "scores.jsonl", b"".join(encode(row) + b"\n" for row in rows))
-        run.write_summary(summary)
-        print(f"wrote {settings.output}/scores.jsonl and {run.summary.name}")
+    device, pictures = _device(settings.device), _find(settings)
+    folder = None if settings.output is None else Path(settings.output)
+    with ExitStack() as around:
+        if folder is not None:
+            with os_errors_explained(folder):
+                check(folder, "score")
+        settings.evaluation.check()  # reads weights
+        if folder is not None:  # before scoring, which may take hours
+            with os_errors_explained(folder):
+                around.callback(hold(folder, "score").release)
+                write_config(folder, "score", config)
+        rows, statistics = _score(pictures, rewards, settings.batch_size, device)
+        if not any(picture.prompt for picture in pictures):
+            print(f"svdd: warning: {_NO_PROMPTS}", file=sys.stderr)
+        summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
+        for name, entry in statistics.items():
+            print(f"{name}: {_LINE.format_map(entry)}, {entry['count']:.0f} images")
+        print_measurements(summary)
+        if folder is not None:
+            run = RunFolder(folder)
+            with os_errors_explained(folder):
+                write_atomically(folder / "scores.jsonl", b"".join(encode(row) + b"\n" for row in rows))
+            run.write_summary(summary)
+            print(f"wrote {folder}/scores.jsonl and {run.summary.name}")
 
 
 def print_measurements(found: Mapping[str, Any]) -> None:
@@ -111,17 +113,20 @@ def _score(pictures: list[Picture], rewards: dict[str, Reward], count: int, devi
     return rows, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
 
 
-def _read_prompts(pictures: list[Picture], folder: Path, file: str | None) -> list[Picture]:
-    """Gives the pictures of a folder the prompts of a file, line by line; those of one prompt get its first index."""
+def _find(settings: Any) -> list[Picture]:
+    """Returns the pictures; those of a folder get the prompts of a file, line by line, and each the first's index."""
+    folder, file = Path(settings.images), settings.prompts
+    pictures = find_pictures(folder)
     if file is None:
         return pictures
     if RunFolder(folder).results.is_file():
         raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
-    with as_user_errors(), closing(PromptDataset(file)) as dataset:
+    with as_user_errors(), closing(PromptDataset(file, settings.prompt_column, max_prompt_length=MAX_LINE)) as dataset:
         texts = [dataset[k].text for k in range(len(dataset))]
     if len(texts) != len(pictures):
-        found = f"{file} has {len(texts)} prompts for {len(pictures)} pictures in {folder}"
-        raise UserError(f"{found}; expected one for each, in the order of the pictures' names")
+        name = file if isinstance(file, str) else "--prompts"
+        found = f"{name} has {len(texts)} prompts for {len(pictures)} pictures in {folder}"
+        raise UserError(f"{found}; expected one that is not blank for each, in the order of the pictures' names")
     first = {text: k for k, text in reversed([*enumerate(texts)])}
     return [replace(pictures[k], prompt_index=first[text], prompt=text) for k, text in enumerate(texts)]
 

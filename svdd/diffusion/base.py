@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
+from svdd.assets.content import digest
 from svdd.diffusion.chunking import Chunker
 
 __all__ = ["Denoised", "Diffusion"]
@@ -28,11 +29,15 @@ class Diffusion(nn.Module, ABC):
     Args:
         num_inference_steps: T, the number of denoising steps.
         chunk_size: Rows that the network, the decoder or a reward processes at once, or `auto`.
+
+    Attributes:
+        from_files: Names of attributes, beyond weights and tokenizers, that were read from the model's files.
     """
 
     latent_shape: tuple[int, ...]  # of one latent, (c, h, w); set by the subclass
     guidance_scale: float | None = None  # weight of classifier-free guidance; None if the family has none
     prompt_features_size: int = 0  # width of `prompt_features`; 0 if there are none
+    from_files: tuple[str, ...] = ()
     anchor: Tensor
 
     def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
@@ -63,6 +68,11 @@ class Diffusion(nn.Module, ABC):
         """Everything that a value learned on this chain depends on, as numbers and strings."""
         own = {"diffusion": type(self).__name__, "num_inference_steps": self.num_inference_steps}
         return own | {"latent_shape": list(self.latent_shape)}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns digests of what images depend on beyond the settings, by the name of the submodule."""
+        own = {"configuration": digest(self, deep=False)}
+        return own | {name: digest(part) for name, part in self.named_children()}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:

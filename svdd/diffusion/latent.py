@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
+from svdd.assets.content import digest
 from svdd.assets.hub import ASSETS
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.kernels import KERNELS, Kernel, chain_settings, find_kernel
@@ -48,6 +49,7 @@ class LatentDiffusion(Diffusion):
     pipeline: ClassVar[str]  # name of the class in diffusers
     kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
+    from_files = ("scheduler_config",)
     tiny: ClassVar[str]  # hub name of the family's small decoder
     guidance_scale: float
 
@@ -83,6 +85,7 @@ class LatentDiffusion(Diffusion):
         encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
         names = [self.backbone, "vae", *sorted(encoders)]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
+        self._unfused = {name: digest(parts[name]) for name in names} if lora is not None else {}
         if lora is not None:
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
@@ -119,6 +122,15 @@ class LatentDiffusion(Diffusion):
         names = {"pretrained": Path(self.pretrained).name, "lora": None if self.lora is None else Path(self.lora).name}
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
         return super().identity | names | {name: getattr(self, name) for name in settings}
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The configuration of the scheduler."""
+        return self.kernel.config
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns digests of the scheduler and the tokenizers and of each network, before a LoRA was fused."""
+        return super().fingerprints() | self._unfused
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
         """Returns the encoded prompts and negative prompts (None without guidance)."""

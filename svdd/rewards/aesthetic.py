@@ -31,6 +31,7 @@ class Aesthetic(PretrainedReward):
     pretrained: str = "openai/clip-vit-large-patch14"
     head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
     differentiable = True
+    from_files = ("mean", "std")
 
     def read(self) -> nn.Module:
         """Returns the image encoder `clip`, and the `head` on its normalised embedding."""

@@ -16,7 +16,12 @@ __all__ = ["Reward", "is_device_failure"]
 
 # Arguments that do not change the result; the second line holds those of an endpoint.
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
-_NO_EFFECT |= {"api_key_env", "backoff", "concurrency", "retries", "timeout"}
+_NO_EFFECT |= {"api_key", "api_key_env", "password", "token", "backoff", "concurrency", "retries", "timeout"}
+
+_DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
+    *("cuda error", "out of memory"),
+    *("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
+)
 
 
 class Reward(nn.Module, ABC):
@@ -27,12 +32,15 @@ class Reward(nn.Module, ABC):
         higher_is_better: Must be True to guide; False for a held-out error, whose lowest score is the best.
         range: The lowest and the highest possible score.
         variant: Which of the class's rewards this is, for its name; empty if there is only one.
+        from_files: Names of attributes, beyond weights and tokenizers, that were read from files: a run continues only
+            while they and the reward's source are the same.
     """
 
     differentiable: bool = False
     higher_is_better: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
     variant: str = ""
+    from_files: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,10 +98,11 @@ class Reward(nn.Module, ABC):
 
 
 def is_device_failure(error: Exception) -> bool:
-    """Whether the device, not the reward, caused the error."""
-    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-    named = any(words in str(error).lower() for words in ("cuda error", "out of memory"))
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and named)
+    """Whether the device or a lack of memory, not the reward, caused the error or one that it was raised from."""
+    kinds = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    named = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _DEVICE_FAILURES)
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, kinds) or named or (isinstance(cause, Exception) and is_device_failure(cause))
 
 
 def _plain(value: Any) -> Any:

@@ -34,6 +34,7 @@ class Classifier(PretrainedReward):
     label: int | str
     logit: bool = False
     differentiable = True
+    from_files = ("index", "independent", "processor")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +50,7 @@ class Classifier(PretrainedReward):
         if network.config.num_labels == 1 and not (self.logit or self.independent):
             raise UserError(f"pretrained={self.pretrained!r} has one label, whose probability is always 1; set logit")
         self.preprocess = Preprocessing(read_auto(AutoImageProcessor, self.pretrained, **self.options), self.pretrained)
+        self.processor = self.preprocess.original
         return network
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -1,13 +1,14 @@
 """Any Python function as a reward."""
 
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdd import UserError
+from svdd import RewardError, UserError
 from svdd.rewards.base import Reward
 from svdd.rewards.models.pixels import to_pil
 
@@ -18,7 +19,8 @@ class FunctionReward(Reward):
     """A Python function of your own as a reward, `my_file.my_function`.
 
     Args:
-        function: Dotted name of `function(images, prompts)`: float [n, 3, h, w] in [0, 1] and n texts to n numbers.
+        function: Dotted name of `function(images, prompts)`: float [n, 3, h, w] in [0, 1] and n texts to n numbers. It
+            may return a pair of them and a dict, as rewards for DDPO do; the dict is ignored.
         one_by_one: Call `function(image, prompt)` once per image, with a PIL image and a text, for one number.
         differentiable: Whether gradients flow from the result to `images`; not with `one_by_one`.
         higher_is_better: Whether a higher score is better.
@@ -48,11 +50,27 @@ class FunctionReward(Reward):
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the function's score of each image, float32 [n]."""
-        if self.one_by_one:
-            scores: Any = [float(self.function(*pair)) for pair in zip(to_pil(images), prompts, strict=True)]
-        else:
-            scores = self.function(images, prompts)
-        return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+        if not self.one_by_one:
+            return self._numbers(_scores(self.function(images, prompts))).to(images.device)
+        pairs = zip(to_pil(images), prompts, strict=True)
+        scores = [self._numbers(_scores(self.function(*pair))).item() for pair in pairs]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def _numbers(self, scores: Any) -> Tensor:
+        if isinstance(scores, Tensor):
+            return scores.float()
+        try:
+            return torch.as_tensor(scores, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            found = f"function {self.label} returned {reprlib.repr(scores)}, a {type(scores).__name__}"
+            expected = "one number" if self.one_by_one else "one number per image"
+            raise RewardError(f"{found}; expected {expected}") from error
+
+
+def _scores(returned: Any) -> Any:
+    """Returns the scores out of what a function returned, a pair with a dict or just the scores."""
+    pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
+    return returned[0] if pair else returned
 
 
 def _find(name: str) -> Callable[..., Any]:

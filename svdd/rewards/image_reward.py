@@ -52,18 +52,18 @@ class ImageReward(PretrainedReward):
         local_files_only: bool = False,
     ) -> None:
         super().__init__(revision=revision, local_files_only=local_files_only)
-        self.pretrained, self.tokenizer_name = pretrained, tokenizer
+        self.pretrained, self.tokenizer = pretrained, tokenizer
 
     def read(self) -> nn.Module:
         """Returns BLIP with the head."""
         from transformers import BertTokenizer
 
-        with loading(f"tokenizer={self.tokenizer_name!r}"):
-            self.tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name, local_files_only=self.local_files_only)
+        with loading(f"tokenizer={self.tokenizer!r}"):
+            self.words = BertTokenizer.from_pretrained(self.tokenizer, local_files_only=self.local_files_only)
         network = read_grounded_text(read_weights(find_file(self.pretrained, **self.options)), self.pretrained)
-        words, size = network.text.config.vocab_size, len(self.tokenizer)
+        words, size = network.text.config.vocab_size, len(self.words)
         if not words - 2 <= size <= words:  # the weights have two more special words
-            raise UserError(f"tokenizer={self.tokenizer_name!r} has {size} words; expected {words - 2}")
+            raise UserError(f"tokenizer={self.tokenizer!r} has {size} words; expected {words - 2}")
         return network
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -71,7 +71,7 @@ class ImageReward(PretrainedReward):
         network = self.network
         weights = next(network.parameters())
         pixels = normalise(fit_square(images, network.vision.config.image_size, rounded=True), CLIP_MEAN, CLIP_STD)
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        tokens = self.words(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
         tokens = tokens.to(weights.device)
         return (network(pixels.to(weights), tokens.input_ids, tokens.attention_mask).float() - _MEAN) / _STD
 

@@ -6,6 +6,7 @@ Black et al., Training Diffusion Models with Reinforcement Learning, 2023, arXiv
 
 import inspect
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,10 @@ class VLMJudge(PretrainedReward):
         key = os.environ.get(self.api_key_env, "").strip()
         if not (key and key.isascii() and key.isprintable()):
             problem = "holds no key" if key else "is not set"
-            raise UserError(f"the environment variable {self.api_key_env}, which api_key_env names, {problem}")
+            shown = (
+                self.api_key_env if re.fullmatch("[A-Z]+(_[A-Z0-9]+)+", self.api_key_env) else "that api_key_env names"
+            )
+            raise UserError(f"the environment variable {shown} {problem}")
         return key
 
 

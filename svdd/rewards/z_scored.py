@@ -25,6 +25,8 @@ class ZScored(Reward):
         ValueError: Unless either `statistics` or both numbers are given, std > 0, and the summary holds the reward.
     """
 
+    from_files = ("mean", "std")
+
     def __init__(
         self, reward: Reward, mean: float | None = None, std: float | None = None, statistics: str | None = None
     ) -> None:
@@ -49,6 +51,8 @@ def _read_statistics(path: Path, name: str) -> tuple[float, float]:
     """Returns mean and standard deviation; the latter within prompts if there are several images per prompt."""
     path = path / SUMMARY_FILE if path.is_dir() else path
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         summary = json.loads(path.read_text(encoding="utf-8"))
         known = summary["rewards"]
     except (OSError, ValueError, KeyError, TypeError) as error:

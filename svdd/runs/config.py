@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from svdd.runs.files import write_atomically
+from svdd.runs.secrets import redacted
 from svdd.runs.yaml_text import read_yaml
 
 __all__ = ["CONFIG", "Recorded", "differences", "plain", "read_config", "recorded_settings", "write_config"]
@@ -22,7 +23,7 @@ _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the fold
 # Settings that do not change a run's images and rows, beyond float rounding.
 _HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    r"|(output|overwrite|patience|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
+    r"|(output|overwrite|patience|step_timeout|max_restarts|tar|evaluation|data\.(batch_size|num_workers))(\..*)?"
     r"|model\.(on_error|diffusion\.(chunk_size|compile))(\..*)?"
 )
 
@@ -100,7 +101,7 @@ def plain(value: Any, finite: bool = False) -> Any:
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True)
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +15,33 @@ from filelock import FileLock, Timeout
 
 from svdd import UserError
 
-__all__ = ["RunError", "append", "lock", "os_errors_explained", "replacing", "sync_folder", "write_atomically"]
+__all__ = [
+    "RunError",
+    "append",
+    "lock",
+    "os_errors_explained",
+    "regular_only",
+    "replacing",
+    "sync_folder",
+    "write_atomically",
+]
+
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 class RunError(UserError):
     """The run folder cannot be used."""
+
+
+def regular_only(path: str, flags: int) -> int:
+    """An `opener` for `open` that refuses FIFOs and devices, which may never end, with an OSError."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"expected a regular file, found {kind}", path)
+    return descriptor
 
 
 @contextmanager
@@ -28,7 +51,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     With `durable` it waits until the rename is on disk; otherwise, call `sync_folder` later.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=regular_only) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -47,6 +70,8 @@ def append(file: FileIO, data: bytes) -> None:
     """Appends data in one write and returns when it is on disk; raises an OSError if not all of it fits."""
     if os.write(file.fileno(), data) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise FileNotFoundError(errno.ENOENT, "the file was removed while it was written", str(file.name))
     os.fsync(file.fileno())
 
 

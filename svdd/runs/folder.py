@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
 from svdd.runs.config import CONFIG, differences, read_config, write_config
-from svdd.runs.files import RunError, lock, os_errors_explained, write_atomically
-from svdd.runs.images import RunImages, is_named_by
+from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, sync_folder, write_atomically
+from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import hold
 from svdd.runs.rows import ResultRow
@@ -44,12 +44,19 @@ class RunFolder:
         self.results, self.failures = self.path / "results.jsonl", self.path / "failed.jsonl"
         self.summary = self.path / SUMMARY_FILE
         self.images = RunImages(self.path, num_prompts or 0, tar)
-        self._rows = ShardedFile(self.results, is_named_by)
+        self._fingerprints = self.path / "fingerprints.json"
+        self._condemned = self.path / ".overwriting"  # exists while an earlier run is removed
+        self._rows = ShardedFile(self.results, is_complete)
         self._traces = ShardedFile(self.path / "trace.jsonl")
         self._failures = ShardedFile(self.failures)
         self._lock: FileLock | None = None
         self._shard_lock: FileLock | None = None
         self._rank: int | None = None  # None while the shards are closed
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has claimed the folder."""
+        return self._lock is not None
 
     def rows(self) -> Iterator[ResultRow]:
         """Yields the rows of a finished run; raises a UserError if the folder is none."""
@@ -67,7 +74,8 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))
+            with open(self.summary, encoding="utf-8", opener=regular_only) as file:
+                return json.load(file)
         except (OSError, ValueError) as error:
             what = f"{self.path} has no readable {self.summary.name}"
             raise UserError(f"{what}; run the same `svdd predict` to its end") from error
@@ -151,6 +159,32 @@ class RunFolder:
                 self._failures.merge(failures)
         return len({prompt for prompt, _ in rows}), len(rows), len(failures)
 
+    def fingerprint(self, found: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
+        """Records what the images depend on beyond the settings, and returns the versions that have changed since.
+
+        Raises:
+            RunError: If the rest has changed since the run began.
+        """
+        with os_errors_explained(self._fingerprints):
+            recorded = _read_json(self._fingerprints)
+            parts, known = recorded.get("parts"), recorded.get("versions")
+            parts, known = (entry if isinstance(entry, dict) else {} for entry in (parts, known))
+            changed = [name for name in parts if parts[name] != found.get(name, "")]
+            changed += [f"{name} (new)" for name in found if parts and name not in parts]
+            if changed:
+                raise RunError(
+                    f"{self.path} was begun with other contents of {', '.join(changed)}: restore what was there, "
+                    "choose another --output, or remove the old run with --overwrite true"
+                )
+            if not parts and found:
+                record = {"parts": dict(found), "versions": dict(versions)}
+                write_atomically(self._fingerprints, encode(record, indent=2) + b"\n")
+        return [f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new]
+
+    def has_summary(self) -> bool:
+        """Whether there is a whole summary."""
+        return bool(_read_json(self.summary))
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary; numbers that are not finite become null."""
         with os_errors_explained(self.summary):
@@ -176,23 +210,32 @@ class RunFolder:
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
         changed = differences(recorded.config, config) if recorded is not None else []
+        if changed and recorded is not None and not recorded.config:
+            changed = [f"{CONFIG} is damaged, so they are not known"]
         drawn = any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
-        if changed and drawn and not overwrite:
+        if changed and drawn and not overwrite and not self._condemned.exists():
             raise RunError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Choose another --output, or remove the old run with --overwrite"
+                "Choose another --output, or remove the old run with --overwrite true"
             )
+        anew = recorded is None or overwrite or not drawn or self._condemned.exists()
+        if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
+            write_atomically(self._condemned, b"")
         files = (self._rows, self._traces, self._failures)  # rows before their traces
-        for path in (*(file.path for file in files), self.summary, self.path / CONFIG):
+        for path in (*(file.path for file in files), self.summary, self.path / CONFIG, self._fingerprints):
             path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
-        for file in files if overwrite else (self._failures,):  # failed prompts are tried again
+        for file in files if anew else (self._failures,):  # failed prompts are tried again
             file.remove()
-        if overwrite:
+        if anew:
             self.summary.unlink(missing_ok=True)
-        self.images.remove(everything=overwrite)
-        if recorded is None or changed or overwrite:
+            self._fingerprints.unlink(missing_ok=True)
+        self.images.remove(everything=anew)
+        if anew or changed:
             write_config(self.path, _KIND, config)
         self.images.folder.mkdir(exist_ok=True)  # after the file that marks the folder as ours
+        if anew:
+            sync_folder(self.path)  # the removals are on disk before the mark goes
+            self._condemned.unlink(missing_ok=True)
 
     def _merge_traces(self, rows: RowIndex) -> None:
         """Merges the traces of the given rows and drops all others; without any, no file is left."""
@@ -202,6 +245,14 @@ class RunFolder:
             self._traces.remove()
         elif self._traces.shards() or lines > len(traces):
             self._traces.merge(traces)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; {} if there is none or the file is damaged."""
+    with suppress(FileNotFoundError, ValueError, RecursionError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _finished(rows: RowIndex) -> set[int]:

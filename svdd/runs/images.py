@@ -19,11 +19,12 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from svdd.runs.files import append, replacing, sync_folder, write_atomically
+from svdd.runs.bounds import MAX_PICTURE_BYTES
+from svdd.runs.files import append, regular_only, replacing, sync_folder, write_atomically
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
 
-__all__ = ["RunImages", "image_name", "is_named_by", "read_image"]
+__all__ = ["RunImages", "image_name", "is_complete", "read_image"]
 
 _IMAGES_PER_FOLDER = 10_000  # larger folders are slow to list and to back up
 _SUBFOLDER, _SHARD = re.compile(r"\d{4,}"), re.compile(r"\d{5,}-\d{6,}\.tar")
@@ -131,13 +132,19 @@ def _complete(row: ResultRow, file: str, png: bytes) -> ResultRow:
     return cast(ResultRow, {**row, "file": file, "sha256": hashlib.sha256(png).hexdigest()})
 
 
-def is_named_by(row: Mapping[str, Any]) -> bool:
-    """Whether a row is complete and names its image as svdd does; a prompt has the images 0 to num_images - 1."""
+def is_complete(row: Mapping[str, Any]) -> bool:
+    """Whether a row can be read back: it names its image as svdd does, and its scores and costs are numbers.
+
+    A prompt has the images 0 to num_images - 1. May also fail for a row that is not complete.
+    """
     if type(row["num_images"]) is not int or not 0 <= row["image_index"] < row["num_images"]:
+        return False
+    numbers = [*row["rewards"].values(), *row["ledger"].values(), row.get("particle_weight"), row.get("path_kl")]
+    if not all(number is None or type(number) in (int, float) for number in numbers):
         return False
     named = _FILE.fullmatch(row["file"])
     right = named is not None and f"images/{named[1]}" == image_name(row["prompt_index"], row["image_index"])
-    return right and isinstance(row["sha256"], str)
+    return right and isinstance(row["sha256"], str) and isinstance(row["prompt"], str)
 
 
 def read_image(run: Path, file: str) -> bytes:
@@ -145,7 +152,10 @@ def read_image(run: Path, file: str) -> bytes:
     path = run / file
     shard = path.parent
     if shard.suffix != ".tar":
-        return path.read_bytes()
+        with open(path, "rb", opener=regular_only) as picture:
+            if (size := os.fstat(picture.fileno()).st_size) > MAX_PICTURE_BYTES:
+                raise OSError(errno.EFBIG, f"has {size} bytes, at most {MAX_PICTURE_BYTES} are read", str(path))
+            return picture.read()
     members = _members(shard)
     if path.name not in members or f"{path.stem}.json" not in members:  # the row is written after its image
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
@@ -182,7 +192,7 @@ def _encode(name: str, data: bytes) -> bytes:
 
 
 def _read(shard: Path, offset: int, size: int) -> bytes:
-    with open(shard, "rb") as content:
+    with open(shard, "rb", opener=regular_only) as content:
         content.seek(offset)
         return content.read(size)
 
@@ -197,7 +207,11 @@ def _members(shard: Path) -> dict[str, tuple[int, int]]:
 @lru_cache(maxsize=256)  # until the shard changes
 def _scan(shard: Path, size: int, modified: int) -> dict[str, tuple[int, int]]:
     members = {}
-    with suppress(tarfile.TarError), tarfile.open(shard, "r:", ignore_zeros=False) as archive:
+    with (
+        open(shard, "rb", opener=regular_only) as content,
+        suppress(tarfile.TarError),
+        tarfile.open(fileobj=content, mode="r:", ignore_zeros=False) as archive,
+    ):
         for member in archive:
             if member.offset_data + member.size > size:
                 break

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from svdd.runs.config import plain
-from svdd.runs.files import append, replacing, sync_folder
+from svdd.runs.files import append, regular_only, replacing, sync_folder
 
 __all__ = ["RowIndex", "ShardedFile", "encode"]
 
@@ -35,7 +35,7 @@ RowIndex = dict[tuple[int, int], _Place]  # the newest line about each image, by
 
 
 class ShardedFile:
-    """A merged file and the shards beside it; `is_entry` is false, or raises KeyError or TypeError, for a bad entry."""
+    """A merged file and the shards beside it; `is_entry` is false, or fails, for a bad entry."""
 
     def __init__(self, path: Path, is_entry: Callable[[dict[str, Any]], bool] = lambda entry: True) -> None:
         self.path, self._is_entry = path, is_entry
@@ -49,7 +49,7 @@ class ShardedFile:
     def open(self, rank: int) -> FileIO:
         """Opens the shard of this rank, unless it is open."""
         if self._shard is None:
-            self._shard = FileIO(self.path.with_name(f"{self.path.stem}-{rank:05d}.jsonl"), "a")
+            self._shard = FileIO(self.path.with_name(f"{self.path.stem}-{rank:05d}.jsonl"), "a", opener=regular_only)
             sync_folder(self.path.parent)
         return self._shard
 
@@ -113,7 +113,7 @@ class ShardedFile:
 
     def _parse(self, line: bytes) -> dict[str, Any] | None:
         """Returns the entry in a complete line, else None."""
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             entry = json.loads(line)
             indices = entry["prompt_index"], entry["image_index"]
             if all(type(k) is int and k >= 0 for k in indices) and line.endswith(b"\n") and self._is_entry(entry):
@@ -123,7 +123,7 @@ class ShardedFile:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields the offset and the content of each line of a file; none if there is no such file."""
-    with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb") as file:
+    with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb", opener=regular_only) as file:
         offset = 0
         for line in file:
             yield offset, line

@@ -7,7 +7,7 @@ from filelock import FileLock
 from svdd.runs.config import CONFIG, read_config
 from svdd.runs.files import RunError, lock
 
-__all__ = ["hold"]
+__all__ = ["check", "hold"]
 
 _LOCK = ".lock"
 
@@ -25,18 +25,19 @@ def hold(folder: Path, kind: str) -> FileLock:
         RunError: If it is a file, is in use, belongs to another command, or holds files that svdd did not write.
         OSError: If it cannot be written.
     """
-    _check(folder, kind)
+    check(folder, kind)
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder / _LOCK, f"{folder} is in use by another run")
     try:
-        _check(folder, kind)  # another command may just have left it
+        check(folder, kind)  # another command may just have left it
     except BaseException:
         held.release()
         raise
     return held
 
 
-def _check(folder: Path, kind: str) -> None:
+def check(folder: Path, kind: str) -> None:
+    """Raises a RunError as `hold` does, without a change to the folder."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"the output must be a folder, got the file {folder}; choose another --output")
     recorded = read_config(folder)

@@ -1,7 +1,9 @@
 """Pictures read from a run folder or any other folder, with their prompts where these are known."""
 
 import io
+import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -9,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from svdd import UserError
+from svdd import UserError, first_line
+from svdd.runs.bounds import MAX_PIXELS, MAX_PIXELS_AT_ONCE
 from svdd.runs.folder import RunFolder
 from svdd.runs.images import read_image
 
 __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_SUFFIXES = {".apng", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # other formats of Pillow run programs
+_HIDDEN = re.compile(r"\.|__MACOSX$")  # how the names of files and folders begin that no viewer shows
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,38 @@ class Picture:
 def find_pictures(folder: Path) -> list[Picture]:
     """Returns the pictures of a run in the order of its rows, or those of any folder and its subfolders by name.
 
-    Numbers in names count as numbers: 2.png comes before 10.png. Raises a UserError if there are none.
+    Numbers in names count as numbers: 2.png comes before 10.png. Hidden files and folders are left out.
+
+    Raises:
+        UserError: If there are none, or a picture's name is that of a FIFO, a device or a broken link.
     """
     run = RunFolder(folder)
     if run.results.is_file():
-        found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in run.rows()]
+        try:
+            found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in run.rows()]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{run.results} has a row without {error}; run the same `svdd predict` again") from error
     elif folder.is_dir():
-        paths = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES]
-        files = sorted((str(path.relative_to(folder)) for path in paths), key=_natural)
+        files = sorted((str(path.relative_to(folder)) for path in _files(folder)), key=_natural)
         found = [Picture(folder, file, k) for k, file in enumerate(files)]
     else:
         raise UserError(f"{folder} is no folder; expected a run folder or a folder of pictures")
     if not found:
         raise UserError(f"{folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not _HIDDEN.match(name)]
+        for path in (Path(place, name) for name in names if not _HIDDEN.match(name)):
+            if path.suffix.lower() in _SUFFIXES:
+                if not path.is_file():
+                    raise UserError(f"{path} is no regular file but a FIFO, a device or a broken link; remove it")
+                yield path
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -58,16 +81,75 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[list[Picture], Tensor]]:
     """Yields pictures of equal size, at most `count` at once: float32 [n, 3, h, w] in [0, 1]; see `pixels_of`."""
     read = ((picture, pixels_of(picture.folder, picture.file)) for picture in pictures)
-    for _, same in groupby(read, lambda pair: pair[1].shape):
-        while batch := list(islice(same, count)):
+    for (height, width, _), same in groupby(read, lambda pair: pair[1].shape):
+        most = max(1, min(count, MAX_PIXELS_AT_ONCE // (height * width)))
+        while batch := list(islice(same, most)):
             pixels = torch.from_numpy(np.stack([array for _, array in batch]))
             yield [picture for picture, _ in batch], pixels.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def pixels_of(folder: Path, file: str) -> np.ndarray:
-    """Returns the pixels of a file as in `Picture`, uint8 [h, w, 3]; raises a UserError if it is no picture."""
+    """Returns the pixels of a file as in `Picture`, uint8 [h, w, 3], as a viewer shows them.
+
+    This is the first frame, turned as its EXIF data say, with 16 bits and floating-point numbers scaled to 8 bits, and
+    transparency over white. Colour profiles are ignored.
+
+    Raises:
+        UserError: If it is no picture, damaged or too large.
+    """
     try:
-        with Image.open(io.BytesIO(read_image(folder, file))) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / file} cannot be read as a picture: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes below the limit, and metadata
+            with Image.open(io.BytesIO(read_image(folder, file)), formats=_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                image.load()
+                return np.array(_rgb(_upright(image), png=image.format == "PNG"))
+    except Image.DecompressionBombError as error:
+        advice = "make it smaller, or cut a contact sheet into its pictures"
+        raise UserError(f"{folder / file} has more than {MAX_PIXELS} pixels; {advice}") from error
+    except UnidentifiedImageError as error:
+        kinds = "PNG, JPEG, WebP, BMP, GIF and TIFF"
+        raise UserError(f"{folder / file} cannot be read as a picture: it is none of {kinds}, or damaged") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise errors of any kind
+        raise UserError(f"{folder / file} cannot be read as a picture: {first_line(error)}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns a picture as its EXIF data say; damaged data say nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as above
+        return image
+
+
+def _rgb(image: Image.Image, png: bool) -> Image.Image:
+    """Returns an 8-bit RGB picture."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bits(np.asarray(image), png)).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+        assert converted is not None  # None if changed in place
+        return converted
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray, deep: bool) -> np.ndarray:
+    """Scales grey values to 0 .. 255: of 16 bits if `deep`, else of the first range that holds them.
+
+    The ranges are 0 .. 1 for floating-point numbers, which may exceed it a little, 0 .. 255, 0 .. 65535 and, for
+    integers, 0 .. 2**32 - 1.
+    """
+    whole, numbers = values.dtype.kind in "iu", values.astype(np.float64)
+    low, high = numbers.min(), numbers.max()
+    scales = (65535,) if deep or values.dtype.itemsize == 2 else (255, 65535, 2**32 - 1) if whole else (1, 255, 65535)
+    scale = next((scale for scale in scales if high <= (2 if scale == 1 else scale)), None)
+    if scale is None or not low >= -scale / 2:
+        raise ValueError(f"its values lie in {low:.4g} .. {high:.4g}, expected 0 .. 1, 0 .. 255 or 0 .. 65535")
+    return (numbers.clip(0, scale) * (255 / scale)).round().astype(np.uint8)

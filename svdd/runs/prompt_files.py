@@ -1,77 +1,80 @@
 """Reads prompts out of lists and files, and says by line what is wrong with them."""
 
-import csv
+import codecs
 import json
-import math
 import os
 import re
-import reprlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from svdd import UserError, did_you_mean
-from svdd.runs.rows import RESERVED_COLUMNS
+from svdd import check_bound
+from svdd.runs.bounds import MAX_JSON_FILE, MAX_LINE
+from svdd.runs.files import regular_only
+from svdd.runs.prompt_rows import PromptError, Row, RowReader, located, shorten
+from svdd.runs.prompt_tables import read_table
 
-__all__ = ["PromptError", "Row", "located", "open_source", "shorten", "to_record"]
+__all__ = ["open_source"]
 
-_MAX_LINE = 2**24  # characters; a longer line means a binary file
 _UNDECODED = re.compile(r"[\x00\ud800-\udfff]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_BREAKS = re.compile(r"[\t\r\n\u2028\u2029]+")
-_CSV_SEED = re.compile(r"[0-9]{1,19}")
-
-Row = tuple[str, Any]  # a place such as "line 3", and what stands there: a prompt, or a dict of columns
-
-shorten = reprlib.Repr()
-shorten.maxstring = shorten.maxother = shorten.maxlong = 60
-
-
-class PromptError(UserError):
-    """A prompt source that cannot be used; the message is one line and names the file and the place in it."""
+_MARKS = {  # how a file begins, and its encoding; that of UTF-32 begins like that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_BINARY = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive or an Excel file", b"PAR1": "a parquet file"}
+_ADVICE = dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "; unpack it first")
+_ADVICE |= dict.fromkeys((".xlsx", ".xls", ".ods"), "; save the sheet as CSV (UTF-8)")
+_LISTS = ("prompts", "annotations", "data")  # keys of a JSON object under which the rows may stand
 
 
-@contextmanager
-def located(place: str) -> Iterator[None]:
-    """Puts a place in front of the message of a PromptError."""
-    try:
-        yield
-    except PromptError as error:
-        raise PromptError(f"{place}: {error}") from None
+def _encoding(path: str) -> str:
+    """Returns the encoding that a file's byte-order mark names, by default UTF-8; refuses well-known binary files."""
+    with open(path, "rb", opener=regular_only) as file:
+        start = file.read(4)
+    for magic, what in _BINARY.items():
+        if start.startswith(magic):
+            raise PromptError(f"is {what}, not text; unpack it, or save it as text")
+    return next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def _open_text(path: str, newline: str | None) -> Any:
+    encoding = _encoding(path)
+    errors = "surrogateescape" if encoding == "utf-8" else "strict"
+    return open(path, encoding=encoding, errors=errors, newline=newline, opener=regular_only)
 
 
 def _check_decoded(text: str, first_line: int) -> None:
     """Refuses bytes that are not UTF-8 (they arrive as lone surrogates) and NUL, which UTF-16 is full of."""
     if (match := _UNDECODED.search(text)) is not None:
-        line = first_line + text.count("\n", 0, match.start())
+        before = text[: match.start()]
+        line, column = first_line + before.count("\n"), before[before.rfind("\n") + 1 :]
+        position = len(column.encode("utf-8", "surrogateescape")) + 1
         byte = ord(match.group()) & 0xFF
         looks = ", this looks like UTF-16 or a binary file" if byte in (0x00, 0xFE, 0xFF) else ""
-        raise PromptError(f"line {line}: byte 0x{byte:02x} is not UTF-8 text{looks}; save the file as UTF-8")
+        found = f"line {line}: byte 0x{byte:02x} at position {position} is not UTF-8 text{looks}"
+        raise PromptError(f"{found}; save the file as UTF-8")
 
 
 def _read_lines(path: str) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file with their ends (LF, CRLF or CR), one in memory at a time."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for number, line in enumerate(iter(partial(file.readline, _MAX_LINE), ""), 1):
+    """Yields the lines of a file with their ends (LF, CRLF or CR), one in memory at a time, without byte-order marks.
+
+    Marks within a file come from files that were joined.
+    """
+    with _open_text(path, newline="") as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), 1):
             _check_decoded(line, number)
-            if len(line) == _MAX_LINE:
-                raise PromptError(f"line {number}: is longer than {_MAX_LINE} characters; is this a text file?")
-            yield line
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{shorten.repr(digits)} is not a finite number, use null")
-    return value
+            if len(line) == MAX_LINE:
+                raise PromptError(f"line {number}: is longer than {MAX_LINE} characters; is this a text file?")
+            if line := line.replace("\ufeff", ""):
+                yield line
 
 
 def _parse_json(text: str, line: int) -> Any:
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}"
         raise PromptError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
@@ -79,62 +82,58 @@ def _parse_json(text: str, line: int) -> Any:
         raise PromptError(f"line {line}: not valid JSON: {error}") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for k, name in enumerate(names) if name in set(names[:k]))
+        raise ValueError(f"an object has the key {shorten.repr(twice)} twice")
+    return found
+
+
 def _numbered(items: Iterable[Any], place: str = "item") -> Iterator[Row]:
     return ((f"{place} {number}", item) for number, item in enumerate(items, 1))
 
 
-def _read_txt(path: str, prompt_column: str) -> Iterator[Row]:
+def _read_txt(path: str, reader: RowReader) -> Iterator[Row]:
     return _numbered(_read_lines(path), "line")
 
 
-def _read_jsonl(path: str, prompt_column: str) -> Iterator[Row]:
+def _read_jsonl(path: str, reader: RowReader) -> Iterator[Row]:
     for number, line in enumerate(_read_lines(path), 1):
         yield f"line {number}", _parse_json(line.rstrip(), number) if line.strip() else ""
 
 
-def _read_json(path: str, prompt_column: str) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+def _read_json(path: str, reader: RowReader) -> Iterator[Row]:
+    advice = "save it as .jsonl, which is read line by line"
+    check_bound("bytes of a .json file", os.path.getsize(path), MAX_JSON_FILE, advice, PromptError)
+    with _open_text(path, newline=None) as file:
         text = file.read()
     _check_decoded(text, 1)
-    items = _parse_json(text, 1) if text.strip() else []
-    if isinstance(items, dict) and items.keys() == {"prompts"}:
-        items = items["prompts"]
+    text = text.replace("\ufeff", "")
+    try:
+        items = _parse_json(text, 1) if text.strip() else []
+    except PromptError as error:
+        if "Extra data" not in str(error):
+            raise
+        yield from _read_jsonl(path, reader)  # what some libraries write as .json
+        return
+    if isinstance(items, dict):
+        known = [name for name in _LISTS if isinstance(items.get(name), list)]
+        if len(known) == 1:
+            items = items[known[0]]
+        elif items and all(isinstance(row, dict) for row in items.values()):
+            items = [{"id": name, **row} for name, row in items.items()]
     if not isinstance(items, list):
         raise PromptError(f'expected an array of prompts or {{"prompts": [...]}}, got {shorten.repr(items)}')
     yield from _numbered(items)
 
 
-def _read_table(path: str, prompt_column: str, delimiter: str) -> Iterator[Row]:
-    reader = csv.reader(_read_lines(path), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        place = f"line {reader.line_num + 1}"  # where the row starts: a quoted field may span lines
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            raise PromptError(f"{place}: malformed row: {error}; check the quotes") from None
-        if fields is None:
-            return
-        if not fields:
-            if header:
-                yield place, ""
-        elif not header:
-            header = [name.strip() for name in fields]
-            with located(place):
-                _check_columns(header, prompt_column)
-        elif len(fields) != len(header):
-            kind = "tab" if delimiter == "\t" else "comma"
-            what = f"{place}: expected {len(header)} fields as in the header, got {len(fields)}"
-            raise PromptError(f'{what}; put "quotes" around a field that holds a {kind}')
-        else:
-            row: dict[str, Any] = dict(zip(header, fields, strict=True))
-            seed = row.pop("seed", "").strip()
-            if seed:
-                row["seed"] = int(seed) if _CSV_SEED.fullmatch(seed) else seed
-            yield place, row
+def _read_table(path: str, reader: RowReader, delimiter: str) -> Iterator[Row]:
+    return read_table(_read_lines(path), delimiter, reader)
 
 
-def _read_parquet(path: str, prompt_column: str) -> Iterator[Row]:
+def _read_parquet(path: str, reader: RowReader) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -142,14 +141,35 @@ def _read_parquet(path: str, prompt_column: str) -> Iterator[Row]:
         raise PromptError("reading parquet needs pyarrow, which is missing: pip install 'svdd[parquet]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
             with located("schema"):
-                _check_columns(file.schema_arrow.names, prompt_column)
-            yield from _numbered((row for part in file.iter_batches(256) for row in part.to_pylist()), "row")
-    except (pyarrow.ArrowException, OSError) as error:
+                columns = reader.find(schema.names).values()
+            kept = [field.name for field in schema if field.name in columns or not _is_lacking(field.type)]
+            for name in schema.names:
+                if name not in kept:
+                    reader.leave_out(name)
+            rows = (row for part in file.iter_batches(256, columns=kept) for row in _as_text(part).to_pylist())
+            yield from _numbered(rows, "row")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PromptError(f"not a readable parquet file: {' '.join(str(error).split())}") from None
 
 
-_READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
+def _is_lacking(kind: Any) -> bool:
+    """Whether JSON has nothing for a type: bytes, also in lists and structs, and nanoseconds in these."""
+    return "binary" in str(kind) or ("[ns" in str(kind) and kind.num_fields > 0)
+
+
+def _as_text(batch: Any) -> Any:
+    """Casts the columns of a batch that Python has no type for, nanoseconds and texts that are not marked as such."""
+    from pyarrow import string
+
+    for k, field in enumerate(batch.schema):
+        if "[ns" in str(field.type) or "binary" in str(field.type):
+            batch = batch.set_column(k, field.name, batch.column(k).cast(string()))
+    return batch
+
+
+_READERS: dict[str, Callable[[str, RowReader], Iterator[Row]]] = {
     ".txt": _read_txt,
     ".csv": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),
@@ -159,59 +179,7 @@ _READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
 }
 
 
-def _check_columns(columns: list[str], prompt_column: str) -> None:
-    if prompt_column not in columns:
-        shown = ", ".join(map(shorten.repr, columns[:20])) or "none"
-        more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-        what = f"no column {prompt_column!r} among the columns {shown}{more}"
-        hint = did_you_mean(prompt_column, columns, ", ")
-        raise PromptError(f"{what}{hint}; say with prompt_column which one holds the prompts")
-    if taken := sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column}):
-        raise PromptError(f"column {taken[0]!r} has the name of a result that svdd writes itself; rename the column")
-    if repeated := [name for name, count in Counter(columns).items() if count > 1]:
-        raise PromptError(f"column {repeated[0]!r} appears more than once; rename one of them")
-
-
-def _clean(value: Any, column: str, max_length: int) -> str:
-    """Checks a text and puts it on one line; a missing value is an empty text."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise PromptError(f"{column} must be a string, got {shorten.repr(value)}")
-    if (control := _CONTROL.search(value)) is not None:
-        which = f"U+{ord(control.group()):04X} at character {control.start() + 1}"
-        raise PromptError(f"{column} holds the control character {which}; remove it")
-    text = _BREAKS.sub(" ", value).strip()
-    if len(text) > max_length:
-        what = f"{column} has {len(text)} characters, expected at most {max_length}"
-        raise PromptError(f"{what}; shorten it or raise max_prompt_length")
-    return text
-
-
-def to_record(row: Any, prompt_column: str, max_length: int) -> bytes | None:
-    """Checks a row and returns it as a line of JSON, `[text, negative_prompt, seed, extra]`; None if it is blank."""
-    if isinstance(row, str):
-        row = {prompt_column: row}
-    if not isinstance(row, dict):
-        raise PromptError(f"expected a prompt as a string or an object, got {shorten.repr(row)}")
-    _check_columns(list(row), prompt_column)
-    extra = dict(row)
-    text = _clean(extra.pop(prompt_column), prompt_column, max_length)
-    negative_prompt = _clean(extra.pop("negative_prompt", None), "negative_prompt", max_length) or None
-    seed = extra.pop("seed", None)
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-        raise PromptError(f"seed must be an integer from 0 to 2**63 - 1 or empty, got {shorten.repr(seed)}")
-    if not text:
-        return None
-    try:
-        return json.dumps([text, negative_prompt, seed, extra], ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        raise PromptError("holds half of a surrogate pair, from a broken \\u escape or a wrong encoding") from None
-    except (TypeError, ValueError) as error:
-        raise PromptError(f"a column cannot be carried into the results as JSON: {error}") from None
-
-
-def open_source(prompts: Sequence[str] | str, prompt_column: str) -> tuple[str, Iterator[Row]]:
+def open_source(prompts: Sequence[Any] | str, reader: RowReader) -> tuple[str, Iterator[Row]]:
     """Returns a source's name for messages and its rows, none of them read yet."""
     if not isinstance(prompts, str):
         return "prompts", _numbered(prompts)
@@ -219,21 +187,41 @@ def open_source(prompts: Sequence[str] | str, prompt_column: str) -> tuple[str, 
     path = os.path.expanduser(prompts)
     if prompts == "emoji" and not os.path.exists(path):  # the list that ships with svdd
         path = str(files("svdd") / "assets" / "emoji_prompts.txt")
-    suffixes = ", ".join(_READERS)
+    suffixes, suffix = ", ".join(_READERS), os.path.splitext(path)[1].lower()
     if os.path.isdir(path):
         raise PromptError(f"{name}: is a directory, expected a file ending in one of {suffixes}")
-    reader = _READERS.get(os.path.splitext(path)[1].lower())
-    if reader is None:
+    read = _READERS.get(suffix)
+    if read is None:
         if os.path.exists(path):
-            raise PromptError(f"{name}: unknown kind of file, expected a name ending in one of {suffixes}")
+            expected = f"expected a name ending in one of {suffixes}{_ADVICE.get(suffix, '')}"
+            raise PromptError(f"{name}: unknown kind of file, {expected}")
         raise PromptError(
             f"prompts must be a list of prompts, 'emoji' (the shipped list) or a file ending in one of {suffixes}, "
-            f'got {shorten.repr(prompts)}; write a single prompt as a list: ["a red apple"]'
+            f"got {shorten.repr(prompts)}; {_list_advice(prompts)}"
         )
     try:
-        with open(path, "rb"):
-            return name, reader(path, prompt_column)
+        with open(path, "rb", opener=regular_only):
+            return name, _decoded(read(path, reader))
     except FileNotFoundError:
         raise PromptError(f"{name}: no such file, seen from {os.getcwd()}; check the path") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise PromptError(f"{name}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise PromptError(f"{name}: cannot be read: {error}") from None
+
+
+def _decoded(rows: Iterator[Row]) -> Iterator[Row]:
+    """Yields the rows; a decoding error of a file with the mark of another encoding becomes a PromptError."""
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise PromptError(f"is not {error.encoding} text ({error.reason}); save the file as UTF-8") from None
+
+
+def _list_advice(prompts: str) -> str:
+    """Says how to write a list, with the given prompts if they look like one whose quotes were forgotten."""
+    if not (prompts.startswith("[") and prompts.endswith("]")):
+        return 'write a single prompt as a list: ["a red apple"]'
+    items = [item.strip().strip("'\"") for item in prompts[1:-1].split(",")]
+    shown = json.dumps(items, ensure_ascii=False)
+    return f"put quotes around every prompt of a list: {shown if len(shown) < 200 else ['first', 'second']}"

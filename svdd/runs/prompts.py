@@ -8,6 +8,7 @@ import signal
 import tempfile
 from array import array
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from typing import Any, cast
@@ -17,10 +18,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from svdd.runs.prompt_files import PromptError, located, open_source, shorten, to_record
+from svdd import check_bound
+from svdd.runs.bounds import MAX_WORKERS
+from svdd.runs.prompt_files import open_source
+from svdd.runs.prompt_rows import PromptError, RowReader, key, located, shorten
 from svdd.runs.rows import Prompt
 
-__all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError"]
+__all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError", "PromptWarning"]
+
+
+class PromptWarning(UserWarning):
+    """What should be known about a source that can be used."""
 
 
 class PromptDataset(Dataset[Prompt]):
@@ -37,13 +45,13 @@ class PromptDataset(Dataset[Prompt]):
         limit: int | None = None,
         max_prompt_length: int = 2000,
     ) -> None:
-        name, rows = open_source(prompts, prompt_column)
+        reader = RowReader(prompt_column, max_prompt_length)
+        name, rows = open_source(prompts, reader)
         self._ends = array("Q", [0])  # record i is the bytes ends[i] .. ends[i + 1]
         num_blank, first_blank, digest = 0, "", hashlib.sha256()
-        with located(name), tempfile.TemporaryFile(prefix="svdd-") as file:
+        with located(name), _spool() as file:
             for place, row in rows:
-                with located(place):
-                    record = to_record(row, prompt_column, max_prompt_length)
+                record = reader.record(place, row)
                 if record is None:
                     num_blank += 1
                     first_blank = first_blank or place
@@ -61,7 +69,9 @@ class PromptDataset(Dataset[Prompt]):
         self.digest = digest.hexdigest()
         if num_blank:
             count = f"{num_blank} blank prompts" if num_blank > 1 else "a blank prompt"
-            rank_zero_warn(f"{name}: skipped {count}, the first at {first_blank}")
+            reader.note(f"skipped {count}, the first at {first_blank}")
+        for note in reader.notes():
+            rank_zero_warn(f"{name}: {note}", category=PromptWarning)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -77,6 +87,17 @@ class PromptDataset(Dataset[Prompt]):
         """Frees the prompts, which cannot be read afterwards."""
         if isinstance(self._content, mmap.mmap):
             self._content.close()
+
+
+@contextmanager
+def _spool() -> Iterator[Any]:
+    """An unnamed temporary file; an error of it, or of the file that is read, becomes a PromptError."""
+    try:
+        with tempfile.TemporaryFile(prefix="svdd-") as file:
+            yield file
+    except OSError as error:
+        what = f"cannot be read, or copied to the temporary folder (TMPDIR): {error.strerror or error}"
+        raise PromptError(what) from None
 
 
 class _Share(IterableDataset[list[Prompt]]):
@@ -103,14 +124,15 @@ class PromptDataModule(LightningDataModule):
     The whole source is checked before the first image is made. Blank prompts are skipped with one warning.
 
     Args:
-        prompts: A list of prompts, `emoji` (a list that ships with svdd), or a UTF-8 file: .txt (one prompt a line),
-            .csv or .tsv (with a header row), .json (an array), .jsonl (one JSON value a line) or .parquet (needs `pip
-            install 'svdd[parquet]'`). JSON items are strings or objects. Optional columns (or JSON keys) are
-            `negative_prompt` and `seed`; all others are copied into the results. All but .json are read in constant
-            memory. A single prompt is written as a list, '["a red apple"]'.
+        prompts: A list of prompts, `emoji` (a list that ships with svdd), or a file: .txt (one prompt a line), .csv or
+            .tsv (with a header row), .json (an array), .jsonl (one JSON value a line) or .parquet (needs `pip install
+            'svdd[parquet]'`). JSON items are strings or objects. Optional columns (or JSON keys) are `negative_prompt`
+            and `seed`; all others are copied into the results. Text is UTF-8, or has a byte-order mark. All but .json
+            are read in constant memory. A single prompt is written as a list, '["a red apple"]'.
         batch_size: Number of prompts handed to the sampler at once, on each device.
         num_workers: Number of processes that read prompts; 0 reads them in the main process, which is fast enough.
-        prompt_column: Name of the column, or JSON key, that holds the prompt.
+        prompt_column: Name of the column, or JSON key, that holds the prompt. Without a column `prompt`, it may also be
+            called `prompts`, `text` or `caption`. Case, spaces, underscores and hyphens in names do not count.
         limit: Use only the first prompts, at most this many; what follows them is not even checked. Default: all.
         max_prompt_length: Longest prompt accepted, in characters; a longer one is an error.
 
@@ -137,7 +159,8 @@ class PromptDataModule(LightningDataModule):
             least = 0 if name == "num_workers" else 1
             if number is not None and number < least:
                 raise ValueError(f"{name} must be >= {least}, got {number}")
-        if prompt_column in ("negative_prompt", "seed"):
+        check_bound("num_workers", num_workers, MAX_WORKERS, "0 is fast enough")
+        if key(prompt_column) in map(key, ("negative_prompt", "seed")):
             raise ValueError(f"prompt_column must name the column of the prompts, got {prompt_column!r}")
         self.prompts, self.prompt_column, self.limit = prompts, prompt_column, limit
         self.batch_size, self.num_workers, self.max_prompt_length = batch_size, num_workers, max_prompt_length

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict, cast
 
-__all__ = ["RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row"]
+__all__ = ["MAX_SEED", "RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row"]
+
+MAX_SEED = 2**64 - 1
 
 
 class ResultRow(TypedDict, total=False):
@@ -40,7 +42,7 @@ class Prompt(NamedTuple):
     def image_seeds(self, seed: int, count: int) -> list[int]:
         """Returns `count` seeds, one per image: the run's seed + index * count + k, or the prompt's own seed + k."""
         first = seed + self.index * count if self.seed is None else self.seed
-        return [(first + k) % 2**63 for k in range(count)]
+        return [(first + k) % (MAX_SEED + 1) for k in range(count)]
 
 
 def result_row(

@@ -1,8 +1,9 @@
 """The callback that writes a run to disk while it is under way, so that an interrupted run can continue."""
 
 import io
+import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchmetrics import Metric
 
-from svdd import UserError, __version__
+from svdd import UserError, __version__, first_line
 from svdd.runs.files import RunError
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
@@ -35,7 +36,8 @@ class RunWriter(L.Callback):
 
     Call `open` before anything costly is built, and leave the prompts that it returns out of the data. The module
     must take the rows of an earlier run through `record(rows)`, return a `Prediction` from `predict_step`, and hold
-    its statistics in `summary` after its own `on_predict_epoch_end`.
+    its statistics in `summary` after its own `on_predict_epoch_end`. If it has `fingerprints()`, a run continues only
+    while these are the same.
 
     Args:
         output: The run folder; a run with the same settings continues.
@@ -78,13 +80,22 @@ class RunWriter(L.Callback):
         self._started = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Opens the folder if it is not open; it must then be new, as its prompts would be drawn again."""
-        if stage == "predict" and self._started is None and (finished := self.open()):
+        """Opens the folder if it is not open; it must then be new, as its prompts would be drawn again.
+
+        Compares the module with what an earlier run here used, before it is moved to its device.
+        """
+        if stage != "predict":
+            return
+        if self._started is None and (finished := self.open()):
             self.close()
             raise RunError(
                 f"{self.folder.path} already holds {len(finished)} finished prompts: call RunWriter.open() before "
                 "Trainer.predict and leave out the prompts that it returns, or set overwrite=True"
             )
+        if trainer.is_global_zero and not self.folder.held:
+            found = "an environment variable such as NODE_RANK or RANK says that another process does"
+            raise RunError(f"{self.folder.path} is not held by this process, the first of the run: {found}; unset it")
+        self._compare(trainer, pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens this process's shards."""
@@ -93,10 +104,17 @@ class RunWriter(L.Callback):
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the rows of an earlier run to the module, after its own `on_predict_start`."""
-        if trainer.is_global_zero and self.folder.results.exists():
-            rows = self.folder.rows()
-            while part := list(islice(rows, 1024)):
-                cast(Any, pl_module).record(part)
+        if not trainer.is_global_zero or not self.folder.results.exists():
+            return
+        module, rows, line = cast(Any, pl_module), self.folder.rows(), 0
+        while part := list(islice(rows, 1024)):
+            try:
+                module.record(part)
+            except (KeyError, TypeError, ValueError) as error:  # a row that was edited by hand
+                bad = next((k for k, row in enumerate(part) if not _is_recordable(module, row)), 0)
+                where = f"{self.folder.results}, line {line + bad + 1}, is not a row of this run ({first_line(error)})"
+                raise RunError(f"{where}: remove the line and start the same command again") from error
+            line += len(part)
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         """Writes a batch, which must be a `Prediction`; raises a UserError if 20 prompts in a row have failed."""
@@ -137,13 +155,26 @@ class RunWriter(L.Callback):
                         stack.callback(setattr, metric, "distributed_available_fn", metric.distributed_available_fn)
                         metric.distributed_available_fn = lambda: False
                 pl_module.on_predict_epoch_end()
-            if not self.folder.summary.exists():
+            if not self.folder.has_summary():
                 self._finish(pl_module)
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Releases the folder; what is written stays for the next run."""
         self._release()
+
+    def _compare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compares what the images depend on beyond the settings with that of an earlier run, and of rank 0."""
+        module = cast(Any, pl_module)
+        found = module.fingerprints() if hasattr(module, "fingerprints") else {}
+        first = trainer.strategy.broadcast(found)
+        if other := [name for name in first if first[name] != found.get(name)]:
+            where = f"process {trainer.global_rank} has other contents of {', '.join(other)} than process 0"
+            raise RunError(f"{where}: all machines need the same files")
+        versions = {**_VERSIONS, "transformers": version("transformers")}
+        if trainer.is_global_zero and (changed := self.folder.fingerprint(found, versions)):
+            text = f"{self.folder.path} was begun with {', '.join(changed)}: images may differ in the last bits"
+            print(f"svdd: warning: {text}", file=sys.stderr)
 
     def _finish(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None
@@ -157,6 +188,13 @@ class RunWriter(L.Callback):
             self.folder.close_shard()
         else:
             self.close()
+
+
+def _is_recordable(module: Any, row: ResultRow) -> bool:
+    with suppress(KeyError, TypeError, ValueError):
+        module.record([row])
+        return True
+    return False
 
 
 def _to_uint8(images: Tensor) -> np.ndarray:

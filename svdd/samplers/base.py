@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from svdd import UserError, missing_methods
+from svdd import UserError, check_bound, missing_methods
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.toolbox.selection import choice_kl, effective_sample_size, top
 from svdd.samplers.toolbox.window import Window
@@ -14,6 +14,8 @@ from svdd.state.trace import Selection, count_distinct
 from svdd.values.base import Value
 
 __all__ = ["Diffusion", "Sampler", "Start", "State", "Value", "require_at_least_one", "require_noise", "require_window"]
+
+_MAX_COUNT = 10**6  # of particles, candidates or iterations
 
 
 class Sampler(ABC):
@@ -130,7 +132,8 @@ def require_window(diffusion: Diffusion, window: Window) -> None:
 
 
 def require_at_least_one(**counts: int) -> None:
-    """Raises ValueError for the first count below 1."""
+    """Raises ValueError for the first count below 1, or far above what memory holds."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be >= 1, got {count}")
+        check_bound(name, count, _MAX_COUNT, "each is a row of the network")

@@ -13,7 +13,7 @@ from svdd.state.trace import Trace
 
 __all__ = ["Context", "Scorer"]
 
-_MAX_SEED = 2**63 - 1
+_MAX_SEED = 2**64 - 1
 _SELECTION_STREAM = 0x5DEECE66D  # selections draw from a separate stream, so that they never shift the noise
 
 

@@ -82,10 +82,27 @@ class Case:
         """Runs in this process and returns the exit code."""
         return main(self.words(*options))
 
-    def fork(self, *options: str, environment: dict[str, str] | None = None, disk: int | None = None) -> BaseProcess:
-        """Starts a run in a fork of this process; `disk` limits the size of each file, in bytes."""
+    def fork(
+        self,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        disk: int | None = None,
+        output: int | None = None,
+        operations: int | None = None,
+    ) -> BaseProcess:
+        """Starts a run in a fork of this process.
+
+        Args:
+            options: Command-line options.
+            environment: Additional variables.
+            disk: Maximum size of each file, in bytes.
+            output: A file descriptor for standard output instead of the log; 1 or 2 closes that stream.
+            operations: File operations in the run folder after which the process ends as if killed.
+        """
+        if operations is not None:
+            environment = {**(environment or {}), "STUB_OPERATIONS": str(operations)}
         process = multiprocessing.get_context("fork").Process(
-            target=_run, args=(self.words(*options), environment or {}, str(self.log), disk)
+            target=_run, args=(self.words(*options), environment or {}, str(self.log), disk, output)
         )
         process.start()
         self.processes.append(process)
@@ -229,7 +246,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(words: list[str], environment: dict[str, str], log: str, disk: int | None) -> None:
+def _run(words: list[str], environment: dict[str, str], log: str, disk: int | None, output: int | None) -> None:
     """The body of a fork: what a new interpreter does after its imports."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", AGENT):
         os.environ.pop(name, None)
@@ -237,14 +254,47 @@ def _run(words: list[str], environment: dict[str, str], log: str, disk: int | No
     rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
+    os.dup2(descriptor if output in (None, 1, 2) else output, 1)
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", closefd=False, buffering=1)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
+    if output in (1, 2):
+        os.close(output)
+        setattr(sys, ("stdout", "stderr")[output - 1], None)
     if disk is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
     os.chdir(REPOSITORY)
     os.setsid()
+    if "STUB_OPERATIONS" in environment:
+        _die_after(int(environment["STUB_OPERATIONS"]), words[words.index("--output") + 1])
     sys.argv = ["svdd", *words]
     sys.exit(main())
+
+
+def _die_after(count: int, folder: str) -> None:
+    """Ends this process, without a farewell, before file operation `count` + 1 below the folder."""
+    left = count
+
+    def tick() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os._exit(137)
+
+    def hear(event: str, arguments: tuple) -> None:
+        changes = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+        if changes and str(arguments[0]).startswith(folder):
+            tick()
+
+    def counted(function: Callable) -> Callable:
+        def wrapped(descriptor: int, *arguments: object) -> object:
+            with suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{descriptor}").startswith(folder):
+                    tick()
+            return function(descriptor, *arguments)
+
+        return wrapped
+
+    os.write, os.fsync, os.ftruncate = counted(os.write), counted(os.fsync), counted(os.ftruncate)
+    sys.addaudithook(hear)

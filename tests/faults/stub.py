@@ -1,5 +1,6 @@
 """A nearly free chain and reward, for tests of the run machinery."""
 
+import ctypes
 import os
 import time
 from collections.abc import Sequence
@@ -50,13 +51,21 @@ class StubDiffusion(Diffusion):
         return x0.sigmoid()
 
 
+_ERRORS = {
+    "RuntimeError": lambda word: RuntimeError(f"no score for {word}"),
+    "SystemExit": lambda word: SystemExit(0),
+    "MemoryError": lambda word: MemoryError(),
+    "allocator": lambda word: RuntimeError("DefaultCPUAllocator: can't allocate memory: tried to allocate 9 bytes."),
+}
+
+
 class Brightness(Reward):
     """Mean of all pixels.
 
     Args:
         gate: Scoring a prompt with the word "wait" creates `gate`.PID and blocks until the file `gate` exists.
 
-    Prompts that contain the word in the environment variable STUB_BAD raise an error.
+    Prompts that contain the word in the environment variable STUB_BAD raise the error that STUB_RAISES names.
     """
 
     def __init__(self, gate: str | None = None) -> None:
@@ -67,9 +76,11 @@ class Brightness(Reward):
         if self.gate and any("wait" in prompt for prompt in prompts):
             Path(f"{self.gate}.{os.getpid()}").touch()
             end = time.monotonic() + 120
+            if os.environ.get("STUB_BLOCKS"):
+                ctypes.PyDLL(None).sleep(120)  # keeps the interpreter's lock
             while not os.path.exists(self.gate) and time.monotonic() < end:
                 time.sleep(0.01)
         bad = os.environ.get("STUB_BAD")
         if bad and any(bad in prompt for prompt in prompts):
-            raise RuntimeError(f"no score for {bad}")
+            raise _ERRORS[os.environ.get("STUB_RAISES", "RuntimeError")](bad)
         return images.mean((1, 2, 3))

@@ -4,13 +4,16 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from svdd.evaluation.evaluation import Evaluation
-from tests.faults.harness import Case, until
+from tests.faults.conftest import PROMPTS
+from tests.faults.harness import REPOSITORY, Case, until
 
 KEPT = "finished images are kept, and the same command continues"
 
@@ -46,6 +49,40 @@ def test_a_second_interrupt_does_not_wait(case: Case, whole: Case, table: Callab
     lost = case.resume(before=before)
     assert case.content() == whole.content()
     table("SIGINT twice", "ended at once; the current batch was drawn again", 130, lost)
+
+
+def test_a_second_sigterm_does_not_wait(case: Case, whole: Case, table: Callable):
+    process = case.fork()
+    case.waiting(1)
+    before = case.finished()
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)  # at once, as from a launcher that forwards it: the same request
+    until(lambda: "SIGTERM: the current batch is finished first" in case.said())
+    process.join(0.6)
+    assert process.exitcode is None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143
+    assert len(case.finished()) == 4
+    lost = case.resume(before=before)
+    assert case.content() == whole.content()
+    table("SIGTERM twice", "ended at once; the current batch was drawn again", 143, lost)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["python", "native"])
+def test_a_step_that_hangs(case: Case, whole: Case, table: Callable, native: bool, monkeypatch):
+    """In Python the line is named; native code that blocks the interpreter is ended too."""
+    monkeypatch.setattr("svdd.runs.processes.watchdog._MARGIN", 0.2)
+    process = case.fork("--step_timeout", "0.8", environment={"STUB_BLOCKS": "1"} if native else None)
+    process.join(60)
+    assert process.exitcode == 1
+    before = case.finished()
+    assert len(before) == 4
+    assert native or "svdd: error: no step was finished within 0.8 s (step_timeout); " in case.said()
+    assert "stub.py" in case.said()
+    lost = case.resume("--step_timeout", "60", before=before)
+    assert case.content() == whole.content()
+    table("a step that hangs, --step_timeout", "the process was ended, with the line that it ran", 1, lost)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
@@ -132,6 +169,37 @@ def test_kills_while_shards_are_written(tmp_path, table: Callable):
     table("SIGKILL while tar shards are written", "torn ends were dropped, new shards begun", 137, lost)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
+def test_a_kill_while_an_old_run_is_overwritten(case: Case, whole: Case, tmp_path: Path, share: float):
+    """At a share of the file operations; the old run has more pictures and other settings."""
+    old = Case(case.folder.parent, [f"old {k}" for k in range(20)])
+    assert old.resume("--model.seed", "5") == 0
+    case = Case(case.folder.parent, PROMPTS)
+    case.gate.touch()
+    process = case.fork("--overwrite", "true", operations=round(share * 170))
+    process.join(60)
+    assert process.exitcode == 137
+    assert case.resume("--overwrite", "true", before={}) == 0
+    assert case.content() == whole.content()
+
+
+@pytest.mark.parametrize("name", ["RANK", "every one"])
+def test_single_variables_of_launchers_are_ignored(case: Case, name: str):
+    """With NODE_RANK=1 a finished run was drawn over with other settings, as no lock was taken."""
+    case.resume()
+    before = case.finished()
+    names = ["RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"]
+    names += ["SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK", "SVDD_AGENT"]
+    variables = {name: "1"} if name in names else dict.fromkeys(names, "garbage")
+    command = [sys.executable, "-m", "svdd", *case.words("--model.seed", "5")]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "holds a run with other settings: model.seed was 0, now 5" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert case.finished() == before
+
+
 BAD = {"STUB_BAD": "there"}
 
 
@@ -172,6 +240,36 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
         3,
         lost,
     )
+
+
+@pytest.mark.parametrize("kind", ["SystemExit", "MemoryError", "allocator"])
+def test_an_exit_or_missing_memory_is_no_fault_of_a_prompt(case: Case, whole: Case, table: Callable, kind: str):
+    case.gate.touch()
+    process = case.fork("--model.on_error", "skip", environment=BAD | {"STUB_RAISES": kind})
+    process.join(60)
+    assert process.exitcode == (2 if kind == "SystemExit" else 1)
+    assert not (case.folder / "failed.jsonl").exists()
+    assert kind != "SystemExit" or "stub.py" in case.said()
+    assert kind != "SystemExit" or "called sys.exit(0), which would end the command" in case.said()
+    before = case.finished()
+    lost = case.resume(before=before)
+    assert case.content() == whole.content()
+    if kind == "SystemExit":
+        table("sys.exit(0) in a reward", "ended with an error that names the line", 2, lost)
+
+
+@pytest.mark.parametrize("closed", ["pipe", "stdout", "stderr"])
+def test_output_that_cannot_be_written_does_not_end_the_run(case: Case, whole: Case, table: Callable, closed: str):
+    case.gate.touch()
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = case.fork(output=writer if closed == "pipe" else {"stdout": 1, "stderr": 2}[closed])
+    os.close(writer)
+    process.join(60)
+    assert process.exitcode == 0, case.said()[-3000:]
+    assert case.content() == whole.content()
+    if closed == "pipe":
+        table(r"a broken pipe, as in `svdd predict \| true`", "the run was finished", 0, case.resume())
 
 
 def test_a_run_without_any_image_is_an_error(tmp_path):

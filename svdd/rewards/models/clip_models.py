@@ -25,6 +25,7 @@ class ClipModel(nn.Module, ABC):
     mean: Sequence[float]  # of each colour, for normalisation
     std: Sequence[float]
     whole, mode, rounded = False, "bicubic", False  # as in fit_square
+    from_files = ("side", "mean", "std", "whole", "mode")
 
     def __init__(self) -> None:
         super().__init__()

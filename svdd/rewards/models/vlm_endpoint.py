@@ -1,8 +1,11 @@
 """Yes or no from a vision-language model behind OpenAI's chat API; keys are never shown or redirected."""
 
+import asyncio
 import base64
 import io
 import json
+import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,8 @@ from PIL import Image
 from svdd import RewardError, UserError, first_line
 
 __all__ = ["Endpoint"]
+
+_MOST_BYTES = 2**20  # of an answer, which holds the logarithms of 20 probabilities
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Endpoint:
             valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
         except ValueError:
             valid = False
-        if not valid or url.query or url.fragment or "@" in self.address:  # not shown: it may hold a password
+        if (
+            not valid or url.query or url.fragment or re.search("@|%40", self.address)
+        ):  # not shown: it may hold a password
             problem = "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password"
             raise UserError(f"{problem} (a run saves it); give a key in the variable that api_key_env names")
         for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
@@ -74,20 +81,45 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             wait, transient = self.backoff * 2**attempt, True
             try:
-                answer = httpx.post(address, json=body, headers=headers, timeout=self.timeout)
+                answer = asyncio.run(asyncio.wait_for(_send(address, body, headers), self.timeout))
                 if answer.is_success:
                     return answer.content
                 problem, transient = _refusal(answer, key), answer.status_code in (408, 429) or answer.is_server_error
                 after = answer.headers.get("Retry-After", "")
                 wait = float(after) if after.isdigit() else wait
-            except httpx.TimeoutException:
+            except asyncio.TimeoutError:
                 problem = f"no answer within {self.timeout:g} s"
             except (httpx.HTTPError, OSError) as error:
-                problem = first_line(error)
+                problem = _reason(error)
             if not transient or attempt == self.retries:
                 break
             time.sleep(min(wait, 30.0))
         raise ValueError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the system's reason for a failed connection, or the first line of the message if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno:
+            return os.strerror(cause.errno).lower()
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
+
+
+async def _send(address: str, body: Any, headers: dict[str, str]) -> httpx.Response:
+    """Returns the whole answer; asynchronous, so that it can be cancelled even while bytes arrive one by one."""
+    content = bytearray()
+    async with (
+        httpx.AsyncClient(timeout=None) as client,
+        client.stream("POST", address, json=body, headers=headers | {"Accept-Encoding": "identity"}) as answer,
+    ):
+        async for part in answer.aiter_raw():
+            content += part
+            if len(content) > _MOST_BYTES:
+                raise ValueError(f"the answer is larger than {_MOST_BYTES} bytes")
+    kept = {name: value for name, value in answer.headers.items() if name == "retry-after"}
+    return httpx.Response(answer.status_code, headers=kept, content=bytes(content), extensions=answer.extensions)
 
 
 def _refusal(answer: httpx.Response, key: str | None) -> str:

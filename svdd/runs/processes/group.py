@@ -14,6 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
 from svdd import UserError
+from svdd.runs.processes.environment import node_rank
 from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 
 __all__ = ["Group", "is_rank_zero"]
@@ -161,6 +162,5 @@ class Group:
 
 
 def is_rank_zero() -> bool:
-    """Whether this is global rank 0, also before a Trainer exists; the first process of another node has NODE_RANK."""
-    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
-    return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
+    """Whether this is global rank 0, also before a Trainer exists."""
+    return getattr(rank_zero_only, "rank", 0) == 0 and node_rank() == 0

@@ -11,7 +11,8 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-from svdd import UserError
+from svdd import UserError, first_line
+from svdd.runs.processes.environment import launcher
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 
@@ -42,10 +43,11 @@ def join(trainer: Any, max_restarts: int, words: Sequence[str]) -> Group | None:
     options |= {name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
     probe = L.Trainer(strategy=trainer.strategy if isinstance(trainer.strategy, str) else "auto", **options)
     environment: ClusterEnvironment
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher, environment = "torchrun", TorchElasticEnvironment()
-    elif SLURMEnvironment.detect():
-        launcher, environment = "SLURM", SLURMEnvironment()
+    started_by = launcher()
+    if started_by == "torchrun":
+        environment = TorchElasticEnvironment()
+    elif started_by == "SLURM":
+        environment = _slurm()
     elif probe.num_nodes > 1:
         raise UserError(
             f"trainer.num_nodes={probe.num_nodes} needs a launcher: start the command with torchrun on each machine, "
@@ -58,13 +60,20 @@ def join(trainer: Any, max_restarts: int, words: Sequence[str]) -> Group | None:
     planned, started = probe.num_devices * probe.num_nodes, environment.world_size()
     if planned != started:
         raise UserError(
-            f"{launcher} started {started} processes, but trainer.devices={trainer.devices} and trainer.num_nodes="
+            f"{started_by} started {started} processes, but trainer.devices={trainer.devices} and trainer.num_nodes="
             f"{trainer.num_nodes} stand for {planned}: give --trainer.devices the number of processes on each "
             "machine and --trainer.num_nodes the number of machines"
         )
     if started == 1:
         return None
     return Group(environment, "nccl" if probe.strategy.root_device.type == "cuda" else "gloo")
+
+
+def _slurm() -> SLURMEnvironment:
+    try:
+        return SLURMEnvironment()
+    except RuntimeError as error:  # it needs --ntasks-per-node
+        raise UserError(first_line(error)) from error
 
 
 def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
@@ -97,6 +106,8 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         for attempt in range(max_restarts + 1):
+            if attempt == 1:
+                escaped += ["--overwrite", "false"]  # a restart continues what the first attempt began
             try:
                 with tempfile.TemporaryDirectory(prefix="svdd-") as folder:  # for the errors of the processes
                     config = LaunchConfig(1, 1, count, logs_specs=DefaultLogsSpecs(folder), **options)
@@ -105,6 +116,9 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
                 return 0
             except ChildFailedError as error:
                 code = _report(error)
+            except OSError as error:
+                problem = f"the processes cannot be started: {first_line(error)}"
+                raise UserError(f"{problem}; if the temporary folder is full, set TMPDIR to another") from error
             if code in _FINAL or attempt == max_restarts:
                 break
             print(f"svdd: restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)

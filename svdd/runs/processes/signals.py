@@ -4,11 +4,14 @@ import os
 import signal
 import socket
 import threading
+import time
 from contextlib import suppress
 
 __all__ = ["AGENT", "STOP_EXIT_CODES", "Signals", "die_with_parent", "signals"]
 
 AGENT = "SVDD_AGENT"  # the process id of the svdd command that started this process and reports for it
+
+_SAME_SIGTERM = 0.5  # seconds: a launcher's SIGTERM and the one that it forwards arrive together
 
 STOP_EXIT_CODES = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -20,10 +23,10 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.deferred = False  # whether the first signal waits for the current batch; a second SIGINT never does
+        self.deferred = False  # whether the first signal waits for the current batch; a second one never does
         self.exit_code: int | None = None  # 130 or 143 after a deferred signal
         self.quiet = AGENT in os.environ  # whether another process reports the signal
-        self._interrupts = 0
+        self._first: dict[str, float] = {}  # when each kind of signal came for the first time
         self._pipe: tuple[socket.socket, socket.socket] | None = None
 
     def listen(self) -> None:
@@ -53,14 +56,14 @@ class Signals:
             code, name = 128 + data[0], STOP_EXIT_CODES.get(128 + data[0])
             if name is None:
                 continue
-            self._interrupts += name == "SIGINT"
-            if not self.deferred or (name == "SIGINT" and self._interrupts > 1):
+            now = time.monotonic()
+            again = now - self._first.setdefault(name, now) > (_SAME_SIGTERM if name == "SIGTERM" else 0)
+            if not self.deferred or again:
                 self.say(f"ended: {name}")
                 os._exit(code)
             if self.exit_code is None:
                 self.exit_code = code
-                again = "; once more ends it at once" if name == "SIGINT" else ""
-                self.say(f"{name}: the current batch is finished first{again}")
+                self.say(f"{name}: the current batch is finished first; once more ends it at once")
 
     def _forget(self) -> None:
         """Restores the defaults in a forked process, which inherits the socket but not the thread."""

@@ -15,6 +15,7 @@ from svdd import UserError, require_at_least
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
+from svdd.runs.bounds import check_images
 from svdd.runs.config import plain
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.rows import Prompt
@@ -50,6 +51,7 @@ class Calibration(L.LightningModule):
     ) -> None:
         super().__init__()
         require_at_least(1, images_per_prompt=images_per_prompt)
+        check_images(1, images_per_prompt)
         require_at_least(0, seed=seed)
         self.reward, self.diffusion, self.value = reward, diffusion or StableDiffusion(), value or PosteriorMean()
         if self.diffusion.num_inference_steps < 2:

@@ -1,0 +1,64 @@
+"""Passwords and keys in settings: refused where they do not belong, and never written or shown."""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from svdd import UserError
+
+__all__ = ["redact", "redacted", "refuse_secrets"]
+
+_TOKEN = r"\b(?:sk-|pk-|hf_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|nvapi-|r8_|AKIA|AIza|eyJ)[\w.-]{12,}"
+_SHAPES = (  # a group that stays, and what is a secret by its form
+    re.compile(r"([a-z][a-z0-9+.-]*://)[^/?#\s'\"]*(?:@|%40)", re.I),
+    re.compile(r"([?&#;][\w.-]*(?:key|token|secret|passw|auth|sig|credential)[\w.-]*=)[^&#\s'\"]+", re.I),
+    re.compile(r"(\bauthorization['\"]?\s*[:=]\s*)\S.*", re.I),
+    re.compile(r"(\bbearer\s+)[\w.~+/=-]{16,}", re.I),
+    re.compile(f"(){_TOKEN}"),
+)
+_NAME = re.compile(r"(?:.*[_.-])?(?:api_?key|password|passwd|secret|token|authorization|credentials?)", re.I)
+_DONE = re.compile(r".*\*\*\*.* \([0-9a-f]{4}\)", re.S)
+_VARIABLE = re.compile(r"[A-Z]+(?:_[A-Z0-9]+)+")  # may be shown
+
+
+def redact(text: str) -> str:
+    """Returns a text with `***` in place of what has the form of a password or a key."""
+    for shape in _SHAPES:
+        text = shape.sub(r"\1***", text)
+    return text
+
+
+def redacted(tree: Any, name: str = "") -> Any:
+    """Returns plain settings without secrets, by their form or name; a few hexadecimal digits show whether one changed.
+
+    Args:
+        tree: Dicts, lists, strings, numbers, booleans and None.
+        name: The key under which the tree stands.
+    """
+    if isinstance(tree, Mapping):
+        return {key: redacted(branch, str(key)) for key, branch in tree.items()}
+    if isinstance(tree, list):
+        return [redacted(branch, name) for branch in tree]
+    if not isinstance(tree, str) or _DONE.fullmatch(tree):
+        return tree
+    shown = "***" if tree and _NAME.fullmatch(name) else redact(tree)
+    return tree if shown == tree else f"{shown} ({hashlib.sha256(tree.encode(errors='replace')).hexdigest()[:4]})"
+
+
+def refuse_secrets(tree: Any, name: str = "") -> None:
+    """Raises a UserError, which does not repeat it, for a key where the name of a variable belongs, and for a password.
+
+    The settings `api_key_env` and `endpoint` are checked, whatever class they belong to.
+    """
+    if isinstance(tree, Mapping | list):
+        for key, branch in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            refuse_secrets(branch, f"{name}.{key}".removesuffix(".init_args").lstrip("."))
+    elif name.endswith("api_key_env") and isinstance(tree, str) and not os.environ.get(tree, "").strip():
+        given = tree if _VARIABLE.fullmatch(tree) else "of the given name"
+        expected = f"{name} takes the name of an environment variable that holds the key, not the key"
+        raise UserError(f"{expected}: no variable {given} is set")
+    elif name.endswith("endpoint") and isinstance(tree, str) and redact(tree) != tree:
+        problem = f"{name} holds a user, a password or a key, which a run would save"
+        raise UserError(f"{problem}; give a key in the environment variable that api_key_env names")
