@@ -25,32 +25,31 @@ PROMPTS = ["red apple", "panda"]
 @pytest.fixture(scope="module")
 def overflowing() -> StableDiffusion:
     """The embedded model in float16, with a decoder that overflows for one of the prompts."""
-    diffusion = StableDiffusion("emoji", 8, 3.0)
+    diffusion = StableDiffusion("emoji", 3, 3.0)
     for parameter in diffusion.vae.decoder.conv_in.parameters():
-        parameter.data *= 700
+        parameter.data *= 650  # the panda overflows from 500 on, the apple above 800
     return diffusion.half()
 
 
-@pytest.mark.parametrize("sampler", [Unguided(), SVDD(num_candidates=3)])
-def test_a_decoder_that_overflows_is_named_with_step_prompt_and_remedy(overflowing, sampler):
+def test_a_decoder_that_overflows_is_named_with_step_prompt_and_remedy(overflowing):
     """Compressibility took NaN for black, whose file is the smallest, and preferred it."""
-    model = GuidedDiffusion(Compressibility(), overflowing, sampler)
+    model = GuidedDiffusion(Compressibility(), overflowing, SVDD(num_candidates=2))
     message = (
-        r"the decoder returned NaN or infinity for .* at step \d of 8, first for the prompt .*; float16 overflows "
+        r"the decoder returned NaN or infinity for .* at step \d of 3, first for the prompt .*; float16 overflows "
     )
     with pytest.raises(NotFinite, match=message + ".*--trainer.precision to bf16-true or 32-true"):
-        model.sample(PROMPTS, 2)
+        model.sample(PROMPTS, seeds=[0, 2])
 
 
 def test_skipped_prompts_are_those_whose_pictures_are_not_finite(overflowing):
     model = GuidedDiffusion(Compressibility(), overflowing, Unguided(), on_error="skip")
-    batch = [Prompt(k, text, None, 2 + k, {}) for k, text in enumerate(PROMPTS)]
+    batch = [Prompt(k, text, None, 2 * k, {}) for k, text in enumerate(PROMPTS)]
     prediction = model.predict_step(batch, 0)
     assert [row["prompt"] for row in prediction.rows] == ["red apple"]
     assert prediction.images.isfinite().all()
     (failure,) = prediction.failures
     assert failure["prompt"] == "panda"
-    assert failure["error"].startswith("NotFinite: the decoder returned NaN or infinity for 1 of 1 rows at step 8 of 8")
+    assert failure["error"].startswith("NotFinite: the decoder returned NaN or infinity for 1 of 1 rows at step 3 of 3")
 
 
 def spoil(module, number=float("inf")) -> None:
