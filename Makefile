@@ -43,12 +43,14 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff check --fix .
 
 benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (hours on 2 cores; the samplers continue where they stopped)
+	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.previews
 	$(BIN)/python -m benchmarks.over_optimisation
 	$(BIN)/python -m benchmarks.values
 	$(BIN)/python -m benchmarks.samplers
+	$(BIN)/python -m benchmarks.choose_start
 	$(BIN)/python -m benchmarks.scale --processes 26
 
 embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours; continues where it stopped)

@@ -111,7 +111,7 @@ def _report(error: Exception) -> int:
     while cause is not None:
         if frames := _users_frames(cause.__traceback__):
             lines = traceback.format_exception(type(cause), cause, frames, chain=False)
-            say("".join(lines).rstrip(), error=True)
+            say(redact("".join(lines).rstrip()), error=True)
             break
         cause = cause.__cause__
     if isinstance(error, UserError) and AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:

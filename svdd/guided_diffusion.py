@@ -1,7 +1,6 @@
 """The LightningModule that wraps a diffusion model, a sampler, a value and a reward."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Literal
@@ -9,11 +8,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from svdd import UserError
 from svdd.assets.content import digest, sources
 from svdd.diffusion.base import Diffusion
+from svdd.diffusion.chunking import redrawn
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward, is_device_failure
@@ -30,6 +30,8 @@ from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
 __all__ = ["GuidedDiffusion"]
+
+_TOGETHER = 6.5  # rows at once from which a CPU gains nothing by more
 
 
 class GuidedDiffusion(L.LightningModule):
@@ -88,8 +90,9 @@ class GuidedDiffusion(L.LightningModule):
         if budget is not None:
             self.sampler = fit_budget(self.sampler, budget, self.diffusion, self.value)
             self.sampler.check(self.diffusion, self.value)
+        self._together = 1.0
         with suppress(Uncountable):  # a mistake in a sampler shows here, before anything is drawn
-            count(self.sampler, self.diffusion, self.value)
+            self._together = count(self.sampler, self.diffusion, self.value).together
         if not reward.higher_is_better:
             raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
         names = [each.name for each in (reward, *self.eval_rewards)]
@@ -97,7 +100,6 @@ class GuidedDiffusion(L.LightningModule):
             raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate")
         # Lists in the order of `rewards`: the name of a reward need not be one that a module may have.
         self.statistics: Any = nn.ModuleList(RewardStatistics(each.higher_is_better) for each in self.rewards.values())
-        self.weighted: Any = nn.ModuleList(MeanMetric().set_dtype(torch.float64) for _ in self.rewards)
         self.path_kl = RewardStatistics()
         self.spent: Any = nn.ModuleDict({each.name: SumMetric().set_dtype(torch.float64) for each in fields(Ledger)})
         self.summary: dict[str, Any] = {}
@@ -116,6 +118,7 @@ class GuidedDiffusion(L.LightningModule):
         return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **gradients}
 
     @torch.no_grad()
+    @redrawn
     def sample(
         self, prompts: Sequence[str] | str, seed: int = 0, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,7 @@ class GuidedDiffusion(L.LightningModule):
     ) -> State:
         """Runs the sampler and returns the end of the chain, decoded, with as many rows per image as it returns."""
         self.value.eval()
+        self._resolve()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
@@ -150,6 +154,7 @@ class GuidedDiffusion(L.LightningModule):
             self.record(prediction.rows)
         return prediction
 
+    @redrawn
     def _predict(self, batch: list[Prompt]) -> Prediction:
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
@@ -171,7 +176,7 @@ class GuidedDiffusion(L.LightningModule):
                 rewards={name: values[j * returned + particle] for name, values in scores.items()},
                 ledger=ledger,
                 particle=None if weights is None else (particle, weights[j * returned + particle]),
-                path_kl=path_kl[j],
+                path_kl_sample=path_kl[j],
             )
             for j, (prompt, k) in enumerate(jobs)
             for particle in range(returned)
@@ -183,17 +188,15 @@ class GuidedDiffusion(L.LightningModule):
         return Prediction(final.images.cpu(), rows, traces)
 
     def _score(self, reward: Reward, final: State) -> Tensor:
-        return self.diffusion.chunker.map(reward.score, len(final.x), final.images, final.prompts)
+        groups = 1 if reward.one_call else final.num_images
+        return self.diffusion.chunker.map(reward.score, groups, final.images, final.prompts)
 
     @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""
-        for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
-            scores, prompts = _pairs((row["rewards"][name], row["prompt_index"]) for row in rows)
-            metric.update(scores, prompts.long())
-            weighted.update(*_pairs((row["rewards"][name], row.get("particle_weight")) for row in rows))
-        divergence, prompts = _pairs((row.get("path_kl"), row["prompt_index"]) for row in rows)
-        self.path_kl.update(divergence, prompts.long())
+        for name, metric in zip(self.rewards, self.statistics, strict=True):
+            metric.update(*_columns(rows, [row["rewards"][name] for row in rows]))
+        self.path_kl.update(*_columns(rows, [row.get("path_kl_sample") for row in rows]))
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
 
@@ -215,14 +218,13 @@ class GuidedDiffusion(L.LightningModule):
         """Resets the statistics of an earlier prediction; callbacks add those of a resumed run after this."""
         self.summary = {}
         self._reset()
+        self._resolve()
 
     def on_predict_epoch_end(self) -> None:
         """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
         statistics = {}
-        for name, metric, weighted in zip(self.rewards, self.statistics, self.weighted, strict=True):
+        for name, metric in zip(self.rewards, self.statistics, strict=True):
             statistics[name] = {key: value.item() for key, value in metric.compute().items()}
-            if not math.isnan(mean := weighted.compute().item()):
-                statistics[name]["weighted_mean"] = float(f"{mean:.7g}")  # the order of the sum changes the last digits
         totals = {name: metric.compute().item() for name, metric in self.spent.items()}
         divergence, images = self.path_kl.compute(), statistics[self.reward.name]["count"]
         self.summary = {"guide": self.reward.name, "sampler": type(self.sampler).__name__}
@@ -230,7 +232,7 @@ class GuidedDiffusion(L.LightningModule):
             self.summary["budget"] = {"denoiser_rows": self.budget, "chosen": self.chosen}
         self.summary["rewards"] = statistics
         if divergence["count"]:
-            self.summary["path_kl"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
+            self.summary["path_kl_bound"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
         decimals = {name: 3 if name.endswith("seconds") else None for name in totals}
         self.summary["ledger"] = {name: round(total, decimals[name]) for name, total in totals.items()}
         self.summary["denoiser_rows_per_image"] = totals["denoiser_rows"] / images if images else None
@@ -240,13 +242,23 @@ class GuidedDiffusion(L.LightningModule):
                 {f"{name}/{key}": entries[key] for name, entries in statistics.items() for key in entries}
             )
 
+    def _resolve(self) -> None:
+        """Switches the reproducible mode on where it is left open and costs nothing."""
+        automatic = self._together >= _TOGETHER and self.diffusion.device.type == "cpu"
+        self.diffusion.chunker.resolve(automatic)
+
     @torch.inference_mode(False)
     def _reset(self) -> None:
-        for metric in (*self.statistics, *self.weighted, self.path_kl, *self.spent.values()):
+        for metric in (*self.statistics, self.path_kl, *self.spent.values()):
             metric.reset()
 
 
-def _pairs(pairs: Iterable[tuple[float | None, float | None]]) -> list[Tensor]:
-    """Returns the first and the second numbers of the complete pairs, float64 [n] each."""
-    complete = [pair for pair in pairs if None not in pair]
-    return list(torch.tensor(complete, dtype=torch.float64).view(-1, 2).unbind(1))
+def _columns(rows: Sequence[ResultRow], numbers: Sequence[float | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the numbers that are known, their prompts and their particles' weights, [n] each."""
+    known = [
+        (number, row["prompt_index"], row.get("particle_weight", 1.0))
+        for number, row in zip(numbers, rows, strict=True)
+        if number is not None
+    ]
+    found, prompts, weights = torch.tensor(known, dtype=torch.float64).view(-1, 3).unbind(1)
+    return found, prompts.long(), weights

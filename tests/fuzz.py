@@ -269,14 +269,14 @@ _JSON = [
 ]
 
 
-def damaged_configs() -> Iterator[Case]:
-    """Yields every damaged configuration, for each command that reads one."""
-    for k, content in enumerate(_CONFIGS):
+def damaged_configs(count: int, seed: int) -> Iterator[Case]:
+    """Yields damaged configurations, for each command that reads one."""
+    for content in random.Random(seed).sample(_CONFIGS, min(count, len(_CONFIGS))):
         for command in ("predict", "fit", "calibrate", "score"):
             words = [command, *BASE[command][1:], "--config", "wrong.yaml"]
             if b"output" in content:
                 words = [word for word in words if word not in ("--output", "out")]
-            yield Case(f"{command} --config of {content[:60]!r}", words, _writer("wrong.yaml", _CONFIGS[k]))
+            yield Case(f"{command} --config of {content[:60]!r}", words, _writer("wrong.yaml", content))
 
 
 def _writer(name: str, content: bytes) -> Callable[[Path], None]:
@@ -516,7 +516,7 @@ def _run_and_exit(words: list[str], folder: Path, said: int) -> None:
         os._exit(code)
 
 
-def fuzz(lines: int, damages: int, seed: int, configs: bool = True, only: str = "") -> list[Outcome]:
+def fuzz(lines: int, damages: int, configs: int, seed: int, only: str = "") -> list[Outcome]:
     """Runs all cases one after the other, and prints those that fail and a line of totals."""
     torch.set_num_threads(1)
     import_all()
@@ -524,11 +524,13 @@ def fuzz(lines: int, damages: int, seed: int, configs: bool = True, only: str = 
     with tempfile.TemporaryDirectory(prefix="svdd-fuzz-template-") as place:
         template = Path(place)
         make_template(template)
-        cases = [*command_lines(lines, seed), *(damaged_configs() if configs else ())]
+        cases = [*command_lines(lines, seed), *damaged_configs(configs, seed)]
         cases += damaged_folders(template, damages, seed)
         for case in cases:
             if only not in case.name:
                 continue
+            if len(outcomes) % 100 == 99:
+                print(f"{len(outcomes) + 1} cases", flush=True)
             outcome = run(case, template)
             outcomes.append(outcome)
             if outcome.faults:
@@ -546,11 +548,11 @@ if __name__ == "__main__":
     parser.add_argument(
         "--damages", type=int, default=400, help="damaged folders; each meets every command that reads it"
     )
-    parser.add_argument("--no_configs", action="store_true", help="leave out the damaged configurations")
+    parser.add_argument("--configs", type=int, default=1000, help="damaged configurations; each meets every command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only cases whose name holds this text")
     chosen = parser.parse_args()
-    found = fuzz(chosen.lines, chosen.damages, chosen.seed, not chosen.no_configs, chosen.only)
+    found = fuzz(chosen.lines, chosen.damages, chosen.configs, chosen.seed, chosen.only)
     left = [outcome for outcome in found if outcome.left and outcome.case.damage is None]
     print(f"{len(left)} refused command lines left something behind")
     sys.exit(any(outcome.faults for outcome in found))

@@ -65,13 +65,16 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
             return m * steps, 0
         case SVDD() | BeamSearch():
             b = given.get("num_beams", n)
-            return b * (steps + (0 if free or given["score_parent"] else (m - 1) * paid)), 0
+            chosen = 0 if free or not given.get("choose_start") else m - 1
+            return b * (steps + chosen + (0 if free or given["score_parent"] else (m - 1) * paid)), 0
         case BlockwiseBestOfN():
             inside = range(start, stop)
             ends = {i for i in inside if (last - i) % given["block_size"] == 0}
-            rows = steps
+            rows = steps + (m - 1) * (
+                min(start + 1, steps) if given["choose_start"] else 0
+            )  # the starts reach the first block's end
             for i in inside:
-                alone = i == start or i - 1 in ends  # a block begins
+                alone = (i == start and not given["choose_start"]) or i - 1 in ends  # a block begins
                 skips = i in ends and (free or (given["score_parent"] and not alone))
                 rows += (m - 1) * (i < steps - 1 and not skips)
             return rows, 0
@@ -144,6 +147,9 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (BlockwiseBestOfN(3, 3), 1 + 3 * 7),
         (BlockwiseBestOfN(3, 4, score_parent=True), 2 + 3 * 6),
         (BlockwiseBestOfN(3, 4, guide_start=0.5), 1 + 4 + 3 * 3),
+        (SVDD(5, choose_start=True), 5 * 8),
+        (SVDD(3, 0.5, 2, choose_start=True), 2 * 3 * 8),
+        (BlockwiseBestOfN(3, 4, choose_start=True), 3 * 8),
         (SMC(5), 5 * 8),
         (ProgressivePruning(4), 8 * 3 + 4 * 2 + 2 * 3),  # states 0 .. 2, 3 and 4, 5 .. 7
         (RandomSearch(4), 4 * 8),

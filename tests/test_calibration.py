@@ -97,7 +97,7 @@ def test_the_command_writes_table_and_plot(calibrate, tmp_path, capsys):
 
 def test_nan_is_written_as_null(tmp_path):
     table = measure(torch.randn(5, 2).double(), torch.randn(5).double(), torch.arange(5))
-    write(tmp_path, table, {"value": "x"})
+    write(tmp_path, table, {"value": "x"}, "title")
     assert json.loads((tmp_path / "calibration.json").read_text())["steps"][0]["spearman_within"] is None
     assert plot(tmp_path / "p.png", {"a": table, "b": table}, "title")
 
@@ -193,7 +193,7 @@ def test_another_calibration_needs_overwrite(calibrate, tmp_path, capsys):
     first = (tmp_path / "c" / "calibration.csv").read_bytes()
     capsys.readouterr()
     assert calibrate("--model.seed", "5") == 2
-    assert "holds a calibration with other settings: model.seed was 0, now 5. Choose" in capsys.readouterr().err
+    assert "holds a run with other settings: model.seed was 0, now 5. Choose" in capsys.readouterr().err
     assert (tmp_path / "c" / "calibration.csv").read_bytes() == first
     assert calibrate("--model.seed", "5", "--overwrite", "true") == 0
     assert (tmp_path / "c" / "calibration.csv").read_bytes() != first
@@ -204,7 +204,7 @@ def test_a_folder_of_something_else_is_left_alone(calibrate, tmp_path, capsys, o
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "results.jsonl").touch()
     assert calibrate("--overwrite", overwrite) == 2
-    assert "is not empty and holds no calibration; choose another --output" in capsys.readouterr().err
+    assert "is not empty and is not a run folder (it holds results.jsonl); choose another" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["results.jsonl"]
 
 

@@ -1,13 +1,26 @@
-"""The chunk size changes the rows per call and nothing else."""
+"""The chunk size changes the rows per call and nothing else; in the reproducible mode, not even that."""
 
+import threading
 import warnings
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from svdd.diffusion.chunking import Chunker
+from svdd.diffusion.chunking import Chunker, redrawn
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.guided_diffusion import GuidedDiffusion
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.jpeg import Compressibility
+from svdd.runs.files import RunError
+from svdd.runs.folder import RunFolder
+from svdd.runs.rows import Prompt
+from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
+from svdd.samplers.unguided import Unguided
+from svdd.values.latent_conv import LatentConvValue
+from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound, run
 
@@ -101,6 +114,12 @@ def test_an_invalid_size_is_refused(size):
         Chunker(size)
 
 
+@pytest.mark.parametrize("reproducible", [1, "on", None])
+def test_an_invalid_mode_is_refused(reproducible):
+    with pytest.raises(ValueError, match=f"reproducible must be true, false or 'auto', got {reproducible!r}"):
+        Chunker(reproducible=reproducible)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 4, 7])
 def test_a_run_does_not_depend_on_the_size(chunk_size):
     value = bound(PosteriorMean(), Linear([1.0, -0.5]))
@@ -109,3 +128,133 @@ def test_a_run_does_not_depend_on_the_size(chunk_size):
     assert max(chunked.context.diffusion.denoised_rows) == chunk_size
     torch.testing.assert_close(chunked.x, expected.x, rtol=0, atol=1e-12)
     assert chunked.context.ledger.denoiser_rows == expected.context.ledger.denoiser_rows
+
+
+# ---- the reproducible mode
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"), [(1, [1, 1]), (16, [16, 16]), (17, [8, 9] * 2), (20, [10] * 4), (33, [11] * 6)]
+)
+def test_a_call_holds_equal_parts_of_one_image(rows, parts):
+    chunker, tried = Chunker(7, reproducible=True), []
+    result = chunker.map(lambda x: tried.append(x.tolist()) or 2 * x, 2, torch.arange(2 * rows))
+    assert [len(part) for part in tried] == parts
+    assert torch.equal(result, 2 * torch.arange(2 * rows))
+    assert all(part[0] // rows == part[-1] // rows for part in tried)
+
+
+def test_the_rows_of_a_part_stay_together_in_inner_calls():
+    chunker, tried = Chunker(reproducible=True), []
+
+    def outer(x):
+        return chunker.map(lambda y: tried.append(len(y)) or y, 5, x)
+
+    assert torch.equal(chunker.map(outer, 2, ROWS), ROWS)
+    assert tried == [5, 5]
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_threads_compute_the_parts_as_the_caller_would(context):
+    """With one thread for each operation, the caller's gradient mode, and the caller's errors."""
+    chunker, before = Chunker(reproducible=True), torch.get_num_threads()
+    chunker.concurrent, seen, weight = True, [], torch.ones(2, requires_grad=True)
+
+    def function(x):
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        if x[0, 0] > 1000:
+            raise RuntimeError("shapes do not match")
+        return weight * x
+
+    torch.set_num_threads(2)
+    try:
+        with context():
+            result = chunker.map(function, 5, ROWS, parallel=True)
+            assert result.requires_grad == (context is torch.enable_grad)
+            assert result.is_inference() == (context is torch.inference_mode)
+            with pytest.raises(RuntimeError, match="shapes do not match"):
+                chunker.map(function, 5, ROWS + 1000, parallel=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(result, ROWS)
+    assert threading.get_ident() not in {thread for thread, _ in seen}
+    assert {threads for _, threads in seen} == {1}
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_out_of_memory_halves_the_parts_and_redraws_the_whole_batch():
+    class Model:
+        diffusion = SimpleNamespace(chunker=Chunker(reproducible=True))
+
+        @redrawn
+        def draw(self):
+            return self.diffusion.chunker.map(device, 1, ROWS, NAMES)
+
+    device = Device(capacity=3)
+    with pytest.warns(UserWarning, match="out of memory with 10 rows of an image at once: now 5") as caught:
+        assert torch.equal(Model().draw().left, 2 * ROWS)
+    assert [len(caught), Model.diffusion.chunker.most, device.tried] == [2, 2, [10, 5, *[2] * 5]]
+    device.capacity = 0
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="now 1"):
+        Model().draw()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "value", "together"),
+    [
+        (SVDD(8), None, True),
+        (SMC(8), Lookahead(1), True),
+        (SVDD(4), None, False),
+        (Unguided(), None, False),
+        (SVDD(20), LatentConvValue(), False),  # one row an image through the network
+    ],
+)
+def test_the_mode_is_on_where_it_costs_nothing(sampler, value, together):
+    diffusion = GaussianDiffusion(4)
+    model = GuidedDiffusion(Compressibility(), diffusion, sampler, value)
+    model.on_predict_start()
+    assert (diffusion.chunker.most is not None) == together
+
+
+def test_an_image_is_the_same_to_the_bit_in_every_batch_chunk_order_and_number_of_threads():
+    texts = ("apple", "blue car", "panda", "rocket")
+    prompts = [Prompt(index, text, None, None, {}) for index, text in enumerate(texts)]
+    found, before = [], torch.get_num_threads()
+    try:
+        for chunk_size, threads, batches in (("auto", 1, ([0, 1, 2, 3],)), (7, 2, ([3, 1, 0], [2])), (5, 1, ([2],))):
+            torch.set_num_threads(threads)
+            diffusion = StableDiffusion("emoji", 3, guidance_scale=4.0, chunk_size=chunk_size)
+            model = GuidedDiffusion(CLIPScore(), diffusion, SVDD(8), eval_rewards=[Compressibility()])
+            for batch in batches:
+                with torch.no_grad():
+                    drawn = model.predict_step([prompts[k] for k in batch], 0)
+                for image, row, trace in zip(drawn.images, drawn.rows, drawn.traces, strict=True):
+                    row = {**row, "ledger": {k: n for k, n in row["ledger"].items() if not k.endswith("seconds")}}
+                    found.append((row["prompt_index"], image, row, trace))
+    finally:
+        torch.set_num_threads(before)
+    for index, image, row, trace in found[4:]:
+        _, expected, *rest = found[index]
+        assert torch.equal(image, expected)
+        assert [row, trace] == rest
+
+
+@pytest.mark.parametrize(("recorded", "own"), [(16, 16), (8, 16), (None, None)])
+def test_a_run_folder_records_the_rows_at_once(tmp_path, recorded, own):
+    folder = RunFolder(tmp_path)
+    folder.claim({"data": {"batch_size": 2}})
+    assert folder.record_rows_at_once(recorded, rank=0) == recorded
+    assert folder.record_rows_at_once(own, rank=1) == own  # nothing is drawn yet
+    folder.results.write_text("{}\n")
+    assert folder.record_rows_at_once(own, rank=0) == recorded
+    with pytest.raises(RunError, match="the reproducible mode"):
+        folder.record_rows_at_once(None if recorded else 16, rank=1)
+    folder.close()
+    folder.results.write_text("{}\n")
+    if recorded:
+        folder.claim({"data": {"batch_size": 3}})
+        folder.close()
+    else:
+        with pytest.raises(RunError, match=r"batch_size was 2, now 3.*reproducible true"):
+            folder.claim({"data": {"batch_size": 3}})

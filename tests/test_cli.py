@@ -189,10 +189,93 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         (["--data.prompts", "/no/such/prompts.txt"], "no such file"),
         (["--modell.seed", "3"], "unrecognized arguments: --modell.seed"),
         (["--config", "/no/such.yaml"], "File does not exist: '/no/such.yaml'"),
+        (["--trainer.limit_predict_batches", "0"], "must be a whole number of batches >= 1, got 0"),
+        (["--trainer.limit_predict_batches", "0.5"], "must be a whole number of batches >= 1, got 0.5"),
+        (["--trainer.strategy", "ddp_spawn"], "'ddp_spawn' starts processes that do not know this command"),
+        (["--data.batch_size", "1" + "0" * 30], "data.batch_size: expected an integer below 2**63, got 1.000e+30"),
+        (["--model.budget", "1e30"], "model.budget: expected int"),
+        (["--model.sampler.alpha", "1e-320"], "alpha: expected 0 or a magnitude from 1e-30 to 1e+30"),
+        (["--model.sampler.guide_stop", ".nan"], "guide_stop: expected a number, got nan"),
+        (["--data.prompts", "a\0b.txt"], "character 2 is '\\x00', which cannot be stored"),
+        (["--output", "x" * 5000], "File name too long"),
+        (["--model.reward", "\x1b[2J\u202eNope"], r"\x1b[2J\u202eNope"),
+        (["--model.reward", "&a [*a]"], "YAML alias *a stands within the part that it names"),
     ],
 )
 def test_a_bad_setting_is_one_line_and_code_2(refused, arguments, expected):
     assert expected in refused(*arguments)
+
+
+_BOMB = "[&a [x,x,x,x,x,x,x,x,x,x], " + ", ".join(
+    f"&{b} [{','.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+) + "]"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"trainer: 5\n", "trainer: expected settings as a mapping, got 5"),
+        (b"data: []\n", "data: expected settings as a mapping, got []"),
+        (b"- model\n", "expected settings as a mapping, such as `model:`, got ['model']"),
+        (b"model: {seed: 3\n", "cannot be read as YAML"),
+        (b"# caf\xe9\nmodel: {}\n", "bad.yaml is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9 in position 5"),
+        (b"model: " + b"{a: " * 2000 + b"1" + b"}" * 2000, "YAML nests deeper than 64 levels"),
+        (b"model: " + b"[" * 100_000, "cannot be read as YAML"),
+        (f"model: {_BOMB}".encode(), "YAML aliases stand for more than 10000 entries"),
+        (f"model: {{reward: '{_BOMB}'}}".encode(), "YAML aliases stand for more than 10000 entries"),
+        (b"model: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        (b'output: "a\\0b"\n', "output: character 2 is '\\x00'"),
+    ],
+)
+def test_a_bad_configuration_is_refused_by_name(refused, tmp_path, content, expected):
+    """Alias bombs and deep nesting are refused before they are built."""
+    (tmp_path / "bad.yaml").write_bytes(content)
+    arguments = ["--config", str(tmp_path / "bad.yaml")]
+    assert expected in (line := refused(*arguments)) or content.startswith(b"output")
+    assert "bad.yaml" in line or "reward" in line or "output" in line
+
+
+def test_the_configuration_that_a_run_recorded_is_a_configuration(predict, tmp_path, read_rows, monkeypatch):
+    """Its checksums are left out, and so is `overwrite`, which would remove the run."""
+    value = ["--model.value", "LatentConvValue", "--model.value.pretrained", "emoji-compressibility"]
+    emoji = ["--model.diffusion.pretrained", "emoji", "--model.diffusion.num_inference_steps", "25"]
+    emoji += ["--model.diffusion.guidance_scale", "3", "--data.limit", "1", "--model.sampler.guide_stop", "0.96"]
+    assert predict(*emoji, *value, "--overwrite", "true") == 0
+    config, rows = str(tmp_path / "run" / "config.yaml"), read_rows(tmp_path / "run")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "images").iterdir()}
+    assert main(["predict", "--config", config, "--output", str(tmp_path / "again")]) == 0
+    assert [row["sha256"] for row in read_rows(tmp_path / "again")] == [row["sha256"] for row in rows]
+    assert main(["predict", f"--config={config}"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "images").iterdir()} == stamps
+
+
+def test_a_progress_bar_of_the_user_takes_the_place_of_ours(predict):
+    assert predict("--trainer.callbacks+=TQDMProgressBar") == 0
+
+
+@pytest.mark.parametrize("command", ["predict", "fit", "calibrate"])
+def test_the_help_begins_with_a_whole_sentence(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: svdd {command} [--config FILE]")
+    assert text.splitlines()[2].endswith(".")
+    assert "Useful to" not in text
+
+
+def test_the_working_directory_is_searched_last(tmp_path):
+    for name in ("csv.py", "difflib.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('from the working directory')")
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("raise SystemExit('from the working directory')")
+    code = "import sys; sys.path.remove(''); from svdd.__main__ import main; main(['lst']); import diffusers"
+    for start in (["-m", "svdd", "lst"], ["-c", code]):
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(
+            [sys.executable, *start], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
+        assert "did you mean 'list'?" in done.stderr
+        assert "from the working directory" not in done.stderr
 
 
 def test_a_mistake_in_a_custom_sampler_names_class_and_method(refused, tmp_path, monkeypatch):
@@ -272,6 +355,7 @@ def test_an_unrelated_folder_is_not_overwritten(predict, capsys, tmp_path):
 REWARDS = """
 import torch
 from svdd.rewards.base import Reward
+from svdd.rewards.pretrained import PretrainedReward
 
 class Redness(Reward):
     '''Mean of the red channel.'''
@@ -282,6 +366,18 @@ class WrongShape(Reward):
     '''Not one number per image.'''
     def forward(self, images, prompts):
         return images.mean()
+
+class Broken(Reward):
+    '''Fails.'''
+    def forward(self, images, prompts):
+        raise RuntimeError("red\\x1b[2J")
+
+class Unread(PretrainedReward):
+    '''Fails when it reads its weights.'''
+    def read(self):
+        return self.no_such_attribute
+    def forward(self, images, prompts):
+        return self.network(images)
 
 class NotANumber(Reward):
     '''NaN for one prompt.'''
@@ -314,6 +410,38 @@ def test_a_bad_reward_ends_the_run_in_one_line_and_keeps_what_is_done(predict, o
     assert "NaN" in message
     assert "'panda'" in message
     assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir()) == ["000000-00.png", "000001-00.png"]
+
+
+def test_an_error_in_a_users_code_shows_its_place_and_one_in_a_library_does_not(predict, own_rewards, capsys, tmp_path):
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    (packages / "theirs.py").write_text((tmp_path / "own_rewards.py").read_text())
+    sys.path.append(str(packages))
+    assert predict("--model.reward", "own_rewards.Broken") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert "own_rewards.py" in lines[1]
+    assert lines[-1] == r"svdd: error: reward Broken failed with RuntimeError: red\x1b[2J"
+    assert predict("--model.reward", "own_rewards.Unread") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "own_rewards.py" in lines[1]
+    assert "Unread.read failed with AttributeError: 'Unread' object has no attribute 'no_such_attribute'" in lines[-1]
+    assert predict("--model.reward", "theirs.Broken") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    sys.path.remove(str(packages))
+    sys.modules.pop("theirs")
+
+
+def test_an_error_in_svdd_is_one_line_and_code_1(predict, capsys, monkeypatch):
+    """A class of a library that is no reward raises what nothing in svdd expects."""
+    words = ["--trainer.callbacks+=lightning.pytorch.callbacks.LambdaCallback", "--trainer.callbacks.on_predict_start"]
+    assert predict(*words, "collections.deque.popleft") == 1
+    line = capsys.readouterr().err.strip()
+    assert line.endswith("(SVDD_DEBUG=1 shows where)")
+    assert "\n" not in line
+    monkeypatch.setenv("SVDD_DEBUG", "1")
+    with pytest.raises(TypeError):
+        predict(*words, "collections.deque.popleft")
 
 
 def test_a_budget_is_met_and_reported(predict, capsys, tmp_path, read_rows):
@@ -581,10 +709,13 @@ def test_two_processes_fit_a_value(config, tmp_path):
 def test_two_processes_draw_the_same_images(config, tmp_path, read_rows):
     """One thread each, since the number of threads affects the last bit of a sum."""
     base = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    (tmp_path / "json.py").write_text("raise SystemExit('from the working directory')")
     for name, options in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
         command = [*base, "--output", str(tmp_path / name), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=400, check=False, env=environment, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
     assert [row["sha256"] for row in one] == [row["sha256"] for row in two]

@@ -506,12 +506,12 @@ def test_no_column_overwrites_a_result():
     """The only reserved names that a source may use are prompt, negative prompt and seed."""
     allowed = {"negative_prompt", "seed"}
     assert ResultRow.__annotations__.keys() - allowed == RESERVED_COLUMNS
-    assert {"path_kl", "particle", "particle_weight"} < RESERVED_COLUMNS
+    assert {"path_kl_sample", "particle", "particle_weight"} < RESERVED_COLUMNS
     prompt = Prompt(3, "a", "b", 5, {"tag": "x"})
-    row = result_row(prompt, 1, 2, 6, {"r": 0.5}, {"rows": 4}, particle=(1, 0.25), path_kl=0.1)
+    row = result_row(prompt, 1, 2, 6, {"r": 0.5}, {"rows": 4}, particle=(1, 0.25), path_kl_sample=0.1)
     assert row.keys() | {"file", "sha256"} == ResultRow.__annotations__.keys() | {"tag"}
     order = ["prompt_index", "image_index", "num_images", "prompt", "negative_prompt", "tag", "seed"]
-    assert list(row) == [*order, "particle", "particle_weight", "rewards", "path_kl", "ledger"]
+    assert list(row) == [*order, "particle", "particle_weight", "rewards", "path_kl_sample", "ledger"]
 
 
 def test_seeds_of_images():
@@ -582,6 +582,11 @@ def test_files_that_cannot_be_used_are_refused(write, name, content, expected):
     ("name", "content", "expected"),
     [
         ("p.csv", "prompt,Seeds\na,1\n", "column 'Seeds' is only copied into the results, did you mean 'seed'?"),
+        (
+            "p.csv",
+            "prompt,noise_seed\na,1\n",
+            "column 'noise_seed' is only copied into the results, did you mean 'seed'?",
+        ),
         ("p.csv", "prompt,negative\na,1\n", "column 'negative' is only copied .* did you mean 'negative_prompt'?"),
         ("p.txt", 'a\n--prompt "red" --seed 5\nx --ar 3:2\n', r"line 2 \(--prompt\) and others: options of another"),
     ],

@@ -1,7 +1,9 @@
 """`svdd score`, and the evaluation of finished images by `svdd predict`, from the command line."""
 
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,10 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from svdd import Incomplete
+from svdd import Incomplete, UserError
 from svdd.__main__ import main
 from svdd.commands.predict import PredictCLI
+from svdd.evaluation.evaluation import Evaluation
+from svdd.rewards.brightness import Brightness
+from svdd.rewards.z_scored import ZScored
 from svdd.runs.folder import RunFolder
+from svdd.runs.pictures import find_pictures
 
 PROMPTS = ["red apple", "blue car", "panda", "owl"]
 
@@ -188,7 +194,8 @@ def test_a_sum_reads_mean_and_std_from_an_unguided_run(predict):
 def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
     """Guidance towards dark images with brightness held out triggers the warning; towards bright ones it does not."""
     dark = ["--model.reward", "WeightedSum", "--model.reward.rewards", '["Brightness"]']
-    dark += ["--model.images_per_prompt", "4", "--data.batch_size", "4"]
+    dark += ["--model.images_per_prompt", "4", "--data.batch_size", "6"]
+    dark += ["--data.prompts", json.dumps([*PROMPTS, "rocket", "frog"])]  # fewer than 6 cannot be tested
     held_out = "--model.eval_rewards+=Brightness"
     plain = predict("plain", *dark, "--model.reward.weights", "[-1]", held_out, "--model.sampler", "Unguided")
     evaluation = ["--evaluation.baseline", str(plain), "--evaluation.features", tiny_clip]
@@ -203,8 +210,8 @@ def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
     assert found["baseline"]["rewards"]["WeightedSum"]["ci95_low"] > 0
     assert found["diversity"]["vendi"] > 1
     assert found["distances"]["cmmd"] > 0
-    assert found["path_kl"]["mean"] > 0
-    assert summary_of(plain)["path_kl"]["mean"] == 0
+    assert found["path_kl_bound"]["mean"] > 0
+    assert summary_of(plain)["path_kl_bound"]["mean"] == 0
     positive = predict("other", *dark, "--model.reward.weights", "[1]", held_out, "--model.sampler", "Unguided")
     capsys.readouterr()
     both = predict("bright", *dark, "--model.reward.weights", "[1]", held_out, "--evaluation.baseline", str(positive))
@@ -291,6 +298,174 @@ def test_images_are_evaluated_on_the_device_of_the_run(tmp_path, monkeypatch):
     )
     PredictCLI._evaluate(run, {})
     assert measured == [(["picture"], torch.device("meta"))]
+
+
+FID = ["--evaluation.features", "CLIP", "--evaluation.distance_features", "clip", "--evaluation.distances", "[{}]"]
+
+
+@pytest.mark.parametrize("distance", ["fid", "kid"])
+@pytest.mark.parametrize(("drawn", "reference"), [(1, 4), (4, 1)])
+def test_a_distance_of_one_picture_is_refused_before_sampling(
+    predict, pictures, tiny_clip, capsys, distance, drawn, reference
+):
+    for k in range(reference, 4):
+        (pictures / f"{k}.png").unlink()
+    words = [word.format(distance).replace("CLIP", tiny_clip) for word in FID]
+    words += ["--evaluation.reference", str(pictures), "--model.reward", "Brightness", "--data.limit", str(drawn)]
+    run = predict("run", *words, code=2)
+    said = capsys.readouterr().err
+    assert f"{distance} needs at least 2 images on each side, got {drawn} to be measured and {reference}" in said
+    assert not run.exists()
+
+
+def test_a_distance_of_too_few_drawn_pictures_is_left_out(pictures, tiny_clip):
+    """As when most prompts have failed: the other measurements are kept."""
+    found = find_pictures(pictures)
+    evaluation = Evaluation(tiny_clip, None, str(pictures), ["fid", "cmmd"], "clip")
+    distances = evaluation.measure(found[:1])["distances"]
+    assert distances["fid"] is None
+    assert distances["cmmd"] > 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "summary.json").write_text("[1]"), "has no readable summary.json"),
+        (lambda run: (run / "summary.json").write_bytes(b"\xff{"), "has no readable summary.json"),
+        (lambda run: (run / "results.jsonl").write_text("[" * 100_000), "line 1 is damaged (not JSON)"),
+        (lambda run: edit(run, lambda row: row.pop("prompt")), "line 1 is damaged (prompt is None, expected text)"),
+        (lambda run: edit(run, lambda row: row.update(rewards=[1])), "line 1 is damaged (rewards is [1]"),
+        (
+            lambda run: edit(run, lambda row: row.update(prompt="other")),
+            "prompt 0 is 'red apple' in this run and 'other'",
+        ),
+        (lambda run: edit(run, lambda row: row.update(prompt_index=99)), "share no prompt"),
+        (lambda run: edit(run, lambda row: row.update(rewards={"x": 1})), "measured x, not Brightness"),
+    ],
+)
+def test_a_baseline_that_cannot_serve_is_refused_before_sampling(predict, tmp_path, capsys, damage, message):
+    plain = save_run(tmp_path / "plain", {"Brightness": 0.5})
+    damage(plain)
+    run = predict("run", "--model.reward", "Brightness", "--evaluation.baseline", str(plain), code=2)
+    assert message in capsys.readouterr().err
+    assert not (run / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ([], "is not the summary of a run (AttributeError)"),
+        ({"Brightness": 3}, "is not the summary of a run (TypeError)"),
+        ({"Brightness": {"mean": 1.0, "std": None}}, "has mean 1.0 and standard deviation None of Brightness"),
+    ],
+)
+def test_statistics_of_a_damaged_summary_are_refused(tmp_path, rewards, message):
+    (tmp_path / "summary.json").write_text(json.dumps({"rewards": rewards}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        ZScored(Brightness(), statistics=str(tmp_path))
+
+
+def edit(run, change) -> None:
+    """Changes the rows of a run in place."""
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        change(row)
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_run(run, rewards: dict[str, float], count: int = len(PROMPTS)):
+    """Writes an unguided run of one uniform picture for each prompt."""
+    (run / "images").mkdir(parents=True)
+    rows = []
+    for k, prompt in enumerate(PROMPTS[:count]):
+        file = f"images/{k:06d}-00.png"
+        Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(run / file)
+        row = {"prompt_index": k, "image_index": 0, "num_images": 1, "prompt": prompt, "file": file}
+        rows.append(
+            row | {"rewards": {name: score + k for name, score in rewards.items()}, "ledger": {"denoiser_rows": 5}}
+        )
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "summary.json").write_text(json.dumps({"sampler": "Unguided"}))
+    return run
+
+
+def test_one_prompt_has_no_standard_error(predict, pictures, tmp_path, capsys):
+    """Neither command prints a NaN."""
+    plain = save_run(tmp_path / "plain", {"Brightness": 0.5}, 1)
+    words = ["--model.reward", "Brightness", "--data.limit", "1", "--evaluation.baseline", str(plain)]
+    predict("run", *words)
+    for k in range(1, 4):
+        (pictures / f"{k}.png").unlink()
+    assert main(["score", "--reward", "Brightness", "--images", str(pictures)]) == 0
+    output = capsys.readouterr()
+    assert "nan" not in (output.out + output.err).replace(str(tmp_path), "")
+    assert "no standard error from one prompt" in output.out
+
+
+# ---- svdd compare
+
+
+def test_compare_shows_what_runs_have_in_common(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one, other = save_run(tmp_path / "one", {"a": 1.0, "b": 2.0}), save_run(tmp_path / "other", {"b": 3.0, "c": 4.0}, 3)
+    edit(other, lambda row: row.pop("ledger") if row["prompt_index"] else None)
+    assert main(["compare", str(one), str(other)]) == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert said[0] == ["means", "over", "3", "images"]
+    assert said[2:4] == [["one", "2.0000", "3.0000", "-", "5"], ["other", "-", "4.0000", "5.0000", "-"]]
+    for run in (one, other):
+        edit(run, lambda row: row.update(rewards={}))
+    assert main(["compare", str(one), str(other), "--limit", "1"]) == 0
+
+
+def test_compare_weighs_particles(tmp_path, monkeypatch, capsys):
+    """One run has two particles of an image, with scores 0 and 1 and weights 1/4 and 3/4."""
+    monkeypatch.chdir(tmp_path)
+    plain, run = save_run(tmp_path / "plain", {"a": 0.0}, 2), save_run(tmp_path / "run", {"a": 0.0}, 2)
+    shares = (0.25, 0.75)
+    edit(run, lambda row: row.update(particle_weight=shares[k := row["prompt_index"]], particle=k, image_index=k))
+    edit(run, lambda row: row.update(prompt_index=0, prompt=PROMPTS[0]))
+    assert main(["compare", str(plain), str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["run", "0.7500", "5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "damage", "message"),
+    [
+        (["--limit", "0"], None, "--limit must be >= 1, got 0"),
+        (["--limit", "-3"], None, "--limit must be >= 1, got -3"),
+        (["--output", "folder.png"], None, "--output must be a file whose name ends in .png, got folder.png"),
+        (["--output", "one/results.jsonl"], None, "--output must be a file whose name ends in .png"),
+        (["--output", "one/results.jsonl/x.png"], None, "cannot write one/results.jsonl/x.png"),
+        (["--output", "one/images/000000-00.png"], None, "is an image of a run"),
+        ([], lambda run: (run / "images/000001-00.png").unlink(), "000001-00.png cannot be read as a picture"),
+        (
+            [],
+            lambda run: (run / "images/000001-00.png").write_bytes(b"no"),
+            "000001-00.png cannot be read as a picture",
+        ),
+        ([], lambda run: (run / "results.jsonl").write_text(""), "share no prompt"),
+        ([], lambda run: (run / "results.jsonl").write_text("3\n"), "line 1 is damaged (not an object)"),
+        ([], lambda run: edit(run, lambda row: row.pop("rewards")), "line 1 is damaged (rewards is None"),
+        ([], lambda run: edit(run, lambda row: row.update(file="../x.png")), "expected a path in the folder"),
+        ([], lambda run: edit(run, lambda row: row.update(rewards={"a": "1"})), "rewards.a is '1', expected a finite"),
+        ([], lambda run: edit(run, lambda row: row.update(rewards={"a": math.nan})), "rewards.a is nan"),
+        ([], lambda run: edit(run, lambda row: row.update(prompt_index=True)), "prompt_index is True"),
+        ([], lambda run: edit(run, lambda row: row.update(particle=2)), "particle is larger than image_index"),
+    ],
+)
+def test_compare_refuses_what_it_cannot_show_in_one_line(tmp_path, monkeypatch, capsys, words, damage, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    one, other = save_run(tmp_path / "one", {"a": 1.0}), save_run(tmp_path / "other", {"a": 1.0})
+    if damage is not None:
+        damage(other)
+    before = (one / "images/000000-00.png").read_bytes()
+    assert main(["compare", str(one), str(other), *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("svdd: error: ")
+    assert message in line
+    assert (one / "images/000000-00.png").read_bytes() == before
 
 
 def test_a_missing_baseline_is_refused_before_sampling(predict, tmp_path, capsys):

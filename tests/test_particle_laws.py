@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from svdd import UserError
+from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -23,7 +24,7 @@ from svdd.samplers.zero_order_search import ZeroOrderSearch
 from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, PlaneMixtureDiffusion, Quadratic, bound, run
-from tests.test_samplers import B, assert_mean, assert_variance, rewards, value_of
+from tests.test_samplers import B, assert_mean, assert_variance, label, rewards, value_of
 
 ALPHA = 0.7
 ACROSS = torch.tensor([0.8, 0.6], dtype=torch.float64)  # orthogonal to B, so the reward has no effect there
@@ -96,17 +97,28 @@ def test_a_drawn_particle_follows_the_tilted_gaussian(sampler):
     assert_variance(rewards(final), variance)
 
 
-@pytest.mark.parametrize(("candidates", "particles"), [(16, 8), (64, 1), (64, 32)])
-def test_svdd_has_the_same_target_with_several_particles(candidates, particles):
-    """The parent's value is subtracted; otherwise the tilt would accumulate over the steps."""
-    diffusion = GaussianDiffusion(6)
-    final = run(diffusion, SVDD(candidates, ALPHA, particles), bound(ExactSoftValue(ALPHA), Linear(B)), 800)
+@pytest.mark.parametrize(
+    ("sampler", "tilts_start"),
+    [
+        (SVDD(64, ALPHA), False),
+        (SVDD(64, ALPHA, choose_start=True), True),
+        (SVDD(4, ALPHA, num_particles=48), True),  # exact as the number of particles grows
+        (SVDD(16, ALPHA, num_particles=4, choose_start=True), True),
+        (BlockwiseBestOfN(64, 2, ALPHA), False),
+        (BlockwiseBestOfN(64, 2, ALPHA, choose_start=True), True),
+    ],
+    ids=lambda case: label(case) if isinstance(case, Sampler) else str(case),
+)
+def test_the_law_of_soft_selection_depends_on_the_choice_of_the_start(sampler, tilts_start):
+    """A chosen start is tilted too, else only the noise of the steps; a parent's value is not counted twice."""
+    diffusion = GaussianDiffusion(6, **WIDE)
+    final = run(diffusion, sampler, bound(ExactSoftValue(ALPHA), Linear(B)), 1000)
     mean, variance = diffusion.end_law()
-    shift = diffusion.end(0)[2] / ALPHA  # several starts are tilted by selection, a single one is not
-    low, high = mean * sum(B) + 0.97 * shift, mean * sum(B) + variance / ALPHA
-    error = 4 * math.sqrt(variance / 800)
-    assert low - error < float(rewards(final).mean()) < high + error
-    assert_variance(rewards(final), variance)
+    shift = (
+        variance if tilts_start else diffusion.end(0)[2]
+    ) / ALPHA  # of N(., V), tilted by exp(r / alpha): V / alpha
+    assert_mean(rewards(final), mean * sum(B) + shift, slack=0.03 * shift)
+    assert_variance(rewards(final), variance, slack=0.02)
 
 
 def test_a_mixture_in_the_plane_keeps_its_modes_in_proportion_and_in_place():
@@ -236,6 +248,19 @@ def test_one_block_is_the_best_of_several_runs_from_one_start():
     while not runs.done:
         runs = runs.propose()
     assert torch.equal(rewards(final), rewards(runs).view(4, 6).max(1).values)
+    from_several = run(diffusion, BlockwiseBestOfN(6, 5, choose_start=True), value_of(), 4)
+    assert torch.equal(from_several.x, run(diffusion, BestOfN(6), value_of(), 4).x)
+
+
+def test_the_chosen_start_is_the_one_of_the_highest_value():
+    diffusion, b = GaussianDiffusion(3, eta=0.0), torch.tensor(B, dtype=torch.float64)
+    final = run(diffusion, SVDD(5, choose_start=True), value_of(), 2)
+    starts = State.start(diffusion, [""] * 2, range(2), 5)
+    plain = starts.select((starts.x0.flatten(1) @ b).view(2, 5).argmax(1, keepdim=True))
+    while not plain.done:
+        plain = plain.propose()
+    assert torch.equal(final.x, plain.x)
+    assert [selection.i for selection in final.context.trace.selections] == [0]
 
 
 def test_selection_by_blocks_written_out():

@@ -104,6 +104,21 @@ def test_a_turned_picture_stands_upright(tmp_path, suffix, orientation):
     assert np.abs(pixels - COLOUR[:32]).max() <= (8 if suffix == "jpg" else 0)
 
 
+def test_colours_of_another_profile_are_converted_to_srgb(tmp_path):
+    """A profile with red and blue exchanged; one that is sRGB or damaged changes nothing."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = srgb.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+    other = other.replace("sRGB".encode("utf-16-be"), "RBG.".encode("utf-16-be"))
+    image = Image.fromarray(ALPHA)
+    for profile, expected in ((other, COLOUR[..., ::-1]), (srgb, COLOUR), (b"damaged", COLOUR)):
+        for mode in ("RGB", "RGBA"):
+            image.convert(mode).save(tmp_path / "a.png", icc_profile=profile)
+            pixels = pixels_of(tmp_path, "a.png")
+            over_white = OVER_WHITE if expected is COLOUR else OVER_WHITE[..., ::-1]
+            difference = np.abs(pixels - (expected if mode == "RGB" else over_white).astype(float))
+            assert difference.max() <= (3 if profile is other else 1 if mode == "RGBA" else 0)
+
+
 def test_a_contact_sheet_above_the_limit_is_one_line(tmp_path, capsys):
     Image.new("1", (14000, 14000)).save(tmp_path / "sheet.png")
     assert main(["score", "--reward", "Brightness", "--images", str(tmp_path), "--device", "cpu"]) == 2
@@ -179,6 +194,7 @@ def test_a_fifo_named_like_a_result_file_is_refused_at_once(tmp_path):
     for read in (rows.scan, lambda: rows.open(0), lambda: write_atomically(run.summary, b"")):
         with pytest.raises(OSError, match=r"regular file|No such device"):
             read()
+    assert not run.has_summary()
     for read in (run.read_summary, lambda: list(run.rows()), lambda: hold(tmp_path, "predict")):
         with pytest.raises(UserError):
             read()

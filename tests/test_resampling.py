@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdd.samplers.toolbox.selection import RESAMPLERS, effective_sample_size
 from svdd.samplers.toolbox.weights import (
@@ -116,6 +117,25 @@ def test_two_fractions_of_ssp_settle_as_one():
     counts = copies(index)
     assert set(map(tuple, counts.tolist())) == {(1.0, 1.0), (0.0, 2.0)}
     assert float((counts[:, 0] == 1).double().mean()) == pytest.approx(0.6, abs=4.5 * math.sqrt(0.24 / 40_000))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_large_population_takes_few_operations(name):
+    """A Python loop over 10,000 particles would take at least as many."""
+
+    class Counter(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Counter.operations += 1
+            return function(*args, **(kwargs or {}))
+
+    log_w = torch.randn(1, 10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with Counter():
+        index = RESAMPLERS[name](log_w, uniforms(1, 10_000))
+    assert Counter.operations < 1000
+    expected = 10_000 * log_w.softmax(1)
+    assert name not in ("ssp", "systematic") or ((copies(index) - expected).abs() < 1).all()
 
 
 def test_the_effective_sample_size():

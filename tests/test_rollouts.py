@@ -100,6 +100,20 @@ def test_a_training_continues_only_with_the_same_prompts_and_settings(command, p
     assert torch.load(tmp_path / "value" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
+def test_a_training_does_not_continue_with_another_reward_of_the_same_name(command, tmp_path, capsys, monkeypatch):
+    code = tmp_path / "reward_of_a_user.py"
+    code.write_text("from svdd.rewards.brightness import Brightness\n\n\nclass Mine(Brightness):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("--model.reward", "reward_of_a_user.Mine")
+    assert main(command(*words)) == 0
+    before = (tmp_path / "value" / "checkpoints" / "last.ckpt").read_bytes()
+    code.write_text(code.read_text() + "    factor = 2\n")
+    assert main(command(*words, "--trainer.max_epochs", "2")) == 2
+    error = capsys.readouterr().err
+    assert "the training was begun with other contents of the code of reward_of_a_user: restore what was there" in error
+    assert (tmp_path / "value" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("key", "counts"),
     [

@@ -22,7 +22,7 @@ import svdd
 from svdd import UserError
 from svdd.__main__ import main
 from svdd.evaluation.metrics import RewardStatistics
-from svdd.runs.config import differences, write_config
+from svdd.runs.config import HARMLESS, HARMLESS_IF_REPRODUCIBLE, differences, write_config
 from svdd.runs.files import lock
 from svdd.runs.folder import RunFolder
 from svdd.runs.images import image_name
@@ -700,6 +700,16 @@ def test_other_settings_are_refused(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text()) == other
 
 
+def test_a_run_with_a_damaged_configuration_is_not_continued(tmp_path):
+    run(tmp_path / "run", prompts=[0])
+    config = tmp_path / "run" / "config.yaml"
+    config.write_bytes(config.read_bytes()[:60] + bytes(200))
+    before = read_folder(tmp_path / "run")
+    with pytest.raises(RunError, match=r"a run with unknown settings, as its config\.yaml is damaged\. Choose another"):
+        run(tmp_path / "run", prompts=[0, 1])
+    assert read_folder(tmp_path / "run") == before
+
+
 def test_settings_may_change_until_something_is_drawn(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         run(tmp_path / "run", stop_at=0)
@@ -716,25 +726,29 @@ def test_settings_may_change_until_something_is_drawn(tmp_path):
         ("trainer.precision", True),
         ("output", False),
         ("overwrite", False),
-        ("data.batch_size", False),
+        ("data.batch_size", None),
         ("data.num_workers", False),
         ("data.prompts", True),
-        ("model.diffusion.init_args.chunk_size", False),
-        ("model.diffusion.init_args.compile", False),
+        ("model.diffusion.init_args.chunk_size", None),
+        ("model.diffusion.init_args.compile", True),
+        ("model.diffusion.init_args.reproducible", True),
+        ("rows_at_once", False),
         ("model.diffusion.init_args.eta", True),
         ("model.diffusion.class_path", True),
         ("ckpt_path", True),
     ],
 )
 def test_what_may_change(key, counts):
+    """None: only in the reproducible mode."""
     other = json.loads(json.dumps(CONFIG))
     *parents, name = key.split(".")
     branch = other
     for parent in parents:
         branch = branch.setdefault(parent, {})
     branch[name] = "changed"
-    assert bool(differences(CONFIG, other)) == counts
-    assert bool(differences(other, CONFIG)) == counts
+    for harmless, expected in ((HARMLESS, counts is not False), (HARMLESS_IF_REPRODUCIBLE, counts is True)):
+        assert bool(differences(CONFIG, other, harmless)) == expected
+        assert bool(differences(other, CONFIG, harmless)) == expected
     assert not differences(other, other)
 
 
@@ -742,7 +756,7 @@ def test_a_harmless_change_continues(tmp_path):
     folder = tmp_path / "run"
     run(folder, prompts=[0])
     other = json.loads(json.dumps(CONFIG))
-    other["trainer"]["devices"], other["data"]["batch_size"] = 8, 64
+    other["trainer"]["devices"], other["data"]["num_workers"] = 8, 64
     assert run(folder, prompts=[0, 1], config=other).drawn == [1]
 
 
@@ -786,6 +800,7 @@ def test_no_command_touches_the_folder_of_another(tmp_path, kind, overwrite, cap
     before = read_folder(folder)
     words = ["--output", str(folder)]
     if kind == "score":
+        Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
         words += ["--reward", "Brightness", "--images", str(tmp_path)]
     else:
         words += ["--model.reward", "Brightness", "--data.prompts", str(prompts)]

@@ -84,8 +84,9 @@ def _facts(part: nn.Module) -> Iterator[Any]:
                     ]
                 elif hasattr(piece, "image_mean") and hasattr(piece, "to_dict"):
                     yield _public(piece)
-    if isinstance(config := getattr(part, "config", None), Mapping) or hasattr(config, "to_dict"):
-        yield _public(config)
+    for name in ("config", "peft_config"):
+        if isinstance(config := getattr(part, name, None), Mapping) or hasattr(config, "to_dict"):
+            yield _public(config)
 
 
 def _tokenizer(tokenizer: Any) -> Any:
@@ -100,8 +101,9 @@ def _public(config: Any) -> Any:
     """Returns a configuration as JSON data, without names of folders and versions of libraries."""
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if isinstance(config, Mapping):
-        left_out = ("transformers_version", "dtype", "torch_dtype", "name_or_path")
-        return {str(k): _public(v) for k, v in config.items() if not str(k).startswith("_") and k not in left_out}
+        left_out = ("_version", "dtype", "name_or_path")  # the ends of names
+        kept = {str(k): v for k, v in config.items() if not str(k).startswith("_") and not str(k).endswith(left_out)}
+        return {name: _public(value) for name, value in kept.items()}
     if isinstance(config, list | tuple):
         return [_public(entry) for entry in config]
     return str(config) if config is None or isinstance(config, str | int | float) else type(config).__name__

@@ -1,8 +1,11 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
+import errno
 import inspect
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
@@ -14,6 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
+from svdd.runs.config import CONFIG, HARMLESS, differences, read_config, write_config
+from svdd.runs.files import RunError, os_errors_explained
+from svdd.runs.output import hold
+from svdd.runs.processes.environment import restarted
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
 from svdd.runs.secrets import redacted, refuse_secrets
@@ -27,6 +34,7 @@ class ModelCLI(LightningCLI):
     """A command that builds a module, its data and a Trainer from `words`, the command line after its name."""
 
     command: ClassVar[str]  # its name, and that of the Trainer's method
+    purpose: ClassVar[str]  # the first line of its help
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
     classes: ClassVar[dict[str, str]] = {  # whose arguments can be given without naming them
         "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
@@ -34,10 +42,14 @@ class ModelCLI(LightningCLI):
         "value": "svdd.values.posterior_mean.PosteriorMean",
     }
     defaults: ClassVar[dict[str, Any]] = {}  # of other settings
-    hidden = frozenset({"model", "datamodule", "dataloaders", "return_predictions", "weights_only"})  # no options
+    folder: Path  # the output folder
+    hidden = frozenset(  # arguments of the Trainer's method that are no options
+        {"model", "datamodule", "dataloaders", "return_predictions", "weights_only", "ckpt_path"}
+    )
 
     def __init__(self, words: list[str]) -> None:
         self._words = [self.command, *words]
+        usage = f"svdd {self.command} [--config FILE] [--SETTING VALUE ...]"
         with ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
                 *self.builds[:2],
@@ -47,7 +59,7 @@ class ModelCLI(LightningCLI):
                 trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
                 auto_configure_optimizers=False,
                 parser_class=Parser,
-                parser_kwargs={"prog": "svdd"},
+                parser_kwargs={"prog": "svdd", self.command: {"description": self.purpose, "usage": usage}},
                 args=[self.command, *with_shipped_configs(words)],
             )
 
@@ -63,6 +75,9 @@ class ModelCLI(LightningCLI):
         parser.add_argument(
             "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
         )
+        if self.command != "fit":
+            path = "A learned value's file, or checkpoint, which takes the place of `model.value`."
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help=path)
         known = self.classes.keys() & inspect.signature(self.builds[0]).parameters
         parser.set_defaults({f"model.{k}": {"class_path": self.classes[k]} for k in known} | self.defaults)
 
@@ -71,6 +86,7 @@ class ModelCLI(LightningCLI):
         with as_user_errors():
             super().parse_arguments(parser, args)
             self.settings = self.config[self.command]
+            self.settings.overwrite = self.settings.overwrite and not restarted()  # the first start did that
             self._check_trainer()
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
 
@@ -110,17 +126,47 @@ class ModelCLI(LightningCLI):
         refuse_secrets(plain)
         return {name: redacted(setting, name) for name, setting in plain.items() if name != "config"}
 
+    def claim(self, config: dict[str, Any], results: Sequence[str], harmless: re.Pattern[str] | None = None) -> None:
+        """Holds the output folder for this configuration until the command ends; called by rank 0.
+
+        Args:
+            config: The resolved configuration.
+            results: Names of the files that the command writes there. With `overwrite` they are removed, in this order;
+                else, if one exists, the configuration must equal the recorded one.
+            harmless: The settings that may differ, by default those of `svdd predict`.
+        """
+        folder = self.folder
+        with os_errors_explained(folder):
+            self._around.callback(hold(folder, self.command).release)
+            recorded = known.config if (known := read_config(folder)) else {}
+            for name in results:  # what a killed run had not finished
+                (folder / f"{name}.tmp").unlink(missing_ok=True)
+            found = [path for path in map(folder.joinpath, results) if path.exists()]
+            if self.settings.overwrite:
+                for path in found:
+                    path.unlink()
+            elif found and (changed := differences(recorded, config, harmless or HARMLESS)):
+                changed = changed if recorded else [f"{CONFIG} is damaged, so they are not known"]
+                what = f"{folder} holds a run with other settings: {'; '.join(changed)}"
+                raise RunError(f"{what}. Choose another --output, or remove the old run with --overwrite true")
+            write_config(folder, self.command, config)
+
     def instantiate_classes(self) -> None:
         """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""
         with as_user_errors():
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command; an error because another process has died becomes `Stopped`."""
+        """Runs the command; an error because another process has died becomes `Stopped`, a full disk a `RunError`."""
         try:
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:  # of Lightning, about the Trainer's settings
             raise UserError(explain(str(error))) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            with os_errors_explained(Path(self.settings.output)):
+                raise
         except RuntimeError as error:
             if self.group is not None and self.group.is_broken():
                 raise Stopped(1) from error

@@ -1,7 +1,7 @@
 """`svdd calibrate`: how well a value predicts the reward, step by step."""
 
 import inspect
-import sys
+import warnings
 from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
+from svdd import say
 from svdd.commands.base import ModelCLI
+from svdd.commands.parser import as_user_errors
 from svdd.guided_diffusion import GuidedDiffusion
-from svdd.runs.config import differences
-from svdd.runs.files import RunError, os_errors_explained
-from svdd.runs.prompts import PromptDataModule
-from svdd.values.training.calibration import FILES, Calibration, plot, read_config, require_chains, write
+from svdd.runs.config import HARMLESS_IF_REPRODUCIBLE
+from svdd.runs.processes.group import is_rank_zero
+from svdd.runs.prompts import PromptDataModule, PromptWarning
+from svdd.values.training.calibration import FILES, Calibration, require_chains, write
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
 
@@ -32,6 +34,7 @@ class CalibrationTrainer(L.Trainer):
 class CalibrateCLI(ModelCLI):
     """Draws new unguided chains for the prompts and writes table and plot into the output folder."""
 
+    purpose = "Measures how well a value predicts the reward, step by step."
     command, builds = "calibrate", (Calibration, PromptDataModule, CalibrationTrainer)
     defaults: ClassVar = {"output": "runs/calibration"}
 
@@ -42,20 +45,21 @@ class CalibrateCLI(ModelCLI):
             parser.add_argument(f"--model.{name}", type=Any, default=None, help=SUPPRESS)
 
     def before_instantiate_classes(self) -> None:
-        """Names the settings that have no effect, and checks the output folder before weights are loaded."""
-        config = self.settings
-        unused = [f"model.{name}" for name in sorted(_UNUSED) if config.model.pop(name, None) is not None]
+        """Names the settings that have no effect, and claims the output folder before weights are loaded."""
+        settings = self.settings
+        unused = [f"model.{name}" for name in sorted(_UNUSED) if settings.model.pop(name, None) is not None]
         if unused:
-            print(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", file=sys.stderr)
-        self.folder = Path(config.output)
-        recorded = self.folder / FILES[0]
-        with os_errors_explained(self.folder):
-            if not recorded.exists() and self.folder.exists() and any(self.folder.iterdir()):
-                raise RunError(f"{self.folder} is not empty and holds no calibration; choose another --output")
-            known = recorded.exists() and not config.overwrite
-            if known and (changed := differences(read_config(recorded), self.resolved())):
-                found = f"{self.folder} holds a calibration with other settings: {'; '.join(changed)}"
-                raise RunError(f"{found}. Choose another --output, or replace the old one with --overwrite true")
+            say(f"svdd: calibrate draws unguided chains and does not use {', '.join(unused)}", error=True)
+        self.folder = Path(settings.output)
+        if not is_rank_zero():
+            return
+        config = self.resolved()
+        with as_user_errors():
+            prompts = PromptDataModule(**settings.data.as_dict())
+            config["data"]["prompts_sha256"] = prompts.dataset.digest
+            prompts.teardown("test")
+        warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
+        self.claim(config, FILES, HARMLESS_IF_REPRODUCIBLE)  # they may change the last bits of a measurement
 
     def before_calibrate(self) -> None:
         """Refuses too few chains before any is drawn."""
@@ -66,10 +70,10 @@ class CalibrateCLI(ModelCLI):
         """Writes the results and prints the paths."""
         if not self.trainer.is_global_zero:
             return
-        folder, table = self.folder, self.model.table
         name, reward = type(self.model.value).__name__, self.model.reward.name
-        print(write(folder, table, {"value": name, "reward": reward, "chains": self.chains, "config": self.resolved()}))
-        plotted = plot(folder / FILES[2], {name: table}, f"{name} for {reward}, {self.chains} chains")
-        print(f"wrote {folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
+        about = {"value": name, "reward": reward, "chains": self.chains}
+        text, plotted = write(self.folder, self.model.table, about, f"{name} for {reward}, {self.chains} chains")
+        say(text)
+        say(f"wrote {self.folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
         if not plotted:
-            print("no plot: it needs matplotlib (pip install 'svdd[plot]')")
+            say("no plot: it needs matplotlib (pip install 'svdd[plot]')")

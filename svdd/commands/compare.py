@@ -1,20 +1,24 @@
 """`svdd compare`: images and rewards of several runs with the same prompts, in one picture."""
 
 import argparse
+import io
+import os
 from pathlib import Path
 from statistics import fmean
 from typing import NoReturn
 
 from PIL import Image, ImageDraw, ImageFont
 
-from svdd import UserError
-from svdd.runs.folder import RunFolder
+from svdd import UserError, say
+from svdd.evaluation.images import RunImage, read_images
+from svdd.runs.files import write_atomically
 from svdd.runs.pictures import pixels_of
 
 __all__ = ["compare"]
 
 _MARGIN, _LINE, _LEAST_TILE, _LEAST_CELL = 12, 18, 128, 190
 _INK, _FAINT = (20, 20, 20), (110, 110, 110)
+_MOST_PIXELS, _MOST_LETTERS = 2**27, 200
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,45 +30,81 @@ def compare(words: list[str]) -> None:
     """Runs `svdd compare` with the command line after its name: a row per run, a column per image, a table of means.
 
     Raises:
-        UserError: If a folder holds no finished run, or the runs share no image.
+        UserError: If a folder holds no finished run or a damaged one, the runs share no image, or the output cannot be
+            written.
     """
     parser = _Parser(prog="svdd compare", description="Runs of the same prompts in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, one row each")
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
     parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
     options = parser.parse_args(words)
-    tables = [{(row["prompt_index"], row["image_index"]): row for row in RunFolder(run).rows()} for run in options.runs]
+    output: Path = options.output
+    if options.limit < 1:
+        raise UserError(f"--limit must be >= 1, got {options.limit}")
+    if output.suffix.lower() != ".png" or os.path.isdir(output):
+        raise UserError(f"--output must be a file whose name ends in .png, got {output}")
+    tables = [read_images(run) for run in options.runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     if not shared:
         raise UserError(
             f"the runs {', '.join(map(str, options.runs))} share no prompt; compare runs of the same prompts"
         )
     rows = [(run, [table[key] for key in shared]) for run, table in zip(options.runs, tables, strict=True)]
-    rewards, shown = list(tables[0][shared[0]]["rewards"]), shared[: max(1, options.limit)]
-    pictures = [[Image.fromarray(pixels_of(run, row["file"])) for row in line[: len(shown)]] for run, line in rows]
-    zoom = max(1, -(-_LEAST_TILE // pictures[0][0].width))
-    width, height = pictures[0][0].width * zoom, pictures[0][0].height * zoom
+    rewards = list(dict.fromkeys(name for _, images in rows for image in images for name in image.rewards))
+    if os.path.abspath(output) in {os.path.abspath(run / image.file) for run, images in rows for image in images}:
+        raise UserError(f"--output {output} is an image of a run; choose another file")
+    canvas = _draw([(run, images[: options.limit]) for run, images in rows], rewards)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, canvas)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {output}: {reason}; choose another --output") from error
+    say(f"means over {len(shared)} images")
+    say("".join(f"{name:>24}" for name in ("run", *map(_printable, rewards), "denoiser rows/image")))
+    for run, images in rows:
+        means = "".join(_mean([image.rewards.get(reward) for image in images], ".4f") for reward in rewards)
+        say(f"{_printable(run.name):>24}{means}{_mean([image.denoiser_rows for image in images], '.0f')}")
+    say(f"wrote {_printable(str(output))}")
+
+
+def _draw(rows: list[tuple[Path, list[RunImage]]], rewards: list[str]) -> bytes:
+    """Returns a PNG file with a row for each run and a column for each image."""
+    columns = len(rows[0][1])
+    first = pixels_of(rows[0][0], rows[0][1][0].file)
+    zoom = max(1, -(-_LEAST_TILE // first.shape[1]))
+    width, height = first.shape[1] * zoom, first.shape[0] * zoom
     across, down = max(width, _LEAST_CELL) + _MARGIN, height + _LINE * (len(rewards) + 1) + _MARGIN
-    size = (across * len(shown) + _MARGIN, down * len(rows) + 2 * _LINE + _MARGIN)
+    size = (across * columns + _MARGIN, down * len(rows) + 2 * _LINE + _MARGIN)
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise UserError(f"the picture would have {size[0]} x {size[1]} pixels; choose a smaller --limit, or fewer runs")
     canvas, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
     pen = ImageDraw.Draw(canvas)
-    for column, key in enumerate(shown):
-        x, prompt = _MARGIN + column * across, tables[0][key]["prompt"]
+    for column in range(columns):
+        x, prompt = _MARGIN + column * across, _printable(rows[0][1][column].prompt)[:_MOST_LETTERS]
         while pen.textlength(prompt, font) > across - _MARGIN and len(prompt) > 4:
             prompt = prompt[:-4] + "..."
         pen.text((x, _MARGIN), prompt, _INK, font)
-        for line, (run, chosen) in enumerate(rows):
-            row, y = chosen[column], 2 * _LINE + line * down
-            canvas.paste(pictures[line][column].resize((width, height), Image.Resampling.BICUBIC), (x, y))
-            pen.text((x, y + height + 2), run.name, _INK, font)
+        for line, (run, images) in enumerate(rows):
+            image, y = images[column], 2 * _LINE + line * down
+            picture = Image.fromarray(pixels_of(run, image.file))
+            canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y))
+            pen.text((x, y + height + 2), _printable(run.name), _INK, font)
             for k, reward in enumerate(rewards, 1):
-                label = f"{reward} {row['rewards'].get(reward, float('nan')):.3f}"
+                score = image.rewards.get(reward)
+                label = f"{_printable(reward)} {'-' if score is None else f'{score:.3f}'}"
                 pen.text((x, y + height + 2 + _LINE * k), label, _FAINT, font)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(options.output)
-    print(f"means over {len(shared)} images")
-    print("".join(f"{name:>24}" for name in ("run", *rewards, "denoiser rows/image")))
-    for run, chosen in rows:
-        means = "".join(f"{fmean(row['rewards'][reward] for row in chosen):>24.4f}" for reward in rewards)
-        print(f"{run.name:>24}{means}{fmean(row['ledger']['denoiser_rows'] for row in chosen):>24.0f}")
-    print(f"wrote {options.output}")
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _mean(numbers: list[float | None], form: str) -> str:
+    """Returns the mean as a cell of the table, "-" if a number is missing."""
+    known = [number for number in numbers if number is not None]
+    return f"{format(fmean(known), form) if len(known) == len(numbers) else '-':>24}"
+
+
+def _printable(text: str) -> str:
+    """Returns text on one line, with an escape for what no font or terminal shows."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)

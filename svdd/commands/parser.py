@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -54,6 +55,7 @@ class Parser(LightningArgumentParser):
             raise ImportError(f"{found}; install a version that the requirements of svdd allow")
         setattr(typehints, _CARRY_OVER, _discard_all)
         loaders.yaml_load = loaders.loaders["yaml"] = _load_yaml
+        setattr(jsonargparse.Path, "read_text", _read_config)  # noqa: B010  (its own waits for ever at a FIFO)
         super().__init__(*args, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +82,21 @@ _read_yaml = loaders.yaml_load
 def _load_yaml(text: str) -> Any:
     check_yaml(text)
     return _read_yaml(text)
+
+
+def _read_config(path: Any) -> str:
+    """Returns the text of a configuration; raises a UserError that says what is wrong with the file."""
+    file = Path(path)
+    try:
+        if not file.is_file():
+            raise UserError(f"{path} is no regular file, expected a YAML file")
+        if file.stat().st_size > _MAX_CONFIG:
+            raise UserError(f"{path} has more than {_MAX_CONFIG} bytes; give prompts in a file of their own")
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
 
 
 def _check_settings(settings: Any, key: str = "") -> None:
@@ -137,31 +154,21 @@ def _find_config(name: str) -> str:
 
 def _check_config(name: str) -> str:
     """Returns the path of a configuration, or as YAML the settings that a run has recorded; refuses all else."""
+    if not os.path.exists(name):
+        return name  # YAML on the command line, or a mistake
+    text = _read_config(name)
     try:
-        path = Path(name)
-        if path.is_dir():
-            raise UserError("is a folder, expected a YAML file")
-        if not path.is_file():
-            if path.exists():
-                raise UserError("is not a regular file, expected a YAML file")
-            return name  # YAML on the command line, or a mistake
-        if path.stat().st_size > _MAX_CONFIG:
-            raise UserError(
-                f"has more than {_MAX_CONFIG} bytes; give prompts as a file of their own, with data.prompts"
-            )
-        text = path.read_text(encoding="utf-8-sig")
         settings = read_yaml(text)
         if not isinstance(settings, dict):
             raise UserError(f"expected settings as a mapping, such as `model:`, got {_short(settings)}")
         for section in _SECTIONS & settings.keys():
             if not isinstance(settings[section], dict | str):  # a string is the name of another file
                 raise UserError(f"{section}: expected settings as a mapping, got {_short(settings[section])}")
-        return name if (recorded := recorded_settings(text, settings)) is None else yaml.safe_dump(recorded)
     except UserError as error:
         raise UserError(f"--config {name}: {error}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise UserError(f"--config {name}: cannot be read as YAML: {reason}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {name}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    return name if (recorded := recorded_settings(text, settings)) is None else yaml.safe_dump(recorded)
 
 
 def _short(value: Any) -> str:

@@ -1,5 +1,6 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
+import math
 import sys
 import warnings
 from typing import Any
@@ -9,11 +10,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from tqdm import tqdm
 
-from svdd import Incomplete, UserError
+from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.commands.score import print_measurements
-from svdd.evaluation.baseline import against, over_optimised, warning
+from svdd.evaluation.baseline import against, difference_words, over_optimised, verdict
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
 from svdd.guided_diffusion import GuidedDiffusion
@@ -26,10 +27,13 @@ from svdd.runs.writer import RunWriter
 
 __all__ = ["PredictCLI", "StepProgress"]
 
+_ONE_PROMPT = "no standard error from one prompt"
+
 
 class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
 
+    purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -51,7 +55,8 @@ class PredictCLI(ModelCLI):
             check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
             warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
-            self.evaluation.check()
+            images = len(prompts.dataset) * self.settings.model.images_per_prompt
+            self.evaluation.check(images, prompts.dataset)
             plain = self.resolved()
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
@@ -74,11 +79,12 @@ class PredictCLI(ModelCLI):
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
+        self.evaluation.check_rewards(self.model.rewards)
         if self.trainer.is_global_zero and self.model.budget is not None:
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
             backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
-            print(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
+            say(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
@@ -89,14 +95,14 @@ class PredictCLI(ModelCLI):
         count = summary["rewards"][summary["guide"]]["count"]
         if failed:
             where = f"see {self.writer.folder.failures}; the same command tries them again"
-            print(f"svdd: {failed} prompts could not be drawn: {where}", file=sys.stderr)
+            say(f"svdd: {failed} prompts could not be drawn: {where}", error=True)
             if not count:
                 raise UserError("no prompt could be drawn, so no picture was made")
-        print(f"{count:.0f} images in {self.writer.folder.path}/images")
+        say(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
-            by_weight = f", by weight {entry['weighted_mean']:.4g}" if "weighted_mean" in entry else ""
-            print(f"{name}: mean {entry['mean']:.4g}, standard error {entry['standard_error']:.2g}{by_weight}")
-        print(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+            known = math.isfinite(error := entry["standard_error"])
+            say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
+        say(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
         self._evaluate(summary)
         if failed:
             raise Incomplete(3)
@@ -111,10 +117,9 @@ class PredictCLI(ModelCLI):
             fallen = over_optimised(comparison, summary["guide"], better)
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
-                line = "{difference:+.3g} [{ci95_low:+.3g}, {ci95_high:+.3g}]".format_map(entry)
-                print(f"{name} - {baseline}: {line}")
-            if fallen:
-                print(f"svdd: warning: {warning(comparison, summary['guide'], fallen, baseline)}", file=sys.stderr)
+                say(f"{name} - {baseline}: {difference_words(entry)}")
+            if said := verdict(comparison, summary["guide"], fallen, baseline):
+                say(f"svdd: warning: {said}", error=True)
         if found:
             folder.amend_summary(found)
             print_measurements(found)

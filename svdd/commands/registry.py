@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
 
-from svdd import UserError
+from svdd import UserError, say
 
 __all__ = ["KINDS", "Entry", "catalogue", "import_all", "show"]
 
@@ -61,9 +61,9 @@ def show(kinds: list[str]) -> None:
     entries = [entry for entry in catalogue() if not kinds or entry.kind in kinds]
     width = max(len(entry.name) for entry in entries)
     for kind in kinds or KINDS:
-        print(f"{kind}:")
+        say(f"{kind}:")
         for name, description, package in (entry[1:] for entry in entries if entry.kind == kind):
-            print(f"  {name:<{width}}  {description}{'' if package == 'svdd' else f'  [{package}]'}")
+            say(f"  {name:<{width}}  {description}{'' if package == 'svdd' else f'  [{package}]'}")
 
 
 def _read_sources(kind: str) -> Iterator[Entry]:

@@ -1,6 +1,6 @@
 """`svdd score`: measures pictures that exist already."""
 
-import sys
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from svdd import UserError, first_line, require_at_least
+from svdd import UserError, first_line, require_at_least, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
@@ -28,7 +28,6 @@ from svdd.runs.secrets import refuse_secrets
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
-_LINE = "mean {mean:.4g} [{ci95_low:.4g}, {ci95_high:.4g}], std {std:.3g}, median {median:.4g}, top 10 % {top10:.4g}"
 _NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
 
@@ -67,31 +66,38 @@ def score(words: list[str]) -> None:
         if folder is not None:
             with os_errors_explained(folder):
                 check(folder, "score")
-        settings.evaluation.check()  # reads weights
+        settings.evaluation.check(len({(picture.prompt_index, picture.image) for picture in pictures}))  # reads weights
         if folder is not None:  # before scoring, which may take hours
             with os_errors_explained(folder):
                 around.callback(hold(folder, "score").release)
                 write_config(folder, "score", config)
         rows, statistics = _score(pictures, rewards, settings.batch_size, device)
         if not any(picture.prompt for picture in pictures):
-            print(f"svdd: warning: {_NO_PROMPTS}", file=sys.stderr)
+            say(f"svdd: warning: {_NO_PROMPTS}", error=True)
         summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
         for name, entry in statistics.items():
-            print(f"{name}: {_LINE.format_map(entry)}, {entry['count']:.0f} images")
+            say(f"{name}: {_words(entry)}, {entry['count']:.0f} images")
         print_measurements(summary)
         if folder is not None:
             run = RunFolder(folder)
             with os_errors_explained(folder):
                 write_atomically(folder / "scores.jsonl", b"".join(encode(row) + b"\n" for row in rows))
             run.write_summary(summary)
-            print(f"wrote {folder}/scores.jsonl and {run.summary.name}")
+            say(f"wrote {folder}/scores.jsonl and {run.summary.name}")
 
 
 def print_measurements(found: Mapping[str, Any]) -> None:
     """Prints what `Evaluation.measure` returned, one number a line."""
     for key in ("diversity", "distances"):
         for name, value in found.get(key, {}).items():
-            print(f"{key}, {name}: {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}")
+            say(f"{key}, {name}: {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def _words(entry: Mapping[str, float]) -> str:
+    """Returns the statistics of a reward as text, without those that are unknown."""
+    interval = f" [{entry['ci95_low']:.4g}, {entry['ci95_high']:.4g}]" if math.isfinite(entry["standard_error"]) else ""
+    spread = f", std {entry['std']:.3g}" if math.isfinite(entry["std"]) else ""
+    return f"mean {entry['mean']:.4g}{interval}{spread}, median {entry['median']:.4g}, top 10 % {entry['top10']:.4g}"
 
 
 @torch.inference_mode()
@@ -105,7 +111,8 @@ def _score(pictures: list[Picture], rewards: dict[str, Reward], count: int, devi
         prompts, shown = [picture.prompt for picture in part], images.to(device)
         scores = {name: chunker.map(reward.score, len(part), shown, prompts).cpu() for name, reward in rewards.items()}
         for name, metric in metrics.items():
-            metric.update(scores[name].double(), torch.tensor([picture.prompt_index for picture in part]))
+            indices, weights = zip(*((picture.prompt_index, picture.weight) for picture in part), strict=True)
+            metric.update(scores[name].double(), torch.tensor(indices), torch.tensor(weights, dtype=torch.float64))
         for k, picture in enumerate(part):
             file = str(picture.folder / picture.file)
             row = {"file": file, "prompt_index": picture.prompt_index, "prompt": picture.prompt}

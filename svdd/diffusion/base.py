@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.content import digest
-from svdd.diffusion.chunking import Chunker
+from svdd.diffusion.chunking import Chunker, Reproducible
 
 __all__ = ["Denoised", "Diffusion"]
 
@@ -29,6 +29,7 @@ class Diffusion(nn.Module, ABC):
     Args:
         num_inference_steps: T, the number of denoising steps.
         chunk_size: Rows that the network, the decoder or a reward processes at once, or `auto`.
+        reproducible: Whether an image's bits are independent of other images, or `auto`: see `LatentDiffusion`.
 
     Attributes:
         from_files: Names of attributes, beyond weights and tokenizers, that were read from the model's files.
@@ -40,11 +41,13 @@ class Diffusion(nn.Module, ABC):
     from_files: tuple[str, ...] = ()
     anchor: Tensor
 
-    def __init__(self, num_inference_steps: int, chunk_size: int | str = "auto") -> None:
+    def __init__(
+        self, num_inference_steps: int, chunk_size: int | str = "auto", reproducible: Reproducible = "auto"
+    ) -> None:
         super().__init__()
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
-        self.num_inference_steps, self.chunker = num_inference_steps, Chunker(chunk_size)
+        self.num_inference_steps, self.chunker = num_inference_steps, Chunker(chunk_size, reproducible)
         # A buffer follows the module to its device and precision.
         self.register_buffer("anchor", torch.zeros((), dtype=torch.float32), persistent=False)
 

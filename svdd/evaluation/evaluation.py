@@ -1,7 +1,10 @@
 """Measurements of the finished pictures of a run, besides their rewards."""
 
+import os
+import random
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,18 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
+from svdd.evaluation.baseline import by_prompt, shared_prompts
 from svdd.evaluation.metrics import CMMD, Diversity
 from svdd.rewards.clip import CLIPScore
 from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
+from svdd.runs.prompts import PromptDataset
 
 __all__ = ["Evaluation"]
 
 Distance = Literal["cmmd", "kid", "fid"]
 
+_LEAST = {"cmmd": 1, "kid": 2, "fid": 2}  # pictures on each side
+
 
 class Evaluation:
     """Diversity, and the distance to other pictures, read back from disk by one process.
+
+    Particles of an image count by their weights; for KID and FID, which take none, one of them is drawn.
 
     Args:
         features: The CLIP whose features diversity and CMMD compare: `emoji`, `emoji-judge`, a folder or a hub name.
@@ -56,29 +65,55 @@ class Evaluation:
         self.baseline = None if baseline is None else Path(baseline).expanduser()
         self.reference = self.baseline if reference is None else Path(reference).expanduser()
         self.distances = list(distances or [])
+        self._known: set[str] = set()  # rewards of the baseline
 
-    def check(self) -> None:
+    def check(self, num_images: int, prompts: PromptDataset | None = None) -> None:
         """Checks folders, packages and weights before the first picture; warns if the baseline is a guided run.
 
+        Args:
+            num_images: How many images will be measured.
+            prompts: Their prompts, for comparison with those of the baseline.
+
         Raises:
-            UserError: If one of them is missing.
+            UserError: If something is missing or damaged, the baseline has other prompts, or a distance has fewer
+                pictures than it needs.
         """
         if self.baseline is not None:
             folder = RunFolder(self.baseline)
-            if not folder.results.is_file():
+            if not os.path.isfile(folder.results):
                 raise UserError(f"evaluation.baseline={str(self.baseline)!r} is no finished run: it has no result rows")
-            find_pictures(self.baseline)
+            drawn = by_prompt(self.baseline)
+            if prompts is not None:
+                texts = {index: prompts[index].text for index in drawn if index < len(prompts)}
+                shared_prompts(
+                    "this run", texts, self.baseline, {index: each[0].prompt for index, each in drawn.items()}
+                )
+            self._known = {name for each in drawn.values() for image in each for name in image.rewards}
             if (sampler := folder.read_summary().get("sampler")) != "Unguided":
                 warnings.warn(
                     f"{self.baseline} is a run guided by {sampler}, so a gain over it is not the gain of guidance; "
                     "draw the baseline with --model.sampler Unguided",
                     stacklevel=2,
                 )
-        if self.distances and self.reference is not None:
-            find_pictures(self.reference)
-        clip = self._read_clip("cpu")
+        reference = find_pictures(self.reference) if self.distances and self.reference is not None else []
         for name in self.distances:
-            self._distance(name, clip)
+            others = len(_one_per_image(reference))
+            if min(num_images, others) < _LEAST[name]:
+                what = f"{name} needs at least {_LEAST[name]} images on each side, got {num_images} to be measured"
+                advice = f"draw more, or leave {name} out of evaluation.distances"
+                raise UserError(f"{what} and {others} in {self.reference}; {advice}")
+        clip = self._read_clip("cpu")
+        with torch.inference_mode():
+            for name in self.distances:
+                metric = self._distance(name, clip)
+                for _, images in read_pictures(reference[:1], 1):  # shows whether features and pictures fit
+                    metric.update(clip.image_features(images) if clip and name == "cmmd" else images, real=True)
+
+    def check_rewards(self, names: Collection[str]) -> None:
+        """Raises a UserError if the baseline, which `check` has read, measured none of these rewards."""
+        if self.baseline is not None and not self._known & set(names):
+            what = f"{self.baseline} measured {', '.join(sorted(self._known)) or 'no reward'}, not {', '.join(names)}"
+            raise UserError(f"{what}; measure one of them there, or add one of those to model.eval_rewards")
 
     @torch.inference_mode()
     def measure(self, pictures: Sequence[Picture], device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -92,26 +127,41 @@ class Evaluation:
         if clip is not None:
             diversity = Diversity(sync_on_compute=False).to(device)
             for part, images in read_pictures(pictures, self.batch_size):
-                prompts = torch.tensor([picture.prompt_index for picture in part])
-                diversity.update(clip.image_features(images.to(device)), prompts)
+                prompts, weights = zip(*((picture.prompt_index, picture.weight) for picture in part), strict=True)
+                features = clip.image_features(images.to(device))
+                diversity.update(features, torch.tensor(prompts), torch.tensor(weights, dtype=torch.float64))
             result["diversity"] = {name: _finite(value) for name, value in diversity.compute().items()}
         if self.distances:
             assert self.reference is not None
-            reference = find_pictures(self.reference)
-            subset = min(1000, len(pictures), len(reference))
-            metrics = {name: self._distance(name, clip, subset).to(device) for name in self.distances}
-            for compared, real in ((reference, True), (pictures, False)):
-                for _, images in read_pictures(compared, self.batch_size):
-                    shown = images.to(device)
-                    for name, metric in metrics.items():
-                        metric.update(clip.image_features(shown) if clip and name == "cmmd" else shown, real=real)
-            result["distances"] = {"reference": str(self.reference)}
-            for name, metric in metrics.items():
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(0)  # KID draws its subsets from the global generator
-                    found = metric.compute()
-                result["distances"][name] = _finite(found)
+            result["distances"] = self._measure_distances(pictures, find_pictures(self.reference), clip, device)
         return result
+
+    def _measure_distances(
+        self, pictures: Sequence[Picture], reference: Sequence[Picture], clip: CLIPScore | None, device: Any
+    ) -> dict[str, Any]:
+        """Returns the distances between two sets of pictures by name; None where there are too few."""
+        sides = [(side, set(_one_per_image(side)), real) for side, real in ((reference, True), (pictures, False))]
+        images = min(len(chosen) for _, chosen, _ in sides)
+        found: dict[str, Any] = {"reference": str(self.reference), **dict.fromkeys(self.distances)}
+        metrics: dict[str, Any] = {
+            name: self._distance(name, clip, min(1000, images)).to(device)
+            for name in self.distances
+            if images >= _LEAST[name]
+        }
+        for side, chosen, real in sides:
+            for part, pixels in read_pictures(side, self.batch_size):
+                shown, drawn = pixels.to(device), [k for k, picture in enumerate(part) if picture in chosen]
+                for name, metric in metrics.items():
+                    if clip is not None and name == "cmmd":
+                        weights = torch.tensor([picture.weight for picture in part])
+                        metric.update(clip.image_features(shown), real=real, weights=weights)
+                    elif drawn:
+                        metric.update(shown[drawn], real=real)
+        for name, metric in metrics.items():
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)  # KID draws its subsets from the global generator
+                found[name] = _finite(metric.compute())
+        return found
 
     def _read_clip(self, device: torch.device | str) -> CLIPScore | None:
         if self.features is None:
@@ -154,3 +204,16 @@ def _finite(value: Tensor | tuple[Tensor, Tensor]) -> Any:
         return {"mean": _finite(value[0]), "std": _finite(value[1])}
     number = float(value)
     return float(f"{number:.6g}") if number == number else None
+
+
+def _one_per_image(pictures: Sequence[Picture]) -> list[Picture]:
+    """Returns the pictures, or of each image's particles one that is drawn by weight, always the same."""
+    images, generator = defaultdict(list), random.Random(0)
+    for picture in pictures:
+        images[picture.prompt_index, picture.image].append(picture)
+    return [
+        particles[0]
+        if len(particles) == 1
+        else generator.choices(particles, [max(p.weight, 1e-300) for p in particles])[0]
+        for particles in images.values()
+    ]

@@ -22,7 +22,7 @@ def report(loggers: Iterable[Any], found: Mapping[str, Any], run: Path) -> None:
     for logger in loggers:
         if numbers:
             logger.log_metrics(numbers)
-        rows = list(islice(RunFolder(run).rows(), _SAMPLES))
+        rows = list(islice(RunFolder(run).rows(checked=True), _SAMPLES))
         captions = [f"{row['prompt']} ({', '.join(f'{k} {v:.3g}' for k, v in row['rewards'].items())})" for row in rows]
         images = (pixels_of(run, row["file"]) for row in rows)
         if hasattr(logger, "log_image"):

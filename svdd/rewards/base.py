@@ -32,6 +32,8 @@ class Reward(nn.Module, ABC):
         higher_is_better: Must be True to guide; False for a held-out error, whose lowest score is the best.
         range: The lowest and the highest possible score.
         variant: Which of the class's rewards this is, for its name; empty if there is only one.
+        one_call: Whether a score never depends on the other images of a call, to the last bit; then one call may score
+            several prompts' images in the reproducible mode too.
         from_files: Names of attributes, beyond weights and tokenizers, that were read from files: a run continues only
             while they and the reward's source are the same.
     """
@@ -40,6 +42,7 @@ class Reward(nn.Module, ABC):
     higher_is_better: bool = True
     range: tuple[float, float] = (-math.inf, math.inf)
     variant: str = ""
+    one_call: bool = False
     from_files: tuple[str, ...] = ()
 
     @property

@@ -28,7 +28,7 @@ def _kilobytes(images: Tensor) -> Tensor:
 class Compressibility(Reward):
     """Minus the JPEG file size in kB (quality 95): simple, smooth images score high."""
 
-    range = (-math.inf, 0.0)
+    range, one_call = (-math.inf, 0.0), True
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns minus the size of each image in kB, float32 [n]."""
@@ -38,7 +38,7 @@ class Compressibility(Reward):
 class Incompressibility(Reward):
     """The JPEG file size in kB (quality 95): busy, detailed images score high."""
 
-    range = (0.0, math.inf)
+    range, one_call = (0.0, math.inf), True
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the size of each image in kB, float32 [n]."""

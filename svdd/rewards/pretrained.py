@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdd import UserError
+from svdd import RewardError, UserError
 from svdd.rewards.base import Reward
 
 __all__ = ["PretrainedReward", "linear_head"]
@@ -47,6 +47,8 @@ class PretrainedReward(Reward):
                     self.pretrained_network = self.read().requires_grad_(False).eval().to(self.anchor)
             except UserError as error:
                 raise UserError(f"{type(self).__name__}: {error}") from error
+            except AttributeError as error:  # torch would report this property, not the attribute
+                raise RewardError(f"{type(self).__name__}.read failed with AttributeError: {error}") from error
         return self.pretrained_network
 
     def load(self) -> None:

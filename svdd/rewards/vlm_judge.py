@@ -73,6 +73,11 @@ class VLMJudge(PretrainedReward):
         else:
             self.endpoint = Endpoint(endpoint, model, timeout, retries, backoff, concurrency)
 
+    @property
+    def one_call(self) -> bool:  # type: ignore[override]
+        """Whether an endpoint answers, to which each image is a request of its own."""
+        return self.endpoint is not None
+
     def read(self) -> nn.Module:
         """Returns the local model, or an empty module for an endpoint."""
         if self.endpoint is None:

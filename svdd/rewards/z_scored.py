@@ -54,8 +54,8 @@ def _read_statistics(path: Path, name: str) -> tuple[float, float]:
         if not path.is_file():
             raise FileNotFoundError
         summary = json.loads(path.read_text(encoding="utf-8"))
-        known = summary["rewards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = {key: dict(entry) for key, entry in summary["rewards"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"statistics={str(path)!r} is not the summary of a run ({type(error).__name__})"
         raise UserError(f"{problem}; expected the folder of a finished `svdd predict`") from error
     if name not in known:
@@ -64,4 +64,8 @@ def _read_statistics(path: Path, name: str) -> tuple[float, float]:
     if summary.get("sampler", "Unguided") != "Unguided":
         warnings.warn(f"{path} belongs to a run guided by {summary['sampler']}, which changes the spread", stacklevel=3)
     within = known[name].get("std_within")  # null if every prompt had one image
-    return float(known[name]["mean"]), float(known[name]["std"] if within is None else within)
+    mean, std = known[name].get("mean"), known[name].get("std") if within is None else within
+    if not isinstance(mean, int | float) or not isinstance(std, int | float):
+        found = f"statistics={str(path)!r} has mean {mean!r} and standard deviation {std!r} of {name}"
+        raise UserError(f"{found}; expected the folder of a finished `svdd predict` of several images")
+    return float(mean), float(std)

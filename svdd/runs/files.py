@@ -70,7 +70,7 @@ def append(file: FileIO, data: bytes) -> None:
     """Appends data in one write and returns when it is on disk; raises an OSError if not all of it fits."""
     if os.write(file.fileno(), data) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
-    if os.fstat(file.fileno()).st_nlink == 0:
+    if not os.path.exists(file.name):
         raise FileNotFoundError(errno.ENOENT, "the file was removed while it was written", str(file.name))
     os.fsync(file.fileno())
 

@@ -7,6 +7,7 @@ run continues, which tries them again.
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,12 +17,12 @@ from typing import Any
 from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
-from svdd.runs.config import CONFIG, differences, read_config, write_config
+from svdd.runs.config import CONFIG, ROWS_AT_ONCE, about_batches, differences, read_config, rows_at_once, write_config
 from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, sync_folder, write_atomically
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import hold
-from svdd.runs.rows import ResultRow
+from svdd.runs.rows import ResultRow, row_fault
 
 __all__ = ["RunFolder"]
 
@@ -58,25 +59,39 @@ class RunFolder:
         """Whether this process has claimed the folder."""
         return self._lock is not None
 
-    def rows(self) -> Iterator[ResultRow]:
-        """Yields the rows of a finished run; raises a UserError if the folder is none."""
-        if not self.results.is_file():
+    def rows(self, checked: bool = False) -> Iterator[ResultRow]:
+        """Yields the rows of a finished run; with `checked` they have all that evaluation reads, in its type.
+
+        Raises:
+            UserError: If the folder is none, a line is not JSON, or a checked row is damaged.
+        """
+        if not os.path.isfile(self.results):  # also of a name that no file can have
             what = f"{self.path} holds no {self.results.name}"
             raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
-        with open(self.results, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    what = f"{self.results}, line {number} is not JSON"
-                    raise UserError(f"{what}; run the same `svdd predict` again") from error
+        try:
+            with open(self.results, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        row = json.loads(line)
+                        fault = row_fault(row) if checked else ""
+                    except (ValueError, RecursionError):
+                        fault = "not JSON"
+                    if fault:
+                        what = f"{self.results}, line {number} is damaged ({fault})"
+                        raise UserError(f"{what}; run the same `svdd predict` again")
+                    yield row
+        except OSError as error:
+            raise UserError(f"cannot read {self.results}: {error.strerror or error}") from error
 
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
         try:
             with open(self.summary, encoding="utf-8", opener=regular_only) as file:
-                return json.load(file)
-        except (OSError, ValueError) as error:
+                summary = json.load(file)
+            if not isinstance(summary, dict):
+                raise ValueError("not an object")
+            return summary
+        except (OSError, ValueError, RecursionError) as error:
             what = f"{self.path} has no readable {self.summary.name}"
             raise UserError(f"{what}; run the same `svdd predict` to its end") from error
 
@@ -109,6 +124,15 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+
+    def record_rows_at_once(self, most: int | None, rank: int) -> int | None:
+        """Records how many rows of an image are computed together, and returns how many to take: see `rows_at_once`."""
+        with os_errors_explained(self.path):
+            config = recorded.config if (recorded := read_config(self.path)) else {}
+            most = rows_at_once(config, most, self.path) if self._drawn() else most
+            if rank == 0 and config.get(ROWS_AT_ONCE, ...) != most:
+                write_config(self.path, _KIND, {**config, ROWS_AT_ONCE: most})
+        return most
 
     def open_shard(self, rank: int) -> None:
         """Locks and opens the files to which the process of this rank appends; raises a RunError if it cannot."""
@@ -171,15 +195,19 @@ class RunFolder:
             parts, known = (entry if isinstance(entry, dict) else {} for entry in (parts, known))
             changed = [name for name in parts if parts[name] != found.get(name, "")]
             changed += [f"{name} (new)" for name in found if parts and name not in parts]
+            newer = [
+                f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new
+            ]
             if changed:
+                began = "; ".join([f"other contents of {', '.join(changed)}", *newer])
                 raise RunError(
-                    f"{self.path} was begun with other contents of {', '.join(changed)}: restore what was there, "
-                    "choose another --output, or remove the old run with --overwrite true"
+                    f"{self.path} was begun with {began}: restore what was there, choose another --output, or remove "
+                    "the old run with --overwrite true"
                 )
             if not parts and found:
                 record = {"parts": dict(found), "versions": dict(versions)}
                 write_atomically(self._fingerprints, encode(record, indent=2) + b"\n")
-        return [f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new]
+        return newer
 
     def has_summary(self) -> bool:
         """Whether there is a whole summary."""
@@ -201,6 +229,10 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
+    def _drawn(self) -> bool:
+        """Whether rows of an earlier run are on disk."""
+        return any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
+
     def _lock_and_clear(self, config: dict[str, Any], overwrite: bool) -> None:
         """Locks the folder, checks and records the configuration, and removes what must not stay."""
         if self._lock is None:
@@ -209,20 +241,24 @@ class RunFolder:
         for path in sorted(self.path.glob(".lock-*")):  # a process of a killed run may have outlived it
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
-        changed = differences(recorded.config, config) if recorded is not None else []
-        if changed and recorded is not None and not recorded.config:
-            changed = [f"{CONFIG} is damaged, so they are not known"]
-        drawn = any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
+        known = {} if recorded is None else recorded.config
+        changed = [] if recorded is None else differences(known, config)
+        drawn = self._drawn()
         if changed and drawn and not overwrite and not self._condemned.exists():
-            raise RunError(
-                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Choose another --output, or remove the old run with --overwrite true"
-            )
+            what = f"other settings: {'; '.join(changed)}" if known else f"unknown settings, as its {CONFIG} is damaged"
+            way_out = "Choose another --output, or remove the old run with --overwrite true"
+            raise RunError(f"{self.path} holds a run with {what}. {about_batches(changed)}{way_out}")
         anew = recorded is None or overwrite or not drawn or self._condemned.exists()
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
         files = (self._rows, self._traces, self._failures)  # rows before their traces
-        for path in (*(file.path for file in files), self.summary, self.path / CONFIG, self._fingerprints):
+        for path in (
+            *(file.path for file in files),
+            self.summary,
+            self.path / CONFIG,
+            self._fingerprints,
+            self._condemned,
+        ):
             path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         for file in files if anew else (self._failures,):  # failed prompts are tried again
             file.remove()
@@ -250,7 +286,7 @@ class RunFolder:
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; {} if there is none or the file is damaged."""
     with suppress(FileNotFoundError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
     return {}
 

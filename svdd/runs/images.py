@@ -22,7 +22,7 @@ from typing import Any, cast
 from svdd.runs.bounds import MAX_PICTURE_BYTES
 from svdd.runs.files import append, regular_only, replacing, sync_folder, write_atomically
 from svdd.runs.json_lines import encode
-from svdd.runs.rows import ResultRow
+from svdd.runs.rows import ResultRow, row_fault
 
 __all__ = ["RunImages", "image_name", "is_complete", "read_image"]
 
@@ -133,18 +133,17 @@ def _complete(row: ResultRow, file: str, png: bytes) -> ResultRow:
 
 
 def is_complete(row: Mapping[str, Any]) -> bool:
-    """Whether a row can be read back: it names its image as svdd does, and its scores and costs are numbers.
+    """Whether a row can be read back: it has no `row_fault`, and names its image as svdd does.
 
     A prompt has the images 0 to num_images - 1. May also fail for a row that is not complete.
     """
     if type(row["num_images"]) is not int or not 0 <= row["image_index"] < row["num_images"]:
         return False
-    numbers = [*row["rewards"].values(), *row["ledger"].values(), row.get("particle_weight"), row.get("path_kl")]
-    if not all(number is None or type(number) in (int, float) for number in numbers):
+    if "ledger" not in row or row_fault(row):
         return False
     named = _FILE.fullmatch(row["file"])
     right = named is not None and f"images/{named[1]}" == image_name(row["prompt_index"], row["image_index"])
-    return right and isinstance(row["sha256"], str) and isinstance(row["prompt"], str)
+    return right and isinstance(row["sha256"], str)
 
 
 def read_image(run: Path, file: str) -> bytes:

@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -34,6 +35,8 @@ class Picture:
     file: str  # path in the folder; a member of a tar shard is `images/00000-000000.tar/000012-00.png`
     prompt_index: int  # without prompts, its own position
     prompt: str = ""  # empty if it is unknown
+    image: int = 0  # equal for all particles of an image
+    weight: float = 1.0  # of the particle among those of its image
 
 
 def find_pictures(folder: Path) -> list[Picture]:
@@ -45,14 +48,21 @@ def find_pictures(folder: Path) -> list[Picture]:
         UserError: If there are none, or a picture's name is that of a FIFO, a device or a broken link.
     """
     run = RunFolder(folder)
-    if run.results.is_file():
-        try:
-            found = [Picture(folder, row["file"], row["prompt_index"], row["prompt"]) for row in run.rows()]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{run.results} has a row without {error}; run the same `svdd predict` again") from error
-    elif folder.is_dir():
+    if os.path.isfile(run.results):
+        found = [
+            Picture(
+                folder,
+                row["file"],
+                row["prompt_index"],
+                row["prompt"],
+                row["image_index"] - row.get("particle", 0),
+                row.get("particle_weight", 1.0),
+            )
+            for row in run.rows(checked=True)
+        ]
+    elif os.path.isdir(folder):
         files = sorted((str(path.relative_to(folder)) for path in _files(folder)), key=_natural)
-        found = [Picture(folder, file, k) for k, file in enumerate(files)]
+        found = [Picture(folder, file, k, image=k) for k, file in enumerate(files)]
     else:
         raise UserError(f"{folder} is no folder; expected a run folder or a folder of pictures")
     if not found:
@@ -91,8 +101,8 @@ def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[lis
 def pixels_of(folder: Path, file: str) -> np.ndarray:
     """Returns the pixels of a file as in `Picture`, uint8 [h, w, 3], as a viewer shows them.
 
-    This is the first frame, turned as its EXIF data say, with 16 bits and floating-point numbers scaled to 8 bits, and
-    transparency over white. Colour profiles are ignored.
+    This is the first frame in sRGB, turned as its EXIF data say, with numbers of other types scaled to 8 bits, and
+    transparency over white.
 
     Raises:
         UserError: If it is no picture, damaged or too large.
@@ -104,13 +114,13 @@ def pixels_of(folder: Path, file: str) -> np.ndarray:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 image.load()
-                return np.array(_rgb(_upright(image), png=image.format == "PNG"))
+                return np.array(_rgb(_in_srgb(_upright(image)), png=image.format == "PNG"))
     except Image.DecompressionBombError as error:
         advice = "make it smaller, or cut a contact sheet into its pictures"
         raise UserError(f"{folder / file} has more than {MAX_PIXELS} pixels; {advice}") from error
     except UnidentifiedImageError as error:
-        kinds = "PNG, JPEG, WebP, BMP, GIF and TIFF"
-        raise UserError(f"{folder / file} cannot be read as a picture: it is none of {kinds}, or damaged") from error
+        reason = "it is none of PNG, JPEG, WebP, BMP, GIF and TIFF, damaged, or its pixels are of an unusual type"
+        raise UserError(f"{folder / file} cannot be read as a picture: {reason}") from error
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow raise errors of any kind
@@ -123,6 +133,18 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # as above
         return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Converts colours with another profile than sRGB; a damaged profile says nothing."""
+    if image.mode in ("RGB", "RGBA", "CMYK") and (data := image.info.get("icc_profile")):
+        with suppress(ImageCms.PyCMSError, OSError, ValueError):
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+                mode = "RGBA" if image.mode == "RGBA" else "RGB"
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(image, profile, srgb, outputMode=mode) or image
+    return image
 
 
 def _rgb(image: Image.Image, png: bool) -> Image.Image:

@@ -220,8 +220,8 @@ def _decoded(rows: Iterator[Row]) -> Iterator[Row]:
 
 def _list_advice(prompts: str) -> str:
     """Says how to write a list, with the given prompts if they look like one whose quotes were forgotten."""
-    if not (prompts.startswith("[") and prompts.endswith("]")):
+    if not prompts.startswith("["):
         return 'write a single prompt as a list: ["a red apple"]'
-    items = [item.strip().strip("'\"") for item in prompts[1:-1].split(",")]
+    items = [item.strip().strip("'\"") for item in prompts.strip("[]").split(",")]
     shown = json.dumps(items, ensure_ascii=False)
     return f"put quotes around every prompt of a list: {shown if len(shown) < 200 else ['first', 'second']}"

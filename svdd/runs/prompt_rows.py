@@ -201,9 +201,12 @@ def _near_misses(names: tuple[str, ...], prompt_column: str) -> list[tuple[str, 
     missing = {key(role): role for role in _OPTIONAL if role not in columns}
     if "negativeprompt" in missing:
         missing["negative"] = "negative_prompt"
-    others = [name for name in names if name not in columns.values()]
-    close = ((name, get_close_matches(key(name), missing, n=1, cutoff=0.76)) for name in others)
-    return [(name, missing[match[0]]) for name, match in close if match]
+    near = []
+    for name in names:
+        within = [word for word in missing if word in key(name)]
+        if name not in columns.values() and (match := within or get_close_matches(key(name), missing, 1, cutoff=0.76)):
+            near.append((name, missing[match[0]]))
+    return near
 
 
 def _seed(value: Any) -> int | None:

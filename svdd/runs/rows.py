@@ -1,9 +1,11 @@
 """The result row: what a run records about one image, one JSON object per line."""
 
+import math
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypedDict, cast
 
-__all__ = ["MAX_SEED", "RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row"]
+__all__ = ["MAX_SEED", "RESERVED_COLUMNS", "Prompt", "ResultRow", "result_row", "row_fault"]
 
 MAX_SEED = 2**64 - 1
 
@@ -21,13 +23,15 @@ class ResultRow(TypedDict, total=False):
     negative_prompt: str  # this and the following only where they apply
     particle: int  # position among the particles that the sampler returned for one seed
     particle_weight: float
-    path_kl: float  # divergence of the guided path from the model's own, in nats
+    path_kl_sample: float  # its mean over images bounds the divergence from the pretrained model, in nats
     file: str  # path of the image in the run folder, known once it is written
     sha256: str  # of the image file
 
 
 # Columns that a prompt source may not have, because they would overwrite a result.
 RESERVED_COLUMNS = frozenset(ResultRow.__annotations__) - {"negative_prompt", "seed"}
+
+_LARGEST = 1e100  # squares of numbers below it are finite
 
 
 class Prompt(NamedTuple):
@@ -53,7 +57,7 @@ def result_row(
     rewards: Mapping[str, float],
     ledger: Mapping[str, float],
     particle: tuple[int, float] | None = None,
-    path_kl: float | None = None,
+    path_kl_sample: float | None = None,
 ) -> ResultRow:
     """Builds the row of an image that is not yet written, columns in order; `particle` is its position and weight."""
     row: dict[str, Any] = {"prompt_index": prompt.index, "image_index": image_index, "num_images": num_images}
@@ -64,6 +68,32 @@ def result_row(
     if particle is not None:
         row["particle"], row["particle_weight"] = particle
     row["rewards"] = rewards
-    if path_kl is not None:
-        row["path_kl"] = path_kl
+    if path_kl_sample is not None:
+        row["path_kl_sample"] = path_kl_sample
     return cast(ResultRow, {**row, "ledger": ledger})
+
+
+def row_fault(row: Any) -> str:
+    """Returns what makes an entry unreadable as the row of a finished image; empty if nothing does."""
+    if not isinstance(row, dict):
+        return "not an object"
+    for name in ("prompt_index", "image_index", *(["particle"] if "particle" in row else [])):
+        if type(row.get(name)) is not int or not 0 <= row[name] < 2**63:
+            return f"{name} is {row.get(name)!r:.40}, expected an integer >= 0"
+    if row.get("particle", 0) > row["image_index"]:
+        return "particle is larger than image_index"
+    for name in ("prompt", "file"):
+        if not isinstance(row.get(name), str):
+            return f"{name} is {row.get(name)!r:.40}, expected text"
+    path = PurePosixPath(row["file"])
+    if path.is_absolute() or ".." in path.parts:
+        return f"file is {row['file']!r:.80}, expected a path in the folder"
+    numbers = {name: row.get(name, 1.0) for name in ("particle_weight", "path_kl_sample")}
+    for name in ("rewards", "ledger"):
+        if not isinstance(entries := row.get(name, {} if name == "ledger" else None), dict):
+            return f"{name} is {entries!r:.40}, expected numbers by name"
+        numbers |= {f"{name}.{key}": number for key, number in entries.items()}
+    for name, number in numbers.items():
+        if type(number) not in (int, float) or not abs(number) < _LARGEST or not math.isfinite(number):
+            return f"{name} is {number!r:.40}, expected a finite number"
+    return "particle_weight is negative" if numbers["particle_weight"] < 0 else ""

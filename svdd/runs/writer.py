@@ -1,7 +1,6 @@
 """The callback that writes a run to disk while it is under way, so that an interrupted run can continue."""
 
 import io
-import sys
 import time
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchmetrics import Metric
 
-from svdd import UserError, __version__, first_line
+from svdd import UserError, __version__, first_line, say
 from svdd.runs.files import RunError
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
@@ -58,6 +57,7 @@ class RunWriter(L.Callback):
         self.config, self.overwrite = config or {}, overwrite
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = self._held = False
+        self._rows_at_once: int | None = None  # as recorded
         self._failures = 0  # in a row, up to now
         self.failed_prompts = 0  # of this prediction, once it has ended
 
@@ -103,7 +103,13 @@ class RunWriter(L.Callback):
         self.folder.open_shard(trainer.global_rank)
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the rows of an earlier run to the module, after its own `on_predict_start`."""
+        """Gives the module what an earlier run left, after its own `on_predict_start`: its rows, and rows at once."""
+        if (chunker := _chunker(pl_module)) is not None:
+            chunker.most = self._rows_at_once = self.folder.record_rows_at_once(chunker.most, trainer.global_rank)
+        self._restore(trainer, pl_module)
+
+    def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the rows of an earlier run to the module."""
         if not trainer.is_global_zero or not self.folder.results.exists():
             return
         module, rows, line = cast(Any, pl_module), self.folder.rows(), 0
@@ -120,6 +126,8 @@ class RunWriter(L.Callback):
         """Writes a batch, which must be a `Prediction`; raises a UserError if 20 prompts in a row have failed."""
         if not isinstance(outputs, Prediction):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
+        if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
+            self._rows_at_once = self.folder.record_rows_at_once(chunker.most, trainer.global_rank)
         pixels = _to_uint8(outputs.images)
         if len(pixels) != len(outputs.rows):
             raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
@@ -148,7 +156,7 @@ class RunWriter(L.Callback):
         if stage != "predict" or self._started is None:
             return
         if not self._drawn and trainer.is_global_zero:
-            self.on_predict_epoch_start(trainer, pl_module)
+            self._restore(trainer, pl_module)
             with ExitStack() as stack:
                 for metric in pl_module.modules():
                     if isinstance(metric, Metric):
@@ -174,7 +182,7 @@ class RunWriter(L.Callback):
         versions = {**_VERSIONS, "transformers": version("transformers")}
         if trainer.is_global_zero and (changed := self.folder.fingerprint(found, versions)):
             text = f"{self.folder.path} was begun with {', '.join(changed)}: images may differ in the last bits"
-            print(f"svdd: warning: {text}", file=sys.stderr)
+            say(f"svdd: warning: {text}", error=True)
 
     def _finish(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None
@@ -188,6 +196,11 @@ class RunWriter(L.Callback):
             self.folder.close_shard()
         else:
             self.close()
+
+
+def _chunker(pl_module: Any) -> Any:
+    """Returns the `Chunker` of the module's diffusion model, if it has one."""
+    return getattr(getattr(pl_module, "diffusion", None), "chunker", None)
 
 
 def _is_recordable(module: Any, row: ResultRow) -> bool:

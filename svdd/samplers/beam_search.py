@@ -1,8 +1,10 @@
 """Beam search over the chain: the b best of b M candidates at every step.
 
 Target: the image of the highest reward.
-Sources: Li et al., 2024, arXiv 2408.08252 (several particles, alpha = 0); Li et al., Dynamic Search for Inference-Time
-Alignment in Diffusion Models, 2025, arXiv 2503.02039.
+Source: textbook beam search, applied as `SVDD` at alpha = 0 with a beam of constant width. Li et al., Dynamic Search
+for Inference-Time Alignment in Diffusion Models, 2025, arXiv 2503.02039 (DSearch) vary the width, the number of
+children and the steps of the search along the chain and look ahead with several denoiser steps; none of that is done
+here.
 """
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one

@@ -1,6 +1,6 @@
 """Blockwise best-of-N: run candidates for a block of steps, then select one.
 
-Target: as SVDD's, with rarer and better informed selections.
+Law: as SVDD's with one particle, with rarer and better informed selections: the start is chosen with choose_start only.
 Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 2025, arXiv 2502.00968.
 """
 
@@ -14,11 +14,13 @@ __all__ = ["BlockwiseBestOfN"]
 class BlockwiseBestOfN(Sampler):
     """Blockwise best-of-N (CoDe): M candidates run for a block of steps, then one is kept.
 
-    1. draw M candidates of the particle, and run each on to the end of the block
+    1. draw M candidates of the particle (with choose_start, first of all: M starts), run each to the end of the block
     2. v = value(candidates)
     3. keep one in proportion to exp(v / alpha), at alpha = 0 the best; go on with the next block
 
-    Costs 1 + M (T - 1) denoiser rows per image; B + M (T - B) for B blocks with `score_parent` or a learned value.
+    At alpha = 0 and with the other defaults as published; alpha > 0, choose_start, score_parent and the window are
+    additions, and the paper's conditioning on a reference image is left out. Costs 1 + M (T - 1) denoiser rows per
+    image; B + M (T - B) for B blocks with `score_parent` or a learned value. choose_start adds M - 1.
 
     Args:
         num_candidates: M, candidates of each block.
@@ -27,6 +29,7 @@ class BlockwiseBestOfN(Sampler):
         score_parent: Score a candidate by its known x0 one step before the end of the block. Needs block_size > 1.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
+        choose_start: Begin the first block with M starts; then one block of all steps is best-of-N.
     """
 
     budget_argument = "num_candidates"
@@ -39,6 +42,7 @@ class BlockwiseBestOfN(Sampler):
         score_parent: bool = False,
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
+        choose_start: bool = False,
     ) -> None:
         require_at_least_one(num_candidates=num_candidates, block_size=block_size)
         if not alpha >= 0:
@@ -46,22 +50,24 @@ class BlockwiseBestOfN(Sampler):
         if score_parent and block_size == 1:
             raise ValueError("score_parent needs block_size > 1: candidates would score the same after one step")
         self.num_candidates, self.alpha, self.score_parent = num_candidates, alpha, score_parent
+        self.choose_start = choose_start
         self._inside = Window(guide_start, guide_stop)
         self._ends = Window(guide_start, guide_stop, block_size)  # the last step of each block
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if all candidates would be the same."""
-        require_noise(diffusion, "num_candidates", self.num_candidates, self._inside)
+        if not self.choose_start:
+            require_noise(diffusion, "num_candidates", self.num_candidates, self._inside)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the selected end of the chain for each image."""
-        state = start()
+        state = start(self.num_candidates if self.choose_start else 1)
         while not state.done:
             parents, steps = state, state.num_steps
             alone = len(state.x) == state.num_images
             branches = alone and state.std > 0 and self._inside.guides(state.i, steps)
             state = state.propose(self.num_candidates if branches else 1)
-            if not self._ends.guides(parents.i, steps) or len(state.x) == state.num_images:
+            if not (self._ends.guides(parents.i, steps) or state.done) or len(state.x) == state.num_images:
                 continue
             v = self.evaluate(value, parents if self.score_parent and not alone and not state.done else state)
             log_w = v.double() / self.alpha if self.alpha else None

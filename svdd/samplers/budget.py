@@ -29,6 +29,7 @@ class Cost(NamedTuple):
     gradient_rows: float
     decoded_images: float
     reward_calls: float
+    together: float  # rows of an image that go through the network together, averaged over rows
 
     @property
     def rows(self) -> float:
@@ -54,7 +55,8 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
     method, before = f"{type(sampler).__name__}.sample", _global_generators()
     with torch.inference_mode(False), torch.no_grad():
         try:
-            final = sampler(Start(_OneNumber(diffusion, limit), [""], [0]), _Counted(value))
+            chain = _OneNumber(diffusion, limit)
+            final = sampler(Start(chain, [""], [0]), _Counted(value))
         except UserError:
             raise
         except Exception as error:
@@ -67,7 +69,8 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
             "state.propose and uniform numbers with state.uniforms"
         )
     spent = final.context.ledger.per_image(len(final.x))
-    return Cost(len(final.x), *(spent[name] for name in Cost._fields[1:]))
+    work = {name: spent[name] for name in Cost._fields[1:-1]}
+    return Cost(len(final.x), **work, together=chain.squares / max(chain.rows, 1))
 
 
 def current_count(sampler: Sampler) -> dict[str, int]:
@@ -133,7 +136,7 @@ class _OneNumber(Diffusion):
     def __init__(self, diffusion: Diffusion, limit: float) -> None:
         super().__init__(diffusion.num_inference_steps)
         self.noisy = [float(diffusion.std(i) > 0) for i in range(diffusion.num_inference_steps)]
-        self.rows_left = limit
+        self.limit, self.rows, self.squares = limit, 0, 0
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None:
         pass
@@ -142,8 +145,8 @@ class _OneNumber(Diffusion):
         return noise
 
     def denoise(self, x: Tensor, i: int, conditioning: None, row: Tensor) -> Denoised:
-        self.rows_left -= len(x)
-        if self.rows_left < 0:
+        self.rows, self.squares = self.rows + len(x), self.squares + len(x) ** 2
+        if self.rows > self.limit:
             raise _Exceeded
         return Denoised(x / 2, x / 2)
 

@@ -1,8 +1,9 @@
 """Progressive pruning: start with many chains, drop the worst of them on the way, keep the best end.
 
 Target: the image of the highest reward among many starts.
-Sources: PSP (the schedule); Su et al., Navigating the Exploration-Exploitation Tradeoff in Inference-Time Scaling of
-Diffusion Models, 2025, arXiv 2508.12361 (a funnel of particles).
+Source: Guimaraes and Perona, PSP: Inference-Time Scaling of Diffusion Models via Progressive Seed Pruning (paper and
+code: github.com/rogerioagjr/PSP). Su et al., Navigating the Exploration-Exploitation Tradeoff in Inference-Time Scaling
+of Diffusion Models, 2025, arXiv 2508.12361, reduce the particles of SMC likewise (a funnel), with resampling.
 """
 
 import math
@@ -22,7 +23,9 @@ class ProgressivePruning(Sampler):
     2. at each further entry (fraction, survivors): keep the survivors of the highest value
     3. return the end of the highest reward
 
-    Costs about N T denoiser rows per image: at each step the chains before pruning, after it with a learned value.
+    The default schedule is that of PSP; other schedules, and values other than the reward of the posterior mean, are
+    additions. Costs about N T denoiser rows per image: at each step the chains before pruning, after it with a learned
+    value.
 
     Args:
         num_particles: N; the default schedule costs about as much as N whole chains.

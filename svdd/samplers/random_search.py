@@ -15,6 +15,9 @@ class RandomSearch(Sampler):
     1. draw N starts and run each to its end, all with the same noise in the steps, so that only the starts differ
     2. return the end of the highest reward
 
+    As published where the chain is deterministic, eta = 0 (the paper's is an ODE), and then the same as `BestOfN`.
+    Sharing the noise of the steps at eta > 0 is an addition.
+
     Args:
         num_candidates: N, starts of each image.
     """

@@ -1,11 +1,15 @@
 """Soft value-based decoding: at every step draw candidates and keep those of high value.
 
-Target: p(x) exp(r(x) / alpha), the pretrained model tilted by the reward.
+Law, with the exact soft value as M grows, at alpha > 0:
+- one particle: the integral of p(x_T) p(x_0 | x_T) exp(r / alpha) / E[exp(r / alpha) | x_T], whose start is not tilted;
+- one particle with choose_start, or b particles as b grows: p(x_0) exp(r / alpha) / Z, the pretrained model tilted.
+
 Source: Li et al., Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based
 Decoding, 2024, arXiv 2408.08252, Algorithm 1.
 """
 
 import torch
+from torch import Tensor
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import choice_kl, draw, top
@@ -17,12 +21,16 @@ __all__ = ["SVDD"]
 class SVDD(Sampler):
     """Soft value-based decoding: M candidates per step, one kept in proportion to exp(value / alpha).
 
+    0. with choose_start: draw b M starts, and keep b in proportion to exp(v / alpha), or the b best at alpha = 0
     1. at each guided step, for each of the b particles: draw M candidates x_{i+1} from the pretrained kernel
     2. v = value(candidates)
     3. of each image's b M candidates, draw b in proportion to exp((v - v of the parent) / alpha), or take the b best at
        alpha = 0; at the last step, where the value is the reward of the image itself, keep one
 
-    Costs b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b T with a learned one.
+    Steps 1 to 3 at b = 1 are Algorithm 1 of the paper. Additions: b > 1 (sequential Monte Carlo with multinomial
+    resampling at every step, or at alpha = 0 a beam search), choose_start, score_parent and the window. Costs
+    b (1 + M (T - 1)) denoiser rows per image with a posterior-mean value, b M T with choose_start; b T with a learned
+    value.
 
     Args:
         num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code).
@@ -33,6 +41,7 @@ class SVDD(Sampler):
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
         guide_every: Guide every k-th step; at the others one candidate is drawn.
+        choose_start: Also choose among M starts per particle; needed for the law p exp(r / alpha) at b = 1.
     """
 
     budget_argument = "num_candidates"
@@ -46,6 +55,7 @@ class SVDD(Sampler):
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         guide_every: int = 1,
+        choose_start: bool = False,
     ) -> None:
         require_at_least_one(num_candidates=num_candidates, num_particles=num_particles)
         if not alpha >= 0:
@@ -59,29 +69,36 @@ class SVDD(Sampler):
             )
         self.num_candidates, self.alpha, self.num_particles = num_candidates, alpha, num_particles
         self.score_parent, self.window = score_parent, Window(guide_start, guide_stop, guide_every)
+        self.choose_start = choose_start
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if all candidates would be the same."""
-        require_noise(diffusion, "num_candidates", self.num_candidates, self.window)
+        if not self.choose_start:
+            require_noise(diffusion, "num_candidates", self.num_candidates, self.window)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the selected end of the chain for each image."""
-        state = start(self.num_particles)
+        state = start(self.num_particles * (self.num_candidates if self.choose_start else 1))
         log_potentials = torch.zeros(state.num_images, self.num_particles, dtype=torch.float64, device=state.x.device)
+        if len(state.x) > self.num_particles * state.num_images:
+            state, log_potentials = self._select(state, self.evaluate(value, state), log_potentials)
         while not state.done:
             m = self.num_candidates if state.std > 0 and self.window.guides(state.i, state.num_steps) else 1
             parents, state = state, state.propose(m)
-            kept = 1 if state.done else self.num_particles
-            if len(state.x) == kept * state.num_images:  # nothing to select from
-                continue
             by_parent = self.score_parent and not state.done
+            if len(state.x) == (1 if state.done else self.num_particles) * state.num_images:
+                continue  # nothing to select from
             v = self.evaluate(value, parents).repeat_interleave(m, 1) if by_parent else self.evaluate(value, state)
-            kl = choice_kl(v, self.alpha) if self.num_particles == 1 else None
-            if self.alpha == 0:
-                state = self.keep(state, top(v, kept), v, kl=kl)
-                continue
-            scaled = v.double() / self.alpha
-            log_w = scaled - log_potentials.repeat_interleave(m, 1)
-            index = draw(log_w, state.uniforms(kept))
-            state, log_potentials = self.keep(state, index, v, log_w, kl=kl), scaled.gather(1, index)
+            state, log_potentials = self._select(state, v, log_potentials)
         return state
+
+    def _select(self, state: State, v: Tensor, log_potentials: Tensor) -> tuple[State, Tensor]:
+        """Keeps b rows per image, at the end of the chain one; v is [images, rows], the potentials [images, b]."""
+        kept = 1 if state.done else self.num_particles
+        kl = choice_kl(v, self.alpha) if self.num_particles == 1 else None
+        if self.alpha == 0:
+            return self.keep(state, top(v, kept), v, kl=kl), log_potentials
+        scaled = v.double() / self.alpha
+        log_w = scaled - log_potentials.repeat_interleave(v.shape[1] // self.num_particles, 1)
+        index = draw(log_w, state.uniforms(kept))
+        return self.keep(state, index, v, log_w, kl=kl), scaled.gather(1, index)

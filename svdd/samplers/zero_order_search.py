@@ -20,7 +20,10 @@ class ZeroOrderSearch(Sampler):
        noise in the steps; the best of them and the incumbent is the next incumbent; if it stays, radius <- decay radius
     3. return the incumbent's end
 
-    Costs (1 + K N) T denoiser rows per image.
+    The pivot, its N neighbours and the K iterations are the paper's. There the neighbours lie at a fixed distance, the
+    chain is an ODE, and the best neighbour is the next pivot. Additions here: neighbours that are standard normal like
+    the start, shared step noise at eta > 0, an incumbent that only a better neighbour replaces, and the decay of the
+    radius. Costs (1 + K N) T denoiser rows per image.
 
     Args:
         num_iterations: K, moves of the incumbent.

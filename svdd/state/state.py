@@ -97,8 +97,9 @@ class State:
         context, own = self.context, x0 is None and decode is None
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
+            groups = 1 if getattr(reward, "one_call", False) else self.num_images
             try:
-                scores = context.diffusion.chunker.map(reward.score, len(images), images, self.prompts)
+                scores = context.diffusion.chunker.map(reward.score, groups, images, self.prompts)
             except RewardError as error:
                 raise RewardError(f"{error} (step {self.i} of {self.num_steps})") from error
         context.ledger.reward_calls += len(images)
@@ -190,7 +191,7 @@ class State:
         if values not in self._cache:
             rows = (self.x, self.row, self.origin, *(() if through_denoiser else self.prediction))
             differentiate = partial(self._differentiate, value)  # in chunks, which bounds the memory of the graph
-            found = self.context.diffusion.chunker.map(differentiate, len(self.x), *rows)
+            found = self.context.diffusion.chunker.map(differentiate, self.num_images, *rows)
             self._require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
         return self._cache[values], self._cache[slope]
@@ -228,7 +229,7 @@ class State:
 
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
-            images = self.context.diffusion.chunker.map(decode, len(x0), x0)
+            images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True)
             self._require_finite("decoder", x0, images)
         self.context.ledger.decoded_images += len(x0)
         return images
@@ -241,7 +242,7 @@ class State:
             return network(x, self.i, context.conditioning, row)
 
         with ledger.timed("denoiser_seconds", self.x.device):
-            result = context.diffusion.chunker.map(evaluate, n, self.x, self.row)
+            result = context.diffusion.chunker.map(evaluate, self.num_images, self.x, self.row, parallel=True)
             self._require_finite("denoiser", self.x, *(result if isinstance(result, tuple) else (result,)))
         ledger.denoiser_rows += n
         ledger.network_rows += n * context.diffusion.network_rows(guidance_scale)
@@ -256,7 +257,7 @@ class Start:
     Args:
         diffusion: The chain.
         prompts: One per image.
-        seeds: One per image, 0 .. 2^63 - 1; they determine every random number of the image.
+        seeds: One per image, 0 .. 2^64 - 1; they determine every random number of the image.
         negative_prompts: One per image, or None for the model's default throughout.
     """
 

@@ -23,8 +23,9 @@ class Selection(NamedTuple):
 class Trace:
     """The selections of one batch, in order.
 
-    `path_kl` is the divergence of each image's path from the pretrained chain, in nats, [images]: an upper bound for a
-    selection among candidates, exact in expectation for a shifted kernel. It is None if it is unknown.
+    The expectation of `path_kl`, in nats, [images], is an upper bound on the divergence of the sampled law, that of
+    paths and so of images, from the pretrained one; for shifted kernels it equals that of the paths. The number of one
+    image is a single draw, and no bound unless all images have the same, as with the best of M. None: it is unknown.
     """
 
     selections: list[Selection] = field(default_factory=list)

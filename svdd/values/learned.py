@@ -111,7 +111,7 @@ class LearnedValue(Value):
         x, step = getattr(state, self.input), torch.full_like(state.row, state.i)
         rows = (x, step) if features is None else (x, step, features[state.row])
         with context.ledger.timed("decoder_seconds", x.device) if self.decodes else nullcontext():
-            predictions = context.diffusion.chunker.map(self.predict, len(x), *rows)
+            predictions = context.diffusion.chunker.map(self.predict, state.num_images, *rows)
         values = self.mean.float() + self.std.float() * predictions.float()
         context.ledger.decoded_images += len(x) if self.decodes else 0
         if not torch.isfinite(values).all():
@@ -164,6 +164,8 @@ def weights_file(pretrained: str) -> Path:
 def read_checkpoint(pretrained: str) -> dict[str, Any]:
     """Reads a file of `svdd fit` as data; UserError if it cannot be read or is another kind of file."""
     source, path = f"pretrained={pretrained!r}", weights_file(pretrained)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{source} is no regular file; expected a file of `svdd fit`")
     try:
         with open(path, "rb") as opened:
             if path.suffix != ".safetensors":

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class StubDiffusion(Diffusion):
     def __init__(
         self, num_inference_steps: int = 2, chunk_size: int | str = "auto", most_rows: int | None = None
     ) -> None:
-        super().__init__(num_inference_steps, chunk_size)
+        super().__init__(num_inference_steps, chunk_size, reproducible=True)
         self.most_rows = most_rows
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Tensor:
@@ -84,3 +85,17 @@ class Brightness(Reward):
         if bad and any(bad in prompt for prompt in prompts):
             raise _ERRORS[os.environ.get("STUB_RAISES", "RuntimeError")](bad)
         return images.mean((1, 2, 3))
+
+
+class Wait(L.Callback):
+    """Creates `gate`.waits in the second epoch and blocks there until the file `gate` exists."""
+
+    def __init__(self, gate: str) -> None:
+        self.gate = gate
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
+        if trainer.current_epoch == 1 and trainer.fit_loop.batch_idx == 0:
+            Path(f"{self.gate}.waits").touch()
+            end = time.monotonic() + 120
+            while not os.path.exists(self.gate) and time.monotonic() < end:
+                time.sleep(0.01)

@@ -30,25 +30,34 @@ class CMMD(GatheredMetric):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__({"real": torch.zeros(0, 0), "drawn": torch.zeros(0, 0)}, **kwargs)
+        weights = {"real_weights": torch.zeros(0), "drawn_weights": torch.zeros(0)}
+        super().__init__({"real": torch.zeros(0, 0), "drawn": torch.zeros(0, 0)} | weights, **kwargs)
 
-    def update(self, features: Tensor, real: bool) -> None:
-        """Adds features, float [n, d], to the reference (`real`) or to the other set; only directions count."""
-        self.add("real" if real else "drawn", features)
+    def update(self, features: Tensor, real: bool, weights: Tensor | None = None) -> None:
+        """Adds features, float [n, d], to the reference (`real`) or to the other set; only directions count.
+
+        `weights`, real [n], are the particles' shares in their images; by default every row is an image.
+        """
+        name = "real" if real else "drawn"
+        self.add(name, features)
+        self.add(f"{name}_weights", torch.ones(len(features)) if weights is None else weights)
 
     def compute(self) -> Tensor:
         """Returns the discrepancy, float64 [], on the CPU; NaN where a set is empty."""
-        real, drawn = (torch.nn.functional.normalize(self.rows(name).double(), dim=1) for name in ("real", "drawn"))
-        if not len(real) or not len(drawn):
+        real, drawn = (
+            (torch.nn.functional.normalize(self.rows(name).double(), dim=1), self.rows(f"{name}_weights").double())
+            for name in ("real", "drawn")
+        )
+        if not len(real[0]) or not len(drawn[0]):
             return torch.tensor(math.nan, dtype=torch.float64)
         return _SCALE * (_mean_kernel(real, real) + _mean_kernel(drawn, drawn) - 2 * _mean_kernel(real, drawn))
 
 
-def _mean_kernel(one: Tensor, other: Tensor) -> Tensor:
-    """Returns the mean of exp(-|a - b|^2 / (2 width^2)) over all pairs, in blocks."""
-    total = one.new_zeros(())
-    for a in one.split(_AT_ONCE):
-        for b in other.split(_AT_ONCE):
+def _mean_kernel(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the weighted mean of exp(-|a - b|^2 / (2 width^2)) over all pairs of features, in blocks."""
+    total = one[0].new_zeros(())
+    for a, a_weights in zip(*(part.split(_AT_ONCE) for part in one), strict=True):
+        for b, b_weights in zip(*(part.split(_AT_ONCE) for part in other), strict=True):
             squared = (2 - 2 * a @ b.T).clamp(min=0)
-            total = total + (-squared / (2 * _WIDTH**2)).exp().sum()
-    return total / (len(one) * len(other))
+            total = total + ((-squared / (2 * _WIDTH**2)).exp() * a_weights[:, None] * b_weights).sum()
+    return total / (one[1].sum() * other[1].sum())

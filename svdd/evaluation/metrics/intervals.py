@@ -1,58 +1,62 @@
-"""Confidence intervals of a mean: of numbers in clusters, such as images of one prompt, and of independent numbers.
+"""Statistics of weighted scores in clusters, such as the images of one prompt, and Student's t.
 
-Sources: Field and Welsh, Bootstrapping clustered data, 2007 (resampling of whole clusters); Abramowitz and Stegun,
-Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4 (Student's t in closed form for whole degrees of freedom).
+Sources: Cochran, Sampling Techniques, 1977, section 9A (the mean of all members of clusters of unequal size);
+Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 26.7.3 and 26.7.4 (Student's t in closed form for whole
+degrees of freedom).
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
-import torch
+__all__ = ["clustered", "mean_of", "spread_within", "standard_error", "t_interval", "t_probability", "t_quantile"]
 
-__all__ = ["bootstrap_interval", "clustered", "spread_within", "t_quantile"]
-
-_DRAWS = 1000
-_AT_ONCE = 2**18  # random numbers drawn at once: a few megabytes
 _MOST_FREEDOM = 10_000  # more degrees of freedom change the quantile by less than 2e-4 of itself
 
-
-def clustered(values: Sequence[float], clusters: Sequence[int]) -> list[list[float]]:
-    """Returns the members of each cluster, in the order of their numbers; a negative one marks a cluster of one."""
-    members: dict[tuple[float, ...], list[float]] = defaultdict(list)
-    for k, (value, cluster) in enumerate(zip(values, clusters, strict=True)):
-        members[(cluster,) if cluster >= 0 else (math.inf, value, k)].append(value)
-    return [members[key] for key in sorted(members)]
+Weighted = tuple[float, float]  # a score and its weight
 
 
-def spread_within(groups: Sequence[Sequence[float]]) -> float:
+def clustered(weighted: Iterable[Weighted], clusters: Iterable[int]) -> list[list[Weighted]]:
+    """Returns the members of each cluster; a negative number marks a cluster of one."""
+    members: dict[Hashable, list[Weighted]] = defaultdict(list)
+    for k, (pair, cluster) in enumerate(zip(weighted, clusters, strict=True)):
+        members[cluster if cluster >= 0 else (k,)].append(pair)
+    return list(members.values())
+
+
+def mean_of(weighted: Sequence[Weighted]) -> float:
+    """Returns the weighted mean; NaN without weight."""
+    total = math.fsum(weight for _, weight in weighted)
+    return math.fsum(weight * value for value, weight in weighted) / total if total else math.nan
+
+
+def spread_within(groups: Sequence[Sequence[Weighted]]) -> float:
     """Returns the standard deviation around each cluster's own mean; NaN where no cluster has two members."""
-    freedom = sum(len(group) - 1 for group in groups)
-    if freedom < 1:
-        return math.nan
-    means = [math.fsum(group) / len(group) for group in groups]
-    squares = ((value - mean) ** 2 for group, mean in zip(groups, means, strict=True) for value in group)
-    return math.sqrt(math.fsum(squares) / freedom)
+    squares, freedom = [], []
+    for group in groups:
+        mean, total = mean_of(group), math.fsum(weight for _, weight in group)
+        squares += [weight * (value - mean) ** 2 for value, weight in group]
+        freedom += [total - math.fsum(weight**2 for _, weight in group) / total] if total else []
+    return math.sqrt(math.fsum(squares) / math.fsum(freedom)) if math.fsum(freedom) > 0 else math.nan
 
 
-def bootstrap_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Returns the 95 % percentile interval of the mean over all members, from 1000 resamplings of the clusters.
+def standard_error(groups: Sequence[Sequence[Weighted]]) -> float:
+    """Returns the standard error of the mean over all members; NaN with fewer than two clusters.
 
-    The random numbers are the same every time, so that equal data give equal intervals. With fewer than about 10
-    clusters the interval is too narrow; use `t_quantile` instead. With fewer than two both ends are NaN.
+    For clusters of equal size this is the standard deviation of their means over the root of their number.
     """
-    size = len(groups)
-    if size < 2:
-        return math.nan, math.nan
-    generator = torch.Generator().manual_seed(0)
-    total = torch.tensor([math.fsum(group) for group in groups], dtype=torch.float64)
-    count = torch.tensor([len(group) for group in groups], dtype=torch.float64)
-    means = torch.empty(_DRAWS, dtype=torch.float64)  # allocated first: small tensors would pin large blocks
-    for start in range(0, _DRAWS, per := max(1, _AT_ONCE // size)):
-        chosen = torch.randint(size, (min(per, _DRAWS - start), size), generator=generator)
-        means[start : start + per] = total[chosen].sum(1) / count[chosen].sum(1)
-    low, high = means.quantile(torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=torch.float64)).tolist()
-    return low, high
+    count, mean = len(groups), mean_of([pair for group in groups for pair in group])
+    if count < 2:
+        return math.nan
+    rests = (math.fsum(weight * (value - mean) for value, weight in group) for group in groups)
+    size = math.fsum(weight for group in groups for _, weight in group) / count
+    return math.sqrt(math.fsum(rest**2 for rest in rests) / (count - 1) / count) / size
+
+
+def t_interval(mean: float, error: float, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval by Student's t of a mean over `count` clusters; NaN with fewer than two."""
+    half = t_quantile(0.95, count - 1) * error
+    return mean - half, mean + half
 
 
 def t_quantile(level: float, freedom: int) -> float:
@@ -64,6 +68,12 @@ def t_quantile(level: float, freedom: int) -> float:
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
     return math.tan(low) * math.sqrt(freedom)
+
+
+def t_probability(t: float, freedom: int) -> float:
+    """Returns P(|T| > |t|) for Student's T with at least one degree of freedom."""
+    freedom = min(freedom, _MOST_FREEDOM)
+    return max(0.0, 1 - _within(math.atan(abs(t) / math.sqrt(freedom)), freedom))
 
 
 def _within(angle: float, freedom: int) -> float:

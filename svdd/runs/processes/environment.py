@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from svdd import UserError
 
-__all__ = ["ignore_incomplete", "launcher", "node_rank"]
+__all__ = ["ignore_incomplete", "launcher", "node_rank", "restarted"]
 
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", *_MEETING)
@@ -45,6 +45,11 @@ def ignore_incomplete() -> str | None:
         if name.startswith(ours) and not name.startswith(kept):
             del os.environ[name]
     return started
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again after another one of the launch has died."""
+    return launcher() == "torchrun" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 def node_rank() -> int:

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -13,7 +12,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
-from svdd import UserError
+from svdd import UserError, say
 from svdd.runs.processes.environment import node_rank
 from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 
@@ -91,7 +90,7 @@ class Group:
             if (count := self._store.add("batches", 0)) != batches:
                 batches, since = count, time.monotonic()
             elif time.monotonic() - since > patience:
-                print(f"svdd: no process has finished a batch for {patience:.0f} s", file=sys.stderr, flush=True)
+                say(f"svdd: no process has finished a batch for {patience:.0f} s", error=True)
                 return self.decide(_FAILED)
             time.sleep(0.1)
         return verdict
@@ -156,7 +155,7 @@ class Group:
             if self.decide(_FAILED) in STOP_EXIT_CODES:
                 return
         if AGENT not in os.environ:
-            print(f"svdd: process {(self.rank + 1) % self.world_size} has died", file=sys.stderr, flush=True)
+            say(f"svdd: process {(self.rank + 1) % self.world_size} has died", error=True)
         time.sleep(_GRACE)
         os._exit(1)
 

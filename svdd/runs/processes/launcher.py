@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-from svdd import UserError, first_line
+from svdd import UserError, first_line, say
 from svdd.runs.processes.environment import launcher
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
@@ -102,7 +102,7 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
     options |= {"run_id": "svdd", "max_restarts": 0}
     escaped = [word.replace("$", "$$") for word in words]  # torchelastic substitutes ${local_rank}
     try:
-        signals.deferred = True
+        signals.deferred, signals.unit = True, "epoch" if words[0] == "fit" else "batch"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         for attempt in range(max_restarts + 1):
@@ -121,10 +121,10 @@ def _launch(words: Sequence[str], count: int, max_restarts: int) -> int:
                 raise UserError(f"{problem}; if the temporary folder is full, set TMPDIR to another") from error
             if code in _FINAL or attempt == max_restarts:
                 break
-            print(f"svdd: restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)
+            say(f"svdd: restart {attempt + 1} of {max_restarts}", error=True)
         return code
     except SignalException:
-        signals.say(f"ended: {STOP_EXIT_CODES[stopped]}; finished images are kept, and the same command continues")
+        signals.say(f"ended: {STOP_EXIT_CODES[stopped]}; what is finished is kept, and the same command continues")
         return stopped
 
 
@@ -135,11 +135,11 @@ def _report(error: Any) -> int:
     if failure.error_file_data.get("svdd"):
         reason = failure.message
     elif code < 0:
-        code, reason = 1, f"process {rank} was killed by {failure.signal_name()}; finished images are kept"
+        code, reason = 1, f"process {rank} was killed by {failure.signal_name()}; what is finished is kept"
     elif code in STOP_EXIT_CODES:
         reason = f"ended: {STOP_EXIT_CODES[code]} to process {rank}"
     else:
         reason = "" if code == 3 else f"process {rank} ended with exit code {code}"
     if reason:
-        print(f"svdd: {reason}", file=sys.stderr, flush=True)
+        say(f"svdd: {reason}", error=True)
     return code

@@ -24,6 +24,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.deferred = False  # whether the first signal waits for the current batch; a second one never does
+        self.unit = "batch"  # what a deferred signal waits for
         self.exit_code: int | None = None  # 130 or 143 after a deferred signal
         self.quiet = AGENT in os.environ  # whether another process reports the signal
         self._first: dict[str, float] = {}  # when each kind of signal came for the first time
@@ -63,7 +64,7 @@ class Signals:
                 os._exit(code)
             if self.exit_code is None:
                 self.exit_code = code
-                self.say(f"{name}: the current batch is finished first; once more ends it at once")
+                self.say(f"{name}: the current {self.unit} is finished first; once more ends it at once")
 
     def _forget(self) -> None:
         """Restores the defaults in a forked process, which inherits the socket but not the thread."""

@@ -1,4 +1,4 @@
-"""The callback that finishes the current batch on a signal, and waits for the other processes at the end."""
+"""The callback that finishes the current batch or epoch on a signal, and waits for the other processes at the end."""
 
 from typing import Any
 
@@ -12,10 +12,11 @@ __all__ = ["StopOnSignal"]
 
 
 class StopOnSignal(L.Callback):
-    """Ends a prediction after the current batch: on SIGTERM with 143, on SIGINT with 130, in all processes.
+    """Ends a prediction after the current batch, a training after the current epoch, which has its checkpoint by then.
 
-    Before the first batch and after the summary a signal ends the process at once. This must be the last callback,
-    so that the batch has been written. Its hooks raise `Stopped` after a signal or the death of another process.
+    All processes end, on SIGTERM with 143, on SIGINT with 130. Before the first batch or epoch and after the last one a
+    signal ends the process at once. This must be the last callback, so that the batch has been written. Its hooks raise
+    `Stopped` after a signal or the death of another process.
 
     Args:
         group: The processes of the run; None for one.
@@ -29,9 +30,7 @@ class StopOnSignal(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From now on a signal waits for the batch."""
-        signals.install()  # in place of Lightning's handlers, which wait for other processes
-        signals.quiet = signals.quiet or trainer.global_rank > 0
-        signals.deferred = True
+        _defer(trainer, "batch")
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Ends the run if there is a reason to; the batch is on disk by now."""
@@ -51,13 +50,36 @@ class StopOnSignal(L.Callback):
         signals.deferred = False
         _end(signals.exit_code)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on a signal waits for the epoch."""
+        _defer(trainer, "epoch")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ends all processes at the same epoch if one of them has received a signal."""
+        if self.group is not None and signals.exit_code is not None:
+            self.group.decide(str(signals.exit_code))
+        if trainer.strategy.reduce_boolean_decision(signals.exit_code is not None, all=False):
+            _end(signals.exit_code if self.group is None else self.group.check())
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ends the training if a signal came in the last epoch; after this, a signal ends the process at once."""
+        self.on_train_epoch_start(trainer, pl_module)
+        signals.deferred = False
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """From now on a signal ends the process at once: the batch is lost."""
         signals.deferred = False
 
 
+def _defer(trainer: L.Trainer, unit: str) -> None:
+    """Makes the first signal wait for the current unit of work."""
+    signals.install()  # in place of Lightning's handlers, which wait for other processes
+    signals.quiet = signals.quiet or trainer.global_rank > 0
+    signals.deferred, signals.unit = True, unit
+
+
 def _end(code: int | None) -> None:
     if code:
         reason = STOP_EXIT_CODES.get(code, "another process has died or hangs")
-        signals.say(f"ended: {reason}; finished images are kept, and the same command continues")
+        signals.say(f"ended: {reason}; what is finished is kept, and the same command continues")
         raise Stopped(code)

@@ -93,22 +93,22 @@ def _ssp(log_w: Tensor, uniforms: Tensor) -> Tensor:
     """Rounds fractional copies pair by pair, at random and without bias, until each is 0 or 1.
 
     For a pair of fractions a and b: if a + b < 1, they become 0 and a + b, else 1 and a + b - 1, in random order. The
-    sum and both expectations are preserved.
+    sum and both expectations are preserved. Neighbours are paired in rounds, as in a knockout tournament: O(k) in all.
     """
     expected = _expected(log_w)
-    copies, fraction = expected.floor(), expected - expected.floor()
-    groups = torch.arange(len(copies), device=log_w.device)
-    holder, open_part = torch.zeros_like(groups), fraction[:, 0]  # the particle whose fraction is open
-    for j in range(1, copies.shape[1]):
-        b = fraction[:, j]
-        total = open_part + b
-        full = total >= 1
+    copies, k = expected.floor(), log_w.shape[1]
+    fractions, holders = expected - copies, _slots(expected).long().expand_as(expected)  # those still open
+    used = 0
+    while (pairs := fractions.shape[1] // 2) > 0:
+        (a, i), (b, j) = ((fractions[:, first : 2 * pairs : 2], holders[:, first : 2 * pairs : 2]) for first in (0, 1))
+        total, full = a + b, a + b >= 1
         share = torch.where(full, (1 - b) / (2 - total).clamp(min=_ROUNDING), b / total.clamp(min=_ROUNDING))
-        newcomer_stays = uniforms[:, j - 1] < share  # then its fraction stays open and the holder's is rounded
-        copies[groups, torch.where(newcomer_stays, holder, j)] += full.to(copies)
-        holder = torch.where(newcomer_stays, j, holder)
-        open_part = torch.where(full, total - 1, total)
-    copies[groups, holder] += copies.shape[1] - copies.sum(1)  # the last open fraction is 0 or 1 but for rounding
+        second_stays = uniforms[:, used : used + pairs] < share  # then its fraction stays open and the first is rounded
+        copies = copies.scatter_add(1, torch.where(second_stays, i, j), full.to(copies))
+        fractions = torch.cat([torch.where(full, total - 1, total), fractions[:, 2 * pairs :]], 1)
+        holders = torch.cat([torch.where(second_stays, j, i), holders[:, 2 * pairs :]], 1)
+        used += pairs
+    copies = copies.scatter_add(1, holders, k - copies.sum(1, keepdim=True))  # the last one is 0 or 1 but for rounding
     return _first_above(copies.cumsum(1), _slots(copies))
 
 

@@ -1,5 +1,6 @@
 """How well a value predicts the reward, step by step, on new chains of the pretrained model."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -23,7 +24,7 @@ from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.training.rollouts import draw_rollouts
 
-__all__ = ["FILES", "Calibration", "measure", "plot", "read_config", "require_chains", "write"]
+__all__ = ["FILES", "Calibration", "measure", "plot", "require_chains", "write"]
 
 FILES = ("calibration.json", "calibration.csv", "calibration.png")
 
@@ -120,26 +121,23 @@ def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
     return numbers - means[prompts]
 
 
-def write(folder: Path, table: Table, about: dict[str, Any]) -> str:
-    """Writes `calibration.json`, with `about`, and `calibration.csv`; removes an earlier plot; returns a text table."""
+def write(folder: Path, table: Table, about: dict[str, Any], title: str) -> tuple[str, bool]:
+    """Writes `calibration.csv`, `calibration.png`, and last, as the sign that all are whole, `calibration.json`.
+
+    Returns a text table, and whether there is a plot: it needs matplotlib.
+    """
     lines = "".join(",".join(map(str, cells)) + "\r\n" for cells in ([*table[0]], *(row.values() for row in table)))
     record = json.dumps({**about, "steps": plain(table, finite=True)}, indent=2)
+    summary, numbers, picture = (folder / name for name in FILES)
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FILES[0], f"{record}\n".encode())
-        write_atomically(folder / FILES[1], lines.encode())
-        (folder / FILES[2]).unlink(missing_ok=True)
-    numbers = ([f"{row['step']:.0f}", *(f"{number:.4f}" for number in [*row.values()][1:])] for row in table)
-    return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *numbers))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Returns the configuration that `write` recorded in a JSON file; of any other file an empty one."""
-    try:
-        config = json.loads(path.read_bytes())["config"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        for path in (summary, picture):
+            path.unlink(missing_ok=True)
+        write_atomically(numbers, lines.encode())
+        plotted = plot(picture, {about["value"]: table}, title)
+        write_atomically(summary, f"{record}\n".encode())
+    cells = ([f"{row['step']:.0f}", *(f"{number:.4f}" for number in [*row.values()][1:])] for row in table)
+    return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *cells)), plotted
 
 
 def plot(path: Path, tables: dict[str, Table], title: str) -> bool:
@@ -162,5 +160,7 @@ def plot(path: Path, tables: dict[str, Table], title: str) -> bool:
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=path.suffix[1:])
+    write_atomically(path, picture.getvalue())
     return True

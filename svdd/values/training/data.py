@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
 from tqdm import tqdm
 
 from svdd import UserError, require_at_least
@@ -134,13 +134,21 @@ class RolloutDataModule(L.LightningDataModule):
         return training, held_out
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Returns shuffled batches of the training states."""
-        order = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.states[0], self.batch_size, shuffle=True, collate_fn=default_convert, generator=order)
+        """Returns batches of this process's share of the training states, in an order that each epoch seeds anew."""
+        states, trainer = self.states[0], self.trainer
+        order: DistributedSampler[Batch] = DistributedSampler(
+            states, trainer.world_size, trainer.global_rank, seed=self.seed
+        )
+        return self._loader(states, order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns batches of the held-out states."""
-        return DataLoader(self.states[1], self.batch_size, collate_fn=default_convert)
+        return self._loader(self.states[1])
+
+    def _loader(self, states: StateDataset, order: DistributedSampler[Batch] | None = None) -> DataLoader[Batch]:
+        """Returns batches; a loader without a generator of its own would draw from the one that dropout uses."""
+        generator = torch.Generator()
+        return DataLoader(states, self.batch_size, sampler=order, collate_fn=default_convert, generator=generator)
 
     def _parts(self, rollouts: range) -> Iterator[tuple[range, list[Prompt]]]:
         """Yields at most `rollout_batch_size` rollouts at once, with their prompts."""
@@ -154,7 +162,9 @@ class RolloutDataModule(L.LightningDataModule):
         trainer, module = self.trainer, self.trainer.lightning_module
         read = attrgetter(module.value.input)
         with ExitStack() as around:
-            missing = trainer.strategy.broadcast(cache.claim(around) if trainer.is_global_zero else None)
+            missing = trainer.strategy.broadcast(_claim(cache, around) if trainer.is_global_zero else None)
+            if isinstance(missing, str):
+                raise UserError(missing)
             if not missing:
                 return
             rank_zero_info(f"drawing {len(missing)} of {len(cache.shards)} shards of rollouts into {cache.path}")
@@ -183,3 +193,11 @@ class RolloutDataModule(L.LightningDataModule):
                 texts = [prompt.text for prompt in prompts]
                 rewards[rollouts.start : rollouts.stop] = module.diffusion.chunker.map(score, len(end), end, texts)
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()
+
+
+def _claim(cache: RolloutCache, around: ExitStack) -> list[int] | str:
+    """Returns the missing shards, or the error that all processes raise."""
+    try:
+        return cache.claim(around)
+    except UserError as error:
+        return str(error)

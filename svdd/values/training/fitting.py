@@ -1,6 +1,7 @@
 """Training of a learned value."""
 
 import math
+import os
 from typing import Any
 
 import lightning as L
@@ -9,6 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from svdd import UserError
+from svdd.assets.content import digest, sources
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
@@ -38,7 +40,15 @@ class ValueFitting(L.LightningModule):
         for frozen in (reward, self.diffusion):
             frozen.eval().requires_grad_(False)  # DDP would wait for these gradients
         self._prompt_features: Tensor | None = None
+        self._fingerprints: dict[str, str] = {}
         self._held_out: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def setup(self, stage: str) -> None:
+        """Takes the digests of what rollouts and scores depend on, before a precision converts the weights."""
+        found = {f"diffusion.{name}": content for name, content in self.diffusion.fingerprints().items()}
+        code = sources(self.diffusion, self.reward, self.value).items()
+        found |= {f"the code of {name}": content for name, content in code}
+        self._fingerprints = found | {f"reward {self.reward.name}": digest(self.reward)}
 
     @torch.no_grad()
     def encode_prompts(self, texts: list[str]) -> None:
@@ -47,6 +57,11 @@ class ValueFitting(L.LightningModule):
         encoded = (self.diffusion.encode(block, [None] * len(block)) for block in blocks)
         parts = [part for part in map(self.diffusion.prompt_features, encoded) if part is not None]
         self._prompt_features = torch.cat(parts) if parts else None
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds the global generator, from which dropout draws, by epoch and process: a continued training repeats."""
+        epochs, trainer = int(os.environ.get("PL_GLOBAL_SEED", "0")) * 1_000_000 + self.current_epoch, self.trainer
+        torch.manual_seed(epochs * trainer.world_size + trainer.global_rank)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a batch of states, in units of the rewards' variance."""
@@ -89,11 +104,18 @@ class ValueFitting(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the value alone, and what it was trained for."""
-        checkpoint |= self.value.checkpoint()
+        checkpoint |= self.value.checkpoint() | {"fingerprints": self._fingerprints}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads the value; UserError if the checkpoint holds none, or one that was trained for something else."""
+        """Loads the value; UserError if the checkpoint holds none, or one that was trained with something else."""
         self.value.load_checkpoint(checkpoint, "the checkpoint")
+        recorded, own = checkpoint.get("fingerprints", {}), self._fingerprints
+        changed = sorted(name for name in recorded | own if recorded.get(name) != own.get(name))
+        if recorded and own and changed:
+            raise UserError(
+                f"the training was begun with other contents of {', '.join(changed)}: restore what was there, choose "
+                "another --output, or remove the old run with --overwrite true"
+            )
 
     def _loss(self, batch: dict[str, Tensor], bootstrap: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the predictions and the rewards, both in units of the rewards' spread."""

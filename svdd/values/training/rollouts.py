@@ -64,7 +64,7 @@ class RolloutCache:
             return []
         with os_errors_explained(self.path, _OPTION):
             around.callback(lock(self.path / ".lock", f"another run draws rollouts into {self.path}", _OPTION).release)
-            for leftover in self.path.glob("*.tmp"):
+            for leftover in self.path.glob("rollouts-*.safetensors.tmp"):
                 leftover.unlink()
         return self.missing()  # another run may have filled it in the meantime
 
@@ -80,13 +80,15 @@ class RolloutCache:
         return [{name: tensor[: len(rollouts)] for name, tensor in shard.items()} for shard, rollouts in shards]
 
     def _is_whole(self, shard: int) -> bool:
+        if not self._files[shard].is_file():
+            return False
         try:
             with safe_open(self._files[shard], "pt") as file:
                 header = json.loads(file.metadata()["rollouts"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+            return header["sha256"] == _checksum(tensors) and len(tensors["end"]) >= len(self.shards[shard])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return False
-        return header["sha256"] == _checksum(tensors) and len(tensors["end"]) >= len(self.shards[shard])
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
