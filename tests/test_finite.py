@@ -111,15 +111,8 @@ def test_rollouts_and_features_are_finite(sd15):
         draw_rollouts(diffusion, prompts, [0], [1], lambda state: state.x)
 
 
-def test_a_reward_refuses_pictures_that_are_not_finite_and_names_the_step_of_its_own_failure(sd15):
+def test_a_reward_refuses_pictures_that_are_not_finite():
     images = torch.rand(2, 3, 8, 8)
     images[1, 0, 0, 0] = torch.nan
     with pytest.raises(RewardError, match=r"Compressibility received NaN or infinity in 1 of 2 images.*'panda'"):
         Compressibility().score(images, PROMPTS)
-
-    def broken(images, prompts):
-        return torch.full((len(images),), torch.nan)
-
-    model = GuidedDiffusion(FunctionReward(broken), StableDiffusion(sd15, 2), SVDD(2))
-    with pytest.raises(RewardError, match=r"broken returned NaN or infinity for 2 of 2 images.*\(step 1 of 2\)"):
-        model.sample("red apple")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd import RewardError, UserError
+from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.state.context import Context, Scorer
 from svdd.state.finite import require_finite
@@ -98,10 +98,7 @@ class State:
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
             groups = 1 if getattr(reward, "one_call", False) else self.num_images
-            try:
-                scores = context.diffusion.chunker.map(reward.score, groups, images, self.prompts)
-            except RewardError as error:
-                raise RewardError(f"{error} (step {self.i} of {self.num_steps})") from error
+            scores = context.diffusion.chunker.map(reward.score, groups, images, self.prompts)
         context.ledger.reward_calls += len(images)
         return scores
 
