@@ -1,12 +1,17 @@
 """Rewards based on published models fulfil the reward contract and reproduce the models' scores."""
 
+import json
 import math
+import shutil
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -29,8 +34,10 @@ from transformers import (
 )
 
 from svdd import RewardError, UserError
+from svdd.rewards.aesthetic import Aesthetic
 from svdd.rewards.base import Reward
 from svdd.rewards.classifier import Classifier, Preprocessing, find_label
+from svdd.rewards.clip import CLIPScore
 from svdd.rewards.image_reward import GroundedText, ImageReward
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
 from svdd.rewards.vlm_judge import VLMJudge
@@ -303,7 +310,72 @@ def test_image_reward_refuses_another_model(models, tmp_path, tiny_clip):
     )
     (tmp_path / "b.pt").write_bytes(b"no weights")
     assert_refused(ImageReward(str(tmp_path / "b.pt"), tokenizer=folder), "cannot be read as weights")
-    assert_refused(ImageReward(tokenizer=folder, local_files_only=True), "cannot be fetched")
+    assert_refused(ImageReward(tokenizer=folder, local_files_only=True), "downloads are off")
+
+
+# ---- CLIP
+
+
+def write(file: str, **settings) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        found = json.loads((path / file).read_text()) if (path / file).is_file() else {}
+        (path / file).write_text(json.dumps({**found, **settings}))
+
+    return change
+
+
+def tensors(change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    file = "model.safetensors"
+    return lambda path: save_file(change(load_file(path / file)), path / file, {"format": "pt"})
+
+
+def without(word: str) -> Callable[[Path], None]:
+    return tensors(lambda state: {name: tensor for name, tensor in state.items() if word not in name})
+
+
+CODE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+DAMAGE = {  # message: damage of a CLIP
+    r"^CLIPScore: the tokenizer of .* is incomplete: .* lacks vocab\.json, merges\.txt": lambda path: (
+        path / "tokenizer.json"
+    ).unlink(),
+    "lacks 1 weights of CLIPModel, first visual_projection.weight": without("visual_projection"),
+    "holds 1 weights that CLIPModel does not use, first odd": tensors(lambda state: state | {"odd": torch.ones(1)}),
+    r"model\.safetensors is damaged \(.*\); copy or download it again": lambda path: (
+        path / "model.safetensors"
+    ).write_bytes((path / "model.safetensors").read_bytes()[:-9]),
+    "weights of other shapes than its config.json states, first visual_projection.weight: ": tensors(
+        lambda state: state | {"visual_projection.weight": torch.ones(3, 3)}
+    ),
+    "prepares pictures otherwise .*expected the shorter side resized to 32": write(
+        "preprocessor_config.json", do_center_crop=False, size={"height": 32, "width": 32}
+    ),
+    "the image processor of .* cannot be loaded: .*not a valid JSON file": lambda path: (
+        path / "preprocessor_config.json"
+    ).write_text("{"),
+    "cannot be loaded: .*custom code": write("config.json", **CODE),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_clip_is_refused(tiny_clip, tmp_path, message):
+    path = shutil.copytree(tiny_clip, tmp_path / "clip")
+    DAMAGE[message](path)
+    assert_refused(CLIPScore(str(path)), message)
+
+
+def test_other_incomplete_models_are_refused(models, tiny_clip, tiny_head, tmp_path):
+    clip = shutil.copytree(tiny_clip, tmp_path / "clip")
+    without("vision_model.post_layernorm")(clip)
+    assert_refused(Aesthetic(str(clip), tiny_head), "lacks 2 weights of CLIPVisionModelWithProjection")
+    classifier = shutil.copytree(models("vit"), tmp_path / "vit")
+    without("classifier.weight")(classifier)
+    assert_refused(
+        Classifier(str(classifier), 0), "lacks 1 weights of ViTForImageClassification, first classifier.weight"
+    )
+    words = shutil.copytree(models("image_reward"), tmp_path / "words")
+    for file in words.glob("*token*"):
+        file.unlink()
+    assert_refused(ImageReward(f"{words}/ImageReward.pt", tokenizer=str(words)), "tokenizer=.*has no tokenizer_config")
 
 
 # ---- Classifier

@@ -2,12 +2,19 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging
 
 from svdd.diffusion.stable_diffusion import StableDiffusion
@@ -99,3 +106,36 @@ def test_negative_prompts_equal_the_pipeline(sd15):
     expected = by_hand(sd15, "ddim", *arguments, negative_prompt=negatives)
     assert np.array_equal(expected, ours(sd15, Unguided(), "ddim", *arguments, negatives))
     assert not np.array_equal(expected, ours(sd15, Unguided(), "ddim", *arguments))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_textual_inversions_of_several_vectors_equal_the_pipeline(sd15, tmp_path, count):
+    pipeline = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None)
+    vectors = torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
+    pipeline.load_textual_inversion({"<toy>": vectors if count > 1 else vectors[0]})
+    pipeline.save_pretrained(tmp_path)
+    prompts, negatives = ["<toy> on a box", "a <toy>, a <toy>", "apple", "<toy>"], ["", "<toy>", "blurry", ""]
+    arguments = (prompts, SEEDS, 3, 5.0, 1.0)
+    expected = by_hand(tmp_path, "ddim", *arguments, negative_prompt=negatives)
+    assert np.array_equal(expected, ours(str(tmp_path), Unguided(), "ddim", *arguments, negatives))
+    with pytest.warns(UserWarning, match=rf"a prompt has {2 + 26 * count} tokens") if count > 2 else nullcontext():
+        StableDiffusion(str(tmp_path), 1).encode(["<toy> " * 26], [None])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_a_network_with_a_guidance_embedding_equals_the_pipeline(sd15, tmp_path, guidance_scale):
+    pipeline = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None)
+    torch.manual_seed(0)
+    network = UNet2DConditionModel.from_config({**pipeline.unet.config, "time_cond_proj_dim": 33})
+    pipeline.register_modules(unet=network)
+    pipeline.save_pretrained(tmp_path)
+    arguments = (PROMPTS, SEEDS, 3, guidance_scale, 1.0)
+    assert np.array_equal(by_hand(tmp_path, "ddim", *arguments), ours(str(tmp_path), Unguided(), "ddim", *arguments))
+    diffusion = StableDiffusion(str(tmp_path), 3, guidance_scale)
+    with torch.no_grad():
+        start = Start(diffusion, PROMPTS, SEEDS)
+        final = Unguided()(start, PosteriorMean())
+        x, row = final.x, torch.arange(4)
+        previews = [diffusion.preview(x, 1, start.context.conditioning, row, scale) for scale in (1.0, 9.0)]
+    assert start.context.ledger.network_rows == start.context.ledger.denoiser_rows == 3 * 4
+    assert not torch.equal(*previews)

@@ -199,7 +199,7 @@ def test_open_clip_lists_the_known_models(tiny_open_clip):
 def test_missing_weights_are_named_before_anything_is_scored(tiny_clip, tmp_path):
     with pytest.raises(UserError, match=r"Aesthetic: there is no file '.*nowhere\.pth'"):
         Aesthetic(tiny_clip, str(tmp_path / "nowhere.pth")).load()
-    with pytest.raises(UserError, match=r"HPSv2: .*cannot be fetched"):
+    with pytest.raises(UserError, match=r"HPSv2: .*downloads are off"):
         HPSv2(local_files_only=True).load()
     with pytest.raises(UserError, match=r"PickScore: pretrained='owner/absent' cannot be loaded"):
         PickScore("owner/absent", local_files_only=True).load()

@@ -3,12 +3,17 @@
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from svdd import UserError
+from svdd.__main__ import main
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import State
@@ -152,7 +157,7 @@ def test_an_image_has_the_size_that_the_pipeline_would_give_it(sd15, tmp_path):
     path.write_text(json.dumps(config | {"_diffusers_version": "0.6.0", "sample_size": 32}))
     assert StableDiffusion(str(path.parent.parent), 2).latent_shape == (4, 64, 64)
     path.write_text(json.dumps(config | {"sample_size": None}))
-    with pytest.raises(ValueError, match="states no image size: set height and width"):
+    with pytest.raises(ValueError, match="states no image size; give height and width"):
         StableDiffusion(str(path.parent.parent), 2)
     assert StableDiffusion(str(path.parent.parent), 2, height=16, width=64).latent_shape == (4, 2, 8)
 
@@ -193,55 +198,107 @@ def test_a_truncated_negative_prompt_is_reported_if_it_is_used(sd15):
 # ---- errors
 
 
-def another_pipeline(path: Path) -> None:
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+def put(file: str, **settings) -> Callable[[Path], None]:
+    """Returns what changes settings in a JSON file; None removes one."""
+
+    def change(path: Path) -> None:
+        found = {**json.loads((path / file).read_text()), **settings}
+        (path / file).write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+
+    return change
 
 
-def no_class_name(path: Path) -> None:
-    (path / "model_index.json").write_text("{}")
+def write(file: str, content: bytes | None = None) -> Callable[[Path], None]:
+    """Returns what replaces a file, or, without a content, cuts its last 100 bytes."""
+    return lambda path: (path / file).write_bytes((path / file).read_bytes()[:-100] if content is None else content)
 
 
-def broken_json(path: Path) -> None:
-    (path / "model_index.json").write_text("{")
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda path: shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
 
 
-def no_network(path: Path) -> None:
+def tensors(file: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    return lambda path: save_file(change(load_file(path / file)), path / file, {"format": "pt"})
+
+
+def without(word: str) -> Callable[[dict], dict]:
+    return lambda state: {name: tensor for name, tensor in state.items() if word not in name}
+
+
+def lose_a_shard(path: Path) -> None:
+    network = UNet2DConditionModel.from_pretrained(path / "unet")
     shutil.rmtree(path / "unet")
+    network.save_pretrained(path / "unet", max_shard_size="20KB")
+    next((path / "unet").glob("*-00002-*")).unlink()
 
 
-def cut_network(path: Path) -> None:
-    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+INDEX, TOKENS, UNET = "model_index.json", "tokenizer/tokenizer_config.json", "unet/diffusion_pytorch_model.safetensors"
+TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+DAMAGE = {  # message: damage
+    "is a FluxPipeline; this class takes a StableDiffusionPipeline: `emoji`, a": put(INDEX, _class_name="FluxPipeline"),
+    r"names no class of pipelines in model_index\.json": put(INDEX, _class_name=None),
+    r"cannot be loaded: .*model_index\.json is damaged \(Expecting": write(INDEX, b"{"),
+    r"cannot be loaded: .*model_index\.json is damaged; expected a JSON object": write(INDEX, b"[]"),
+    r"cannot be loaded: .*unet/config\.json is damaged": write("unet/config.json", b"\xff"),
+    "takes its unet from my_unet.UNet, and code in a model is never run": put(INDEX, unet=["my_unet", "UNet"]),
+    "names the class UNet9D, which this version of diffusers lacks": put(INDEX, unet=["diffusers", "UNet9D"]),
+    "is incomplete: it has no folder unet": remove("unet"),
+    "is incomplete: it has no folder tokenizer": remove("tokenizer"),
+    r"its unet, cannot be loaded: .*unet/diffusion_pytorch_model\.safetensors is damaged \(.*not fully": write(UNET),
+    r"text_encoder/model\.safetensors is damaged": write(TEXT),
+    r"vae/.*safetensors is a pointer of Git LFS": write(VAE, b"version https://git-lfs.github.com/spec/v1\n"),
+    r"its unet, cannot be loaded: .*-00002-of-.*which is required": lose_a_shard,
+    "its unet, lacks 2 weights of UNet2DConditionModel, first conv_in.bias": tensors(UNET, without("conv_in")),
+    "its vae, lacks 2 weights of AutoencoderKL": tensors(VAE, without("decoder.conv_in")),
+    "its text_encoder, lacks 2 weights of CLIPTextModel": tensors(TEXT, without("layers.0.mlp.fc1")),
+    "its unet, holds 1 weights that UNet2DC.* does not use, first odd": tensors(
+        UNET, lambda s: s | {"odd": torch.ones(1)}
+    ),
+    "holds 1 weights of other shapes than its config.json states": tensors(
+        TEXT, lambda s: {name: t[:, :3].contiguous() if "0.mlp.fc2.weight" in name else t for name, t in s.items()}
+    ),
+    r"its unet, cannot be loaded: .*conv_in.weight expected shape.*but got torch.Size\(\[3\]\)\.?$": tensors(
+        UNET, lambda s: s | {"conv_in.weight": torch.ones(3)}
+    ),
+    "its tokenizer, is incomplete: .* lacks vocab.json, merges.txt": remove("tokenizer/tokenizer.json"),
+    "states no model_max_length, and the text encoder reads 77": remove(TOKENS),
+    "its tokenizer, states a model_max_length of 500": put(TOKENS, model_max_length=500),
+    r"UNet with 9 input channels .*inpainting": put("unet/config.json", in_channels=9),
+    "UNet with 8 output channels": put("unet/config.json", out_channels=8),
+    "UNet with addition_embed_type='text_time'": put("unet/config.json", addition_embed_type="text_time"),
+    "UNet with num_class_embeds=1000": put("unet/config.json", num_class_embeds=1000),
+    "text states of width 32 and a text encoder of width 16": put("unet/config.json", cross_attention_dim=32),
+    "autoencoder of class ConsistencyDecoderVAE": put("vae/config.json", _class_name="ConsistencyDecoderVAE"),
+    "states no image size; give height and width": put("unet/config.json", sample_size=None),
+}
 
 
-def cut_text_encoder(path: Path) -> None:
-    weights = path / "text_encoder" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-
-
-def no_tokenizer(path: Path) -> None:
-    shutil.rmtree(path / "tokenizer")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (another_pipeline, "is a StableDiffusionXLPipeline; this class takes a StableDiffusionPipeline"),
-        (no_class_name, "cannot be loaded"),
-        (broken_json, "cannot be loaded: .*not a valid JSON file"),
-        (no_network, "cannot be loaded: .*no file named config.json"),
-        (cut_network, "cannot be loaded: Unable to load weights"),
-        (cut_text_encoder, "cannot be loaded"),
-        (no_tokenizer, "has no usable tokenizer"),
-    ],
-)
-def test_a_damaged_folder_is_refused_in_one_line(sd15, tmp_path, damage, message):
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_folder_is_refused_in_one_line(sd15, tmp_path, message):
     path = copy(sd15, tmp_path)
-    damage(path)
+    DAMAGE[message](path)
     with pytest.raises(UserError, match=message) as caught:
         StableDiffusion(str(path), 2)
     assert "\n" not in str(caught.value)
     assert repr(str(path)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x", "y</w>"], "its tokenizer, knows no token of 'a photo"),
+        (
+            [f"{k}</w>" for k in range(300)] + ["a</w>"],
+            "its tokenizer, has tokens up to number 302, but the model only 190",
+        ),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(sd15, tmp_path, words, message):
+    path = copy(sd15, tmp_path)
+    vocabulary = {word: k for k, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(path / "tokenizer")
+    with pytest.raises(UserError, match=message):
+        StableDiffusion(str(path), 2)
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")
@@ -252,7 +309,10 @@ def test_a_damaged_folder_is_refused_in_one_line(sd15, tmp_path, damage, message
         ("./no/where", "is not a folder"),
         ("/no/where", "is not a folder"),
         ("a/b/c", "is not a folder"),
-        ("nobody/nothing", "'nobody/nothing' cannot be loaded"),
+        (
+            "nobody/nothing",
+            "'nobody/nothing' cannot be loaded: it is not, .* in the hub's cache, and downloads are off",
+        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_what_was_expected(name, message):
@@ -260,13 +320,26 @@ def test_an_unknown_name_is_refused_with_what_was_expected(name, message):
         StableDiffusion(name, 2, local_files_only=True)
 
 
-def test_a_folder_or_file_without_a_pipeline_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"has no model_index.json.*save_pretrained.*from_single_file"):
-        StableDiffusion(str(tmp_path), 2)
-    file = tmp_path / "v1-5-pruned.safetensors"
-    file.touch()
-    with pytest.raises(UserError, match="is not a folder"):
-        StableDiffusion(str(file), 2)
+def test_what_is_no_folder_of_a_pipeline_is_refused_with_what_it_is(sd15, tmp_path):
+    def refused(path: Path, message: str) -> None:
+        with pytest.raises(
+            UserError, match=message + r".*; expected `emoji`, a folder saved by StableDiffusionPipeline"
+        ):
+            StableDiffusion.examine({"pretrained": str(path)})
+
+    refused(tmp_path, r"has no model_index\.json")
+    refused(Path(sd15) / "unet", "is a UNet2DConditionModel alone and has no model_index")
+    for name, weights in {
+        "an unknown architecture": {"x": (1,)},
+        "the architecture xl_base": {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (8,)},
+        "Stable Diffusion 1.x: load it with StableDiffusionPipeline.from_single_file": {
+            "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)
+        },
+    }.items():
+        file = tmp_path / "v1-5-pruned.safetensors"
+        save_file({weight: torch.zeros(shape) for weight, shape in weights.items()}, file)
+        refused(file, f"is a single file, of {name}")
+    refused(tmp_path, r"has no model_index\.json, but single files such as v1-5-pruned\.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -288,3 +361,14 @@ def test_a_folder_or_file_without_a_pipeline_is_refused(tmp_path):
 def test_arguments_out_of_range_are_refused(sd15, options, message):
     with pytest.raises(ValueError, match=message):
         StableDiffusion(sd15, **{"num_inference_steps": 2} | options)
+
+
+@pytest.mark.parametrize("command", ["predict", "fit", "calibrate"])
+def test_commands_refuse_another_class_before_anything_is_written(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / INDEX).write_text('{"_class_name": "FluxPipeline"}')
+    words = ["--model.reward", "Compressibility", "--data.prompts", "[a]", "--model.diffusion.pretrained", "./flux"]
+    assert main([command, *words, "--output", "out", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]) == 2
+    assert "pretrained='./flux' is a FluxPipeline; this class takes" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["flux"]

@@ -1,12 +1,17 @@
 """Model weights from a folder, a single file or the hub; files are read as data, code in them is never run."""
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, errors, hf_hub_download
+from huggingface_hub.utils import get_session
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -14,44 +19,129 @@ from svdd import UserError, first_line
 
 __all__ = [
     "ASSETS",
+    "check_tokenizer",
+    "fetch",
     "find_file",
     "fit_weights",
+    "is_local",
     "loading",
     "locate",
     "offline",
     "read_auto",
     "read_model",
+    "read_tokenizer",
     "read_weights",
+    "unreachable",
 ]
 
 ASSETS = Path(__file__).parent  # the models that ship with svdd
+_SPARE = r"position_ids$|inv_freq$|(^|\.)pooler\."  # in published files, and without effect
+_SENTENCE = "a photo of a red apple on a table"  # a usable tokenizer knows some of it
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Returns whether a name means a path on this machine rather than `owner/name` on the hub."""
     return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
 
 
-def locate(argument: str, source: str, marker: str, expected: str) -> str:
-    """Returns a hub name unchanged, or a folder with `~` expanded; raises UserError if that holds no file `marker`."""
-    if not _is_local(source):
-        return source
+def locate(
+    what: str, source: str, marker: str, expected: str, revision: str | None = None, local_files_only: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """Returns a folder with the file `marker`, or a hub name of which it was fetched; and options to read more of it.
+
+    Raises:
+        UserError: If there is no such folder, or no such file in it, or it cannot be fetched; it begins with `what`.
+    """
+    if not is_local(source):
+        return source, fetch(what, source, marker, revision, local_files_only)[1]
     folder = Path(source).expanduser()
     if not (folder / marker).is_file():
         problem = f"has no {marker}" if folder.is_dir() else "is not a folder"
-        raise UserError(f"{argument}={source!r} {problem}; expected {expected}")
-    return str(folder)
+        raise UserError(f"{what} {problem}; expected {expected}")
+    return str(folder), {"local_files_only": True}
+
+
+def fetch(
+    what: str, name: str, file: str, revision: str | None = None, local_files_only: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """Returns a file of a hub model, from the cache or downloaded, and options to read more of the model.
+
+    Raises:
+        UserError: If it is neither in the cache nor can be downloaded; the message begins with `what`.
+    """
+    down = "" if local_files_only else unreachable()
+    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only or bool(down)}
+    with loading(what, down=down):
+        return Path(hf_hub_download(name, file, **options)), options
+
+
+def unreachable() -> str:
+    """Returns why the hub cannot be reached, or an empty string; its own client would try for 20 s for each file."""
+    if constants.HF_HUB_OFFLINE:
+        return ""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of the client's HTTP library, which depends on its version
+        return first_line(error)
+    return ""
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turns the errors of libraries that load models into a UserError of one line that begins with `what`."""
+def loading(what: str, folder: str | Path | None = None, down: str = "") -> Iterator[None]:
+    """Turns the errors of libraries that load models into a UserError of one line that begins with `what`.
+
+    If a file of `folder` is damaged, the message names it; `down` is why the hub cannot be reached. The libraries print
+    nothing meanwhile.
+    """
     try:
-        yield
+        with quiet("transformers"):
+            yield
     except UserError:
         raise
     except Exception as error:  # of many types
-        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{what} cannot be loaded: {_reason(error, folder, down)}") from error
+
+
+def _reason(error: BaseException, folder: str | Path | None, down: str) -> str:
+    """Returns one line on why loading failed, from the error or from those that led to it."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+
+    def first(*kinds: type[BaseException]) -> Any:
+        return next((link for link in chain if isinstance(link, kinds)), None)
+
+    if first(errors.GatedRepoError):
+        return "its owner restricts access: accept the terms on its page on the hub, and run `hf auth login`"
+    if first(errors.RepositoryNotFoundError):
+        return "the hub has no model of that name, or it is private: check the name, or run `hf auth login`"
+    if first(errors.RevisionNotFoundError):
+        return "the hub has the model, but not this revision"
+    if found := first(errors.RemoteEntryNotFoundError):
+        return f"the hub has the model, but not this file: {str(found).splitlines()[-1]}"
+    if found := first(errors.HfHubHTTPError):
+        return f"the hub refused: {first_line(found)}; run `hf auth login` if it asks for access, or try again later"
+    if first(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        off = "downloads are off (local_files_only, HF_HUB_OFFLINE): allow them once"
+        why = f"the hub at {constants.ENDPOINT} cannot be reached ({down}): check the connection" if down else off
+        return f"it is not, or not completely, in the hub's cache, and {why}, or give a path on this machine"
+    if first(SafetensorError, UnpicklingError, EOFError):
+        return f"{_damaged(folder)}; copy or download it again"
+    return first_line(error).split(" If you want to instead")[0]
+
+
+def _damaged(folder: str | Path | None) -> str:
+    """Returns which of a folder's weights files is damaged."""
+    for path in sorted(Path(folder).rglob("*.safetensors")) if folder is not None else []:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception as error:  # of several types
+            pointer = path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
+            return f"{path} is {'a pointer of Git LFS, not the file' if pointer else f'damaged ({first_line(error)})'}"
+    return "a file of it is damaged"
 
 
 @contextmanager
@@ -65,20 +155,83 @@ def offline(wanted: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def read_auto(auto: Any, pretrained: str, **options: Any) -> Any:
-    """Returns `auto.from_pretrained` of a folder or a hub name, or raises UserError; code in it is never run."""
-    source = locate("pretrained", pretrained, "config.json", "a folder saved by save_pretrained or a hub name")
-    with loading(f"pretrained={pretrained!r}"):
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Hides loading bars, warnings and reports of `transformers` or `diffusers`."""
+    with ExitStack() as restore:
+        for logging in (import_module(f"{library}.utils.logging") for library in libraries):
+            restore.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            if logging.is_progress_bar_enabled():
+                restore.callback(logging.enable_progress_bar)
+                logging.disable_progress_bar()
+        yield
 
 
-def read_model(auto: Any, pretrained: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Returns a model, its weights in `dtype`; raises UserError if it is of another kind or weights are missing."""
-    model, info = read_auto(auto, pretrained, dtype=dtype, output_loading_info=True, **options)
+def read_auto(auto: Any, pretrained: str, what: str = "", **options: Any) -> Any:
+    """Returns `auto.from_pretrained` of a folder or a hub name, or raises UserError; code in it is never run.
+
+    The options include `revision` and `local_files_only`; `what` begins the error's message.
+    """
+    what, expected = what or f"pretrained={pretrained!r}", "a folder saved by save_pretrained or a hub name"
+    hub: dict[str, Any] = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
+    source, hub = locate(what, pretrained, "config.json", expected, **hub)
+    with loading(what, source):
+        return auto.from_pretrained(source, trust_remote_code=False, **hub, **options)
+
+
+def read_model(
+    auto: Any, pretrained: str, dtype: torch.dtype, what: str = "", spare: str = _SPARE, **options: Any
+) -> Any:
+    """Returns a model, its weights in `dtype`; raises UserError unless the files hold its weights and no others.
+
+    Args:
+        auto: A model class of transformers or diffusers, or an Auto class.
+        pretrained: A folder or a hub name.
+        dtype: Of the weights.
+        what: The beginning of the error's message.
+        spare: A regular expression of the names that may remain unused.
+        options: As in `read_auto`.
+    """
+    if auto.__module__.startswith("transformers"):  # whose own error would name no weight
+        options["ignore_mismatched_sizes"] = True
+    model, info = read_auto(auto, pretrained, what, dtype=dtype, output_loading_info=True, **options)
+    kind = type(model).__name__
     if missing := sorted(info["missing_keys"]):
-        problem = f"lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}"
-        raise UserError(f"pretrained={pretrained!r} {problem}; expected a model trained for this task")
-    return model
+        problem = f"lacks {len(missing)} weights of {kind}, first {missing[0]}"
+    elif wrong := sorted(info["mismatched_keys"]):
+        name, found, own = wrong[0]
+        problem = f"holds {len(wrong)} weights of other shapes than its config.json states, first {name}: "
+        problem += f"{list(found)} instead of {list(own)}"
+    elif unknown := sorted(name for name in info["unexpected_keys"] if not re.search(spare, name)):
+        problem = f"holds {len(unknown)} weights that {kind} does not use, first {unknown[0]}"
+    else:
+        return model
+    what = what or f"pretrained={pretrained!r}"
+    raise UserError(f"{what} {problem}; expected the complete files of one model, trained for this task")
+
+
+def read_tokenizer(kind: Any, source: str, what: str, words: int | None, **options: Any) -> Any:
+    """Returns the tokenizer in a folder or of a hub name; raises UserError if files are missing, or it is unusable."""
+    with loading(what, source):
+        tokenizer = kind.from_pretrained(source, trust_remote_code=False, **options)
+    files, folder = dict(kind.vocab_files_names), Path(source).expanduser()
+    if folder.is_dir() and not (folder / files.pop("tokenizer_file", "")).is_file():  # without one file with all
+        missing = [file for file in files.values() if not (folder / file).is_file()]
+        if missing:
+            expected = "expected tokenizer.json, or all of " + ", ".join(files.values())
+            raise UserError(f"{what} is incomplete: {source!r} lacks {', '.join(missing)}; {expected}")
+    check_tokenizer(tokenizer, what, words)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, what: str, words: int | None) -> None:
+    """Raises UserError if a tokenizer knows no token of an English sentence, or more tokens than a model's `words`."""
+    tokens = tokenizer(_SENTENCE, add_special_tokens=False).input_ids
+    if all(token == tokenizer.unk_token_id for token in tokens):
+        raise UserError(f"{what} knows no token of {_SENTENCE!r}: files are missing or damaged; download them again")
+    if words is not None and (last := max(tokenizer.get_vocab().values())) >= words:
+        raise UserError(f"{what} has tokens up to number {last}, but the model only {words}; expected the model's own")
 
 
 def find_file(source: str, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -87,12 +240,9 @@ def find_file(source: str, revision: str | None = None, local_files_only: bool =
         return path
     *repository, file = source.split("/", 2)
     name = "/".join(repository)
-    if _is_local(name):
+    if is_local(name):
         raise UserError(f"there is no file {source!r}; expected a path, or owner/name/file of a model on the hub")
-    try:
-        return Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
-    except (OSError, ValueError) as error:  # the client's own errors derive from these
-        raise UserError(f"{source!r} is not on this machine and cannot be fetched: {first_line(error)}") from error
+    return fetch(repr(source), name, file, revision, local_files_only)[0]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -101,10 +251,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         safetensors = path.suffix == ".safetensors"
         state: Any = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip and file errors of many types
-        raise UserError(f"{str(path)!r} cannot be read as weights: {first_line(error)}") from error
+        refused = "it is damaged, or holds objects that could run code; expected tensors by name"
+        reason = refused if isinstance(error, UnpicklingError) else first_line(error)
+        raise UserError(f"{str(path)!r} cannot be read as weights: {reason}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise UserError(f"{str(path)!r} holds no weights by name; expected a state dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 

@@ -88,7 +88,15 @@ class ModelCLI(LightningCLI):
             self.settings = self.config[self.command]
             self.settings.overwrite = self.settings.overwrite and not restarted()  # the first start did that
             self._check_trainer()
+            self._examine_diffusion()
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
+
+    def _examine_diffusion(self) -> None:
+        """Refuses a model of another kind by its small files, before anything is written or processes start."""
+        if (diffusion := self.settings.model.get("diffusion")) is not None:
+            examine = getattr(resolve_name(diffusion.class_path), "examine", None)  # a class has it, a function not
+            if examine is not None:
+                examine(diffusion.get("init_args") or {})
 
     def _check_trainer(self) -> None:
         """Refuses what Lightning would take for a run without pictures, or could not take at all."""

@@ -1,7 +1,7 @@
 """A pretrained text-to-image model as a Markov chain with Gaussian steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,13 @@ class Diffusion(nn.Module, ABC):
         """Returns digests of what images depend on beyond the settings, by the name of the submodule."""
         own = {"configuration": digest(self, deep=False)}
         return own | {name: digest(part) for name, part in self.named_children()}
+
+    @classmethod
+    def examine(cls, arguments: Mapping[str, Any]) -> None:
+        """Raises UserError if small files show that a model cannot be built from these constructor arguments.
+
+        Commands call it before they write anything or start processes; by default it checks nothing.
+        """
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Any:

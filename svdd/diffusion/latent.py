@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.content import digest
-from svdd.assets.hub import ASSETS
+from svdd.assets.hub import ASSETS, is_local
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.kernels import KERNELS, Kernel, chain_settings, find_kernel
-from svdd.diffusion.pipelines import TinyDecoder, fingerprint, load_pipeline, warn_of_cuts
+from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
+from svdd.diffusion.pipelines import Configs, TinyDecoder, examine, fingerprint, load_pipeline, warn_of_cuts
 
 __all__ = ["Conditioning", "LatentDiffusion"]
 
@@ -42,7 +43,10 @@ class LatentDiffusion(Diffusion):
             devices or threads, or an interruption. `auto`: on a CPU, if the sampler gives an image about 8 rows or
             more per step, where this costs nothing.
         compile: Compile network and decoder with torch.compile.
-        lora: Folder, file or hub name of LoRA weights to fuse into the model (needs `pip install 'svdd[lora]'`).
+        lora: LoRA weights to fuse into the model: a file, a folder, or a hub name, `owner/name` or `owner/name/file`
+            (needs `pip install 'svdd[lora]'`).
+        weight_name: The file of the LoRA, if a folder or hub model holds several.
+        lora_scale: Factor of the LoRA's updates.
         revision: Branch, tag or commit of a hub model.
         variant: Variant of the weight files, for example `fp16`.
         local_files_only: Use local files and the hub's cache only.
@@ -72,6 +76,8 @@ class LatentDiffusion(Diffusion):
         reproducible: Reproducible = "auto",
         compile: bool = False,
         lora: str | None = None,
+        weight_name: str | None = None,
+        lora_scale: float = 1.0,
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
@@ -82,20 +88,23 @@ class LatentDiffusion(Diffusion):
             raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if not math.isfinite(lora_scale):
+            raise ValueError(f"lora_scale must be a finite number, got {lora_scale}")
         kernel = find_kernel(scheduler, self.kernels)
-        self.pretrained, self.lora, self.scheduler = pretrained, lora, scheduler
+        self.pretrained, self.lora, self.lora_scale, self.scheduler = pretrained, lora, lora_scale, scheduler
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
+        self.local_files_only = local_files_only
         source = str(ASSETS / "emoji-sd") if pretrained == "emoji" else pretrained
-        local = {"local_files_only": local_files_only or pretrained == "emoji"}
-        pipeline = load_pipeline(self.pipeline, source, lora, revision=revision, variant=variant, **local)
+        pipeline = load_pipeline(self.pipeline, source, self.misfit, variant, revision, local_files_only)
+        if lora is not None:
+            load_lora(pipeline, lora, weight_name, local_files_only)
         parts = pipeline.components
         encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
         names = [self.backbone, "vae", *sorted(encoders)]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
         self._unfused = {name: digest(parts[name]) for name in names} if lora is not None else {}
         if lora is not None:
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
+            fuse_lora(pipeline, lora, lora_scale)
         # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
         # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
         for name in names:
@@ -103,30 +112,58 @@ class LatentDiffusion(Diffusion):
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
         self.kernel = kernel(chain_settings(pipeline.scheduler.config), num_inference_steps, eta)
         factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
+        if native is None and None in (height, width):
+            raise UserError(f"pretrained={pretrained!r} states no image size; give height and width")
         size = list(native) if isinstance(native, list | tuple) else [native, native]
         for axis, (name, pixels) in enumerate({"height": height, "width": width}.items()):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
             size[axis] = size[axis] if pixels is None else pixels // factor
-        if None in size:
-            raise UserError(f"pretrained={pretrained!r} states no image size: set height and width")
         self.latent_shape = (pipeline.vae.config.latent_channels, *size)
         if compile:
             parts[self.backbone].compile()
             pipeline.vae.decoder.compile()
+
+    @classmethod
+    def examine(cls, arguments: Mapping[str, Any]) -> None:
+        """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
+        pretrained, lora, local = (arguments.get(name) for name in ("pretrained", "lora", "local_files_only"))
+        if pretrained not in (None, "emoji"):
+            examine(cls.pipeline, pretrained, cls.misfit, arguments.get("revision"), bool(local))
+        if lora is not None and is_local(lora):
+            find_lora(lora, arguments.get("weight_name"), bool(local))
+
+    @classmethod
+    def misfit(cls, configs: Configs) -> str:
+        """Returns what in the config.json of the parts does not suit this class, or an empty string."""
+        return ""
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the network takes the guidance scale as an input, and needs no unconditional half."""
+        return False
+
+    def network_rows(self, guidance_scale: float | None) -> int:
+        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
+        return 1 if self.distilled else super().network_rows(guidance_scale)
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Returns the network's text inputs (states, pooled embeddings, ...) by name, one row per text in each."""
 
     @abstractmethod
-    def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
-        """Evaluates the network on scaled latents [n, c, h, w] at timestep t, a scalar, with one row of texts each."""
+    def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        """Evaluates the network on scaled latents [n, c, h, w] at timestep t, a scalar, with one row of texts each.
+
+        Only a distilled network uses the guidance scale.
+        """
 
     @property
     def identity(self) -> dict[str, Any]:
         """The model, by name without path and by weights, and the settings of its chain."""
-        names = {"pretrained": Path(self.pretrained).name, "lora": None if self.lora is None else Path(self.lora).name}
+        lora = None if self.lora is None else Path(self.lora).name
+        lora = lora if lora is None or self.lora_scale == 1 else f"{lora} times {self.lora_scale}"
+        names = {"pretrained": Path(self.pretrained).name, "lora": lora}
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
         return super().identity | names | {name: getattr(self, name) for name in settings}
 
@@ -142,7 +179,8 @@ class LatentDiffusion(Diffusion):
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
         """Returns the encoded prompts and negative prompts (None without guidance)."""
         negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
-        return self._encode(list(prompts)), self._encode(negatives) if self.guidance_scale > 1 else None
+        guided = self.network_rows(self.guidance_scale) > 1
+        return self._encode(list(prompts)), self._encode(negatives) if guided else None
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales noise to the scheduler's first level."""
@@ -154,7 +192,7 @@ class LatentDiffusion(Diffusion):
 
     def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
         """Returns x0 at another guidance scale; at 1 or less the unconditional half is not computed."""
-        if guidance_scale > 1 >= self.guidance_scale:
+        if self.network_rows(guidance_scale) > self.network_rows(self.guidance_scale):
             own = f"a model with guidance; its own scale is {self.guidance_scale}"
             raise UserError(f"a preview at guidance_scale={guidance_scale} needs {own}")
         return self.kernel.predict(x, self._guided(x, i, conditioning, row, guidance_scale), i).x0
@@ -170,7 +208,7 @@ class LatentDiffusion(Diffusion):
     def load_decoder(self, name: str) -> nn.Module:
         """Loads an AutoencoderTiny; `tiny` is the one for this model."""
         tiny = str(ASSETS / "emoji-tiny") if self.pretrained == "emoji" else self.tiny
-        return TinyDecoder(tiny if name == "tiny" else name, self.latent_shape[0], self.dtype)
+        return TinyDecoder(tiny if name == "tiny" else name, self.latent_shape[0], self.dtype, self.local_files_only)
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         for tokenizer in self.tokenizers.values():
@@ -180,8 +218,8 @@ class LatentDiffusion(Diffusion):
     def _guided(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
         positive, negative = conditioning
         x, t = self.kernel.scale_input(x, i), self.kernel.timesteps[i].to(x.device)
-        if negative is None or guidance_scale <= 1:
-            return self.network(x, t, {name: part[row] for name, part in positive.items()})
+        if negative is None or self.network_rows(guidance_scale) == 1:
+            return self.network(x, t, {name: part[row] for name, part in positive.items()}, guidance_scale)
         pairs = {name: torch.cat([negative[name][row], part[row]]) for name, part in positive.items()}
-        unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs).chunk(2)
+        unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)

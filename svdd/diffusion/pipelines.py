@@ -1,64 +1,196 @@
 """Loads pipelines and decoders of diffusers from a folder or the hub, quietly, with one-line errors."""
 
 import hashlib
+import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import loading, locate
+from svdd.assets.hub import fetch, is_local, loading, locate, quiet, read_model, read_tokenizer
 
-__all__ = ["TinyDecoder", "fingerprint", "load_pipeline", "to_images", "warn_of_cuts"]
+__all__ = ["Configs", "TinyDecoder", "examine", "expand", "fingerprint", "load_pipeline", "to_images", "warn_of_cuts"]
+
+Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
+_INDEX = "model_index.json"
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # pictures drawn from prompts alone need none
 
 
-def load_pipeline(class_name: str, pretrained: str, lora: str | None, **options: Any) -> Any:
-    """Returns a pipeline in float32, without a safety checker, with its LoRA weights loaded but not fused.
+def examine(
+    class_name: str,
+    pretrained: str,
+    check: Callable[[Configs], str],
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Checks what a model is by its small files: of a hub name by its model_index.json alone.
 
-    The options are `revision`, `variant` and `local_files_only`. UserError if the model or the LoRA weights cannot be
-    loaded, are incomplete, or belong to another class of pipeline.
+    Args:
+        class_name: The class of pipelines that it must be of.
+        pretrained: A folder or a hub name.
+        check: Returns what is wrong with the configurations of the parts, or an empty string.
+        revision: Branch, tag or commit of a hub name.
+        local_files_only: Use local files and the hub's cache only.
+
+    Returns:
+        The folder or hub name, the index, and options to read more of it.
+
+    Raises:
+        UserError: If there is no such model, or it is not what is expected.
+    """
+    what = f"pretrained={pretrained!r}"
+    saved = f"a folder saved by {class_name}.save_pretrained"
+    expected = f"`emoji`, {saved}, or a hub name such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    if is_local(pretrained):
+        folder = Path(pretrained).expanduser()
+        if folder.exists() and not (file := folder / _INDEX).is_file():
+            raise UserError(f"{what} {_describe(folder)}; expected {expected}")
+        source, options = locate(what, pretrained, _INDEX, expected)
+    else:
+        source, (file, options) = pretrained, fetch(what, pretrained, _INDEX, revision, local_files_only)
+    index = _read_json(what, file)
+    if (found := index.get("_class_name")) != class_name:
+        kind = f"is a {found}" if isinstance(found, str) else f"names no class of pipelines in {_INDEX}"
+        raise UserError(f"{what} {kind}; this class takes a {class_name}: {expected}")
+    configs: Configs = {}
+    for name, (library, kind) in _parts(index):
+        if library not in ("diffusers", "transformers"):
+            problem = f"takes its {name} from {library}.{kind}, and code in a model is never run"
+            raise UserError(f"{what} {problem}; expected classes of diffusers and transformers")
+        if is_local(pretrained):
+            if not (folder / name).is_dir():
+                problem = f"is incomplete: it has no folder {name}, which {_INDEX} names"
+                raise UserError(f"{what} {problem}; copy or download the whole model")
+            if (file := folder / name / "config.json").is_file():
+                configs[name] = _read_json(what, file)
+    if configs and (problem := check(configs)):
+        raise UserError(f"{what} {problem}")
+    return source, index, options
+
+
+def load_pipeline(
+    class_name: str,
+    pretrained: str,
+    check: Callable[[Configs], str],
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """Returns a pipeline in float32, without a safety checker; arguments as in `examine`, and a variant of the files.
+
+    Raises:
+        UserError: If the model cannot be loaded, is incomplete, or is not what is expected.
     """
     import diffusers
 
-    expected = (
-        f"`emoji`, a folder saved by {class_name}.save_pretrained (for a single file, call from_single_file first), or "
-        "a hub name such as stable-diffusion-v1-5/stable-diffusion-v1-5"
-    )
-    source = locate("pretrained", pretrained, "model_index.json", expected)
-    with loading(f"pretrained={pretrained!r}"), _quiet():
-        index = diffusers.DiffusionPipeline.load_config(source, **{k: v for k, v in options.items() if k != "variant"})
-        if index["_class_name"] != class_name:
-            raise UserError(f"pretrained={pretrained!r} is a {index['_class_name']}; this class takes a {class_name}")
-        pipeline = getattr(diffusers, class_name).from_pretrained(
-            source, safety_checker=None, feature_extractor=None, dtype=torch.float32, **options
+    what, kind = f"pretrained={pretrained!r}", getattr(diffusers, class_name)
+    folder, index, hub = examine(class_name, pretrained, check, revision, local_files_only)
+    left_out = dict.fromkeys(name for name in _LEFT_OUT if name in index or name != "image_encoder")
+    if not is_local(pretrained):
+        with loading(what), quiet("diffusers"):
+            folder = str(kind.download(pretrained, variant=variant, trust_remote_code=False, **left_out, **hub))
+        examine(class_name, folder, check)
+    found = [name for name, _ in _parts(index) if any(Path(folder, name).glob(f"*.{variant}[.-]*"))]
+    if variant is not None and not found:
+        raise UserError(f"{what} has no weights of variant={variant!r}; leave it out, or see the names of its files")
+    parts: dict[str, Any] = {}
+    for name, (library, class_of_part) in sorted(_parts(index)):  # text encoders before tokenizers
+        part = getattr(import_module(library), class_of_part, None)
+        if part is None:
+            raise UserError(f"{what} names the class {class_of_part}, which this version of {library} lacks; update it")
+        its = f"{what}, its {name},"
+        if issubclass(part, nn.Module):
+            with quiet("diffusers"):
+                of: dict[str, Any] = {"variant": variant} if name in found else {}
+                parts[name] = read_model(part, str(Path(folder, name)), torch.float32, its, **of)
+        elif hasattr(part, "vocab_files_names"):
+            encoder: Any = parts.get(name.replace("tokenizer", "text_encoder"))
+            words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
+            parts[name] = read_tokenizer(part, str(Path(folder, name)), its, words, local_files_only=True)
+            _check_length(its, parts[name].model_max_length, getattr(encoder, "config", None))
+    with loading(what, folder), quiet("diffusers"):
+        return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out, **parts)
+
+
+def _check_length(what: str, limit: int, encoder: Any) -> None:
+    """Raises UserError if a tokenizer returns more tokens than the text encoder of this configuration reads."""
+    positions = getattr(encoder, "max_position_embeddings", None)
+    if limit > (positions or 10_000):  # transformers takes 1e30 if it is not stated
+        stated = f"states a model_max_length of {limit}" if limit < 1e9 else "states no model_max_length"
+        raise UserError(
+            f"{what} {stated}, and the text encoder reads {positions} tokens; correct tokenizer_config.json"
         )
-    # For missing files transformers builds an empty tokenizer without a length limit.
-    if any(part.model_max_length > 10_000 for name, part in pipeline.components.items() if "tokenizer" in name):
-        raise UserError(f"pretrained={pretrained!r} has no usable tokenizer: its files are missing or incomplete")
-    if lora is not None:
-        if find_spec("peft") is None:
-            raise UserError(f"lora={lora!r} needs the peft package: pip install 'svdd[lora]'")
-        with loading(f"lora={lora!r}"):
-            pipeline.load_lora_weights(lora)
-    return pipeline
+
+
+def _parts(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yields the name of each part that is loaded, with its library and class."""
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and name not in _LEFT_OUT and None not in entry:
+            yield name, (str(entry[0]), str(entry[1]))
+
+
+def _read_json(what: str, file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} cannot be loaded: {file} is damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{what} cannot be loaded: {file} is damaged; expected a JSON object")
+    return found
+
+
+def _describe(path: Path) -> str:
+    """Returns what is at a path that is no folder of a pipeline."""
+    if path.is_file():
+        kind = _single_file(path) if path.suffix == ".safetensors" else "a model"
+        hint = "load it with StableDiffusionPipeline.from_single_file, and save it with save_pretrained"
+        return f"is a single file, of {kind}" + (f": {hint}" if kind.startswith("Stable Diffusion") else "")
+    for name in ("config.json", "modular_model_index.json"):
+        if (path / name).is_file():
+            found = _read_json(f"pretrained={str(path)!r}", path / name)
+            kind = found.get("_class_name") or found.get("model_type") or "model of unknown class"
+            return f"is a {kind} alone and has no {_INDEX}"
+    if files := sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt")):
+        return f"has no {_INDEX}, but single files such as {files[0]}"
+    return f"has no {_INDEX}"
+
+
+def _single_file(path: Path) -> str:
+    """Returns the architecture of a safetensors file by the names and shapes of its tensors."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+        kind = infer_diffusers_model_type(shapes)
+    except Exception:  # a damaged file, or a function that is not part of diffusers' interface
+        return "an unknown architecture, or damaged"
+    if kind in ("v1", "v2"):
+        known = any(name.startswith("model.diffusion_model.") for name in shapes)
+        return f"Stable Diffusion {kind[1]}.x" if known else "an unknown architecture"
+    return f"the architecture {kind}"
 
 
 class TinyDecoder(nn.Module):
     """The decoder of an AutoencoderTiny (TAESD) in a folder or on the hub; UserError if it does not fit the latents."""
 
-    def __init__(self, source: str, latent_channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, source: str, latent_channels: int, dtype: torch.dtype, local_files_only: bool = False) -> None:
         super().__init__()
         from diffusers import AutoencoderTiny
 
+        what = f"decoder={source!r}"
         expected = "`tiny`, a folder written by AutoencoderTiny.save_pretrained, or a hub name: madebyollin/taesd"
-        with loading(f"decoder={source!r}"):
-            vae = AutoencoderTiny.from_pretrained(locate("decoder", source, "config.json", expected), torch_dtype=dtype)
+        source, options = locate(what, source, "config.json", expected, None, local_files_only)
+        with quiet("diffusers"):
+            vae = read_model(AutoencoderTiny, source, dtype, what, **options)
         if (found := vae.config.latent_channels) != latent_channels:
-            raise UserError(f"decoder={source!r} is for latents of {found} channels; this model has {latent_channels}")
+            raise UserError(f"{what} is for latents of {found} channels; this model has {latent_channels}")
         self.decoder, self.scaling_factor = vae.decoder.eval(), float(vae.config.scaling_factor)
 
     def forward(self, x0: Tensor) -> Tensor:
@@ -82,28 +214,19 @@ def fingerprint(*modules: nn.Module) -> str:
     return found.hexdigest()[:12]
 
 
+def expand(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Returns texts in which a token of textual inversion with several vectors, `<toy>`, is `<toy> <toy>_1 ...`."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    return TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
+
+
 def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:
     """Warns of each text that is longer than the text encoder reads, and names the words that are cut off."""
     limit = tokenizer.model_max_length
     for text in dict.fromkeys(texts):
-        ids = tokenizer(text, truncation=False, verbose=False).input_ids
+        ids = tokenizer(expand(tokenizer, [text])[0], truncation=False, verbose=False).input_ids
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1 : -1], skip_special_tokens=True).strip()
             where = f"cut off: {lost!r} (prompt: {text if len(text) <= 60 else text[:57] + '...'!r})"
             warnings.warn(f"a prompt has {len(ids)} tokens and the text encoder reads {limit}; {where}", stacklevel=5)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides loading bars and the notice about the missing safety checker."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    with ExitStack() as restore:
-        restore.callback(diffusers_logging.set_verbosity, diffusers_logging.get_verbosity())
-        diffusers_logging.set_verbosity_error()
-        for library in (diffusers_logging, transformers_logging):
-            if library.is_progress_bar_enabled():
-                restore.callback(library.enable_progress_bar)
-                library.disable_progress_bar()
-        yield

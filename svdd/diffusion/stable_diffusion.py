@@ -5,12 +5,22 @@ Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Mo
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svdd.diffusion.latent import Conditioning, LatentDiffusion
-from svdd.diffusion.pipelines import to_images
+from svdd.diffusion.pipelines import Configs, expand, to_images
 
-__all__ = ["StableDiffusion"]
+__all__ = ["StableDiffusion", "guidance_embedding"]
+
+_UNET = "UNet2DConditionModel"
+_DECODERS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
+_INPUTS = {  # by the name of a setting, the values that need no more than a prompt
+    "addition_embed_type": (None, "text"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+}
 
 
 class StableDiffusion(LatentDiffusion):
@@ -21,6 +31,38 @@ class StableDiffusion(LatentDiffusion):
     unet: Any
     vae: Any
     text_encoder: Any
+
+    @classmethod
+    def misfit(cls, configs: Configs) -> str:
+        """Returns what in the config.json of the parts this class does not support, or an empty string."""
+        unet, vae, text = (configs.get(name, {}) for name in ("unet", "vae", "text_encoder"))
+        if (kind := unet.get("_class_name", _UNET)) != _UNET:
+            return f"has a network of class {kind}; expected {_UNET}"
+        if (kind := vae.get("_class_name", _DECODERS[0])) not in _DECODERS:
+            return f"has an autoencoder of class {kind}; expected {' or '.join(_DECODERS)}"  # others draw noise
+        latent = vae.get("latent_channels", 4)
+        if (found := unet.get("in_channels", 4)) != latent:
+            needs = "inpainting, editing and upscaling models need a picture as well"
+            return f"has a UNet with {found} input channels and latents with {latent}: {needs}; expected text to image"
+        if (found := unet.get("out_channels", 4)) != latent:
+            return f"has a UNet with {found} output channels and latents with {latent}; expected as many"
+        for name, known in _INPUTS.items():
+            if (found := unet.get(name)) not in known:
+                return (
+                    f"has a UNet with {name}={found!r}, which needs inputs other than a prompt; expected a plain UNet"
+                )
+        wide = "cross_attention_dim" if unet.get("encoder_hid_dim_type") is None else "encoder_hid_dim"
+        read, width = unet.get(wide), text.get("hidden_size")
+        if isinstance(read, int) and isinstance(width, int) and read != width:
+            return (
+                f"has a UNet for text states of width {read} and a text encoder of width {width}; expected one model's"
+            )
+        return ""
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the UNet has an embedding of the guidance scale, as in latent consistency models."""
+        return self.unet.config.time_cond_proj_dim is not None
 
     @property
     def prompt_features_size(self) -> int:  # type: ignore[override]
@@ -34,15 +76,28 @@ class StableDiffusion(LatentDiffusion):
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Returns `states`, the text encoder's output, [p, tokens, d]."""
         tokenizer, encoder = self.tokenizers["tokenizer"], self.text_encoder
-        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        tokens = tokenizer(expand(tokenizer, texts), padding="max_length", truncation=True, return_tensors="pt").to(
+            self.device
+        )
         mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
         return {"states": encoder(tokens.input_ids, attention_mask=mask)[0]}
 
-    def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor]) -> Tensor:
+    def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:
         """Evaluates the UNet."""
-        return self.unet(x, t, encoder_hidden_states=texts["states"], return_dict=False)[0]
+        scale = None
+        if self.distilled:
+            scale = guidance_embedding(guidance_scale, self.unet.config.time_cond_proj_dim).to(x).expand(len(x), -1)
+        return self.unet(x, t, encoder_hidden_states=texts["states"], timestep_cond=scale, return_dict=False)[0]
 
     def decode(self, x0: Tensor) -> Tensor:
         """Evaluates the autoencoder's decoder."""
         images = self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         return to_images(images)
+
+
+def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
+    """Returns sines and cosines of 1000 (w - 1) at frequencies 1 to 1/10000, [1, width], computed as diffusers does."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (torch.tensor([guidance_scale - 1]) * 1000.0)[:, None] * rates
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))

@@ -38,8 +38,9 @@ class Aesthetic(PretrainedReward):
         from transformers import CLIPVisionModelWithProjection
 
         file = find_file(self.head, local_files_only=self.local_files_only)
-        clip, source, options = read_clip(CLIPVisionModelWithProjection, self.pretrained, self.options)
-        self.mean, self.std = colour_statistics(source, options)
+        spare = r"^(text_model|text_projection|logit_scale)\b|position_ids$"  # of the whole CLIP
+        clip, source, options = read_clip(CLIPVisionModelWithProjection, self.pretrained, self.options, spare)
+        self.mean, self.std = colour_statistics(source, options, clip.config.image_size)
         head = AestheticHead(clip.config.projection_dim)
         fit_weights(head, read_weights(file), str(file))
         return nn.ModuleDict({"clip": clip, "head": head})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from svdd import UserError, did_you_mean, first_line
 from svdd.assets.hub import read_auto, read_model
+from svdd.rewards.models.pixels import smooth_image
 from svdd.rewards.pretrained import PretrainedReward
 
 __all__ = ["Classifier", "Preprocessing", "find_label"]
@@ -109,11 +110,10 @@ class Preprocessing:
 
     def _difference(self, height: int, width: int) -> float:
         """Returns the largest difference to the processor's pixels for a smooth 8-bit image, as a fraction of white."""
-        waves = [torch.linspace(0, 3 * torch.pi, extent).sin() for extent in (height, width)]
-        rows, columns = torch.meshgrid(*waves, indexing="ij")
-        image = ((torch.stack([rows, columns, rows * columns]) * 0.2 + 0.5) * 255).round()
-        theirs = self.original(images=image.permute(1, 2, 0).to(torch.uint8).numpy(), return_tensors="pt").pixel_values
-        ours = self((image[None] / 255).requires_grad_())
+        image = smooth_image(height, width)
+        picture = (image[0] * 255).round().permute(1, 2, 0).to(torch.uint8).numpy()
+        theirs = self.original(images=picture, return_tensors="pt").pixel_values
+        ours = self(image.requires_grad_())
         if theirs.shape != ours.shape or not ours.requires_grad:
             shapes = f"{list(ours.shape[1:])}; expected {list(theirs.shape[1:])}"
             raise ValueError(f"it turns tensors into shape {shapes}, with a gradient")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import find_file, fit_weights, loading, read_weights
+from svdd.assets.hub import find_file, fit_weights, locate, read_tokenizer, read_weights
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
 from svdd.rewards.pretrained import PretrainedReward, linear_head
 
@@ -58,10 +58,12 @@ class ImageReward(PretrainedReward):
         """Returns BLIP with the head."""
         from transformers import BertTokenizer
 
-        with loading(f"tokenizer={self.tokenizer!r}"):
-            self.words = BertTokenizer.from_pretrained(self.tokenizer, local_files_only=self.local_files_only)
         network = read_grounded_text(read_weights(find_file(self.pretrained, **self.options)), self.pretrained)
-        words, size = network.text.config.vocab_size, len(self.words)
+        words, what = network.text.config.vocab_size, f"tokenizer={self.tokenizer!r}"
+        expected, local = "a folder saved by BertTokenizer.save_pretrained or a hub name", self.local_files_only
+        source, options = locate(what, self.tokenizer, "tokenizer_config.json", expected, None, local)
+        self.words = read_tokenizer(BertTokenizer, source, what, words, **options)
+        size = len(self.words)
         if not words - 2 <= size <= words:  # the weights have two more special words
             raise UserError(f"tokenizer={self.tokenizer!r} has {size} words; expected {words - 2}")
         return network

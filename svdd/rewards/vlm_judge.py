@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import read_auto, read_model
+from svdd.assets.hub import check_tokenizer, read_auto, read_model
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Endpoint
 from svdd.rewards.pretrained import PretrainedReward
@@ -122,6 +122,8 @@ class LocalVLM(nn.Module):
         self.processor = read_auto(AutoProcessor, pretrained, **options)
         if not hasattr(self.processor, "tokenizer"):
             raise UserError(f"pretrained={pretrained!r} has no processor for images and text")
+        words = self.model.get_input_embeddings().num_embeddings
+        check_tokenizer(self.processor.tokenizer, f"the tokenizer of {pretrained!r}", words)
         self.answers = [self.tokens_of(word) for word in ("yes", "no")]
         if not all(self.answers):
             raise UserError(f"pretrained={pretrained!r} has no single token for yes, or none for no")

@@ -191,9 +191,12 @@ def to_safetensors(checkpoint: dict[str, Any]) -> bytes:
 
 def _header(checkpoint: Any, source: str) -> dict[str, Any]:
     """Returns `identity` and `arguments` of the value in a checkpoint; UserError if it holds none."""
-    found = checkpoint.get(HEADER) if isinstance(checkpoint, dict) else None
+    found, state = (checkpoint.get(k) if isinstance(checkpoint, dict) else None for k in (HEADER, "state_dict"))
     if not isinstance(found, dict) or found.keys() != {"identity", "arguments"}:
         raise UserError(f"{source} holds no value of svdd; {_EXPECTED}")
+    whole = isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())
+    if not (whole and all(isinstance(part, dict) for part in found.values()) and "value" in found["identity"]):
+        raise UserError(f"{source} holds a damaged value of svdd; {_EXPECTED}")
     return found
 
 

@@ -1,7 +1,8 @@
 """CLIP models from transformers and open_clip behind one interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import ASSETS, fit_weights, loading, locate, offline, read_model, read_weights
-from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
+from svdd.assets.hub import (
+    ASSETS,
+    fit_weights,
+    loading,
+    locate,
+    offline,
+    read_auto,
+    read_model,
+    read_tokenizer,
+    read_weights,
+    unreachable,
+)
+from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise, smooth_image, to_pil
 
 __all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "colour_statistics", "read_clip"]
 
@@ -78,14 +90,15 @@ class TransformersClip(ClipModel):
         super().__init__()
         from transformers import CLIPModel, CLIPTokenizer
 
-        self.clip, source, options = read_clip(CLIPModel, pretrained, options)
+        self.clip, source, own = read_clip(CLIPModel, pretrained, options)
         if processor is not None:
-            source, options = processor, {**options, "revision": None}
-        with loading(f"the tokenizer of {source!r}"):
-            self.tokenizer = CLIPTokenizer.from_pretrained(source, **options)
+            expected, local = "the folder of a CLIP or a hub name", bool(options.get("local_files_only"))
+            source, own = locate(f"processor={processor!r}", processor, "config.json", expected, None, local)
+        words = self.clip.config.text_config.vocab_size
+        self.tokenizer = read_tokenizer(CLIPTokenizer, source, f"the tokenizer of {source!r}", words, **own)
         self.side = int(self.clip.config.vision_config.image_size)
         self.scale: float = self.clip.logit_scale.exp().item()  # read before the weights lose precision
-        self.mean, self.std = colour_statistics(source, options)
+        self.mean, self.std = colour_statistics(source, own, self.side)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Returns the projected embedding of preprocessed pixels, [n, d]."""
@@ -121,7 +134,8 @@ class OpenClipModel(ClipModel):
         if tag and local_files_only and not open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub"):
             problem = f"open_clip downloads {tag!r} for {architecture} from outside the hub"
             raise UserError(f"{problem}, so local_files_only cannot be kept; give a weights file")
-        with loading(f"{architecture!r} of open_clip"), offline(local_files_only):
+        down = "" if local_files_only or own_file or architecture.startswith("local-dir:") else unreachable()
+        with loading(f"{architecture!r} of open_clip", down=down), offline(local_files_only or bool(down)), _no_code():
             self.clip = open_clip.create_model(architecture, tag, load_weights=not own_file, precision="fp32")
             self.tokenizer = open_clip.get_tokenizer(architecture)
         if own_file:
@@ -145,28 +159,57 @@ class OpenClipModel(ClipModel):
         return self.clip.encode_text(self.tokenizer(texts).to(next(self.clip.parameters()).device))
 
 
-def read_clip(auto: Any, pretrained: str, options: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
+@contextmanager
+def _no_code() -> Iterator[None]:
+    """Refuses code in models, where `trust_remote_code` cannot be passed on and transformers would ask a user."""
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+def read_clip(
+    auto: Any, pretrained: str, options: dict[str, Any], spare: str = r"position_ids$"
+) -> tuple[Any, str, dict[str, Any]]:
     """Returns a CLIP of transformers in float32, and the source and options of its other parts, or raises UserError."""
     from transformers import AutoConfig
 
+    what, expected = f"pretrained={pretrained!r}", "`emoji`, `emoji-judge`, a folder saved by CLIPModel.save_pretrained"
     if pretrained in EMBEDDED:
-        source, options = str(ASSETS / EMBEDDED[pretrained]), {**options, "local_files_only": True}
+        source, options = str(ASSETS / EMBEDDED[pretrained]), {"local_files_only": True}
     else:
-        expected = "`emoji`, `emoji-judge`, a folder saved by CLIPModel.save_pretrained, or a hub name such as "
-        source = locate("pretrained", pretrained, "config.json", expected + "openai/clip-vit-large-patch14")
-        with loading(f"pretrained={pretrained!r}"):
-            kind = AutoConfig.from_pretrained(source, **options).model_type
-        if kind != "clip":
-            raise UserError(f"pretrained={pretrained!r} is a {kind} model; expected a CLIP")
-    return read_model(auto, source, torch.float32, **options), source, options
+        expected += ", or a hub name such as openai/clip-vit-large-patch14"
+        source, options = locate(what, pretrained, "config.json", expected, **options)
+    if (kind := read_auto(AutoConfig, source, what, **options).model_type) != "clip":
+        raise UserError(f"{what} is a {kind} model; expected a CLIP")
+    return read_model(auto, source, torch.float32, what, spare, **options), source, options
 
 
-def colour_statistics(source: str, options: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    """Returns mean and standard deviation of the colours; OpenAI's if there is no preprocessor_config.json."""
+def colour_statistics(source: str, options: dict[str, Any], side: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Returns mean and standard deviation of the colours; OpenAI's if there is no preprocessor_config.json.
+
+    Raises:
+        UserError: If that file cannot be read, or asks for something else than a central square of `side` pixels.
+    """
     from transformers import CLIPImageProcessor
 
-    try:
-        processor = CLIPImageProcessor.from_pretrained(source, **options)
-    except OSError:
-        return CLIP_MEAN, CLIP_STD
+    what = f"the image processor of {source!r}"
+    with loading(what, source):
+        try:
+            processor = CLIPImageProcessor.from_pretrained(source, trust_remote_code=False, **options)
+        except OSError:
+            if any((Path(source) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+                raise
+            return CLIP_MEAN, CLIP_STD
+        image = smooth_image(96, 64)
+        theirs = processor(images=to_pil(image), return_tensors="pt").pixel_values
+    ours = normalise(fit_square(image, side), processor.image_mean, processor.image_std)
+    if theirs.shape != ours.shape or (theirs - ours).abs().max() * min(processor.image_std) > 3 / 255:
+        asked = f"size {dict(processor.size)}, crop_size {dict(processor.crop_size)}, resample {processor.resample!r}"
+        expected = f"the shorter side resized to {side} (bicubic), the central square, and normalised colours"
+        raise UserError(f"{what} prepares pictures otherwise ({asked}, ...); expected {expected}")
     return processor.image_mean, processor.image_std

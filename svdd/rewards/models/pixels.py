@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise", "to_pil"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise", "smooth_image", "to_pil"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -36,6 +36,13 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """Returns (images - mean) / std for each colour."""
     shift, scale = (images.new_tensor(list(values))[:, None, None] for values in (mean, std))
     return (images - shift) / scale
+
+
+def smooth_image(height: int, width: int) -> Tensor:
+    """Returns an image of slow waves with whole 8-bit values, to compare resizing on, float32 [1, 3, h, w]."""
+    waves = [torch.linspace(0, 3 * torch.pi, extent).sin() for extent in (height, width)]
+    rows, columns = torch.meshgrid(*waves, indexing="ij")
+    return ((torch.stack([rows, columns, rows * columns]) * 0.2 + 0.5) * 255).round()[None] / 255
 
 
 def luma(images: Tensor) -> Tensor:

@@ -1,0 +1,215 @@
+"""LoRA weights in the formats of diffusers, kohya and PEFT: checked against the model, loaded and fused."""
+
+import json
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from torch import Tensor, nn
+
+from svdd import UserError
+from svdd.assets.hub import fetch, is_local, loading, offline, quiet, read_weights, unreachable
+
+__all__ = ["find_lora", "fuse_lora", "load_lora"]
+
+_USUAL = [f"{name}.{end}" for end in ("safetensors", "bin") for name in ("pytorch_lora_weights", "adapter_model")]
+_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")  # PEFT's
+_PEFT = "base_model.model."  # before all names of PEFT
+
+
+class _Weights(NamedTuple):
+    """What diffusers needs of a LoRA: tensors by part and name, alphas, and PEFT's settings."""
+
+    state: dict[str, Tensor]
+    alphas: dict[str, float] | None
+    settings: dict[str, Any] | None
+
+
+def find_lora(lora: str, weight_name: str | None = None, local_files_only: bool = False) -> list[Path]:
+    """Returns the weights files of a LoRA: mostly one; of a folder of PEFT adapters, one for each part.
+
+    Args:
+        lora: A file, a folder, or a hub name, `owner/name` or `owner/name/file`.
+        weight_name: The file in a folder or hub model that holds several.
+        local_files_only: Use the hub's cache only.
+
+    Raises:
+        UserError: If there is no such file, or one of several must be named.
+    """
+    what, path = f"lora={lora!r}", Path(lora).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        parts = [path / part / file for part in ("unet", "text_encoder") for file in _USUAL[1::2]]
+        if weight_name is None and any(part.is_file() for part in parts):
+            return [part for part in parts if part.is_file()]
+        return [path / _choose(what, weight_name, [file.name for file in path.iterdir() if file.is_file()])]
+    *_, inner = hub = lora.split("/", 2)
+    if not lora.startswith((".", "/", "~")) and len(hub) == 3 and "." in inner:
+        lora, weight_name = "/".join(hub[:2]), inner
+    if is_local(lora):
+        raise UserError(
+            f"{what} does not exist; expected a file, a folder, or a hub name: owner/name or owner/name/file"
+        )
+    options: dict[str, Any] = {"local_files_only": local_files_only}
+    if weight_name is None:
+        down = "" if local_files_only else unreachable()
+        with loading(what, down=down), offline(local_files_only or bool(down)):
+            cached = [name for name in _USUAL if isinstance(try_to_load_from_cache(lora, name), str)]
+            names = cached or HfApi().list_repo_files(lora)
+        weight_name = _choose(what, None, names)
+    if Path(weight_name).stem == "adapter_model":
+        fetch(what, lora, str(Path(weight_name).with_name("adapter_config.json")), **options)
+    return [fetch(what, lora, weight_name, **options)[0]]
+
+
+def _choose(what: str, wanted: str | None, names: Iterable[str]) -> str:
+    """Returns the name of the weights file among the files of a folder or a hub model."""
+    known = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")))
+    usual = [name for name in _USUAL if name in known]
+    if wanted is None and (usual or len(known) == 1):
+        return (usual or known)[0]
+    if wanted in known:
+        return str(wanted)
+    some = ", ".join(known[:5]) or "none"
+    asked = "give weight_name, the one to load" if wanted is None else f"weight_name={wanted!r} is not among them"
+    raise UserError(f"{what}: {asked}; its weights files: {some}")
+
+
+def load_lora(pipeline: Any, lora: str, weight_name: str | None = None, local_files_only: bool = False) -> None:
+    """Loads LoRA weights into the parts of a pipeline, without fusing them; arguments as in `find_lora`.
+
+    Raises:
+        UserError: If the weights cannot be loaded, do not fit the model, or change nothing in it.
+    """
+    what = f"lora={lora!r}"
+    if find_spec("peft") is None:
+        raise UserError(f"{what} needs the peft package: pip install 'svdd[lora]'")
+    models = {name: getattr(pipeline, name) for name in pipeline._lora_loadable_modules}
+    changes = False
+    for file in find_lora(lora, weight_name, local_files_only):
+        with loading(what, file.parent), quiet("diffusers"):
+            weights = _read(pipeline, what, file, models)
+            changes |= _check(what, weights.state, models)
+            for part in {name.partition(".")[0] for name in weights.state}:
+                load = getattr(pipeline, f"load_lora_into_{part}")
+                options = {"metadata": weights.settings, "low_cpu_mem_usage": True, part: models[part]}
+                load(weights.state, network_alphas=weights.alphas, **options)
+    if not changes:
+        raise UserError(f"{what} changes no weight: all its updates are zero; expected a trained LoRA")
+
+
+def fuse_lora(pipeline: Any, lora: str, scale: float = 1.0) -> None:
+    """Adds `scale` times the updates of the loaded LoRA to the weights; UserError if one is not finite."""
+    with loading(f"lora={lora!r}"):
+        pipeline.fuse_lora(pipeline._lora_loadable_modules, lora_scale=scale, safe_fusing=True)
+    pipeline.unload_lora_weights()
+
+
+def _read(pipeline: Any, what: str, file: Path, models: dict[str, Any]) -> _Weights:
+    """Reads a file into the names of diffusers, each with its part: `unet.` or `text_encoder.`."""
+    try:
+        raw = read_weights(file)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    if other := sorted(name for name in raw if re.search(r"\.(hada|lokr|oft|boft|ia3|vera|dora_scale)", name)):
+        raise UserError(f"{what} is an adapter of another kind (it holds {other[0]}); expected a plain LoRA")
+    if not any("lora" in name for name in raw):
+        raise UserError(f"{what} holds no LoRA weights, first {next(iter(raw), 'nothing')!r}; expected a LoRA")
+    if any(name.startswith(_PEFT) for name in raw):
+        return _read_peft(what, file, raw, models)
+    try:
+        state, alphas, settings = pipeline.lora_state_dict(str(file), local_files_only=True, return_lora_metadata=True)
+    except (ValueError, KeyError) as error:  # names that diffusers' conversion does not know, all in one message
+        raise UserError(f"{what} has names of weights that diffusers cannot read, such as {min(raw)!r}") from error
+    return _Weights({_with_part(name, models): tensor for name, tensor in state.items()}, alphas, settings)
+
+
+def _read_peft(what: str, file: Path, raw: dict[str, Tensor], models: dict[str, Any]) -> _Weights:
+    """Reads a PEFT adapter, whose scale stands in adapter_config.json beside the weights."""
+    try:
+        config = json.loads((file.parent / "adapter_config.json").read_text())
+        kind = config.get("peft_type", "LORA")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{what} is a PEFT adapter and needs a readable adapter_config.json beside {file}") from error
+    if kind != "LORA":
+        raise UserError(f"{what} is a {kind} adapter of PEFT; expected peft_type LORA")
+    state = {_with_part(name.removeprefix(_PEFT), models): tensor for name, tensor in raw.items()}
+    layers: dict[str, list[str]] = {}
+    for name in state:
+        part, _, rest = name.partition(".")
+        layers.setdefault(part, []).append(_layer(rest))
+    own = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+    settings = {f"{part}.{name}": value for part in layers for name, value in own.items()}
+    settings |= {f"{part}.target_modules": sorted(set(names)) for part, names in layers.items()}
+    rank = int(own.get("r", 8))  # 8 is PEFT's default
+    found = {len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")}
+    if not own.get("rank_pattern") and found != {rank}:
+        raise UserError(f"{what} has rank {sorted(found)}, but its adapter_config.json states r={rank}")
+    return _Weights(state, None, settings)
+
+
+def _with_part(name: str, models: dict[str, Any]) -> str:
+    """Returns a weight's name with its part, which some formats leave out."""
+    if name.partition(".")[0] in models:
+        return name
+    layer = _layer(name)
+    owners = [part for part, model in models.items() if layer in _layers(model)]
+    return f"{owners[0]}.{name}" if owners else name
+
+
+def _layer(name: str) -> str:
+    """Returns the layer that a LoRA weight belongs to."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    (converted,) = convert_unet_state_dict_to_peft({name: None})
+    return converted.split(".lora_")[0]
+
+
+def _layers(model: Any) -> dict[str, nn.Module]:
+    """Returns the layers by name; those of CLIP's text encoder also with the prefix of its earlier versions."""
+    found = dict(model.named_modules())
+    return found | {f"text_model.{name}": layer for name, layer in found.items()}
+
+
+def _peft_names(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a part under the names of PEFT, as diffusers converts them when it loads them."""
+    from diffusers import utils
+
+    if not part.startswith("text_encoder"):
+        return utils.convert_unet_state_dict_to_peft(tensors)
+    return utils.convert_state_dict_to_peft(utils.convert_state_dict_to_diffusers(tensors))
+
+
+def _check(what: str, state: dict[str, Tensor], models: dict[str, Any]) -> bool:
+    """Returns whether any weight of the models changes; raises UserError if a tensor does not fit a layer."""
+    layers = {part: _layers(model) for part, model in models.items()}
+    changes, expected = False, "expected a LoRA for this base model"
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    if unknown := sorted(parts.keys() - models.keys()):
+        names = sorted(name for name in state if name.partition(".")[0] in unknown)
+    else:
+        parts = {part: _peft_names(part, tensors) for part, tensors in parts.items()}
+        names = [f"{part}.{name}" for part in parts for name in parts[part] if _layer(name) not in layers[part]]
+    if names:
+        problem = f"{len(names)} of its {len(state)} weights belong to no layer of the model, first {names[0]}"
+        raise UserError(f"{what} does not fit: {problem}; {expected}")
+    for part, tensors in parts.items():
+        for name, down in tensors.items():
+            if not name.endswith(".lora_A.weight"):
+                continue
+            layer, up = _layer(name), tensors.get(name.replace(".lora_A.", ".lora_B."))
+            if up is None:
+                raise UserError(f"{what} is incomplete: {part}.{layer} has only one of its two matrices")
+            weight: Any = layers[part][layer].weight
+            own, found = [*weight.shape], [len(up), *down.shape[1:]]
+            if own != found or up.shape[1] != len(down):
+                raise UserError(f"{what} does not fit: {part}.{layer} has shape {own}, its update {found}; {expected}")
+            changes |= bool(down.any() and up.any())
+    return changes
