@@ -1,9 +1,15 @@
 """Steer text-to-image diffusion models with any reward, at inference time, without training or gradients."""
 
+import os
 import sys
 
-if sys.argv[:1] == ["-m"] and {"svdd", "-msvdd"} & {*sys.orig_argv} and not getattr(sys.flags, "safe_path", False):
-    sys.path.append(sys.path.pop(0))  # `python -m svdd`: a json.py in the working directory must not be imported
+_AS_MODULE = sys.argv[:1] == ["-m"] and bool({"svdd", "-msvdd"} & {*sys.orig_argv})  # python -m svdd
+if _AS_MODULE and not getattr(sys.flags, "safe_path", False):
+    sys.path.append(sys.path.pop(0))  # a json.py in the working directory must not be imported
+if _AS_MODULE or os.path.basename("".join(sys.argv[:1])) in ("svdd", "svdd.exe"):
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the command without a traceback, until `main` listens
 
 import re
 from collections.abc import Iterable

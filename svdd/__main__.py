@@ -71,7 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help", "--version"):
         say(f"svdd {__version__}" if command == "--version" else _HELP)
         return 0
-    warnings.formatwarning = lambda *args, **kwargs: printable(_format_warning(*args, **kwargs))
     try:
         if ignore_incomplete() == "torchrun" and whole_process:  # before Lightning reads the same variables
             die_with_parent()
@@ -80,12 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
         with exits_explained():
-            resolve_name(f"svdd.commands.{_COMMANDS[command]}")(words)
+            run = resolve_name(f"svdd.commands.{_COMMANDS[command]}")
+            warnings.formatwarning = _one_line  # after Lightning's import, which sets its own
+            run(words)
     except Exception as error:
         if os.environ.get("SVDD_DEBUG"):
             raise
         return _report(error)
     return 0
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Returns a warning of svdd in one line, and one of a library as Python shows it, without control characters."""
+    if filename.startswith(_LIBRARIES[0]):
+        return printable(f"svdd: warning: {' '.join(str(message).splitlines())}") + "\n"
+    return printable(_format_warning(message, category, filename, lineno, line))
 
 
 def _find_files_here() -> None:

@@ -554,5 +554,7 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     found = fuzz(chosen.lines, chosen.damages, chosen.configs, chosen.seed, chosen.only)
     left = [outcome for outcome in found if outcome.left and outcome.case.damage is None]
+    for outcome in left:
+        print(printable(f"left {', '.join(outcome.left)}: {outcome.case.name}: {outcome.text[-200:]!r}"))
     print(f"{len(left)} refused command lines left something behind")
     sys.exit(any(outcome.faults for outcome in found))

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,7 @@ def test_a_run_writes_all_documented_files(predict, tmp_path, read_rows):
         "alpha": 0.0,
         "num_particles": 1,
         "score_parent": False,
+        "choose_start": False,
         "guide_start": 0.0,
         "guide_stop": 1.0,
         "guide_every": 1,
@@ -278,6 +281,14 @@ def test_the_working_directory_is_searched_last(tmp_path):
         assert "from the working directory" not in done.stderr
 
 
+def test_an_interrupt_during_the_first_import_leaves_no_traceback(tmp_path):
+    (tmp_path / "lazy_loader.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-m", "svdd", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_a_mistake_in_a_custom_sampler_names_class_and_method(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -430,6 +441,13 @@ def test_an_error_in_a_users_code_shows_its_place_and_one_in_a_library_does_not(
     assert len(capsys.readouterr().err.splitlines()) == 1
     sys.path.remove(str(packages))
     sys.modules.pop("theirs")
+
+
+def test_a_warning_is_one_line_without_control_characters(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restored at the end
+    assert main(["list", "reward"]) == 0
+    shown = warnings.formatwarning("a\nb\x1b[2J\u202e", UserWarning, sys.modules["svdd"].__file__, 1)
+    assert shown == "svdd: warning: a b\\x1b[2J\\u202e\n"
 
 
 def test_an_error_in_svdd_is_one_line_and_code_1(predict, capsys, monkeypatch):

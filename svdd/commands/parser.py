@@ -202,6 +202,14 @@ def explain(message: str, command: str | None = None) -> str:
     given = re.search(r"(?:class, but|Given value: (?:{'class_path': ')?)\s*(\w+(?:\.\w+)+)", rest)
     if given and " is abstract" in rest:
         return f"{key}class {given[1]!r} cannot be used: {missing_methods(resolve_name(given[1]))}"
+    if setting and re.search(r"argument of type '\w+' is not|'\w+' object (has no|is not) ", rest):
+        return f"{key}malformed; expected a name, or a mapping with class_path (a name) and init_args (a mapping)"
+    if file := re.search(r"^Unable to load config ['\"]?([^'\"]*)", rest):
+        return (
+            f"{name.partition('.')[0]}: expected settings, or the name of a YAML file with them, got {_short(file[1])}"
+        )
+    if base := re.search(r"Not a valid subclass of (\w+)", rest):
+        return f"{key}expected the name of a {base[1]}, or a mapping with class_path and init_args{_got(rest)}"
     if argument := re.search(r"Option '([^']+)' is not accepted", rest):
         if command and not key:
             return f"`svdd {command}` has no setting {argument[1]!r}, remove it; `svdd {command} --help` lists all"
@@ -213,6 +221,11 @@ def explain(message: str, command: str | None = None) -> str:
         return f"{name}.{inner[1]}: {_plain(inner[2])}"
     reasons = [line.strip(" -") for line in rest.splitlines() if line.strip(" -") and not _NOISE.search(line)]
     return key + _plain(" ".join(reasons) or rest)
+
+
+def _got(message: str) -> str:
+    value = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
+    return f", got {value[1][:80]}" if value else ""
 
 
 def _unknown(key: str, name: str) -> str:

@@ -191,3 +191,15 @@ def test_a_training_that_was_stopped_early_is_not_continued(job: Job):
     assert torch.load(job.last, weights_only=True)["epoch"] == 1
     assert job.run(*stop) == 0, job.said()
     assert job.content() == before
+
+
+@only_fit
+def test_a_number_of_steps_is_reached_as_without_a_kill(job: Job, tmp_path: Path):
+    """With `max_steps` Lightning itself would repeat the end of the last epoch."""
+    steps, undisturbed = ("--trainer.max_steps", "12"), Job("fit", tmp_path / "undisturbed")
+    assert undisturbed.run(*steps) == 0
+    assert job.run(*steps, operations=58) == 137
+    assert torch.load(job.last, weights_only=True)["global_step"] == 5
+    assert job.run(*steps) == 0
+    content = {name: entry for name, entry in job.content().items() if not name.startswith("undisturbed/")}
+    assert content == undisturbed.content()

@@ -19,7 +19,10 @@ from svdd.runs.processes.signals import AGENT, STOP_EXIT_CODES, signals
 __all__ = ["join"]
 
 # As `python -m svdd`, which would import a json.py in the working directory in place of Python's own.
-_START = "import sys; sys.path.append(sys.path.pop(0)); from svdd.__main__ import main; sys.exit(main())"
+_START = (
+    "import sys; sys.path.append(sys.path.pop(0)); import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "from svdd.__main__ import main; sys.exit(main())"
+)
 _FINAL = (2, 3, *STOP_EXIT_CODES)  # exit codes after which a restart does not help
 
 

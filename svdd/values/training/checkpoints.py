@@ -61,9 +61,18 @@ class Checkpoints(Checkpoint):
             write_atomically(self.last, self.best.read_bytes())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Ends a training that had been stopped early before it was continued; Lightning would add an epoch."""
+        """Ends a training that had been stopped early before it was continued; Lightning would add an epoch.
+
+        With `max_steps` Lightning would end the last epoch once more: it begins the next one instead.
+        """
         stopped = [callback.wait_count >= callback.patience for callback in trainer.early_stopping_callbacks]
         trainer.should_stop = trainer.should_stop or any(stopped)
+        loop = trainer.fit_loop
+        if loop.restarting and loop.epoch_loop.batch_progress.is_last_batch:
+            for each in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+                each._restarting = False
+                each.reset_restart_stage()
+            loop.epoch_progress.current.completed = loop.epoch_progress.current.processed
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the checkpoints; every process takes part."""
