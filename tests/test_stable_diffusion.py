@@ -50,6 +50,26 @@ def test_the_safety_checker_is_not_read(sd15, tmp_path):
     StableDiffusion(str(path), 2)
 
 
+def test_weights_under_older_names_and_in_pickled_files_are_the_same(sd15, tmp_path, capfd):
+    """As in the first repositories: attention of the VAE, the text encoder's prefix, and `.bin` files."""
+    path, expected = copy(sd15, tmp_path), StableDiffusion(sd15, 1).state_dict()
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def before(name: str) -> str:
+        return next((name.replace(new, was) for new, was in old.items() if new in name), name)
+
+    tensors(VAE, lambda state: {before(name): tensor for name, tensor in state.items()})(path)
+    text = {f"text_model.{name}": tensor for name, tensor in load_file(path / TEXT).items()}
+    torch.save(text | {"text_model.embeddings.position_ids": torch.arange(77)}, path / "text_encoder/pytorch_model.bin")
+    torch.save(load_file(path / UNET), (path / UNET).with_suffix(".bin"))
+    for file in (TEXT, UNET):
+        (path / file).unlink()
+    capfd.readouterr()
+    found = StableDiffusion(str(path), 1).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(sd15, capfd, shown):
     from diffusers.utils import logging as diffusers_logging

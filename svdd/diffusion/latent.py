@@ -41,7 +41,7 @@ class LatentDiffusion(Diffusion):
             effect in the reproducible mode.
         reproducible: Compute each image apart from others, so that its bits do not depend on the batch, the number of
             devices or threads, or an interruption. `auto`: on a CPU, if the sampler gives an image about 8 rows or
-            more per step, where this costs nothing.
+            more per step, where this costs next to nothing.
         compile: Compile network and decoder with torch.compile.
         lora: LoRA weights to fuse into the model: a file, a folder, or a hub name, `owner/name` or `owner/name/file`
             (needs `pip install 'svdd[lora]'`).
