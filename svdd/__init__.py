@@ -29,6 +29,7 @@ __getattr__, _, __all__ = lazy_loader.attach(  # imports on first use, so that `
 )
 __all__ += [
     "Incomplete",
+    "NotFinite",
     "RewardError",
     "Stopped",
     "UserError",
@@ -49,6 +50,10 @@ SUMMARY_FILE = "summary.json"  # in a run folder; rewards may read it, and know 
 
 class UserError(ValueError):
     """An error that the user can fix; the message says what came, what was expected and what to do (exit code 2)."""
+
+
+class NotFinite(UserError):
+    """A network returned NaN or infinity; other prompts may work."""
 
 
 class RewardError(UserError):

@@ -31,7 +31,8 @@ from svdd.values.posterior_mean import PosteriorMean
 
 __all__ = ["GuidedDiffusion"]
 
-_TOGETHER = 6.5  # rows at once from which a CPU gains nothing by more
+# Rows of an image at once from which a CPU gains nothing by more: benchmarks/reproducible.md
+_TOGETHER, _TOGETHER_UNDECODED = 6.5, 12
 
 
 class GuidedDiffusion(L.LightningModule):
@@ -90,9 +91,11 @@ class GuidedDiffusion(L.LightningModule):
         if budget is not None:
             self.sampler = fit_budget(self.sampler, budget, self.diffusion, self.value)
             self.sampler.check(self.diffusion, self.value)
-        self._together = 1.0
+        self._costs_nothing = False  # the reproducible mode on a CPU
         with suppress(Uncountable):  # a mistake in a sampler shows here, before anything is drawn
-            self._together = count(self.sampler, self.diffusion, self.value).together
+            cost = count(self.sampler, self.diffusion, self.value)
+            often = 2 * cost.decoded_images >= cost.denoiser_rows  # small calls of the decoder are the cheaper ones
+            self._costs_nothing = cost.together >= (_TOGETHER if often else _TOGETHER_UNDECODED)
         if not reward.higher_is_better:
             raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
         names = [each.name for each in (reward, *self.eval_rewards)]
@@ -244,8 +247,7 @@ class GuidedDiffusion(L.LightningModule):
 
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""
-        automatic = self._together >= _TOGETHER and self.diffusion.device.type == "cpu"
-        self.diffusion.chunker.resolve(automatic)
+        self.diffusion.chunker.resolve(self._costs_nothing and self.diffusion.device.type == "cpu")
 
     @torch.inference_mode(False)
     def _reset(self) -> None:

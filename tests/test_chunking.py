@@ -16,6 +16,7 @@ from svdd.rewards.jpeg import Compressibility
 from svdd.runs.files import RunError
 from svdd.runs.folder import RunFolder
 from svdd.runs.rows import Prompt
+from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
@@ -206,6 +207,8 @@ def test_out_of_memory_halves_the_parts_and_redraws_the_whole_batch():
         (SVDD(8), None, True),
         (SMC(8), Lookahead(1), True),
         (SVDD(4), None, False),
+        (BestOfN(8), None, False),
+        (BestOfN(16), None, True),
         (Unguided(), None, False),
         (SVDD(20), LatentConvValue(), False),  # one row an image through the network
     ],

@@ -1,7 +1,10 @@
 """`Unguided` and one-candidate SVDD equal `StableDiffusionPipeline` bit for bit."""
 
+import json
+import shutil
 from contextlib import nullcontext
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -28,9 +31,16 @@ SEEDS = [11, 5, 2**40, 0]
 CLASSES = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler}
 
 
-def by_hand(folder, scheduler, prompts, seeds, steps, guidance_scale, eta, negative_prompt=None) -> np.ndarray:
+def by_hand(
+    folder, scheduler, prompts, seeds, steps, guidance_scale, eta, negative_prompt=None, unsaid=None
+) -> np.ndarray:
+    """Draws with the pipeline and the scheduler; with `unsaid` settings the constructor receives the scheduler."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
-    pipeline.scheduler = CLASSES[scheduler].from_config(pipeline.scheduler.config)
+    chosen = CLASSES[scheduler].from_config(pipeline.scheduler.config, **unsaid or {})
+    if unsaid is not None:
+        parts = pipeline.components | {"scheduler": chosen}
+        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipeline.scheduler = chosen
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompts,
@@ -71,6 +81,23 @@ def test_real_layouts_equal_the_pipeline(folder, scheduler, guidance_scale, eta,
     path = request.getfixturevalue(folder)
     arguments = (PROMPTS, SEEDS, 5, guidance_scale, eta)
     assert np.array_equal(by_hand(path, scheduler, *arguments), ours(path, Unguided(), scheduler, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler"),
+    [("EulerDiscrete", "ddim"), ("DPMSolverMultistep", "ddpm"), ("UniPCMultistep", "euler_ancestral")],
+)
+def test_a_model_saved_with_another_scheduler_equals_the_pipeline(kind, scheduler, sd15, tmp_path):
+    """Such configurations have no `clip_sample`, and DDIMScheduler and DDPMScheduler would clip the latents."""
+    folder = str(shutil.copytree(sd15, tmp_path / "model"))
+    name = f"{kind}Scheduler"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    getattr(diffusers, name)(**betas).save_pretrained(f"{folder}/scheduler")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    arguments = (PROMPTS[:2], SEEDS[:2], 4, 3.0, 1.0)
+    expected = by_hand(folder, scheduler, *arguments, unsaid={"set_alpha_to_one": False})
+    assert np.array_equal(expected, ours(folder, Unguided(), scheduler, *arguments))
 
 
 def test_negative_prompts_equal_the_pipeline(sd15):

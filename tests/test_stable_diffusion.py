@@ -50,6 +50,26 @@ def test_the_safety_checker_is_not_read(sd15, tmp_path):
     StableDiffusion(str(path), 2)
 
 
+def test_weights_under_older_names_and_in_pickled_files_are_the_same(sd15, tmp_path, capfd):
+    """As in the first repositories: attention of the VAE, the text encoder's prefix, and `.bin` files."""
+    path, expected = copy(sd15, tmp_path), StableDiffusion(sd15, 1).state_dict()
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def before(name: str) -> str:
+        return next((name.replace(new, was) for new, was in old.items() if new in name), name)
+
+    tensors(VAE, lambda state: {before(name): tensor for name, tensor in state.items()})(path)
+    text = {f"text_model.{name}": tensor for name, tensor in load_file(path / TEXT).items()}
+    torch.save(text | {"text_model.embeddings.position_ids": torch.arange(77)}, path / "text_encoder/pytorch_model.bin")
+    torch.save(load_file(path / UNET), (path / UNET).with_suffix(".bin"))
+    for file in (TEXT, UNET):
+        (path / file).unlink()
+    capfd.readouterr()
+    found = StableDiffusion(str(path), 1).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(sd15, capfd, shown):
     from diffusers.utils import logging as diffusers_logging
@@ -148,6 +168,18 @@ def test_images_need_not_be_square(sd15):
     with torch.no_grad():
         assert run(diffusion, Unguided(), None, 2).images.shape == (2, 3, 48, 80)
     assert StableDiffusion(sd15, 2, width=16).latent_shape == (4, 8, 2)
+
+
+def test_an_image_has_the_size_that_the_pipeline_would_give_it(sd15, tmp_path):
+    """The pipeline's constructor turns a size below 64 into 64 for networks saved by diffusers before 0.9."""
+    path = copy(sd15, tmp_path) / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"_diffusers_version": "0.6.0", "sample_size": 32}))
+    assert StableDiffusion(str(path.parent.parent), 2).latent_shape == (4, 64, 64)
+    path.write_text(json.dumps(config | {"sample_size": None}))
+    with pytest.raises(ValueError, match="states no image size; give height and width"):
+        StableDiffusion(str(path.parent.parent), 2)
+    assert StableDiffusion(str(path.parent.parent), 2, height=16, width=64).latent_shape == (4, 2, 8)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler_ancestral"])

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from logging import CRITICAL
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -159,12 +160,12 @@ def offline(wanted: bool) -> Iterator[None]:
 def quiet(*libraries: str) -> Iterator[None]:
     """Hides loading bars, warnings and reports of `transformers` or `diffusers`."""
     with ExitStack() as restore:
-        for logging in (import_module(f"{library}.utils.logging") for library in libraries):
-            restore.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-            if logging.is_progress_bar_enabled():
-                restore.callback(logging.enable_progress_bar)
-                logging.disable_progress_bar()
+        for log in (import_module(f"{library}.utils.logging") for library in libraries):
+            restore.callback(log.set_verbosity, log.get_verbosity())
+            log.set_verbosity(CRITICAL)  # an error is raised as well
+            if log.is_progress_bar_enabled():
+                restore.callback(log.enable_progress_bar)
+                log.disable_progress_bar()
         yield
 
 

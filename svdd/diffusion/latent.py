@@ -14,7 +14,7 @@ from svdd.assets.content import digest
 from svdd.assets.hub import ASSETS, is_local
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.chunking import Reproducible
-from svdd.diffusion.kernels import KERNELS, Kernel, find_kernel
+from svdd.diffusion.kernels import KERNELS, Kernel, chain_settings, find_kernel
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
 from svdd.diffusion.pipelines import Configs, TinyDecoder, examine, fingerprint, load_pipeline, warn_of_cuts
 
@@ -41,7 +41,7 @@ class LatentDiffusion(Diffusion):
             effect in the reproducible mode.
         reproducible: Compute each image apart from others, so that its bits do not depend on the batch, the number of
             devices or threads, or an interruption. `auto`: on a CPU, if the sampler gives an image about 8 rows or
-            more per step, where this costs nothing.
+            more per step, where this costs next to nothing.
         compile: Compile network and decoder with torch.compile.
         lora: LoRA weights to fuse into the model: a file, a folder, or a hub name, `owner/name` or `owner/name/file`
             (needs `pip install 'svdd[lora]'`).
@@ -110,7 +110,7 @@ class LatentDiffusion(Diffusion):
         for name in names:
             self.add_module(name, parts[name].eval())
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
-        self.kernel = kernel(pipeline.scheduler.config, num_inference_steps, eta)
+        self.kernel = kernel(chain_settings(pipeline.scheduler.config), num_inference_steps, eta)
         factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
         if native is None and None in (height, width):
             raise UserError(f"pretrained={pretrained!r} states no image size; give height and width")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.hub import fetch, is_local, loading, locate, quiet, read_model, read_tokenizer
 
-__all__ = ["Configs", "TinyDecoder", "examine", "expand", "fingerprint", "load_pipeline", "warn_of_cuts"]
+__all__ = ["Configs", "TinyDecoder", "examine", "expand", "fingerprint", "load_pipeline", "to_images", "warn_of_cuts"]
 
 Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
 _INDEX = "model_index.json"
@@ -196,7 +196,12 @@ class TinyDecoder(nn.Module):
     def forward(self, x0: Tensor) -> Tensor:
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
         images = self.decoder(x0.to(next(self.parameters()).dtype) / self.scaling_factor)
-        return (images * 0.5 + 0.5).clamp(0, 1).float()
+        return to_images(images)
+
+
+def to_images(decoded: Tensor) -> Tensor:
+    """Turns a decoder's output in [-1, 1] into images, float32 in [0, 1]; infinity becomes NaN, which stays NaN."""
+    return (decoded.nan_to_num(torch.nan, torch.nan, torch.nan) * 0.5 + 0.5).clamp(0, 1).float()
 
 
 def fingerprint(*modules: nn.Module) -> str:

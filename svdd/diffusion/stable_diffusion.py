@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdd.diffusion.latent import Conditioning, LatentDiffusion
-from svdd.diffusion.pipelines import Configs, expand
+from svdd.diffusion.pipelines import Configs, expand, to_images
 
 __all__ = ["StableDiffusion", "guidance_embedding"]
 
@@ -92,7 +92,7 @@ class StableDiffusion(LatentDiffusion):
     def decode(self, x0: Tensor) -> Tensor:
         """Evaluates the autoencoder's decoder."""
         images = self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-        return (images * 0.5 + 0.5).clamp(0, 1).float()
+        return to_images(images)
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:

@@ -72,8 +72,13 @@ class Reward(nn.Module, ABC):
         """Returns the scores of `forward` as float32 [n].
 
         Raises:
-            RewardError: If they are not one finite number per image, or `forward` failed, unless the device did.
+            RewardError: If the images or the scores are not finite, one score per image, or `forward` failed, unless
+                the device did.
         """
+        if len(bad := (~images.detach().flatten(1).sum(1).isfinite()).nonzero()):
+            first = f"{len(bad)} of {len(images)} images, first for the prompt {prompts[int(bad[0])]!r}"
+            help = "a decoder in float16 may overflow: set --trainer.precision to bf16-true or 32-true"
+            raise RewardError(f"reward {self.name} received NaN or infinity in {first}; {help}")
         try:
             scores = self(images, list(prompts))
         except UserError:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd import RewardError, UserError
+from svdd import NotFinite, RewardError, UserError
 from svdd.runs.rows import Prompt, ResultRow
 
 __all__ = ["Prediction", "predict_or_skip"]
@@ -33,12 +33,12 @@ def predict_or_skip(
     """Draws a batch; if it fails, draws its prompts one by one and skips those that fail alone too.
 
     An error is raised if `is_fatal` says that it would occur for every prompt, such as a device without memory, or if
-    it is a UserError other than a RewardError.
+    it is a UserError other than a RewardError or NotFinite.
     """
     try:
         return predict(batch)
     except Exception as error:
-        if is_fatal(error) or (isinstance(error, UserError) and not isinstance(error, RewardError)):
+        if is_fatal(error) or (isinstance(error, UserError) and not isinstance(error, RewardError | NotFinite)):
             raise
         message = f"{type(error).__name__}: {error}"
     if len(batch) == 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.state.context import Context, Scorer
+from svdd.state.finite import require_finite
 
 __all__ = ["Start", "State"]
 
@@ -188,6 +189,7 @@ class State:
             rows = (self.x, self.row, self.origin, *(() if through_denoiser else self.prediction))
             differentiate = partial(self._differentiate, value)  # in chunks, which bounds the memory of the graph
             found = self.context.diffusion.chunker.map(differentiate, self.num_images, *rows)
+            self._require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
         return self._cache[values], self._cache[slope]
 
@@ -214,9 +216,18 @@ class State:
         x0, mean = (tensor.detach() for tensor in part.prediction)
         return {"values": values.detach(), "gradient": slope, "x0": x0, "mean": mean}
 
+    def _require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
+        """Raises NotFinite with the step and the first failing row's prompt."""
+
+        def prompt(k: int) -> str:
+            return self.context.prompts[int(self.row[k])]
+
+        require_finite(part, source, *found, where=f" at step {self.i} of {self.num_steps}", prompt=prompt)
+
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
             images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True)
+            self._require_finite("decoder", x0, images)
         self.context.ledger.decoded_images += len(x0)
         return images
 
@@ -229,6 +240,7 @@ class State:
 
         with ledger.timed("denoiser_seconds", self.x.device):
             result = context.diffusion.chunker.map(evaluate, self.num_images, self.x, self.row, parallel=True)
+            self._require_finite("denoiser", self.x, *(result if isinstance(result, tuple) else (result,)))
         ledger.denoiser_rows += n
         ledger.network_rows += n * context.diffusion.network_rows(guidance_scale)
         return result

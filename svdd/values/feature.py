@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from svdd import require_at_least
 from svdd.diffusion.base import Diffusion
 from svdd.rewards.clip import CLIPScore
+from svdd.state.finite import require_finite
 from svdd.values.learned import LearnedValue
 from svdd.values.losses import ValueLoss
 
@@ -58,7 +59,9 @@ class FeatureValue(LearnedValue):
 
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
         """Returns predictions in units of the rewards' spread about their mean, [n]."""
-        features = self.clip.image_features(self._decoder[0].decode(x)) * 10  # entries of about unit size
+        images = self._decoder[0].decode(x)
+        require_finite("decoder", x, images)
+        features = self.clip.image_features(images) * 10  # entries of about unit size
         waves = torch.stack([progress, (torch.pi * progress).sin(), (torch.pi * progress).cos()], 1)
         texts = [text] if self.use_prompt and text is not None else []
         return self.network(torch.cat([features.to(waves), waves, *texts], 1))[:, 0]
