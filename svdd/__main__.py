@@ -116,7 +116,8 @@ def _report(error: Exception) -> int:
         error = UserError(f"{found}; free some space, or set TMPDIR to another folder for temporary files")
         message = f"error: {error}"
     elif not isinstance(error, UserError):
-        message = f"error: {type(error).__name__}: {redact(first_line(error))} (SVDD_DEBUG=1 shows where)"
+        lower = "; lower data.batch_size or model.diffusion.chunk_size" if "memory" in repr(error).lower() else ""
+        message = f"error: {type(error).__name__}: {redact(first_line(error))}{lower} (SVDD_DEBUG=1 shows where)"
     cause: BaseException | None = error
     while cause is not None:
         if frames := _users_frames(cause.__traceback__):
