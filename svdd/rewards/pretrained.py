@@ -30,6 +30,8 @@ class PretrainedReward(Reward):
 
     def __post_init__(self) -> None:
         super().__init__()
+        if not isinstance(name := getattr(self, "pretrained", ""), str):
+            raise UserError(f"pretrained must be a folder or the name of a model, got {name!r}")
         self.options: dict[str, Any] = {"revision": self.revision, "local_files_only": self.local_files_only}
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows the module's device and precision
         self.pretrained_network: Any = None
