@@ -247,7 +247,7 @@ class RunFolder:
         if changed and drawn and not overwrite and not self._condemned.exists():
             what = f"other settings: {'; '.join(changed)}" if known else f"unknown settings, as its {CONFIG} is damaged"
             way_out = "Choose another --output, or remove the old run with --overwrite true"
-            raise RunError(f"{self.path} holds a run with {what}. {about_batches(changed)}{way_out}")
+            raise RunError(f"{self.path} holds a run with {what}. {about_batches(changed) if known else ''}{way_out}")
         anew = recorded is None or overwrite or not drawn or self._condemned.exists()
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
