@@ -458,7 +458,10 @@ def run(case: Case, template: Path) -> Outcome:
             faults.append("no message")
         if printable(text.replace("\r", "")) != text.replace("\r", ""):
             faults.append("control characters")
-        if _snapshot(folder / "mine") != before or (folder / "hacked").exists():
+        after = _snapshot(folder / "mine")
+        if case.words[-2:-1] == ["--data.cache"]:  # a cache may be added to any folder
+            after = {path: after.get(path) for path in before}
+        if after != before or (folder / "hacked").exists():
             faults.append("a user's file changed")
         left = [] if code != 2 else [path.name for path in folder.iterdir() if path not in names]
         return Outcome(case, code, text, seconds, faults, left)

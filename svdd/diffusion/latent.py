@@ -90,6 +90,8 @@ class LatentDiffusion(Diffusion):
             raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
         if not math.isfinite(lora_scale):
             raise ValueError(f"lora_scale must be a finite number, got {lora_scale}")
+        if not isinstance(negative_prompt, str):
+            raise ValueError(f"negative_prompt must be text, got {negative_prompt!r}")
         kernel = find_kernel(scheduler, self.kernels)
         self.pretrained, self.lora, self.lora_scale, self.scheduler = pretrained, lora, lora_scale, scheduler
         self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
