@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 WORK ?= build/embedded-model
 
 .DEFAULT_GOAL := help
@@ -23,14 +24,14 @@ demo: $(INSTALLED)  ## Set up, draw with and without guidance on the embedded mo
 	$(BIN)/svdd compare runs/demo/unguided runs/demo/best-of-8 runs/demo/svdd --output demo.png
 
 test: $(INSTALLED)  ## Set up and run all tests
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 check: $(INSTALLED)  ## Lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m compileall -q svdd
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(TESTS) -m 'not slow and not gpu'
 
 oldest: $(INSTALLED)  ## Install the lowest versions that pyproject.toml allows in .venv-oldest and run the fast tests
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

@@ -20,7 +20,7 @@ import yaml
 
 STUB = {
     "model": {
-        "reward": "tests.faults.stub.Brightness",
+        "reward": "tests.faults.stub.StubReward",
         "diffusion": "tests.faults.stub.StubDiffusion",
         "sampler": {"class_path": "SVDD", "init_args": {"num_candidates": 2}},
     },

@@ -59,7 +59,7 @@ class Case:
                 {
                     "model": {
                         "reward": {
-                            "class_path": "tests.faults.stub.Brightness",
+                            "class_path": "tests.faults.stub.StubReward",
                             "init_args": {"gate": str(self.gate)},
                         },
                         "diffusion": {"class_path": "tests.faults.stub.StubDiffusion"},

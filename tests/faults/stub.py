@@ -60,7 +60,7 @@ _ERRORS = {
 }
 
 
-class Brightness(Reward):
+class StubReward(Reward):
     """Mean of all pixels.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from svdd.runs.output import hold
 from tests.faults.harness import _run, until
 
-STUB = ["--model.reward", "tests.faults.stub.Brightness", "--model.diffusion", "tests.faults.stub.StubDiffusion"]
+STUB = ["--model.reward", "tests.faults.stub.StubReward", "--model.diffusion", "tests.faults.stub.StubDiffusion"]
 STUB += ["--model.diffusion.num_inference_steps", "3", "--data.prompts", '["apple", "panda", "car"]']
 STUB += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
 FIT = ["--model.value.channels", "8", "--model.value.num_blocks", "1", "--data.num_rollouts", "80"]

@@ -123,7 +123,7 @@ def test_an_error_is_reported_once(case: Case, whole: Case, table: Callable):
     before = case.finished()
     case.gate.touch()
     assert end(case, command) == 2, case.said()
-    assert case.said().endswith("\nsvdd: error: reward Brightness failed with RuntimeError: no score for there\n")
+    assert case.said().endswith("\nsvdd: error: reward StubReward failed with RuntimeError: no score for there\n")
     assert case.said().count("Traceback") == 1  # of the reward's own lines
     lost = case.resume(before=before)
     assert case.content() == whole.content()

@@ -221,7 +221,7 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
     process = case.fork(environment=BAD)
     process.join(60)
     assert process.exitcode == 2
-    assert "svdd: error: reward Brightness failed with RuntimeError: no score for there" in case.said()
+    assert "svdd: error: reward StubReward failed with RuntimeError: no score for there" in case.said()
     before = case.finished()
     process = case.fork("--model.on_error", "skip", environment=BAD)
     process.join(60)
@@ -232,15 +232,15 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
         "prompt_index": 5,
         "image_index": 0,
         "prompt": "wait there",
-        "error": "RewardError: reward Brightness failed with RuntimeError: no score for there",
+        "error": "RewardError: reward StubReward failed with RuntimeError: no score for there",
     }
     assert failed == [expected]
     images, rest = case.content()
     assert images == {name: png for name, png in whole.content()[0].items() if not name.startswith("000005")}
-    scores = [row["rewards"]["Brightness"] for row in whole.content()[1]["rows"] if row["prompt_index"] != 5]
+    scores = [row["rewards"]["StubReward"] for row in whole.content()[1]["rows"] if row["prompt_index"] != 5]
     assert rest["summary"]["failed_prompts"] == 1
-    assert (rest["summary"]["prompts"], rest["summary"]["rewards"]["Brightness"]["count"]) == (10, 10)
-    assert rest["summary"]["rewards"]["Brightness"]["mean"] == pytest.approx(sum(scores) / 10)
+    assert (rest["summary"]["prompts"], rest["summary"]["rewards"]["StubReward"]["count"]) == (10, 10)
+    assert rest["summary"]["rewards"]["StubReward"]["mean"] == pytest.approx(sum(scores) / 10)
     process = case.fork("--model.on_error", "skip", environment=BAD)  # it fails again
     process.join(60)
     assert case.content()[0] == images
@@ -300,7 +300,7 @@ def test_failures_in_a_row_end_the_run(tmp_path):
     process = case.fork("--model.on_error", "skip", environment={"STUB_BAD": "prompt"})
     process.join(60)
     assert process.exitcode == 2
-    assert "prompts in a row could not be drawn, the last with RewardError: reward Brightness failed" in case.said()
+    assert "prompts in a row could not be drawn, the last with RewardError: reward StubReward failed" in case.said()
     assert case.resume("--model.on_error", "skip") == 0
 
 

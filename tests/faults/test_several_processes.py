@@ -73,7 +73,7 @@ def test_a_process_that_fails(tmp_path, table: Callable, failing: int):
         process.join(60)
     codes = [process.exitcode for process in processes]
     assert codes == [2 if rank == failing else 1 for rank in range(2)], case.said()
-    assert "svdd: error: reward Brightness failed with RuntimeError: no score for bad" in case.said()
+    assert "svdd: error: reward StubReward failed with RuntimeError: no score for bad" in case.said()
     assert {Path(file).name for file in re.findall('File "([^"]+)"', case.said())} == {"stub.py"}  # no library's lines
     finished = case.finished()
     assert f"images/{failing:06d}-00.png" in finished
