@@ -103,10 +103,35 @@ def assert_equal_weights(ours: StableDiffusion, theirs: StableDiffusionPipeline,
     assert any(not torch.equal(part, ours.unet.state_dict()[name]) for name, part in base.unet.state_dict().items())
 
 
-@pytest.mark.parametrize("write", [diffusers_folder, kohya_file])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("parts", [["text_encoder"], ["unet", "text_encoder"]])
+def test_each_layer_of_a_kohya_file_has_the_strength_that_its_alpha_states(sd15, pairs, tmp_path, parts, half):
+    """Ranks and alphas differ, some layers have no alpha; some are of attention, whose names are unlike the others."""
+    state, expected, base = {}, {}, StableDiffusion(sd15, STEPS)
+    for part in parts:
+        start = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part]
+        for i, (name, pair) in enumerate(pairs[part].items()):
+            if len(parts) == 1 and "q_proj" not in name:
+                continue  # the query's projections alone
+            stem, rank = start + name.replace(".", "_"), 1 + i % RANK
+            down, up = (tensor.half() if half else tensor for tensor in (pair[0][:rank], pair[1][:, :rank].contiguous()))
+            state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            alpha = (rank, 0, 3, 0.5, 1)[i % 5]
+            if i % 5 > 0:
+                state[f"{stem}.alpha"] = torch.tensor(float(alpha))
+            weight = getattr(base, part).get_submodule(name).weight.detach()
+            update = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
+            expected[f"{part}.{name}.weight"] = weight + 0.4 * alpha / rank * update
+    save_file(state, tmp_path / "kohya.safetensors")
+    found, before = StableDiffusion(sd15, STEPS, lora=str(tmp_path), lora_scale=0.4).state_dict(), base.state_dict()
+    assert len(expected) > 1
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected.get(name, before[name]), rtol=0, atol=1e-3 if half else 1e-6)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.4])
-def test_fused_weights_equal_those_of_diffusers(sd15, pipeline, pairs, tmp_path, write, scale):
-    write(pairs, tmp_path)
+def test_fused_weights_equal_those_of_diffusers(sd15, pipeline, pairs, tmp_path, scale):
+    diffusers_folder(pairs, tmp_path)
     theirs = pipeline()
     theirs.load_lora_weights(str(tmp_path))
     theirs.fuse_lora(lora_scale=scale)
@@ -129,6 +154,18 @@ def test_fused_peft_adapters_equal_those_of_peft(sd15, pipeline, pairs, tmp_path
         for name, weight in found.items():
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
             assert torch.equal(weight, before[name]) == (name not in changed)
+
+
+def test_other_containers_of_the_same_weights_are_read_alike(sd15, pairs, tmp_path):
+    """Names with PEFT's adapter name, and a checkpoint that holds its weights under `state_dict`."""
+    diffusers_folder(pairs, tmp_path)
+    (file,) = tmp_path.iterdir()
+    expected, state = StableDiffusion(sd15, STEPS, lora=str(file)).unet.state_dict(), load_file(file)
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    save_file({k.replace(".weight", ".default.weight"): v for k, v in state.items()}, tmp_path / "x.safetensors")
+    for name in ("x.ckpt", "x.safetensors"):
+        found = StableDiffusion(sd15, STEPS, lora=str(tmp_path / name)).unet.state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_names_without_their_part_are_found_in_the_model(sd15, pipeline, pairs, tmp_path):
@@ -167,7 +204,25 @@ def rename(old: str, new: str) -> Callable[[Path], None]:
     return edit(lambda state: {name.replace(old, new): tensor for name, tensor in state.items()})
 
 
+ZERO = "changes no weight: all its updates are zero"
+
+
+def with_metadata(text: str) -> Callable[[Path], None]:
+    return lambda folder: [
+        save_file(load_file(file), file, {"lora_adapter_metadata": text}) for file in folder.glob("*.safetensors")
+    ]
+
+
+def with_config(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
 REFUSED = {  # message: format, damage
+    f"{ZERO};": (kohya_file, edit(lambda s: {k: 0 * v if k.endswith(".alpha") else v for k, v in s.items()})),
+    f"{ZERO}; expected": (peft_adapters, with_config('{"r": 2, "lora_alpha": 0}')),
+    "lora_adapter_metadata in its header is damaged .*; expected JSON": (diffusers_folder, with_metadata("{bad")),
+    "has rank .2., but its settings state r=8": (diffusers_folder, with_metadata('{"unet.r": 8}')),
+    "states r='2' in its settings; expected a number": (peft_adapters, with_config('{"r": "2"}')),
     "changes no weight: all its updates are zero": (diffusers_folder, edit(lambda s: {k: 0 * v for k, v in s.items()})),
     r"unet\.down_blocks\S* has shape \[\d+, 16, 3, 3\], its update \[\d+, 99, 3, 3\]; expected a LoRA for this base": (
         diffusers_folder,
@@ -202,7 +257,7 @@ REFUSED = {  # message: format, damage
         peft_adapters,
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LOHA"}'),
     ),
-    r"has rank \[2\], but its adapter_config.json states r=5": (
+    r"has rank \[2\], but its settings state r=5": (
         peft_adapters,
         lambda folder: (folder / "adapter_config.json").write_text('{"r": 5}'),
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdd import UserError
@@ -18,13 +19,13 @@ __all__ = ["find_lora", "fuse_lora", "load_lora"]
 _USUAL = [f"{name}.{end}" for end in ("safetensors", "bin") for name in ("pytorch_lora_weights", "adapter_model")]
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")  # PEFT's
 _PEFT = "base_model.model."  # before all names of PEFT
+_PAIRS = (("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora.down", "lora.up"))  # names of the two matrices
 
 
 class _Weights(NamedTuple):
-    """What diffusers needs of a LoRA: tensors by part and name, alphas, and PEFT's settings."""
+    """What diffusers needs of a LoRA: tensors by part and name, and PEFT's settings."""
 
     state: dict[str, Tensor]
-    alphas: dict[str, float] | None
     settings: dict[str, Any] | None
 
 
@@ -89,16 +90,15 @@ def load_lora(pipeline: Any, lora: str, weight_name: str | None = None, local_fi
     if find_spec("peft") is None:
         raise UserError(f"{what} needs the peft package: pip install 'svdd[lora]'")
     models = {name: getattr(pipeline, name) for name in pipeline._lora_loadable_modules}
-    changes = False
     for file in find_lora(lora, weight_name, local_files_only):
         with loading(what, file.parent), quiet("diffusers"):
             weights = _read(pipeline, what, file, models)
-            changes |= _check(what, weights.state, models)
+            _check(what, weights, models)
             for part in {name.partition(".")[0] for name in weights.state}:
                 load = getattr(pipeline, f"load_lora_into_{part}")
                 options = {"metadata": weights.settings, "low_cpu_mem_usage": True, part: models[part]}
-                load(weights.state, network_alphas=weights.alphas, **options)
-    if not changes:
+                load(weights.state, network_alphas=None, **options)
+    if not _changes(models):
         raise UserError(f"{what} changes no weight: all its updates are zero; expected a trained LoRA")
 
 
@@ -107,6 +107,18 @@ def fuse_lora(pipeline: Any, lora: str, scale: float = 1.0) -> None:
     with loading(f"lora={lora!r}"):
         pipeline.fuse_lora(pipeline._lora_loadable_modules, lora_scale=scale, safe_fusing=True)
     pipeline.unload_lora_weights()
+
+
+def _changes(models: dict[str, Any]) -> bool:
+    """Returns whether any of the loaded updates, scale * B A, is other than zero."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for model in models.values() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    return any(
+        bool(layer.scaling[name] and layer.lora_A[name].weight.any() and layer.lora_B[name].weight.any())
+        for layer in layers
+        for name in layer.lora_A
+    )
 
 
 def _read(pipeline: Any, what: str, file: Path, models: dict[str, Any]) -> _Weights:
@@ -121,11 +133,44 @@ def _read(pipeline: Any, what: str, file: Path, models: dict[str, Any]) -> _Weig
         raise UserError(f"{what} holds no LoRA weights, first {next(iter(raw), 'nothing')!r}; expected a LoRA")
     if any(name.startswith(_PEFT) for name in raw):
         return _read_peft(what, file, raw, models)
+    raw = {re.sub(r"(lora_[AB])\.default\.", r"\1.", name): tensor for name, tensor in raw.items()}
+    settings = None if _fold(raw) else _settings(what, file)
     try:
-        state, alphas, settings = pipeline.lora_state_dict(str(file), local_files_only=True, return_lora_metadata=True)
+        state, _ = pipeline.lora_state_dict(dict(raw))  # which empties the dictionary
     except (ValueError, KeyError) as error:  # names that diffusers' conversion does not know, all in one message
         raise UserError(f"{what} has names of weights that diffusers cannot read, such as {min(raw)!r}") from error
-    return _Weights({_with_part(name, models): tensor for name, tensor in state.items()}, alphas, settings)
+    return _Weights({_with_part(name, models): tensor for name, tensor in state.items()}, settings)
+
+
+def _fold(raw: dict[str, Tensor]) -> bool:
+    """Multiplies the second matrix of each layer by alpha / rank and removes the alphas; returns whether there are any.
+
+    A layer without alpha keeps the factor 1. Diffusers mixes up the alphas of some layers if they differ.
+    """
+    alphas = [name for name in raw if name.endswith(".alpha")]
+    for name in alphas:
+        for pair in _PAIRS:
+            down, up = (name.removesuffix("alpha") + f"{matrix}.weight" for matrix in pair)
+            if down in raw and up in raw:
+                factor = float(raw.pop(name)) / len(raw[down])
+                raw[down], raw[up] = raw[down].float(), raw[up].float() * factor
+                break
+    return bool(alphas)
+
+
+def _settings(what: str, file: Path) -> dict[str, Any] | None:
+    """Returns PEFT's settings by part and name, if diffusers saved them in the file."""
+    if file.suffix != ".safetensors":
+        return None
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get("lora_adapter_metadata")
+    try:
+        found = json.loads(text or "null")
+    except ValueError as error:
+        raise UserError(f"{what}: lora_adapter_metadata in its header is damaged ({error}); expected JSON") from error
+    if isinstance(found, dict | None):
+        return found
+    raise UserError(f"{what}: lora_adapter_metadata in its header is {text}; expected a JSON object")
 
 
 def _read_peft(what: str, file: Path, raw: dict[str, Tensor], models: dict[str, Any]) -> _Weights:
@@ -143,17 +188,19 @@ def _read_peft(what: str, file: Path, raw: dict[str, Tensor], models: dict[str, 
         part, _, rest = name.partition(".")
         layers.setdefault(part, []).append(_layer(rest))
     own = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+    own.setdefault("r", 8)  # PEFT's default
     settings = {f"{part}.{name}": value for part in layers for name, value in own.items()}
-    settings |= {f"{part}.target_modules": sorted(set(names)) for part, names in layers.items()}
-    rank = int(own.get("r", 8))  # 8 is PEFT's default
-    found = {len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")}
-    if not own.get("rank_pattern") and found != {rank}:
-        raise UserError(f"{what} has rank {sorted(found)}, but its adapter_config.json states r={rank}")
-    return _Weights(state, None, settings)
+    for part, names in layers.items():
+        there = dict(models[part].named_modules()) if part in models else names
+        own_names = {name if name in there else name.removeprefix("text_model.") for name in names}
+        settings[f"{part}.target_modules"] = sorted(own_names)
+    return _Weights(state, settings)
 
 
 def _with_part(name: str, models: dict[str, Any]) -> str:
     """Returns a weight's name with its part, which some formats leave out."""
+    if name.startswith("text_encoder"):  # diffusers does not know all of its old names if `to_out` is not among them
+        name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_linear_layer.", name)
     if name.partition(".")[0] in models:
         return name
     layer = _layer(name)
@@ -184,10 +231,22 @@ def _peft_names(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return utils.convert_state_dict_to_peft(utils.convert_state_dict_to_diffusers(tensors))
 
 
-def _check(what: str, state: dict[str, Tensor], models: dict[str, Any]) -> bool:
-    """Returns whether any weight of the models changes; raises UserError if a tensor does not fit a layer."""
+def _check_settings(what: str, part: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Raises UserError if PEFT's settings of a part are no numbers, or state another rank than its tensors have."""
+    for name in ("r", "lora_alpha"):
+        value = settings.get(f"{part}.{name}", 0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{what} states {name}={value!r} in its settings; expected a number")
+    rank = settings.get(f"{part}.r")
+    found = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    if rank is not None and not settings.get(f"{part}.rank_pattern") and found != {rank}:
+        raise UserError(f"{what} has rank {sorted(found)}, but its settings state r={rank}")
+
+
+def _check(what: str, weights: _Weights, models: dict[str, Any]) -> None:
+    """Raises UserError if a tensor does not fit a layer, or the settings do not fit the tensors."""
+    state, expected = weights.state, "expected a LoRA for this base model"
     layers = {part: _layers(model) for part, model in models.items()}
-    changes, expected = False, "expected a LoRA for this base model"
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
@@ -201,6 +260,7 @@ def _check(what: str, state: dict[str, Tensor], models: dict[str, Any]) -> bool:
         problem = f"{len(names)} of its {len(state)} weights belong to no layer of the model, first {names[0]}"
         raise UserError(f"{what} does not fit: {problem}; {expected}")
     for part, tensors in parts.items():
+        _check_settings(what, part, tensors, weights.settings or {})
         for name, down in tensors.items():
             if not name.endswith(".lora_A.weight"):
                 continue
@@ -211,5 +271,3 @@ def _check(what: str, state: dict[str, Tensor], models: dict[str, Any]) -> bool:
             own, found = [*weight.shape], [len(up), *down.shape[1:]]
             if own != found or up.shape[1] != len(down):
                 raise UserError(f"{what} does not fit: {part}.{layer} has shape {own}, its update {found}; {expected}")
-            changes |= bool(down.any() and up.any())
-    return changes

@@ -19,6 +19,15 @@ __all__ = ["Configs", "TinyDecoder", "examine", "expand", "fingerprint", "load_p
 
 Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
 _INDEX = "model_index.json"
+_DEFAULTS = {  # of schedulers whose classes need scipy and torchsde, where DDPMScheduler has others
+    "LMSDiscreteScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
+    "DPMSolverSDEScheduler": {
+        "timestep_spacing": "linspace",
+        "clip_sample": False,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+    },
+}
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # pictures drawn from prompts alone need none
 
 
@@ -109,6 +118,8 @@ def load_pipeline(
             with quiet("diffusers"):
                 of: dict[str, Any] = {"variant": variant} if name in found else {}
                 parts[name] = read_model(part, str(Path(folder, name)), torch.float32, its, **of)
+        elif isinstance(part, diffusers.utils.import_utils.DummyObject):
+            parts[name] = _without_its_library(what, class_of_part, Path(folder, name, "scheduler_config.json"))
         elif hasattr(part, "vocab_files_names"):
             encoder: Any = parts.get(name.replace("tokenizer", "text_encoder"))
             words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
@@ -116,6 +127,18 @@ def load_pipeline(
             _check_length(its, parts[name].model_max_length, getattr(encoder, "config", None))
     with loading(what, folder), quiet("diffusers"):
         return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out, **parts)
+
+
+def _without_its_library(what: str, class_name: str, file: Path) -> Any:
+    """Returns a DDPMScheduler of a saved configuration whose own class needs a library that is not installed.
+
+    Only the configuration is used. Settings that the file leaves out have the defaults of the saved class.
+    """
+    from diffusers import DDPMScheduler
+
+    if class_name not in _DEFAULTS:
+        raise UserError(f"{what} needs a library that is not installed for its class {class_name}")
+    return DDPMScheduler.from_config(_DEFAULTS[class_name] | _read_json(what, file))
 
 
 def _check_length(what: str, limit: int, encoder: Any) -> None:
