@@ -95,17 +95,14 @@ def test_as_many_steps_as_training_steps_are_refused_in_one_line_or_run(name):
 
 # ---- saved by another class
 
-SAVED = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LCM", "TCD")
-SAVED += ("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "UniPCMultistep", "DEISMultistep", "SASolver")
+SAVED = ("DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LCM", "TCD")
+SAVED += ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")
 SAVED += ("KDPM2Discrete", "KDPM2AncestralDiscrete")
-NEEDS = {"LMSDiscrete": "scipy", "DPMSolverSDE": "torchsde"}  # to be read by diffusers
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def saved(kind: str, folder, **settings):
     """Returns a scheduler written and read by its own class, with its defaults but for the settings that it knows."""
-    if kind in NEEDS:
-        pytest.importorskip(NEEDS[kind])
     scheduler_class = getattr(diffusers, f"{kind}Scheduler")
     known = scheduler_class._get_init_keys(scheduler_class)
     own = {name: value for name, value in settings.items() if name in known}

@@ -114,7 +114,9 @@ def test_each_layer_of_a_kohya_file_has_the_strength_that_its_alpha_states(sd15,
             if len(parts) == 1 and "q_proj" not in name:
                 continue  # the query's projections alone
             stem, rank = start + name.replace(".", "_"), 1 + i % RANK
-            down, up = (tensor.half() if half else tensor for tensor in (pair[0][:rank], pair[1][:, :rank].contiguous()))
+            down, up = (
+                tensor.half() if half else tensor for tensor in (pair[0][:rank], pair[1][:, :rank].contiguous())
+            )
             state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             alpha = (rank, 0, 3, 0.5, 1)[i % 5]
             if i % 5 > 0:

@@ -14,6 +14,8 @@ from transformers import CLIPTokenizer
 
 from svdd import UserError
 from svdd.__main__ import main
+from svdd.diffusion.kernels import KERNELS, chain_settings, make_kernel
+from svdd.diffusion.pipelines import load_pipeline
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import State
@@ -48,6 +50,25 @@ def test_the_safety_checker_is_not_read(sd15, tmp_path):
     assert "safety_checker" in json.loads((path / "model_index.json").read_text())
     shutil.rmtree(path / "safety_checker")
     StableDiffusion(str(path), 2)
+
+
+@pytest.mark.parametrize("kind", ["LMSDiscreteScheduler", "DPMSolverSDEScheduler"])
+@pytest.mark.parametrize("settings", [{}, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}])
+def test_a_saved_scheduler_needs_no_library_of_its_class(sd15, tmp_path, kind, settings):
+    """Only its configuration is used, as of a class that needs none."""
+    path, configs = copy(sd15, tmp_path), []
+    saved = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, **settings}
+    for name in (kind, "EulerDiscreteScheduler"):
+        put("model_index.json", scheduler=["diffusers", name])(path)
+        write("scheduler/scheduler_config.json", json.dumps({"_class_name": name, **saved}).encode())(path)
+        loaded = load_pipeline("StableDiffusionPipeline", str(path), StableDiffusion.misfit)
+        configs.append(chain_settings(loaded.scheduler.config))
+    x = torch.ones(1, 4, 8, 8)
+    for scheduler in KERNELS:
+        one, other = (make_kernel(scheduler, config, 5, 1.0) for config in configs)
+        assert torch.equal(one.timesteps, other.timesteps)
+        assert [one.std(i) for i in range(5)] == [other.std(i) for i in range(5)]
+        assert all(torch.equal(one.predict(x, x, i).mean, other.predict(x, x, i).mean) for i in range(5))
 
 
 def test_weights_under_older_names_and_in_pickled_files_are_the_same(sd15, tmp_path, capfd):

@@ -19,15 +19,7 @@ __all__ = ["Configs", "TinyDecoder", "examine", "expand", "fingerprint", "load_p
 
 Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
 _INDEX = "model_index.json"
-_DEFAULTS = {  # of schedulers whose classes need scipy and torchsde, where DDPMScheduler has others
-    "LMSDiscreteScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-    "DPMSolverSDEScheduler": {
-        "timestep_spacing": "linspace",
-        "clip_sample": False,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-    },
-}
+_WITH_BETAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")  # schedulers of DDPM's kind that need scipy, torchsde
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # pictures drawn from prompts alone need none
 
 
@@ -109,6 +101,7 @@ def load_pipeline(
     if variant is not None and not found:
         raise UserError(f"{what} has no weights of variant={variant!r}; leave it out, or see the names of its files")
     parts: dict[str, Any] = {}
+    later: dict[str, Any] = {}  # parts of another class than the index names, which from_pretrained refuses
     for name, (library, class_of_part) in sorted(_parts(index)):  # text encoders before tokenizers
         part = getattr(import_module(library), class_of_part, None)
         if part is None:
@@ -119,26 +112,26 @@ def load_pipeline(
                 of: dict[str, Any] = {"variant": variant} if name in found else {}
                 parts[name] = read_model(part, str(Path(folder, name)), torch.float32, its, **of)
         elif isinstance(part, diffusers.utils.import_utils.DummyObject):
-            parts[name] = _without_its_library(what, class_of_part, Path(folder, name, "scheduler_config.json"))
+            later[name] = _without_its_library(what, part, Path(folder, name, "scheduler_config.json"))
+            parts[name] = None
         elif hasattr(part, "vocab_files_names"):
             encoder: Any = parts.get(name.replace("tokenizer", "text_encoder"))
             words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
             parts[name] = read_tokenizer(part, str(Path(folder, name)), its, words, local_files_only=True)
             _check_length(its, parts[name].model_max_length, getattr(encoder, "config", None))
     with loading(what, folder), quiet("diffusers"):
-        return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out, **parts)
+        pipeline = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out, **parts)
+    pipeline.register_modules(**later)
+    return pipeline
 
 
-def _without_its_library(what: str, class_name: str, file: Path) -> Any:
-    """Returns a DDPMScheduler of a saved configuration whose own class needs a library that is not installed.
-
-    Only the configuration is used. Settings that the file leaves out have the defaults of the saved class.
-    """
+def _without_its_library(what: str, part: Any, file: Path) -> Any:
+    """Returns a DDPMScheduler of a saved configuration whose own class needs a library that is not installed."""
     from diffusers import DDPMScheduler
 
-    if class_name not in _DEFAULTS:
-        raise UserError(f"{what} needs a library that is not installed for its class {class_name}")
-    return DDPMScheduler.from_config(_DEFAULTS[class_name] | _read_json(what, file))
+    if part.__name__ in _WITH_BETAS:
+        return DDPMScheduler.from_config(_read_json(what, file))
+    raise UserError(f"{what} has a {part.__name__}, which needs {' and '.join(part._backends)}; install them")
 
 
 def _check_length(what: str, limit: int, encoder: Any) -> None:
