@@ -72,7 +72,6 @@ def animated(second):
         ("palette.gif", palette_with_transparency(), {"transparency": 3}, colours_of(RAMP // 16384), 0),
         ("key.png", COLOUR, {"transparency": tuple(map(int, COLOUR[0, 0]))}, None, 0),
         ("key_16.png", RAMP, {"transparency": int(RAMP[0, 3])}, np.where(RAMP[0, 3] == RAMP, 255, GREY), 0),
-        ("key_bits.png", Image.fromarray(GREY > 99), {"transparency": 0}, np.full_like(GREY, 255), 0),
         ("animated.webp", COLOUR, {"lossless": True, **animated(GREY)}, COLOUR, 0),
         ("animated.png", COLOUR, animated(255 - COLOUR), COLOUR, 0),
         ("animated.gif", GREY, animated(255 - GREY), GREY, 0),
@@ -99,18 +98,25 @@ def test_white_is_zero_in_a_tiff_that_says_so_also_if_it_is_turned(tmp_path):
     assert (pixels_of(tmp_path, "a.tif")[..., 0] == 255 - GREY[::-1, ::-1]).all()
 
 
-def test_a_transparent_colour_of_16_bits_is_white(tmp_path):
+@pytest.mark.parametrize(
+    ("depth", "kind", "colour", "row"),  # the row holds that colour and a grey
+    [
+        (2, 0, [0, 1], [0b01_10_0000]),
+        (4, 0, [0, 3], [0x39]),
+        (16, 2, [200, 1, 100, 2, 50, 3], [200, 1, 100, 2, 50, 3, *[153] * 6]),
+    ],
+)
+def test_a_transparent_colour_of_a_png_of_another_depth_is_white(tmp_path, depth, kind, colour, row):
     def chunk(name, data):
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
-    size, colours = (2).to_bytes(4, "big") + (1).to_bytes(4, "big"), bytes([200, 1, 100, 2, 50, 3, 9, 9, 9, 9, 9, 9])
     parts = [
-        (b"IHDR", size + bytes([16, 2, 0, 0, 0])),
-        (b"tRNS", colours[:6]),
-        (b"IDAT", zlib.compress(b"\0" + colours)),
+        (b"IHDR", bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, kind, 0, 0, 0])),
+        (b"tRNS", bytes(colour)),
+        (b"IDAT", zlib.compress(bytes([0, *row]))),
     ]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in (*parts, (b"IEND", b""))))
-    assert pixels_of(tmp_path, "a.png").tolist() == [[[255] * 3, [9] * 3]]
+    assert pixels_of(tmp_path, "a.png").tolist() == [[[255] * 3, [170 if depth == 2 else 153] * 3]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])

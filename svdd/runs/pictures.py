@@ -25,7 +25,7 @@ __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 _SUFFIXES = {".apng", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # other formats of Pillow run programs
 _HIDDEN = re.compile(r"\.|(__MACOSX|@eaDir)$")  # how the names of files and folders begin that no viewer shows
-_KEY_SCALES = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # a PNG's transparent colour is not read as 8 bits
+_KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # a PNG's transparent colour is not read as 8 bits
 _PHOTOMETRIC = 262  # a TIFF tag; 0 means that white is zero
 
 
