@@ -50,6 +50,8 @@ class Drawn(NamedTuple):
 ON = [
     Case(8, "auto"),
     Case(1, 5),
+    Case(8, 7),
+    Case(1, "auto", 2),
     Case(3, 7, 2),
     Case(3, "auto", then=Case(8, 5, 2)),
 ]

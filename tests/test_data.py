@@ -30,6 +30,7 @@ from svdd.runs.rows import RESERVED_COLUMNS, ResultRow, result_row
 from svdd.samplers.svdd import SVDD
 
 REAL_FILES = Path(__file__).parents[2] / "shared" / "data"
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
 ROWS = [
     {"prompt": "a red apple", "negative_prompt": "blur", "seed": 7, "tag": "fruit"},
     {"prompt": "ein süßer Hund 🐕", "negative_prompt": None, "seed": None, "tag": "a, b"},
@@ -423,7 +424,7 @@ def test_bad_seeds_in_json(write, seed):
 # Tables
 
 
-@pytest.mark.parametrize("seed", ["-1", str(2**64), "1.5", "1_000", "x", "٣", "9" * 6000, "1e99", "nan"])
+@pytest.mark.parametrize("seed", ["-1", str(2**64), "1.5", "1_000", "x", "٣", "9" * 6000, "1e99", "none at all"])
 def test_bad_seeds_in_csv(write, seed):
     path = write("p.csv", f"prompt,seed\na,1\nb,{seed}\n")
     assert f"{path}: line 3: seed must be an integer from 0 to 2**64 - 1 or empty, got " in message(path)
@@ -502,6 +503,24 @@ def test_values_that_json_cannot_hold_are_carried_as_text_or_left_out(tmp_path):
     assert (prompt.seed, prompt.extra) == (2**32 - 1, expected)
 
 
+def test_parquet_values_outside_of_python_are_left_out_and_whole_decimals_are_seeds(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "prompt": ["a", "b"],
+        "seed": [Decimal("7"), None],
+        "time": pyarrow.array([2**58, 1], pyarrow.timestamp("us")),
+        "day": pyarrow.array([10**8, 2], pyarrow.date32()),
+        "days": pyarrow.array([[10**8], [2]], pyarrow.list_(pyarrow.date32())),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    with pytest.warns(UserWarning, match="p.parquet: column '.*' holds dates or times that Python cannot") as caught:
+        one, two = PromptDataset(str(tmp_path / "p.parquet"))
+    assert len(caught) == 3
+    assert (one.seed, one.extra) == (7, {"time": None, "day": None, "days": None})
+    late = {"time": "1970-01-01 00:00:00.000001", "day": "1970-01-03", "days": ["1970-01-03"]}
+    assert (two.seed, two.extra) == (None, late)
+
+
 def test_no_column_overwrites_a_result():
     """The only reserved names that a source may use are prompt, negative prompt and seed."""
     allowed = {"negative_prompt", "seed"}
@@ -546,6 +565,7 @@ def test_seeds_of_images():
         ("p.json", '{"7": {"prompt": "a", "category": "x"}, "8": {"prompt": "b"}}', ["a||", "b||"]),  # MJHQ
         ("p.json", '{"images": [{}], "annotations": [{"id": 1, "caption": "a"}]}', ["a||"]),  # COCO
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}\n', ["a||", "b||"]),  # of the library datasets
+        ("p.csv", "prompt,seed\na,NA\nb,nan\nc,null\nd,None\n", ["a||", "b||", "c||", "d||"]),
         ("p.jsonl", '{"Text": "a", "seed": 42.0}\n{"Text": "b", "seed": ""}\n', ["a||42", "b||"]),
     ],
 )
@@ -563,6 +583,11 @@ def test_files_as_they_are_found(write, name, content, expected):
         ("p.csv", "prompt,seed,Seed\na,1,2\n", "columns 'seed' and 'Seed' could both be the seed; rename one"),
         ("p.csv", "prompt,seed\na,1.23457E+18\n", "line 2: seed '1.23457E+18' has lost digits as a decimal number"),
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1: not valid JSON: an object has the key 'prompt' twice"),
+        ("p.txt", LFS_POINTER, "p.txt: is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        ("p.csv", LFS_POINTER, "run `git lfs pull`"),
+        ("p.jsonl", LFS_POINTER, "run `git lfs pull`"),
+        ("p.parquet", LFS_POINTER, "run `git lfs pull`"),
+        ("p.csv", "prompt\uff0cseed\na\uff0c1\n", "hold the fullwidth mark '\uff0c'; put ASCII commas"),
         ("p.csv", b"\x1f\x8b\x08\x00", "is a gzip archive, not text; unpack it"),
         ("p.csv", b"PK\x03\x04", "is a zip archive or an Excel file"),
         ("p.xlsx", b"PK\x03\x04", "; save the sheet as CSV (UTF-8)"),
@@ -589,6 +614,12 @@ def test_files_that_cannot_be_used_are_refused(write, name, content, expected):
         ),
         ("p.csv", "prompt,negative\na,1\n", "column 'negative' is only copied .* did you mean 'negative_prompt'?"),
         ("p.txt", 'a\n--prompt "red" --seed 5\nx --ar 3:2\n', r"line 2 \(--prompt\) and others: options of another"),
+        ("p.txt", "a\nb \u2014ar 3:2\n", r"line 2 \(\u2014ar\): options of another"),
+        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', r"line 1 and others: looks like JSON lines \(.jsonl\), but"),
+        ("p.txt", '["a", "b"]\n', r"line 1: looks like a JSON list \(.json\), but a .txt file is read as one prompt"),
+        ("p.txt", '[\n"a",\n"b"\n]\n', r"line 1: looks like JSON \(.json\)"),
+        ("p.txt", "prompt,seed\na,1\n", r"line 1: looks like a table with a header \(.csv\)"),
+        ("p.txt", '"a"\n"b, ""c"""\n', "line 1 and others: every line is in quotes"),
     ],
 )
 def test_what_looks_like_a_mistake_gives_one_warning(write, name, content, expected):
@@ -601,6 +632,8 @@ def test_ordinary_columns_and_dashes_give_no_warning(write):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PromptDataset(write("p.csv", "prompt,step,cfg,user_name,prompt_nsfw\na--b -- c - d,1,2,3,4\n"))
+        lines = ['"to be"', "a, 'b'", "{a|b}", "[a:b:0.5]", "a \u2014no people\u2014 text, b", "text, logo, caption"]
+        PromptDataset(write("p.txt", "\n".join(lines)))
 
 
 def test_a_mistyped_list_is_shown_with_quotes():

@@ -20,6 +20,7 @@ from svdd.commands.predict import PredictCLI
 from svdd.evaluation.evaluation import Evaluation
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.z_scored import ZScored
+from svdd.runs.config import write_config
 from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import find_pictures
 
@@ -415,7 +416,7 @@ def test_compare_shows_what_runs_have_in_common(tmp_path, monkeypatch, capsys):
     assert said[2:4] == [["one", "2.0000", "3.0000", "-", "5"], ["other", "-", "4.0000", "5.0000", "-"]]
     for run in (one, other):
         edit(run, lambda row: row.update(rewards={}))
-    assert main(["compare", str(one), str(other), "--limit", "1"]) == 0
+    assert main(["compare", str(one), str(other), "--limit", "1"]) == 0  # replaces its own picture
 
 
 def test_compare_weighs_particles(tmp_path, monkeypatch, capsys):
@@ -436,8 +437,11 @@ def test_compare_weighs_particles(tmp_path, monkeypatch, capsys):
         (["--limit", "-3"], None, "--limit must be >= 1, got -3"),
         (["--output", "folder.png"], None, "--output must be a file whose name ends in .png, got folder.png"),
         (["--output", "one/results.jsonl"], None, "--output must be a file whose name ends in .png"),
-        (["--output", "one/results.jsonl/x.png"], None, "cannot write one/results.jsonl/x.png"),
-        (["--output", "one/images/000000-00.png"], None, "is an image of a run"),
+        (["--output", "other/results.jsonl/x.png"], None, "cannot write other/results.jsonl/x.png"),
+        (["--output", "one/images/000000-00.png"], None, "choose another"),
+        (["--output", "one/images/000009-00.png"], None, "lies in the output folder"),
+        (["--output", "one/new/a.png"], None, "lies in the output folder"),
+        (["--output", "mine.png"], None, "mine.png exists and was not written by `svdd compare`; choose another"),
         ([], lambda run: (run / "images/000001-00.png").unlink(), "000001-00.png cannot be read as a picture"),
         (
             [],
@@ -457,7 +461,10 @@ def test_compare_weighs_particles(tmp_path, monkeypatch, capsys):
 def test_compare_refuses_what_it_cannot_show_in_one_line(tmp_path, monkeypatch, capsys, words, damage, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    mine = (tmp_path / "mine.png").read_bytes()
     one, other = save_run(tmp_path / "one", {"a": 1.0}), save_run(tmp_path / "other", {"a": 1.0})
+    write_config(one, "predict", {})
     if damage is not None:
         damage(other)
     before = (one / "images/000000-00.png").read_bytes()
@@ -466,6 +473,7 @@ def test_compare_refuses_what_it_cannot_show_in_one_line(tmp_path, monkeypatch, 
     assert line.startswith("svdd: error: ")
     assert message in line
     assert (one / "images/000000-00.png").read_bytes() == before
+    assert (tmp_path / "mine.png").read_bytes() == mine
 
 
 def test_a_missing_baseline_is_refused_before_sampling(predict, tmp_path, capsys):

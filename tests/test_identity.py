@@ -144,6 +144,9 @@ CHANGES = {
     "diffusion.vae": lambda path: scale(path / "sd/vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
     "diffusion.text_encoder": lambda path: scale(path / "sd/text_encoder/model.safetensors", "token_embedding.weight"),
     "diffusion.configuration": lambda path: edit_json(path / "sd/scheduler/scheduler_config.json", beta_end=0.013),
+    "diffusion.configuration ": lambda path: edit_json(
+        path / "sd/tokenizer/tokenizer_config.json", padding_side="left"
+    ),
     "reward CLIPScore-clip": lambda path: scale(path / "clip/model.safetensors", "visual_projection.weight"),
     "reward CLIPScore-clip ": lambda path: edit_json(path / "clip/preprocessor_config.json", image_mean=[0.4] * 3),
     "reward ZScored-Brightness": lambda path: edit_json(
@@ -151,6 +154,7 @@ CHANGES = {
     ),
     "the code of reward_of_mine": lambda path: (path / "reward_of_mine.py").open("a").write("# changed\n"),
     "the code of helper_of_mine": lambda path: (path / "helper_of_mine.py").open("a").write("WEIGHT = 2.0\n"),
+    "the code of late_of_mine": lambda path: (path / "late_of_mine.py").open("a").write("SHIFT = 1.0\n"),
 }
 STATISTICS = {"mean": 0.0, "std": 1.0, "std_within": None}
 WIDER = STATISTICS | {"std": 2.0}
@@ -163,14 +167,16 @@ def mine(sd15, tiny_clip, tmp_path, monkeypatch):
     shutil.copytree(tiny_clip, tmp_path / "clip")
     (tmp_path / "summary.json").write_text(json.dumps({"rewards": {"Brightness": STATISTICS}}))
     (tmp_path / "helper_of_mine.py").write_text("WEIGHT = 1.0\n")
-    function = "def score(images, prompts):\n    return images.mean((1, 2, 3)) * helper_of_mine.WEIGHT\n"
-    (tmp_path / "reward_of_mine.py").write_text(f"import helper_of_mine\n\n{function}")
+    (tmp_path / "late_of_mine.py").write_text("SHIFT = 0.0\n")
+    function = "def score(images, prompts):\n    from late_of_mine import SHIFT\n\n"
+    function += "    return images.mean((1, 2, 3)) * WEIGHT + SHIFT\n"
+    (tmp_path / "reward_of_mine.py").write_text(f"from helper_of_mine import WEIGHT\n\n{function}")
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
 def load(mine):
-    for module in ("reward_of_mine", "helper_of_mine"):
+    for module in ("reward_of_mine", "helper_of_mine", "late_of_mine"):
         sys.modules.pop(module, None)
     rewards = [CLIPScore(str(mine / "clip")), ZScored(Brightness(), statistics=str(mine))]
     rewards.append(FunctionReward("reward_of_mine.score"))

@@ -71,6 +71,7 @@ def animated(second):
         ("palette.png", palette_with_transparency(), {"transparency": 3}, colours_of(RAMP // 16384), 0),
         ("palette.gif", palette_with_transparency(), {"transparency": 3}, colours_of(RAMP // 16384), 0),
         ("key.png", COLOUR, {"transparency": tuple(map(int, COLOUR[0, 0]))}, None, 0),
+        ("key_16.png", RAMP, {"transparency": int(RAMP[0, 3])}, np.where(RAMP[0, 3] == RAMP, 255, GREY), 0),
         ("animated.webp", COLOUR, {"lossless": True, **animated(GREY)}, COLOUR, 0),
         ("animated.png", COLOUR, animated(255 - COLOUR), COLOUR, 0),
         ("animated.gif", GREY, animated(255 - GREY), GREY, 0),
@@ -87,6 +88,35 @@ def test_a_picture_means_what_a_viewer_shows(tmp_path, name, image, options, exp
     expected = expected if expected.ndim == 3 else np.stack([expected] * 3, -1)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels - expected.astype(float)).max() <= error
+
+
+def test_white_is_zero_in_a_tiff_that_says_so_also_if_it_is_turned(tmp_path):
+    tags = {262: 0, 274: 3}  # photometric interpretation and orientation
+    Image.fromarray(RAMP).save(tmp_path / "a.tif", tiffinfo=tags)
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.tag_v2[262] == 0
+    assert (pixels_of(tmp_path, "a.tif")[..., 0] == 255 - GREY[::-1, ::-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "colour", "row"),  # the row holds that colour and a grey
+    [
+        (2, 0, [0, 1], [0b01_10_0000]),
+        (4, 0, [0, 3], [0x39]),
+        (16, 2, [200, 1, 100, 2, 50, 3], [200, 1, 100, 2, 50, 3, *[153] * 6]),
+    ],
+)
+def test_a_transparent_colour_of_a_png_of_another_depth_is_white(tmp_path, depth, kind, colour, row):
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    parts = [
+        (b"IHDR", bytes([0, 0, 0, 2, 0, 0, 0, 1, depth, kind, 0, 0, 0])),
+        (b"tRNS", bytes(colour)),
+        (b"IDAT", zlib.compress(bytes([0, *row]))),
+    ]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in (*parts, (b"IEND", b""))))
+    assert pixels_of(tmp_path, "a.png").tolist() == [[[255] * 3, [170 if depth == 2 else 153] * 3]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
@@ -161,7 +191,7 @@ def test_floating_point_values_of_no_usual_range_are_refused(tmp_path):
 
 
 def test_hidden_files_and_folders_are_no_pictures(tmp_path):
-    names = ["b/2.JPG", "b/10.jpeg", "a.Tif", "..png", "._a.png", ".git/a.png", "__MACOSX/a.png"]
+    names = ["b/2.JPG", "b/10.jpeg", "a.Tif", "..png", "._a.png", ".git/a.png", "__MACOSX/a.png", "@eaDir/a.png"]
     names += [".ipynb_checkpoints/a-checkpoint.png", "notes.txt", "png"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)

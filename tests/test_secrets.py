@@ -75,8 +75,10 @@ def test_a_reward_does_not_write_its_secret_into_the_files_of_values():
         ({"api_key_env": KEY}, "takes the name of an environment variable .*: no variable of the given name is set"),
         ({"api_key_env": "0123456789abcdef0123456789abcdef"}, "no variable of the given name is set"),
         ({"api_key_env": "SVDD_NO_SUCH_KEY"}, "no variable SVDD_NO_SUCH_KEY is set"),
-        ({"endpoint": f"http://host/v1?key={KEY}"}, "holds a user, a password or a key, which a run would save"),
-        ({"endpoint": f"http://user%40{KEY}/v1"}, "holds a user, a password or a key"),
+        ({"endpoint": f"http://host/v1?key={KEY}"}, "without a user, a password or a query, which a run would save"),
+        ({"endpoint": f"http://user%40{KEY}/v1"}, "without a user, a password or a query"),
+        ({"endpoint": f"//user:{KEY}@host/v1"}, "must be an address such as"),
+        ({"endpoint": f"https://host/v1#{KEY}"}, "must be an address such as"),
     ],
 )
 def test_secrets_in_the_wrong_place_are_refused_without_being_repeated(settings, message):

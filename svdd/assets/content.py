@@ -1,5 +1,6 @@
 """Digests of what images and scores depend on beyond the settings: weights, what else files hold, and users' code."""
 
+import ast
 import hashlib
 import inspect
 import json
@@ -9,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,10 @@ __all__ = ["digest", "sources"]
 _INSTALLED = tuple(
     f"{Path(path).resolve()}{os.sep}"
     for path in (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "platstdlib", "platlib")))
+)
+_TOKENIZER = (  # attributes that bear on the tokens
+    *("model_max_length", "chat_template", "padding_side", "truncation_side", "do_lower_case"),
+    "clean_up_tokenization_spaces",
 )
 
 
@@ -41,21 +47,21 @@ def digest(module: nn.Module, deep: bool = True) -> str:
 def sources(*objects: Any) -> dict[str, str]:
     """Returns digests of the source files, by module, that define the objects, parts of these, and functions in them.
 
-    They include the modules that a user's own module imports, but not those of svdd, of Python and of libraries; an
-    installed plug-in counts with the file of its class. Code without a file, such as a notebook's, is left out.
+    They include the modules that a user's own module imports, also within functions, but not those of svdd, of Python
+    and of libraries; an installed plug-in counts with the file of its class. Code without a file, such as a notebook's,
+    is left out.
     """
     waiting = sorted({name for found in objects for part in _parts(found) for name in _modules_of(part)})
     found: dict[str, str] = {}
     while waiting:
         name = waiting.pop()
-        file = getattr(sys.modules.get(name), "__file__", None)
+        file = _file_of(name)
         if name in found or file is None:
             continue
         with suppress(OSError):
             found[name] = _hash(Path(file).read_bytes())
         if not _is_installed(name):
-            values = vars(sys.modules[name]).values()
-            waiting += sorted(other for value in values if not _is_installed(other := _home(value)))
+            waiting += sorted(other for other in _imports(name, file) if not _is_installed(other))
     return {name: found[name] for name in sorted(found)}
 
 
@@ -78,10 +84,7 @@ def _facts(part: nn.Module) -> Iterator[Any]:
         for held in value.values() if isinstance(value, dict) else (value,):
             for piece in (held, getattr(held, "tokenizer", None), getattr(held, "image_processor", None)):
                 if hasattr(piece, "get_vocab") and hasattr(piece, "model_max_length"):
-                    yield [
-                        _tokenizer(piece),
-                        *(getattr(piece, name, None) for name in ("model_max_length", "chat_template")),
-                    ]
+                    yield [_tokenizer(piece), *(getattr(piece, name, None) for name in _TOKENIZER)]
                 elif hasattr(piece, "image_mean") and hasattr(piece, "to_dict"):
                     yield _public(piece)
     for name in ("config", "peft_config"):
@@ -137,7 +140,31 @@ def _home(value: Any) -> str:
     return name if isinstance(name, str) else type(value).__module__
 
 
+def _imports(name: str, file: str) -> set[str]:
+    """Returns the modules that the source of a module names in `import` statements, and the packages around them."""
+    package, found = name if Path(file).stem == "__init__" else name.rpartition(".")[0], set()
+    with suppress(OSError, SyntaxError, ValueError):  # a compiled module
+        for node in ast.walk(ast.parse(Path(file).read_bytes())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                with suppress(ImportError):  # beyond the top-level package
+                    base = resolve_name("." * node.level + (node.module or ""), package)
+                    found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {whole.rsplit(".", cut)[0] for whole in found for cut in range(whole.count(".") + 1)}
+
+
+def _file_of(name: str) -> str | None:
+    """Returns the file of a module, which need not have been imported yet; None if there is none."""
+    if name not in sys.modules and "." in name and _is_installed(name.partition(".")[0]):
+        return None
+    with suppress(ImportError, AttributeError, ValueError):
+        spec = getattr(sys.modules[name], "__spec__", None) if name in sys.modules else find_spec(name)
+        return getattr(sys.modules.get(name), "__file__", None) or getattr(spec, "origin", None)
+    return None
+
+
 def _is_installed(name: str) -> bool:
     """Whether a module belongs to svdd, to Python or to an installed package, or has no file."""
-    file = getattr(sys.modules.get(name), "__file__", None)
+    file = _file_of(name)
     return file is None or str(Path(file).resolve()).startswith(_INSTALLED)

@@ -3,21 +3,25 @@
 import argparse
 import io
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import NoReturn
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from svdd import UserError, say
 from svdd.evaluation.images import RunImage, read_images
-from svdd.runs.files import write_atomically
+from svdd.runs.config import read_config
+from svdd.runs.files import regular_only, write_atomically
 from svdd.runs.pictures import pixels_of
 
 __all__ = ["compare"]
 
 _MARGIN, _LINE, _LEAST_TILE, _LEAST_CELL = 12, 18, 128, 190
 _INK, _FAINT = (20, 20, 20), (110, 110, 110)
+_SOFTWARE = "svdd compare"  # the text chunk of that name marks its own files
 _MOST_PIXELS, _MOST_LETTERS = 2**27, 200
 
 
@@ -43,6 +47,7 @@ def compare(words: list[str]) -> None:
         raise UserError(f"--limit must be >= 1, got {options.limit}")
     if output.suffix.lower() != ".png" or os.path.isdir(output):
         raise UserError(f"--output must be a file whose name ends in .png, got {output}")
+    _check_output(output)
     tables = [read_images(run) for run in options.runs]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     if not shared:
@@ -66,6 +71,22 @@ def compare(words: list[str]) -> None:
         means = "".join(_mean([image.rewards.get(reward) for image in images], ".4f") for reward in rewards)
         say(f"{_printable(run.name):>24}{means}{_mean([image.denoiser_rows for image in images], '.0f')}")
     say(f"wrote {_printable(str(output))}")
+
+
+def _check_output(output: Path) -> None:
+    """Refuses a file in an output folder of svdd, and one that exists and that `svdd compare` has not written."""
+    for folder in (Path(os.path.realpath(output.parent)), *Path(os.path.realpath(output.parent)).parents):
+        with suppress(OSError):
+            if read_config(folder) is not None:
+                raise UserError(f"--output {output} lies in the output folder {folder}; choose another --output")
+    if os.path.lexists(output):
+        software = None
+        damages = OSError, ValueError, SyntaxError, Image.DecompressionBombError
+        with suppress(*damages), warnings.catch_warnings(), open(output, "rb", opener=regular_only) as file:
+            warnings.simplefilter("ignore")  # about a large picture
+            software = Image.open(file, formats=["PNG"]).info.get("Software")
+        if software != _SOFTWARE:
+            raise UserError(f"{output} exists and was not written by `svdd compare`; choose another --output")
 
 
 def _draw(rows: list[tuple[Path, list[RunImage]]], rewards: list[str]) -> bytes:
@@ -95,7 +116,9 @@ def _draw(rows: list[tuple[Path, list[RunImage]]], rewards: list[str]) -> bytes:
                 label = f"{_printable(reward)} {'-' if score is None else f'{score:.3f}'}"
                 pen.text((x, y + height + 2 + _LINE * k), label, _FAINT, font)
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", _SOFTWARE)
+    canvas.save(buffer, "PNG", pnginfo=mark)
     return buffer.getvalue()
 
 

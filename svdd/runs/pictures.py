@@ -24,7 +24,9 @@ __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 
 _SUFFIXES = {".apng", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # other formats of Pillow run programs
-_HIDDEN = re.compile(r"\.|__MACOSX$")  # how the names of files and folders begin that no viewer shows
+_HIDDEN = re.compile(r"\.|(__MACOSX|@eaDir)$")  # how the names of files and folders begin that no viewer shows
+_KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # a PNG's transparent colour is not read as 8 bits
+_PHOTOMETRIC = 262  # a TIFF tag; 0 means that white is zero
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,13 @@ def pixels_of(folder: Path, file: str) -> np.ndarray:
             with Image.open(io.BytesIO(read_image(folder, file)), formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
+                raw_mode = image.tile[0].args if image.format == "PNG" and image.tile else None
                 image.load()
-                return np.array(_rgb(_in_srgb(_upright(image)), png=image.format == "PNG"))
+                if raw_mode in _KEY_SCALES and (colour := image.info.get("transparency")) is not None:
+                    scaled = (np.array(colour) * _KEY_SCALES[raw_mode]).astype(int).tolist()
+                    image.info["transparency"] = tuple(scaled) if isinstance(scaled, list) else scaled
+                negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+                return np.array(_rgb(_in_srgb(_upright(image)), image.format == "PNG", negative))
     except Image.DecompressionBombError as error:
         advice = "make it smaller, or cut a contact sheet into its pictures"
         raise UserError(f"{folder / file} has more than {MAX_PIXELS} pixels; {advice}") from error
@@ -147,10 +154,16 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def _rgb(image: Image.Image, png: bool) -> Image.Image:
-    """Returns an 8-bit RGB picture."""
+def _rgb(image: Image.Image, png: bool, negative: bool) -> Image.Image:
+    """Returns an 8-bit RGB picture; with `negative`, white is zero, which Pillow sees to for 8 bits at most."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image), png)).convert("RGB")
+        numbers = np.asarray(image)
+        grey = _to_8_bits(numbers, png)
+        if negative:
+            grey = 255 - grey
+        if png and (transparent := image.info.get("transparency")) is not None:
+            grey[numbers == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))

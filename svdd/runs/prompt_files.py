@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from svdd import check_bound
 from svdd.runs.bounds import MAX_JSON_FILE, MAX_LINE
 from svdd.runs.files import regular_only
-from svdd.runs.prompt_rows import PromptError, Row, RowReader, located, shorten
+from svdd.runs.prompt_rows import PromptError, Row, RowReader, key, located, shorten
 from svdd.runs.prompt_tables import read_table
 
 __all__ = ["open_source"]
@@ -28,6 +29,9 @@ _MARKS = {  # how a file begins, and its encoding; that of UTF-32 begins like th
 _BINARY = {b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive or an Excel file", b"PAR1": "a parquet file"}
 _ADVICE = dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "; unpack it first")
 _ADVICE |= dict.fromkeys((".xlsx", ".xls", ".ods"), "; save the sheet as CSV (UTF-8)")
+_LFS = b"version https://git-lfs"  # how the small file begins that stands for one not yet downloaded
+_QUOTED = re.compile(r"""(?:"(?:[^"\\]|""|\\.)*"|'[^']*'|\u201c[^\u201d]*\u201d),?""")
+_IN_QUOTES = "every line is in quotes, which are read as part of the prompts; remove them"
 _LISTS = ("prompts", "annotations", "data")  # keys of a JSON object under which the rows may stand
 
 
@@ -96,7 +100,35 @@ def _numbered(items: Iterable[Any], place: str = "item") -> Iterator[Row]:
 
 
 def _read_txt(path: str, reader: RowReader) -> Iterator[Row]:
-    return _numbered(_read_lines(path), "line")
+    all_quoted = True
+    for number, line in enumerate(_read_lines(path), 1):
+        place, text = f"line {number}", line.strip()
+        if all_quoted and text:
+            if all_quoted := _QUOTED.fullmatch(text) is not None:
+                reader.note(_IN_QUOTES, place)
+            else:
+                reader.withdraw(_IN_QUOTES)
+        if what := _other_format(text, number):
+            reader.note(f"looks like {what}, but a .txt file is read as one prompt a line; rename it", place)
+        yield place, line
+
+
+def _other_format(line: str, number: int) -> str:
+    """Returns what a line of a .txt file looks like, with the name it should have; "" for a prompt."""
+    if line in ("[", "{") and number == 1:
+        return "JSON (.json)"
+    if line.startswith(("{", "[")) and line.endswith(("}", "]")):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict) and value:
+                return "JSON lines (.jsonl)"
+            if isinstance(value, list) and value and all(isinstance(item, str | dict) for item in value):
+                return "a JSON list (.json)"
+    if number == 1 and len(names := re.split("[,;|]", line)) > 1:
+        found = {key(name.strip().strip('"')) for name in names}
+        if found & {"prompt", "prompts"} or (found & {"text", "caption"} and found & {"seed", "negativeprompt"}):
+            return "a table with a header (.csv)"
+    return ""
 
 
 def _read_jsonl(path: str, reader: RowReader) -> Iterator[Row]:
@@ -148,10 +180,33 @@ def _read_parquet(path: str, reader: RowReader) -> Iterator[Row]:
             for name in schema.names:
                 if name not in kept:
                     reader.leave_out(name)
-            rows = (row for part in file.iter_batches(256, columns=kept) for row in _as_text(part).to_pylist())
+            batches = map(_as_text, file.iter_batches(256, columns=kept))
+            rows = (row for batch in batches for row in _python_rows(batch, reader))
             yield from _numbered(rows, "row")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PromptError(f"not a readable parquet file: {' '.join(str(error).split())}") from None
+
+
+def _python_rows(batch: Any, reader: RowReader) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a batch; what Python has no value for, such as dates after the year 9999, is left out."""
+    from pyarrow import ArrowException
+
+    def value_of(scalar: Any, column: str) -> Any:
+        try:
+            return scalar.as_py()
+        except (ArrowException, UnicodeDecodeError):
+            raise
+        except (OverflowError, ValueError, KeyError):  # a KeyError for an unknown time zone
+            reader.note(f"column {column!r} holds dates or times that Python cannot represent, which are left out")
+            return None
+
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except (OverflowError, ValueError, KeyError):
+            columns.append([value_of(scalar, name) for scalar in column])
+    return (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
 
 
 def _is_lacking(kind: Any) -> bool:
@@ -200,14 +255,17 @@ def open_source(prompts: Sequence[Any] | str, reader: RowReader) -> tuple[str, I
             f"got {shorten.repr(prompts)}; {_list_advice(prompts)}"
         )
     try:
-        with open(path, "rb", opener=regular_only):
-            return name, _decoded(read(path, reader))
+        with open(path, "rb", opener=regular_only) as file:
+            pointer = file.read(len(_LFS)) == _LFS
     except FileNotFoundError:
         raise PromptError(f"{name}: no such file, seen from {os.getcwd()}; check the path") from None
     except OSError as error:
         raise PromptError(f"{name}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise PromptError(f"{name}: cannot be read: {error}") from None
+    if pointer:
+        raise PromptError(f"{name}: is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    return name, _decoded(read(path, reader))
 
 
 def _decoded(rows: Iterator[Row]) -> Iterator[Row]:

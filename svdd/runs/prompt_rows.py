@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from difflib import get_close_matches
 from functools import lru_cache
 from numbers import Integral, Real
@@ -25,10 +26,12 @@ _BREAKS = re.compile(r"[\t\n\x0b-\x0d\x1c-\x1e\x85\u2028\u2029]+")
 _EDGES = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
 _INVISIBLE = {"Cf", "Zl", "Zp", "Zs"}  # Unicode categories
 _DIGITS, _DECIMAL = re.compile(r"[0-9]{1,20}"), re.compile(r"[0-9]+(\.[0-9]*)?([eE]\+?[0-9]{1,2})?")
+_NO_SEED = {"", "na", "n/a", "<na>", "nan", "null", "none"}
 _EXACT = 2**53  # larger floating-point numbers have lost digits
-_FOREIGN = re.compile(
+_FOREIGN = re.compile(  # a word processor makes one dash of two hyphens
     r"(?:^|\s)--(?:prompt|negative[_-]prompt|seed|subseed|steps|cfg[_-]scale|width|height|sampler_name|sd_model|n_iter"
     r"|batch_size|styles?|stylize|ar|aspect|v|version|niji|q|quality|s|chaos|no|iw|tile|test|testp|hd)(?=\s|$)"
+    r"|(?:^|\s)[\u2013\u2014](?:seed|stylize|ar|aspect|v|version|niji|q|quality|s|chaos|iw)(?=\s+\.?\d)"
     r"|^Negative prompt: |^Steps: \d+, "
 )
 
@@ -69,6 +72,10 @@ class RowReader:
         places = self._notes.setdefault(text, [])
         if len(places) < 2:
             places.append(place)
+
+    def withdraw(self, text: str) -> None:
+        """Removes a warning."""
+        self._notes.pop(text, None)
 
     def leave_out(self, column: str) -> None:
         """Adds the warning about a column that is not carried."""
@@ -186,7 +193,10 @@ def find_columns(names: tuple[str, ...], prompt_column: str, aliases: bool = Fal
         shown = ", ".join(map(shorten.repr, names[:20])) or "none"
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         what = f"no column {prompt_column!r} among the columns {shown}{more}"
+        wide = next((mark for mark in "\uff0c\uff1b\u3001" if any(mark in name for name in names)), "")
         hint = did_you_mean(prompt_column, names, ", ")
+        if wide:
+            raise PromptError(f"{what}, which hold the fullwidth mark {wide!r}; put ASCII commas between the columns")
         raise PromptError(f"{what}{hint}; say with prompt_column which one holds the prompts")
     columns = {role: same[0] for role, same in found.items()}
     if taken := sorted(RESERVED_COLUMNS.intersection(names).difference(columns.values())):
@@ -210,10 +220,14 @@ def _near_misses(names: tuple[str, ...], prompt_column: str) -> list[tuple[str, 
 
 
 def _seed(value: Any) -> int | None:
-    """Returns a seed, which may be text or a whole floating-point number; None if there is none."""
+    """Returns a seed, which may be text or a whole decimal number; None if there is none."""
     number: Any = value.strip() if isinstance(value, str) else value
-    if number is None or number == "" or (isinstance(number, Real) and number != number):
+    if isinstance(number, str) and number.lower() in _NO_SEED:
         return None
+    if number is None or (isinstance(number, Real | Decimal) and number != number):
+        return None
+    if isinstance(number, Decimal):
+        number = int(number) if 0 <= number <= MAX_SEED and number == int(number) else -1
     if isinstance(number, str):
         number = int(number) if _DIGITS.fullmatch(number) else float(number) if _DECIMAL.fullmatch(number) else None
     decimal = isinstance(number, Real) and not isinstance(number, Integral)

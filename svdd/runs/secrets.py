@@ -20,6 +20,7 @@ _SHAPES = (  # a group that stays, and what is a secret by its form
 )
 _NAME = re.compile(r"(?:.*[_.-])?(?:api_?key|password|passwd|secret|token|authorization|credentials?)", re.I)
 _DONE = re.compile(r".*\*\*\*.* \([0-9a-f]{4}\)", re.S)
+_PLAIN_ADDRESS = re.compile(r"https?://(?!.*(?:[@?#\s]|%40))[^/]+(/.*)?", re.I)
 _VARIABLE = re.compile(r"[A-Z]+(?:_[A-Z0-9]+)+")  # may be shown
 
 
@@ -59,6 +60,6 @@ def refuse_secrets(tree: Any, name: str = "") -> None:
         given = tree if _VARIABLE.fullmatch(tree) else "of the given name"
         expected = f"{name} takes the name of an environment variable that holds the key, not the key"
         raise UserError(f"{expected}: no variable {given} is set")
-    elif name.endswith("endpoint") and isinstance(tree, str) and redact(tree) != tree:
-        problem = f"{name} holds a user, a password or a key, which a run would save"
-        raise UserError(f"{problem}; give a key in the environment variable that api_key_env names")
+    elif name.endswith("endpoint") and isinstance(tree, str) and not _PLAIN_ADDRESS.fullmatch(tree):
+        problem = f"{name} must be an address such as http://localhost:8000/v1, without a user, a password or a query"
+        raise UserError(f"{problem}, which a run would save; give a key in the variable that api_key_env names")
