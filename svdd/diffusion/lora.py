@@ -113,10 +113,10 @@ def _changes(models: dict[str, Any]) -> bool:
     """Returns whether any of the loaded updates, scale * B A, is other than zero."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [layer for model in models.values() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    every: list[Any] = [layer for model in models.values() for layer in model.modules() if isinstance(layer, LoraLayer)]
     return any(
         bool(layer.scaling[name] and layer.lora_A[name].weight.any() and layer.lora_B[name].weight.any())
-        for layer in layers
+        for layer in every
         for name in layer.lora_A
     )
 
