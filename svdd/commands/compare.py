@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from svdd import UserError, say
+from svdd import UserError, printable, say
 from svdd.evaluation.images import RunImage, read_images
 from svdd.runs.config import read_config
 from svdd.runs.files import regular_only, write_atomically
@@ -66,11 +66,11 @@ def compare(words: list[str]) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {output}: {reason}; choose another --output") from error
     say(f"means over {len(shared)} images")
-    say("".join(f"{name:>24}" for name in ("run", *map(_printable, rewards), "denoiser rows/image")))
+    say("".join(f"{name:>24}" for name in ("run", *map(_one_line, rewards), "denoiser rows/image")))
     for run, images in rows:
         means = "".join(_mean([image.rewards.get(reward) for image in images], ".4f") for reward in rewards)
-        say(f"{_printable(run.name):>24}{means}{_mean([image.denoiser_rows for image in images], '.0f')}")
-    say(f"wrote {_printable(str(output))}")
+        say(f"{_one_line(run.name):>24}{means}{_mean([image.denoiser_rows for image in images], '.0f')}")
+    say(f"wrote {output}")
 
 
 def _check_output(output: Path) -> None:
@@ -102,7 +102,7 @@ def _draw(rows: list[tuple[Path, list[RunImage]]], rewards: list[str]) -> bytes:
     canvas, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
     pen = ImageDraw.Draw(canvas)
     for column in range(columns):
-        x, prompt = _MARGIN + column * across, _printable(rows[0][1][column].prompt)[:_MOST_LETTERS]
+        x, prompt = _MARGIN + column * across, _one_line(rows[0][1][column].prompt)[:_MOST_LETTERS]
         while pen.textlength(prompt, font) > across - _MARGIN and len(prompt) > 4:
             prompt = prompt[:-4] + "..."
         pen.text((x, _MARGIN), prompt, _INK, font)
@@ -110,10 +110,10 @@ def _draw(rows: list[tuple[Path, list[RunImage]]], rewards: list[str]) -> bytes:
             image, y = images[column], 2 * _LINE + line * down
             picture = Image.fromarray(pixels_of(run, image.file))
             canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y))
-            pen.text((x, y + height + 2), _printable(run.name), _INK, font)
+            pen.text((x, y + height + 2), _one_line(run.name), _INK, font)
             for k, reward in enumerate(rewards, 1):
                 score = image.rewards.get(reward)
-                label = f"{_printable(reward)} {'-' if score is None else f'{score:.3f}'}"
+                label = f"{_one_line(reward)} {'-' if score is None else f'{score:.3f}'}"
                 pen.text((x, y + height + 2 + _LINE * k), label, _FAINT, font)
     buffer = io.BytesIO()
     mark = PngImagePlugin.PngInfo()
@@ -128,6 +128,6 @@ def _mean(numbers: list[float | None], form: str) -> str:
     return f"{format(fmean(known), form) if len(known) == len(numbers) else '-':>24}"
 
 
-def _printable(text: str) -> str:
-    """Returns text on one line, with an escape for what no font or terminal shows."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+def _one_line(text: str) -> str:
+    """Returns text on one line, with control characters escaped."""
+    return " ".join(printable(text).split())

@@ -55,7 +55,7 @@ class Parser(LightningArgumentParser):
             raise ImportError(f"{found}; install a version that the requirements of svdd allow")
         setattr(typehints, _CARRY_OVER, _discard_all)
         loaders.yaml_load = loaders.loaders["yaml"] = _load_yaml
-        setattr(jsonargparse.Path, "read_text", _read_config)  # noqa: B010  (its own waits for ever at a FIFO)
+        setattr(jsonargparse.Path, "read_text", _read_config)  # noqa: B010  (its own blocks on a FIFO)
         super().__init__(*args, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
