@@ -42,6 +42,7 @@ class Diffusion(nn.Module, ABC):
 
     latent_shape: tuple[int, ...]  # of one latent, often (c, h, w); set by the subclass
     guidance_scale: float | None = None  # weight of classifier-free guidance; None if the family has none
+    guides_above: float = 1.0  # guidance needs the unconditional half at scales above this one
     prompt_features_size: int = 0  # width of `prompt_features`; 0 if there are none
     from_files: tuple[str, ...] = ()
     anchor: Tensor
@@ -111,7 +112,7 @@ class Diffusion(nn.Module, ABC):
 
     def network_rows(self, guidance_scale: float | None) -> int:
         """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
-        return 2 if guidance_scale is not None and guidance_scale > 1 else 1
+        return 2 if guidance_scale is not None and guidance_scale > self.guides_above else 1
 
     def prompt_features(self, conditioning: Any) -> Tensor | None:
         """Returns one vector per prompt of the conditioning, for learned values, [p, d], or None."""

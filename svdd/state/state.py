@@ -103,10 +103,10 @@ class State:
         return scores
 
     def preview(self, guidance_scale: float) -> Tensor:
-        """Returns x0 at another guidance scale, [n, *latent_shape]; at 1 or less without the unconditional half."""
+        """Returns x0 at another guidance scale, [n, *latent_shape]; where it does not guide, at half the cost."""
         diffusion = self.context.diffusion
-        own = diffusion.guidance_scale
-        if self.done or (own is not None and max(guidance_scale, 1.0) == max(own, 1.0)):
+        own, least = diffusion.guidance_scale, diffusion.guides_above
+        if self.done or (own is not None and max(guidance_scale, least) == max(own, least)):
             return self.x0
         return self._evaluate(partial(diffusion.preview, guidance_scale=guidance_scale), guidance_scale)
 
