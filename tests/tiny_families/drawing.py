@@ -1,6 +1,6 @@
 """Draws the same pictures twice: with a pipeline's own `__call__`, and with `Unguided` on our class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
