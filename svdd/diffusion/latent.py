@@ -14,7 +14,9 @@ from svdd.assets.content import digest
 from svdd.assets.hub import ASSETS, is_local
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.chunking import Reproducible
-from svdd.diffusion.kernels import KERNELS, Kernel, chain_settings, find_kernel
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.kernels.base import Kernel, find_kernel
+from svdd.diffusion.kernels.transition import Transition
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
 from svdd.diffusion.pipelines import Configs, TinyDecoder, examine, fingerprint, load_pipeline, warn_of_cuts
 
@@ -32,8 +34,8 @@ class LatentDiffusion(Diffusion):
         pretrained: `emoji` (ships with svdd), a folder, or a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         num_inference_steps: T, the number of denoising steps.
         guidance_scale: Weight of classifier-free guidance; at 1 or less the unconditional half is not computed.
-        eta: Noise of the DDIM steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
-        scheduler: `ddim`, `ddpm` or `euler_ancestral`: the solvers whose step is a Gaussian kernel.
+        eta: Noise of the steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
+        scheduler: `ddim`, `ddpm`, `euler` or `euler_ancestral`: the solvers whose step is a Gaussian kernel.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the autoencoder's factor (8); by default the model's own size.
         width: Image width in pixels.
@@ -56,7 +58,7 @@ class LatentDiffusion(Diffusion):
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
-    kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler
+    kernels: ClassVar[Mapping[str, type[Kernel]]] = DIFFUSION_KERNELS  # by the name of their scheduler
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
     from_files = ("scheduler_config",)
     tiny: ClassVar[str]  # hub name of the family's small decoder
@@ -112,7 +114,8 @@ class LatentDiffusion(Diffusion):
         for name in names:
             self.add_module(name, parts[name].eval())
         self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
-        self.kernel = kernel(chain_settings(pipeline.scheduler.config), num_inference_steps, eta)
+        config = kernel.settings(pipeline.scheduler.config)
+        self.kernel = kernel(config, num_inference_steps, Transition(eta=eta))
         factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
         if native is None and None in (height, width):
             raise UserError(f"pretrained={pretrained!r} states no image size; give height and width")
