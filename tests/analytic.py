@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svdd.diffusion.base import Denoised, Diffusion
+from svdd.diffusion.base import Denoised, Diffusion, per_row
 from svdd.rewards.base import Reward
 from svdd.state.state import Start, State
 from svdd.values.base import Value
@@ -17,17 +17,17 @@ class AnalyticDiffusion(Diffusion):
     """DDIM-eta steps (formula 12 of arXiv 2010.02502) over a variance-preserving schedule of T + 1 levels.
 
     Subclasses implement E[x_0 | x_i]. `decode` only reshapes, so a reward reads the latent from the image. A prompt
-    that is a number shifts the prior by that number; other prompts have no effect.
+    that is a number shifts the prior by that number; other prompts have no effect. A latent has `size` numbers, of any
+    `shape`.
     """
 
-    def __init__(self, num_inference_steps, eta=1.0, size=2, first=0.05, last=0.97, chunk_size="auto"):
+    def __init__(self, num_inference_steps, eta=1.0, size=2, first=0.05, last=0.97, chunk_size="auto", shape=None):
         super().__init__(num_inference_steps, chunk_size)
-        self.eta, self.size = eta, size
+        self.eta, self.latent_shape = eta, shape or (1, 1, size)
         self.signal = np.linspace(first, last, num_inference_steps + 1).tolist()  # cumulative, at step i
         self.encoded: list[list[tuple[str, str | None]]] = []
         self.denoised_rows: list[int] = []  # rows evaluated, to check the ledger
 
-    latent_shape = property(lambda self: (1, 1, self.size))
     dtype = property(lambda self: torch.float64)
     device = property(lambda self: torch.device("cpu"))
 
@@ -44,7 +44,7 @@ class AnalyticDiffusion(Diffusion):
     def denoise(self, x: Tensor, i: int, conditioning: Tensor, row: Tensor) -> Denoised:
         self.denoised_rows.append(len(x))
         signal, following, std = self.signal[i], self.signal[i + 1], self.std(i)
-        x0 = self.posterior_mean(x, signal, conditioning[row].view(-1, 1, 1, 1))
+        x0 = self.posterior_mean(x, signal, per_row(conditioning[row], x))
         noise = (x - math.sqrt(signal) * x0) / math.sqrt(1 - signal)
         return Denoised(x0, math.sqrt(following) * x0 + math.sqrt(1 - following - std**2) * noise)
 
@@ -58,7 +58,7 @@ class AnalyticDiffusion(Diffusion):
         return self.eta * math.sqrt((1 - following) / (1 - signal) * (1 - signal / following))
 
     def decode(self, x0: Tensor) -> Tensor:
-        return x0.expand(-1, 3, -1, -1)
+        return x0.flatten(1)[:, None, None].expand(-1, 3, -1, -1)
 
 
 class GaussianDiffusion(AnalyticDiffusion):

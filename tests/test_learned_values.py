@@ -148,6 +148,19 @@ def test_a_value_is_the_reward_at_the_end(trained):
     assert torch.equal(trained.value(final), final.scores(Linear(B)))
 
 
+def test_latents_with_frames_are_read_and_latents_without_an_area_are_refused(tmp_path):
+    shape, options = (2, 3, 2, 4), {"num_rollouts": 64, "batch_size": 32, "rollout_batch_size": 64}
+    diffusion, reward = GaussianDiffusion(3, shape=shape), Linear([0.1] * 48)
+    value = fit(network(mirror=True), tmp_path, diffusion, reward, epochs=1, **options)[0].value
+    final = run(diffusion, SVDD(4, num_particles=2), value, 3)
+    assert final.x.shape == (3, *shape)
+    assert final.context.ledger.per_image(3)["denoiser_rows"] == 2 * 3
+    with pytest.raises(
+        UserError, match=r"latents of shape \[channels, height, width\], .* has latents of shape \[3, 4\]"
+    ):
+        network().bind(reward, GaussianDiffusion(3, shape=(3, 4)))
+
+
 def test_estimates_do_not_depend_on_other_rows(trained):
     state = State.start(GaussianDiffusion(4), [""] * 6, range(6)).propose().propose()
     with torch.no_grad():

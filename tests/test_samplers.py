@@ -13,6 +13,7 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
@@ -220,6 +221,20 @@ def test_more_candidates_and_more_particles_raise_the_reward():
     assert means == sorted(means)
     cooler = [float(rewards(run(diffusion, SVDD(6, alpha), value_of(), 300)).mean()) for alpha in (5.0, 0.5, 0.05)]
     assert cooler == sorted(cooler)
+
+
+# ---- shapes of latents
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 2), (3, 4)], ids=["channels-frames-height-width", "tokens-width"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+def test_a_sampler_does_not_depend_on_the_shape_of_latents(sampler, shape):
+    """Random numbers are drawn in memory order, so latents of another shape and the same size end in the same ones."""
+    value, plain, other = value_of([0.1] * 12), GaussianDiffusion(4, size=12), GaussianDiffusion(4, shape=shape)
+    expected, found = (run(diffusion, sampler, value, prompts=["", "0.5"]) for diffusion in (plain, other))
+    assert found.x.shape == (len(expected.x), *shape)
+    assert torch.equal(found.x.flatten(1), expected.x.flatten(1))
+    assert count(sampler, other, value) == count(sampler, plain, value)
 
 
 # ---- selections written out

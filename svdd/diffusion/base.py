@@ -11,14 +11,19 @@ from svdd import UserError
 from svdd.assets.content import digest
 from svdd.diffusion.chunking import Chunker, Reproducible
 
-__all__ = ["Denoised", "Diffusion"]
+__all__ = ["Denoised", "Diffusion", "per_row"]
 
 
 class Denoised(NamedTuple):
     """The result of one denoiser evaluation."""
 
-    x0: Tensor  # posterior mean E[x_0 | x_i], [n, c, h, w]
-    mean: Tensor  # mean of the reverse kernel p(x_{i+1} | x_i), [n, c, h, w]
+    x0: Tensor  # posterior mean E[x_0 | x_i], [n, *latent_shape]
+    mean: Tensor  # mean of the reverse kernel p(x_{i+1} | x_i), [n, *latent_shape]
+
+
+def per_row(values: Tensor, x: Tensor) -> Tensor:
+    """Reshapes one number per row, [n], so that it broadcasts against latents x, [n, ...], of any shape."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Diffusion(nn.Module, ABC):
@@ -35,8 +40,9 @@ class Diffusion(nn.Module, ABC):
         from_files: Names of attributes, beyond weights and tokenizers, that were read from the model's files.
     """
 
-    latent_shape: tuple[int, ...]  # of one latent, (c, h, w); set by the subclass
+    latent_shape: tuple[int, ...]  # of one latent, often (c, h, w); set by the subclass
     guidance_scale: float | None = None  # weight of classifier-free guidance; None if the family has none
+    guides_above: float = 1.0  # guidance needs the unconditional half at scales above this one
     prompt_features_size: int = 0  # width of `prompt_features`; 0 if there are none
     from_files: tuple[str, ...] = ()
     anchor: Tensor
@@ -90,11 +96,11 @@ class Diffusion(nn.Module, ABC):
 
     @abstractmethod
     def initial(self, noise: Tensor) -> Tensor:
-        """Turns standard normal noise [n, c, h, w] into x at i = 0."""
+        """Turns standard normal noise [n, *latent_shape] into x at i = 0."""
 
     @abstractmethod
     def denoise(self, x: Tensor, i: int, conditioning: Any, row: Tensor) -> Denoised:
-        """Evaluates the network on x, [n, c, h, w], at step i < T; `row`, int64 [n], indexes the encoded prompts."""
+        """Evaluates the network on x, [n, *latent_shape], at step i < T; `row`, int64 [n], indexes the prompts."""
 
     @abstractmethod
     def std(self, i: int) -> float:
@@ -102,11 +108,11 @@ class Diffusion(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
-        """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""
+        """Turns latents [n, *latent_shape] into images, float32 [n, 3, H, W] in [0, 1]."""
 
     def network_rows(self, guidance_scale: float | None) -> int:
         """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
-        return 2 if guidance_scale is not None and guidance_scale > 1 else 1
+        return 2 if guidance_scale is not None and guidance_scale > self.guides_above else 1
 
     def prompt_features(self, conditioning: Any) -> Tensor | None:
         """Returns one vector per prompt of the conditioning, for learned values, [p, d], or None."""
@@ -117,7 +123,7 @@ class Diffusion(nn.Module, ABC):
         raise UserError(f"{type(self).__name__} has no deterministic step, which Lookahead needs: implement `flow`")
 
     def preview(self, x: Tensor, i: int, conditioning: Any, row: Tensor, guidance_scale: float) -> Tensor:
-        """Returns x0 at another weight of classifier-free guidance, [n, c, h, w]; arguments as in `denoise`."""
+        """Returns x0 at another weight of classifier-free guidance, [n, *latent_shape]; arguments as in `denoise`."""
         raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")
 
     def load_decoder(self, name: str) -> nn.Module:

@@ -1,41 +1,47 @@
 """What all latent diffusion models saved by diffusers have in common."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.content import digest
 from svdd.assets.hub import ASSETS, is_local
-from svdd.diffusion.base import Denoised, Diffusion
+from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
-from svdd.diffusion.kernels import KERNELS, Kernel, chain_settings, find_kernel
+from svdd.diffusion.family import Conditioning, ModelFamily
+from svdd.diffusion.kernels import chain_settings, find_kernel
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
-from svdd.diffusion.pipelines import Configs, TinyDecoder, examine, fingerprint, load_pipeline, warn_of_cuts
+from svdd.diffusion.pipelines import (
+    EMBEDDED,
+    TinyDecoder,
+    examine,
+    fingerprint,
+    load_pipeline,
+    warn_of_cuts,
+)
 
-__all__ = ["Conditioning", "LatentDiffusion"]
-
-Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # of prompts, of negative prompts
+__all__ = ["LatentDiffusion"]
 
 
-class LatentDiffusion(Diffusion):
+class LatentDiffusion(ModelFamily):
     """A pipeline of diffusers: autoencoder, text encoders and network, as submodules under the pipeline's names.
 
-    A subclass names its pipeline and small decoder, and implements `encode_texts`, `network` and `decode`.
+    A model family is a subclass in one file: see `ModelFamily` for what it states and implements.
 
     Args:
         pretrained: `emoji` (ships with svdd), a folder, or a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`.
-        num_inference_steps: T, the number of denoising steps.
-        guidance_scale: Weight of classifier-free guidance; at 1 or less the unconditional half is not computed.
+        num_inference_steps: T, the number of denoising steps; by default as many as the pipeline takes.
+        guidance_scale: Weight of classifier-free guidance, by default the pipeline's; where it does not guide (mostly
+            at 1 or less), the unconditional half is not computed.
         eta: Noise of the DDIM steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
-        scheduler: `ddim`, `ddpm` or `euler_ancestral`: the solvers whose step is a Gaussian kernel.
+        scheduler: A solver whose step is a Gaussian kernel, such as `ddim`, `ddpm` or `euler_ancestral`; by default
+            the family's first.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
-        height: Image height in pixels, a multiple of the autoencoder's factor (8); by default the model's own size.
+        height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
         width: Image width in pixels.
         chunk_size: Latents that go through the network at once, or `auto`: all, halved when memory runs out. Without
             effect in the reproducible mode.
@@ -55,20 +61,16 @@ class LatentDiffusion(Diffusion):
         ValueError: If an argument is out of range, or a model cannot be loaded or is not of this family.
     """
 
-    pipeline: ClassVar[str]  # name of the class in diffusers
-    kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler
-    backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
     from_files = ("scheduler_config",)
-    tiny: ClassVar[str]  # hub name of the family's small decoder
     guidance_scale: float
 
     def __init__(
         self,
         pretrained: str = "emoji",
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         eta: float = 1.0,
-        scheduler: str = "ddim",
+        scheduler: str | None = None,
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
@@ -82,83 +84,68 @@ class LatentDiffusion(Diffusion):
         variant: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        super().__init__(num_inference_steps, chunk_size, reproducible)
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        super().__init__(steps, chunk_size, reproducible)
         self.chunker.concurrent = not compile
+        self.scheduler = next(iter(self.kernels)) if scheduler is None else scheduler
+        self.guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-        if not math.isfinite(lora_scale):
-            raise ValueError(f"lora_scale must be a finite number, got {lora_scale}")
+        for name, number in {"guidance_scale": self.guidance_scale, "lora_scale": lora_scale}.items():
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be a finite number, got {number}")
         if not isinstance(negative_prompt, str):
             raise ValueError(f"negative_prompt must be text, got {negative_prompt!r}")
-        kernel = find_kernel(scheduler, self.kernels)
-        self.pretrained, self.lora, self.lora_scale, self.scheduler = pretrained, lora, lora_scale, scheduler
-        self.guidance_scale, self.eta, self.negative_prompt = guidance_scale, eta, negative_prompt
-        self.local_files_only = local_files_only
-        source = str(ASSETS / "emoji-sd") if pretrained == "emoji" else pretrained
-        pipeline = load_pipeline(self.pipeline, source, self.misfit, variant, revision, local_files_only)
+        kernel = find_kernel(self.scheduler, self.kernels)
+        self.pretrained, self.lora, self.lora_scale = pretrained, lora, lora_scale
+        self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
+        source = str(ASSETS / EMBEDDED.get(pretrained, "")) if pretrained in EMBEDDED else pretrained
+        self.pipe = load_pipeline(self.pipeline, source, self.misfit, variant, revision, local_files_only)
         if lora is not None:
-            load_lora(pipeline, lora, weight_name, local_files_only)
-        parts = pipeline.components
+            load_lora(self.pipe, lora, weight_name, local_files_only)
+        self._take_parts()
+        if lora is not None:
+            fuse_lora(self.pipe, lora, lora_scale)
+        self.latent_shape = self._latent_shape(height, width)
+        config = chain_settings(self.pipe.scheduler.config)
+        self.kernel = kernel(config, steps, eta)
+        if compile:
+            getattr(self, self.backbone).compile()
+            self.vae.decoder.compile()
+
+    def _take_parts(self) -> None:
+        """Registers the pipeline's modules and notes what their weights are, before a LoRA is fused."""
+        parts = self.pipe.components
         encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
         names = [self.backbone, "vae", *sorted(encoders)]
         self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
-        self._unfused = {name: digest(parts[name]) for name in names} if lora is not None else {}
-        if lora is not None:
-            fuse_lora(pipeline, lora, lora_scale)
+        self._unfused = {name: digest(parts[name]) for name in names} if self.lora is not None else {}
         # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
         # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
         for name in names:
             self.add_module(name, parts[name].eval())
-        self.tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer")}
-        self.kernel = kernel(chain_settings(pipeline.scheduler.config), num_inference_steps, eta)
-        factor, native = pipeline.vae_scale_factor, parts[self.backbone].config.sample_size
+        self.tokenizers = {
+            name: part for name, part in parts.items() if name.startswith("tokenizer") and part is not None
+        }
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        multiple, native = self.size_multiple, self.native_size()
         if native is None and None in (height, width):
-            raise UserError(f"pretrained={pretrained!r} states no image size; give height and width")
-        size = list(native) if isinstance(native, list | tuple) else [native, native]
-        for axis, (name, pixels) in enumerate({"height": height, "width": width}.items()):
-            if pixels is not None and (pixels < factor or pixels % factor):
-                raise ValueError(f"{name} must be a positive multiple of {factor}, got {pixels}")
-            size[axis] = size[axis] if pixels is None else pixels // factor
-        self.latent_shape = (pipeline.vae.config.latent_channels, *size)
-        if compile:
-            parts[self.backbone].compile()
-            pipeline.vae.decoder.compile()
+            raise UserError(f"pretrained={self.pretrained!r} states no image size; give height and width")
+        for name, pixels in {"height": height, "width": width}.items():
+            if pixels is not None and (pixels < multiple or pixels % multiple):
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {pixels}")
+        default_height, default_width = native or (multiple, multiple)
+        return self.shape(height or default_height, width or default_width)
 
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
         pretrained, lora, local = (arguments.get(name) for name in ("pretrained", "lora", "local_files_only"))
-        if pretrained not in (None, "emoji"):
+        if pretrained is not None and pretrained not in EMBEDDED:
             examine(cls.pipeline, pretrained, cls.misfit, arguments.get("revision"), bool(local))
         if lora is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), bool(local))
-
-    @classmethod
-    def misfit(cls, configs: Configs) -> str:
-        """Returns what in the config.json of the parts does not suit this class, or an empty string."""
-        return ""
-
-    @property
-    def distilled(self) -> bool:
-        """Whether the network takes the guidance scale as an input, and needs no unconditional half."""
-        return False
-
-    def network_rows(self, guidance_scale: float | None) -> int:
-        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
-        return 1 if self.distilled else super().network_rows(guidance_scale)
-
-    @abstractmethod
-    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Returns the network's text inputs (states, pooled embeddings, ...) by name, one row per text in each."""
-
-    @abstractmethod
-    def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        """Evaluates the network on scaled latents [n, c, h, w] at timestep t, a scalar, with one row of texts each.
-
-        Only a distilled network uses the guidance scale.
-        """
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -189,18 +176,18 @@ class LatentDiffusion(Diffusion):
         return self.kernel.initial(noise)
 
     def denoise(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Denoised:
-        """Evaluates the network with guidance, uncond + w (cond - uncond), and returns x0 and the kernel's mean."""
-        return self.kernel.predict(x, self._guided(x, i, conditioning, row, self.guidance_scale), i)
+        """Evaluates the network with guidance and returns x0 and the kernel's mean."""
+        return self._predict(x, i, conditioning, row, self.guidance_scale)
 
     def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
-        """Returns x0 at another guidance scale; at 1 or less the unconditional half is not computed."""
+        """Returns x0 at another guidance scale; where it does not guide, the unconditional half is not computed."""
         if self.network_rows(guidance_scale) > self.network_rows(self.guidance_scale):
             own = f"a model with guidance; its own scale is {self.guidance_scale}"
             raise UserError(f"a preview at guidance_scale={guidance_scale} needs {own}")
-        return self.kernel.predict(x, self._guided(x, i, conditioning, row, guidance_scale), i).x0
+        return self._predict(x, i, conditioning, row, guidance_scale).x0
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """One DDIM step with eta = 0, in the scheduler's coordinates."""
+        """One step without noise, in the scheduler's coordinates."""
         return self.kernel.flow(x, x0, i)
 
     def std(self, i: int) -> float:
@@ -209,19 +196,20 @@ class LatentDiffusion(Diffusion):
 
     def load_decoder(self, name: str) -> nn.Module:
         """Loads an AutoencoderTiny; `tiny` is the one for this model."""
-        tiny = str(ASSETS / "emoji-tiny") if self.pretrained == "emoji" else self.tiny
-        return TinyDecoder(tiny if name == "tiny" else name, self.latent_shape[0], self.dtype, self.local_files_only)
+        source = name
+        if name == "tiny":
+            if self.tiny is None:
+                raise UserError(f"there is no small decoder for {type(self).__name__}; give a folder or a hub name")
+            source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
+        return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only)
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         for tokenizer in self.tokenizers.values():
             warn_of_cuts(tokenizer, texts)
         return self.chunker.map(self.encode_texts, len(texts), texts)
 
-    def _guided(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
-        positive, negative = conditioning
-        x, t = self.kernel.scale_input(x, i), self.kernel.timesteps[i].to(x.device)
-        if negative is None or self.network_rows(guidance_scale) == 1:
-            return self.network(x, t, {name: part[row] for name, part in positive.items()}, guidance_scale)
-        pairs = {name: torch.cat([negative[name][row], part[row]]) for name, part in positive.items()}
-        unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+    def _predict(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Denoised:
+        t = self.kernel.timesteps[i].to(x.device)
+        return self.kernel.predict(
+            x, self.evaluate(self.kernel.scale_input(x, i), t, conditioning, row, guidance_scale), i
+        )

@@ -1,6 +1,7 @@
 """Loads pipelines and decoders of diffusers from a folder or the hub, quietly, with one-line errors."""
 
 import hashlib
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,20 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.hub import fetch, is_local, loading, locate, quiet, read_model, read_tokenizer
 
-__all__ = ["Configs", "TinyDecoder", "examine", "expand", "fingerprint", "load_pipeline", "to_images", "warn_of_cuts"]
+__all__ = [
+    "EMBEDDED",
+    "Configs",
+    "TinyDecoder",
+    "examine",
+    "expand",
+    "fingerprint",
+    "load_pipeline",
+    "to_images",
+    "warn_of_cuts",
+]
 
 Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
+EMBEDDED = {"emoji": "emoji-sd"}  # the pipelines that ship with svdd: folders of assets by name
 _INDEX = "model_index.json"
 _WITH_BETAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")  # schedulers of DDPM's kind that need scipy, torchsde
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # pictures drawn from prompts alone need none
@@ -92,7 +104,8 @@ def load_pipeline(
 
     what, kind = f"pretrained={pretrained!r}", getattr(diffusers, class_name)
     folder, index, hub = examine(class_name, pretrained, check, revision, local_files_only)
-    left_out = dict.fromkeys(name for name in _LEFT_OUT if name in index or name != "image_encoder")
+    takes = inspect.signature(kind.__init__).parameters
+    left_out = dict.fromkeys(name for name in _LEFT_OUT if name in takes)
     if not is_local(pretrained):
         with loading(what), quiet("diffusers"):
             folder = str(kind.download(pretrained, variant=variant, trust_remote_code=False, **left_out, **hub))

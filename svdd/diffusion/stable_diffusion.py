@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd.diffusion.latent import Conditioning, LatentDiffusion
+from svdd.diffusion.family import Conditioning
+from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.pipelines import Configs, expand, to_images
 
 __all__ = ["StableDiffusion", "guidance_embedding"]

@@ -131,10 +131,11 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
 class _OneNumber(Diffusion):
     """A chain of single numbers, with the length of another and noise in the same steps."""
 
-    latent_shape, dtype, device = (1, 1, 1), torch.float32, torch.device("cpu")
+    dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, diffusion: Diffusion, limit: float) -> None:
         super().__init__(diffusion.num_inference_steps)
+        self.latent_shape = (1,) * len(diffusion.latent_shape)
         self.noisy = [float(diffusion.std(i) > 0) for i in range(diffusion.num_inference_steps)]
         self.limit, self.rows, self.squares = limit, 0, 0
 
@@ -154,7 +155,7 @@ class _OneNumber(Diffusion):
         return self.noisy[i]
 
     def decode(self, x0: Tensor) -> Tensor:
-        return x0.expand(-1, 3, -1, -1)
+        return x0.reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1)
 
 
 class _Counted(Value):

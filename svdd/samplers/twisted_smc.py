@@ -5,6 +5,7 @@ Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Di
 (TDS). Tempering (DAS): see `svdd.samplers.toolbox.weights`.
 """
 
+from svdd.diffusion.base import per_row
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_window
 from svdd.samplers.toolbox.selection import probabilities
 from svdd.samplers.toolbox.weights import Ends, Resampler, Tempering, Weighing, Weights
@@ -75,7 +76,8 @@ class TwistedSMC(Sampler):
             index, weights = self.weighing.resample(weights, state.uniforms(n))
             state = self.keep(state, index, v, log_w, increment)
             variance, mean, slope = state.std**2, state.prediction.mean, state.gradient(value)[1]
-            shift = variance * (weights.exponent / alpha).repeat_interleave(n, 0).view(-1, 1, 1, 1).to(slope) * slope
+            strength = (weights.exponent / alpha).repeat_interleave(n, 0)
+            shift = variance * per_row(strength, slope).to(slope) * slope
             state = state.propose(mean=mean + shift)
             if variance > 0:
                 # log p / q = (|x - mean - shift|^2 - |x - mean|^2) / (2 std^2), without the difference of large numbers

@@ -6,6 +6,7 @@ Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling De
 
 import torch
 
+from svdd.diffusion.base import per_row
 from svdd.samplers.base import Sampler, Start, State, Value, require_at_least_one
 from svdd.samplers.toolbox.selection import top
 
@@ -50,7 +51,7 @@ class ZeroOrderSearch(Sampler):
         images, n = state.num_images, self.num_candidates
         best_start, best = state.x, self.finish(state.replay(state.x))
         best_value = self.evaluate(value, best)
-        radius = torch.full((images, 1, 1, 1), self.radius, dtype=state.x.dtype, device=state.x.device)
+        radius = per_row(state.x.new_full((images,), self.radius), state.x)
         for _ in range(self.num_iterations):
             new = state.context.diffusion.initial(state.context.perturbations(n).to(state.x))
             near = ((1 - radius**2).sqrt() * best_start).repeat_interleave(n, 0) + radius.repeat_interleave(n, 0) * new
@@ -60,5 +61,5 @@ class ZeroOrderSearch(Sampler):
             starts = torch.cat([best_start[:, None], near.unflatten(0, (images, n))], 1)
             best_start = starts[torch.arange(images, device=index.device), index[:, 0]]
             best, best_value = self.keep(best.join(ends), index, v), v.gather(1, index)
-            radius = torch.where(index[:, :, None, None] == 0, radius * self.decay, radius)
+            radius = torch.where(per_row(index[:, 0], radius) == 0, radius * self.decay, radius)
         return best

@@ -72,7 +72,7 @@ class Context:
             self.on_step(i, value)
 
     def noise(self, n: int) -> Tensor:
-        """Draws n rows of noise per image, [images * n, c, h, w], as diffusers does for a list of generators."""
+        """Draws n rows of noise per image, [images * n, *latent_shape], as diffusers does for a list of generators."""
         if self.shared_noise:
             return self._normals(self.generators, 1).repeat_interleave(n, 0)
         return self._normals(self.generators, n)

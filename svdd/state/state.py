@@ -25,7 +25,7 @@ class State:
     A state computes its prediction on first use, once; `select` keeps it for the survivors.
     """
 
-    x: Tensor  # latents at step i, [n, c, h, w]
+    x: Tensor  # latents at step i, [n, *latent_shape]
     i: int  # step index, 0 .. T; T is the end of the chain
     row: Tensor  # index of each particle's prompt, int64 [n]
     origin: Tensor  # index of the image's starting particle from which each row descends, int64 [n]
@@ -80,7 +80,7 @@ class State:
 
     @property
     def x0(self) -> Tensor:
-        """Posterior mean E[x_0 | x_i], [n, c, h, w]; at the end it is x itself."""
+        """Posterior mean E[x_0 | x_i], [n, *latent_shape]; at the end it is x itself."""
         return self.x if self.done else self.prediction.x0
 
     @property
@@ -103,10 +103,10 @@ class State:
         return scores
 
     def preview(self, guidance_scale: float) -> Tensor:
-        """Returns x0 at another guidance scale, [n, c, h, w]; at 1 or less without the unconditional half."""
+        """Returns x0 at another guidance scale, [n, *latent_shape]; where it does not guide, at half the cost."""
         diffusion = self.context.diffusion
-        own = diffusion.guidance_scale
-        if self.done or (own is not None and max(guidance_scale, 1.0) == max(own, 1.0)):
+        own, least = diffusion.guidance_scale, diffusion.guides_above
+        if self.done or (own is not None and max(guidance_scale, least) == max(own, least)):
             return self.x0
         return self._evaluate(partial(diffusion.preview, guidance_scale=guidance_scale), guidance_scale)
 
@@ -118,8 +118,8 @@ class State:
     def propose(self, m: int = 1, mean: Tensor | None = None, kl: Tensor | None = None) -> "State":
         """Draws m >= 1 children per row from the reverse kernel N(mean, std^2 I); a row's children are consecutive.
 
-        A sampler may shift the mean, [n, c, h, w]. Then `kl` is the divergence of the shifted kernel from the model's,
-        in nats, [images]; None if it is unknown.
+        A sampler may shift the mean, [n, *latent_shape]. Then `kl` is the divergence of the shifted kernel from the
+        model's, in nats, [images]; None if it is unknown.
         """
         if m < 1:
             raise ValueError(f"m must be >= 1, got {m}")
@@ -165,7 +165,7 @@ class State:
         return replace(self, x=x, row=row, origin=origin, _cache=cache)
 
     def replay(self, x: Tensor) -> "State":
-        """Starts the same chain from other latents x at i = 0, [images * k, c, h, w].
+        """Starts the same chain from other latents x at i = 0, [images * k, *latent_shape].
 
         Every row of an image will receive the same noise, so the end of a row depends on its start alone.
         """
@@ -178,7 +178,7 @@ class State:
         return State(x, 0, self.context.rows.repeat_interleave(k), origin, self.context.replay())
 
     def gradient(self, value: Callable[["State"], Tensor], through_denoiser: bool = True) -> tuple[Tensor, Tensor]:
-        """Returns the value of each row, float [n], and its gradient at the row's own latent, [n, c, h, w].
+        """Returns the value of each row, float [n], and its gradient at the row's own latent, [n, *latent_shape].
 
         Evaluated once, together with the prediction that the next step needs; `select` keeps both for the survivors.
         Without `through_denoiser`, the gradient at x0 is used in place of that at x, which saves the backward pass

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd import require_at_least
-from svdd.diffusion.base import Diffusion
+from svdd import UserError, require_at_least
+from svdd.diffusion.base import Diffusion, per_row
 from svdd.values.learned import LearnedValue
 from svdd.values.losses import ValueLoss
 
@@ -20,6 +20,7 @@ class LatentConvValue(LearnedValue):
     """Time-conditioned residual convolutions on the noisy latents: no denoiser row, no decoding.
 
     SVDD then costs T denoiser rows per image for any number of candidates. The output is averaged over positions.
+    Latents must have the shape [..., height, width]; all axes before the height count as channels.
 
     Args:
         channels: Width of the network, >= 1.
@@ -52,10 +53,15 @@ class LatentConvValue(LearnedValue):
         self.use_prompt, self.dropout, self.mirror = use_prompt, dropout, mirror
 
     def build(self, diffusion: Diffusion) -> None:
-        """Creates the network for the latents' shape and the prompt features' width."""
-        halvings = max(0, math.ceil(math.log2(max(diffusion.latent_shape[1:]) / 8)))
+        """Creates the network for the latents' shape and the prompt features' width; UserError if there is no area."""
+        if len(shape := diffusion.latent_shape) < 3:
+            raise UserError(
+                f"LatentConvValue needs latents of shape [channels, height, width], and {type(diffusion).__name__} has "
+                f"latents of shape {[*shape]}; use FeatureValue, which reads decoded images"
+            )
+        halvings = max(0, math.ceil(math.log2(max(shape[-2:]) / 8)))
         features, hidden = diffusion.prompt_features_size if self.use_prompt else 0, 2 * self.channels
-        self.entry = nn.Conv2d(diffusion.latent_shape[0], self.channels, 3, padding=1)
+        self.entry = nn.Conv2d(math.prod(shape[:-2]), self.channels, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.text = nn.Linear(features, hidden) if features else None
         self.blocks = nn.ModuleList(
@@ -67,8 +73,9 @@ class LatentConvValue(LearnedValue):
 
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
         """Returns predictions in units of the rewards' spread about their mean, [n]."""
+        x = x.flatten(1, -3)  # frames, if there are any, count as channels
         if self.training and self.mirror:
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+            x = torch.where(per_row(torch.rand(len(x), device=x.device), x) < 0.5, x.flip(-1), x)
         angles = progress[:, None] * (math.pi * torch.arange(1, _FREQUENCIES + 1, device=x.device, dtype=x.dtype))
         condition = self.time(torch.cat([angles.sin(), angles.cos()], 1))
         if self.text is not None and text is not None:

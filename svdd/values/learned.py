@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from svdd import UserError
-from svdd.diffusion.base import Diffusion
+from svdd.diffusion.base import Diffusion, per_row
 from svdd.rewards.base import Reward
 from svdd.state.state import State
 from svdd.values.base import Value
@@ -69,7 +69,7 @@ class LearnedValue(Value):
         """Returns predictions in units of the rewards' spread about their mean, [n].
 
         Args:
-            x: The inputs, divided by their spread at that step, [n, c, h, w].
+            x: The inputs, divided by their spread at that step, [n, *latent_shape].
             progress: i / T of each row, [n].
             text: Features of each row's prompt, [n, d]; None if the diffusion model has none.
         """
@@ -124,9 +124,9 @@ class LearnedValue(Value):
     def predict(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns predictions as `network_output` does, for `state.x` or `state.x0` at the steps, int64 [n]."""
         dtype = next(self.parameters()).dtype
-        spread = self.spread[step].view(-1, 1, 1, 1)
         progress = step.to(self.spread) / len(self.spread)
-        return self.network_output((x / spread).to(dtype), progress.to(dtype), None if text is None else text.to(dtype))
+        x = (x / per_row(self.spread[step], x)).to(dtype)
+        return self.network_output(x, progress.to(dtype), None if text is None else text.to(dtype))
 
     def set_units(self, rewards: Tensor, spread: Tensor) -> None:
         """Sets the units, a part of the weights, from rewards [n] and the inputs' spread [T]."""

@@ -39,8 +39,8 @@ def draw_rollouts(
 class RolloutCache:
     """The rollouts of one setting, in a folder of their own, independent of the reward.
 
-    A shard is a safetensors file of up to 64 rollouts: the value's inputs at the kept steps, `x` [n, steps, c, h, w],
-    the final latents, `end` [n, c, h, w], and a checksum of both. The head of a longer shard serves fewer rollouts.
+    A shard is a safetensors file of up to 64 rollouts: the value's inputs at the kept steps, `x` [n, steps, ...], the
+    final latents, `end` [n, ...], and a checksum of both. The head of a longer shard serves fewer rollouts.
 
     Args:
         folder: The folder of all caches.

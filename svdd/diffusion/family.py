@@ -1,0 +1,112 @@
+"""What a model family states and implements: how its pipeline of diffusers turns texts and latents into pictures."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from svdd.diffusion.base import Diffusion
+from svdd.diffusion.kernels import KERNELS, Kernel
+from svdd.diffusion.pipelines import Configs
+
+__all__ = ["Conditioning", "ModelFamily"]
+
+Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # of prompts, of negative prompts
+
+
+class ModelFamily(Diffusion):
+    """All models of one pipeline class of diffusers.
+
+    A family names its pipeline and implements `encode_texts`, `network` and `decode`; what else differs has a default.
+
+    Attributes:
+        pipe: The pipeline, whose modules are submodules here under the same names; for its methods and configuration.
+    """
+
+    pipeline: ClassVar[str]  # name of the class in diffusers
+    backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
+    kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler; the first is the default
+    tiny: ClassVar[str | None] = None  # hub name of the family's small decoder
+    default_steps: ClassVar[int] = 50  # of the pipeline
+    default_guidance: ClassVar[float] = 7.5
+    two_calls: ClassVar[bool] = False  # whether the unconditional half is a call of its own, with texts of other length
+    pipe: Any
+    vae: Any
+
+    @classmethod
+    def misfit(cls, configs: Configs) -> str:
+        """Returns what in the config.json of the parts does not suit this class, or an empty string."""
+        return ""
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which height and width are multiples."""
+        return int(self.pipe.vae_scale_factor)
+
+    def native_size(self) -> tuple[int, int] | None:
+        """Returns the model's own height and width in pixels, or None if it states none."""
+        size, factor = self.pipe.components[self.backbone].config.sample_size, self.pipe.vae_scale_factor
+        if size is None:
+            return None
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return height * factor, width * factor
+
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Returns the shape in which the pipeline draws the noise of one picture of this size in pixels."""
+        factor = self.pipe.vae_scale_factor
+        return (self.vae.config.latent_channels, height // factor, width // factor)
+
+    def timestep_options(self) -> dict[str, Any]:
+        """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps."""
+        return {}
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the network takes the guidance scale as an input, and needs no unconditional half."""
+        return False
+
+    def cfg_scale(self, guidance_scale: float) -> float:
+        """Returns the weight of classifier-free guidance, where it is not `guidance_scale` itself."""
+        return self.guides_above if self.distilled else guidance_scale
+
+    def network_rows(self, guidance_scale: float | None) -> int:
+        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
+        return super().network_rows(None if guidance_scale is None else self.cfg_scale(guidance_scale))
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Returns the network's text inputs (states, pooled embeddings, masks) by name, one row per text in each.
+
+        Their shapes must not depend on the other texts: pad to a fixed length, and trim in `network` with a mask.
+        """
+
+    @abstractmethod
+    def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        """Evaluates the network and returns what the scheduler's `step` takes, [n, ...] as x.
+
+        Args:
+            x: Latents, scaled as the scheduler does, in the shape of `shape`, [n, ...].
+            t: The scheduler's timestep, a scalar.
+            texts: The inputs of `encode_texts`, one row per latent.
+            guidance_scale: Only a distilled network uses it.
+        """
+
+    def combine(self, negative: Tensor, positive: Tensor, guidance_scale: float, t: Tensor) -> Tensor:
+        """Returns the network's output with guidance: uncond + w (cond - uncond), row by row."""
+        return negative + guidance_scale * (positive - negative)
+
+    def evaluate(self, x: Tensor, t: Tensor, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
+        """Evaluates the network with guidance; arguments as in `network`, and `row` indexes the encoded prompts."""
+        positive, negative = conditioning
+        texts = {name: part[row] for name, part in positive.items()}
+        if negative is None or self.network_rows(guidance_scale) == 1:
+            return self.network(x, t, texts, guidance_scale)
+        others, scale = {name: part[row] for name, part in negative.items()}, self.cfg_scale(guidance_scale)
+        if self.two_calls:
+            conditional = self.network(x, t, texts, guidance_scale)
+            return self.combine(self.network(x, t, others, guidance_scale), conditional, scale, t)
+        pairs = {name: torch.cat([others[name], part]) for name, part in texts.items()}
+        unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
+        return self.combine(unconditional, conditional, scale, t)
