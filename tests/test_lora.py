@@ -253,7 +253,7 @@ def test_a_lora_of_each_family_changes_the_weights_as_it_does_in_diffusers(famil
     assert all(pairs.values())
     for part, layers in pairs.items():
         before, found = getattr(base, part).state_dict(), getattr(ours, part).state_dict()
-        factor = 0.4 * {"diffusers": 1.0}.get(form, 1.5)  # alpha / rank
+        factor = 0.4 * {"diffusers": 1.0}.get(form, ALPHA / RANK)
         for name, weight in before.items():
             down_up = layers.get(name.removesuffix(".weight"))
             expected = weight if down_up is None else weight + factor * down_up[1] @ down_up[0]

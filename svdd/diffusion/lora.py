@@ -100,7 +100,7 @@ def load_lora(pipeline: Any, lora: str, weight_name: str | None = None, local_fi
             weights = _read(pipeline, what, file, models)
             _check(what, weights, models)
             for part in {name.partition(".")[0] for name in weights.state}:
-                options = {"prefix": part, "network_alphas": None, "metadata": weights.settings}
+                options: dict[str, Any] = {"prefix": part, "network_alphas": None, "metadata": weights.settings}
                 if part.startswith("text_encoder"):
                     options |= {"text_encoder": models[part], "low_cpu_mem_usage": True}
                     pipeline.load_lora_into_text_encoder(weights.state, **options)
