@@ -16,6 +16,7 @@ from svdd import UserError
 from svdd.__main__ import main
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
 from svdd.diffusion.kernels.vp import BetaKernel
+from svdd.diffusion.model_index import Source
 from svdd.diffusion.pipelines import load_pipeline
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
@@ -62,7 +63,7 @@ def test_a_saved_scheduler_needs_no_library_of_its_class(sd15, tmp_path, kind, s
     for name in (kind, "EulerDiscreteScheduler"):
         put("model_index.json", scheduler=["diffusers", name])(path)
         write("scheduler/scheduler_config.json", json.dumps({"_class_name": name, **saved}).encode())(path)
-        loaded = load_pipeline("StableDiffusionPipeline", str(path), StableDiffusion.misfit)
+        loaded = load_pipeline(Source(str(path)), StableDiffusion.pipelines(), StableDiffusion.misfit)
         configs.append(BetaKernel.settings(loaded.scheduler.config))
     x = torch.ones(1, 4, 8, 8)
     for scheduler in DIFFUSION_KERNELS:
@@ -277,7 +278,7 @@ def lose_a_shard(path: Path) -> None:
 INDEX, TOKENS, UNET = "model_index.json", "tokenizer/tokenizer_config.json", "unet/diffusion_pytorch_model.safetensors"
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 DAMAGE = {  # message: damage
-    "is a FluxPipeline; this class takes a StableDiffusionPipeline: `emoji`, a": put(INDEX, _class_name="FluxPipeline"),
+    "is a FluxPipeline; this class takes a StableDiffusionPipeline, and AutoDiffusion any": put(INDEX, _class_name="FluxPipeline"),
     r"names no class of pipelines in model_index\.json": put(INDEX, _class_name=None),
     r"cannot be loaded: .*model_index\.json is damaged \(Expecting": write(INDEX, b"{"),
     r"cannot be loaded: .*model_index\.json is damaged; expected a JSON object": write(INDEX, b"[]"),

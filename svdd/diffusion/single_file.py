@@ -1,18 +1,19 @@
 """A model in one `.safetensors` file: all of a pipeline, or its network alone, in the original or diffusers' layout."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 
 from svdd import UserError
 from svdd.assets.hub import loading, quiet
 
-__all__ = ["Architecture", "architecture", "is_single_file", "read_parts"]
+__all__ = ["Architecture", "architecture", "download_rest", "is_single_file", "parts_held", "read_parts"]
 
 _PIPELINES = {  # by the beginning of diffusers' name of an architecture
     "v1": "StableDiffusionPipeline",
@@ -70,16 +71,39 @@ def architecture(what: str, path: Path) -> Architecture:
     return Architecture(words, pipeline, repository)
 
 
+def parts_held(path: Path, classes: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
+    """Returns those modules of a pipeline, by name, of which a file holds the weights; always the network."""
+    from diffusers.loaders import single_file_utils as utils
+
+    with safe_open(path, "pt") as file:
+        names = dict.fromkeys(file.keys())
+    vae = any(name.startswith(("first_stage_model.", "vae.")) for name in names)
+
+    def held(name: str, kind: type) -> bool:
+        if kind.__module__.startswith("transformers"):
+            t5 = "T5" in kind.__name__
+            return utils.is_t5_in_single_file(names) if t5 else utils.is_clip_model_in_single_file(kind, names)
+        return vae or name != "vae"
+
+    return {name: kind for name, kind in classes.items() if issubclass(kind, nn.Module) and held(name, kind)}
+
+
+def download_rest(repository: str, missing: Iterable[str], **options: Any) -> Path:
+    """Returns a folder with the configurations of a model on the hub, and with the weights of some of its parts."""
+    small = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model"]
+    return Path(snapshot_download(repository, allow_patterns=[*small, *(f"{name}/*" for name in missing)], **options))
+
+
 def read_parts(
-    what: str, path: Path, folder: Path, classes: Iterable[tuple[str, type[nn.Module]]], dtype: torch.dtype
+    what: str, path: Path, folder: Path, held: Mapping[str, type[nn.Module]], dtype: torch.dtype
 ) -> dict[str, nn.Module]:
-    """Returns the parts of a pipeline that a file holds, converted by diffusers.
+    """Returns parts of a pipeline whose weights are in a file, converted by diffusers.
 
     Args:
         what: The beginning of an error's message.
         path: The file.
         folder: A folder of a pipeline of the same architecture, of which only the configurations are read.
-        classes: Name and class of each of its modules.
+        held: Their names and classes.
         dtype: Of the weights.
 
     Raises:
@@ -91,10 +115,8 @@ def read_parts(
     parts = {}
     with loading(what, path.parent), quiet("diffusers"):
         checkpoint = single_file_utils.load_single_file_checkpoint(str(path))
-        for name, kind in classes:
-            if not _holds(checkpoint, name, kind):
-                continue
-            part = single_file.load_single_file_sub_model(
+        for name, kind in held.items():
+            parts[name] = part = single_file.load_single_file_sub_model(
                 library_name=kind.__module__.partition(".")[0],
                 class_name=kind.__name__,
                 name=name,
@@ -106,17 +128,6 @@ def read_parts(
                 local_files_only=True,
             )
             if missing := [key for key, tensor in part.state_dict().items() if tensor.is_meta]:
-                expected = "expected the file and the configuration (`config`) of one model"
-                raise UserError(f"{what} lacks {len(missing)} weights of {kind.__name__}, first {missing[0]}; {expected}")
-            parts[name] = part
+                problem = f"lacks {len(missing)} weights of {kind.__name__}, first {missing[0]}"
+                raise UserError(f"{what} {problem}; expected the file and the configuration (`config`) of one model")
     return parts
-
-
-def _holds(checkpoint: dict[str, Any], name: str, kind: type[nn.Module]) -> bool:
-    """Returns whether a file has weights of a part; it always has those of the network."""
-    from diffusers.loaders import single_file_utils as utils
-
-    if kind.__module__.startswith("transformers"):
-        t5 = "T5" in kind.__name__
-        return utils.is_t5_in_single_file(checkpoint) if t5 else utils.is_clip_model_in_single_file(kind, checkpoint)
-    return name != "vae" or any(key.startswith(("first_stage_model.", "vae.")) for key in checkpoint)
