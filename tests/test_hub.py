@@ -16,7 +16,7 @@ from huggingface_hub import constants, hf_api
 
 import svdd
 from svdd import UserError
-from svdd.assets.hub import find_file, read_weights
+from svdd.assets.hub import find_file, read_tokenizer, read_weights
 from svdd.diffusion.lora import find_lora
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.classifier import Classifier
@@ -237,3 +237,12 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_weights(tmp_path / "a.pt")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_saved_as_a_sentencepiece_model_alone_names_the_package_it_needs(tmp_path, monkeypatch):
+    from transformers import T5Tokenizer
+
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr("svdd.assets.hub.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^X has its tokens in spiece.model alone, .* pip install 'svdd\[t5\]'$"):
+        read_tokenizer(T5Tokenizer, str(tmp_path), "X", None)

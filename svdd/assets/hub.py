@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from logging import CRITICAL
 from pathlib import Path
 from pickle import UnpicklingError
@@ -214,9 +215,13 @@ def read_model(
 
 def read_tokenizer(kind: Any, source: str, what: str, words: int | None, **options: Any) -> Any:
     """Returns the tokenizer in a folder or of a hub name; raises UserError if files are missing, or it is unusable."""
+    files, folder = dict(kind.vocab_files_names), Path(source).expanduser()
+    alone = (folder / files["vocab_file"]).is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and files["vocab_file"].endswith(".model") and find_spec("sentencepiece") is None:
+        needs = "which needs the sentencepiece package: pip install 'svdd[t5]'"  # transformers would ask for tiktoken
+        raise UserError(f"{what} has its tokens in {files['vocab_file']} alone, {needs}")
     with loading(what, source):
         tokenizer = kind.from_pretrained(source, trust_remote_code=False, **options)
-    files, folder = dict(kind.vocab_files_names), Path(source).expanduser()
     if folder.is_dir() and not (folder / files.pop("tokenizer_file", "")).is_file():  # without one file with all
         missing = [file for file in files.values() if not (folder / file).is_file()]
         if missing:
