@@ -14,7 +14,8 @@ from transformers import CLIPTokenizer
 
 from svdd import UserError
 from svdd.__main__ import main
-from svdd.diffusion.kernels import KERNELS, chain_settings, make_kernel
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.kernels.vp import BetaKernel
 from svdd.diffusion.pipelines import load_pipeline
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
@@ -62,10 +63,10 @@ def test_a_saved_scheduler_needs_no_library_of_its_class(sd15, tmp_path, kind, s
         put("model_index.json", scheduler=["diffusers", name])(path)
         write("scheduler/scheduler_config.json", json.dumps({"_class_name": name, **saved}).encode())(path)
         loaded = load_pipeline("StableDiffusionPipeline", str(path), StableDiffusion.misfit)
-        configs.append(chain_settings(loaded.scheduler.config))
+        configs.append(BetaKernel.settings(loaded.scheduler.config))
     x = torch.ones(1, 4, 8, 8)
-    for scheduler in KERNELS:
-        one, other = (make_kernel(scheduler, config, 5, 1.0) for config in configs)
+    for scheduler in DIFFUSION_KERNELS:
+        one, other = (DIFFUSION_KERNELS[scheduler](config, 5) for config in configs)
         assert torch.equal(one.timesteps, other.timesteps)
         assert [one.std(i) for i in range(5)] == [other.std(i) for i in range(5)]
         assert all(torch.equal(one.predict(x, x, i).mean, other.predict(x, x, i).mean) for i in range(5))
@@ -203,7 +204,7 @@ def test_an_image_has_the_size_that_the_pipeline_would_give_it(sd15, tmp_path):
     assert StableDiffusion(str(path.parent.parent), 2, height=16, width=64).latent_shape == (4, 2, 8)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler_ancestral"])
+@pytest.mark.parametrize("scheduler", DIFFUSION_KERNELS)
 def test_every_scheduler_runs_one_step(folder, scheduler):
     diffusion = StableDiffusion(folder, 1, scheduler=scheduler)
     with torch.no_grad():
@@ -393,7 +394,7 @@ def test_what_is_no_folder_of_a_pipeline_is_refused_with_what_it_is(sd15, tmp_pa
         ({"eta": -0.1}, r"eta must lie in 0 \.\. 1, got -0.1"),
         ({"eta": float("nan")}, r"eta must lie in 0 \.\. 1, got nan"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
-        ({"scheduler": "pndm"}, "'pndm' has no Gaussian one-step kernel.*known: ddim, ddpm, euler_ancestral"),
+        ({"scheduler": "pndm"}, "'pndm' has no Gaussian one-step kernel.*known: ddim, ddpm, euler, euler_ancestral"),
         ({"scheduler": "DDIM"}, "did you mean 'ddim'"),
         ({"chunk_size": 0}, "chunk_size must be 'auto' or an integer >= 1, got 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),

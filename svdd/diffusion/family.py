@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.diffusion.kernels import KERNELS, Kernel
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.kernels.base import Kernel
 from svdd.diffusion.pipelines import Configs
 
 __all__ = ["Conditioning", "ModelFamily"]
@@ -27,7 +28,9 @@ class ModelFamily(Diffusion):
 
     pipeline: ClassVar[str]  # name of the class in diffusers
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
-    kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler; the first is the default
+    kernels: ClassVar[Mapping[str, type[Kernel]]] = (
+        DIFFUSION_KERNELS  # by the name of their scheduler; default: the first
+    )
     tiny: ClassVar[str | None] = None  # hub name of the family's small decoder
     default_steps: ClassVar[int] = 50  # of the pipeline
     default_guidance: ClassVar[float] = 7.5

@@ -13,7 +13,8 @@ from svdd.assets.hub import ASSETS, is_local
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning, ModelFamily
-from svdd.diffusion.kernels import chain_settings, find_kernel
+from svdd.diffusion.kernels.base import find_kernel
+from svdd.diffusion.kernels.transition import Noise, Transition
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
 from svdd.diffusion.pipelines import (
     EMBEDDED,
@@ -37,9 +38,12 @@ class LatentDiffusion(ModelFamily):
         num_inference_steps: T, the number of denoising steps; by default as many as the pipeline takes.
         guidance_scale: Weight of classifier-free guidance, by default the pipeline's; where it does not guide (mostly
             at 1 or less), the unconditional half is not computed.
-        eta: Noise of the DDIM steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
+        eta: Noise of the steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
         scheduler: A solver whose step is a Gaussian kernel, such as `ddim`, `ddpm` or `euler_ancestral`; by default
             the family's first.
+        noise: Rule for the noise of a step: `posterior` (eta times that of DDPM's posterior), `cps` (the old noise
+            keeps the share cos(eta pi / 2)), or `fresh` (none of the old noise is kept).
+        rho: Correlation of the noise before and after a step, 0 to 1, in place of a rule and eta.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
         width: Image width in pixels.
@@ -71,6 +75,8 @@ class LatentDiffusion(ModelFamily):
         guidance_scale: float | None = None,
         eta: float = 1.0,
         scheduler: str | None = None,
+        noise: Noise = "posterior",
+        rho: float | None = None,
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
@@ -89,8 +95,7 @@ class LatentDiffusion(ModelFamily):
         self.chunker.concurrent = not compile
         self.scheduler = next(iter(self.kernels)) if scheduler is None else scheduler
         self.guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
+        self.transition = Transition(noise, eta, rho)
         for name, number in {"guidance_scale": self.guidance_scale, "lora_scale": lora_scale}.items():
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be a finite number, got {number}")
@@ -107,8 +112,8 @@ class LatentDiffusion(ModelFamily):
         if lora is not None:
             fuse_lora(self.pipe, lora, lora_scale)
         self.latent_shape = self._latent_shape(height, width)
-        config = chain_settings(self.pipe.scheduler.config)
-        self.kernel = kernel(config, steps, eta)
+        config = kernel.settings(self.pipe.scheduler.config)
+        self.kernel = kernel(config, steps, self.transition, self.timestep_options())
         if compile:
             getattr(self, self.backbone).compile()
             self.vae.decoder.compile()
@@ -154,7 +159,8 @@ class LatentDiffusion(ModelFamily):
         lora = lora if lora is None or self.lora_scale == 1 else f"{lora} times {self.lora_scale}"
         names = {"pretrained": Path(self.pretrained).name, "lora": lora}
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
-        return super().identity | names | {name: getattr(self, name) for name in settings}
+        rule = vars(self.transition) if self.transition != Transition(eta=self.eta) else {}
+        return super().identity | names | {name: getattr(self, name) for name in settings} | rule
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
