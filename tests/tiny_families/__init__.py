@@ -50,6 +50,7 @@ class Family:
     negative: bool = True  # whether the pipeline takes negative prompts
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
+    own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the reference's scheduler, if it was saved as another
@@ -60,7 +61,30 @@ class Family:
         return import_module(f"{__name__}.{self.module}").save(folder, **self.options)
 
 
+_SMALL: dict[str, Any] = {"own_size": (64, 64)}
+_SMALL |= {"call": {"max_sequence_length": 64}, "ours": {"max_sequence_length": 64}}
+_TRUE_CFG = {name: {"true_cfg_scale": 2.0, "max_sequence_length": 64} for name in ("call", "ours")}
+
 FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
+    Family("SD3", "StableDiffusion3", "sd3", FLOW, {"version": "3", "t5": False}, (7.0, 1.0)),
+    Family("SD3.5", "StableDiffusion3", "sd3", FLOW, {}, (7.0, 1.0)),
+    Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, negative=False, **_SMALL),
+    Family("FLUX.1 dev, true CFG", "Flux", "flux", FLOW, {}, (3.5, 1.0), no_negative="", **_SMALL | _TRUE_CFG),
+    Family(
+        "FLUX.1 schnell", "Flux", "flux", FLOW, {"version": "schnell"}, (0.0, 0.0), rows=1, negative=False, **_SMALL
+    ),
+    Family("FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), negative=False, **_SMALL),
+    Family(
+        "FLUX.2 klein",
+        "Flux2Klein",
+        "flux2_klein",
+        FLOW,
+        {"version": "distilled"},
+        (1.0, 1.0),
+        rows=1,
+        negative=False,
+        **_SMALL,
+    ),
 )
