@@ -34,6 +34,7 @@ class ModelFamily(Diffusion):
     tiny: ClassVar[str | None] = None  # hub name of the family's small decoder
     default_steps: ClassVar[int] = 50  # of the pipeline
     default_guidance: ClassVar[float] = 7.5
+    max_tokens: ClassVar[int | None] = None  # of a text, where the pipeline reads fewer than its tokenizer states
     two_calls: ClassVar[bool] = False  # whether the unconditional half is a call of its own, with texts of other length
     pipe: Any
     vae: Any
@@ -61,6 +62,10 @@ class ModelFamily(Diffusion):
         factor = self.pipe.vae_scale_factor
         return (self.vae.config.latent_channels, height // factor, width // factor)
 
+    def token_limit(self, tokenizer: Any) -> int:
+        """Returns the number of tokens, special ones included, after which a text is cut off."""
+        return min(tokenizer.model_max_length, self.max_tokens or tokenizer.model_max_length)
+
     def timestep_options(self) -> dict[str, Any]:
         """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps."""
         return {}
@@ -84,6 +89,10 @@ class ModelFamily(Diffusion):
 
         Their shapes must not depend on the other texts: pad to a fixed length, and trim in `network` with a mask.
         """
+
+    def encode_negative_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Returns the same of negative prompts, in pipelines that treat them in another way."""
+        return self.encode_texts(texts)
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """What all latent diffusion models saved by diffusers have in common."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
 from svdd.diffusion.pipelines import (
     EMBEDDED,
     TinyDecoder,
+    check_length,
     examine,
     fingerprint,
     load_pipeline,
@@ -132,6 +133,9 @@ class LatentDiffusion(ModelFamily):
         self.tokenizers = {
             name: part for name, part in parts.items() if name.startswith("tokenizer") and part is not None
         }
+        for name, tokenizer in self.tokenizers.items():
+            config = getattr(parts.get(name.replace("tokenizer", "text_encoder")), "config", None)
+            check_length(f"pretrained={self.pretrained!r}, its {name},", self.token_limit(tokenizer), config)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         multiple, native = self.size_multiple, self.native_size()
@@ -175,7 +179,8 @@ class LatentDiffusion(ModelFamily):
         """Returns the encoded prompts and negative prompts (None without guidance)."""
         negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
         guided = self.network_rows(self.guidance_scale) > 1
-        return self._encode(list(prompts)), self._encode(negatives) if guided else None
+        positive = self._encode(list(prompts), self.encode_texts)
+        return positive, self._encode(negatives, self.encode_negative_texts) if guided else None
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales noise to the scheduler's first level."""
@@ -209,10 +214,10 @@ class LatentDiffusion(ModelFamily):
             source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
         return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only)
 
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
         for tokenizer in self.tokenizers.values():
-            warn_of_cuts(tokenizer, texts)
-        return self.chunker.map(self.encode_texts, len(texts), texts)
+            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer))
+        return self.chunker.map(encode, len(texts), texts)
 
     def _predict(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Denoised:
         t = self.kernel.timesteps[i].to(x.device)

@@ -20,6 +20,7 @@ __all__ = [
     "EMBEDDED",
     "Configs",
     "TinyDecoder",
+    "check_length",
     "examine",
     "expand",
     "fingerprint",
@@ -131,7 +132,6 @@ def load_pipeline(
             encoder: Any = parts.get(name.replace("tokenizer", "text_encoder"))
             words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
             parts[name] = read_tokenizer(part, str(Path(folder, name)), its, words, local_files_only=True)
-            _check_length(its, parts[name].model_max_length, getattr(encoder, "config", None))
     with loading(what, folder), quiet("diffusers"):
         pipeline = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out | parts)
     pipeline.register_modules(**later)
@@ -147,9 +147,9 @@ def _without_its_library(what: str, part: Any, file: Path) -> Any:
     raise UserError(f"{what} has a {part.__name__}, which needs {' and '.join(part._backends)}; install them")
 
 
-def _check_length(what: str, limit: int, encoder: Any) -> None:
+def check_length(what: str, limit: int, config: Any) -> None:
     """Raises UserError if a tokenizer returns more tokens than the text encoder of this configuration reads."""
-    positions = getattr(encoder, "max_position_embeddings", None)
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     if limit > (positions or 10_000):  # transformers takes 1e30 if it is not stated
         stated = f"states a model_max_length of {limit}" if limit < 1e9 else "states no model_max_length"
         raise UserError(
@@ -250,12 +250,13 @@ def expand(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     return TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
 
 
-def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:
-    """Warns of each text that is longer than the text encoder reads, and names the words that are cut off."""
-    limit = tokenizer.model_max_length
+def warn_of_cuts(tokenizer: Any, texts: Sequence[str], limit: int) -> None:
+    """Warns of each text of more than `limit` tokens, special ones included, and names the words that are cut off."""
+    special = tokenizer.num_special_tokens_to_add()
     for text in dict.fromkeys(texts):
-        ids = tokenizer(expand(tokenizer, [text])[0], truncation=False, verbose=False).input_ids
-        if len(ids) > limit:
-            lost = tokenizer.decode(ids[limit - 1 : -1], skip_special_tokens=True).strip()
+        expanded = expand(tokenizer, [text])[0]
+        ids = tokenizer(expanded, truncation=False, add_special_tokens=False, verbose=False).input_ids
+        if (count := len(ids) + special) > limit:
+            lost = tokenizer.decode(ids[limit - special :], skip_special_tokens=True).strip()
             where = f"cut off: {lost!r} (prompt: {text if len(text) <= 60 else text[:57] + '...'!r})"
-            warnings.warn(f"a prompt has {len(ids)} tokens and the text encoder reads {limit}; {where}", stacklevel=5)
+            warnings.warn(f"a prompt has {count} tokens and the text encoder reads {limit}; {where}", stacklevel=5)

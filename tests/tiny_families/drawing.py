@@ -20,7 +20,7 @@ from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import Family, Step
 
-__all__ = ["GUIDANCE", "PROMPTS", "Reference", "build", "draw"]
+__all__ = ["GUIDANCE", "NUM_STEPS", "PROMPTS", "SEEDS", "Reference", "build", "draw"]
 
 GUIDANCE = ("none", "guided", "negative prompts")
 PROMPTS = ["a red apple on a wooden table", "panda", "a red apple on a wooden table"]
@@ -87,12 +87,7 @@ def _own_noise(pipe: Any) -> Iterator[None]:
 
 
 def build(
-    family: Family,
-    folder: str,
-    step: Step,
-    guidance: str = "guided",
-    size: tuple[int, int] | None = None,
-    **options: Any,
+    family: Family, folder: str, guidance: str = "guided", size: tuple[int, int] | None = None, **options: Any
 ) -> LatentDiffusion:
     """Returns our class on a saved pipeline."""
     height, width = size or family.own_size or (None, None)
@@ -102,7 +97,7 @@ def build(
         family.guidance[guidance == "none"],
         height=height,
         width=width,
-        **{**family.ours, **step.ours, **options},
+        **{**family.ours, **options},
     )
 
 
