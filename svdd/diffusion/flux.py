@@ -77,6 +77,11 @@ class Flux(LatentDiffusion):
         """Returns the pipeline's own height and width in pixels."""
         return (self.pipe.default_sample_size * self.pipe.vae_scale_factor,) * 2
 
+    def token_limit(self, tokenizer: Any) -> int:
+        """Returns the number of tokens after which one of the text encoders cuts off a text."""
+        own = tokenizer is self.tokenizers.get("tokenizer_2")
+        return self.max_sequence_length if own else int(tokenizer.model_max_length)
+
     def timestep_options(self) -> dict[str, Any]:
         """Returns evenly spaced noise levels and the shift for a picture of this size, which schnell does not use."""
         count, (_, height, width) = self.num_inference_steps, self.latent_shape

@@ -75,6 +75,10 @@ class Flux2Klein(LatentDiffusion):
         """Returns the shape of a latent, with four times the autoencoder's channels and half its height and width."""
         return (self.transformer.config.in_channels, height // self.size_multiple, width // self.size_multiple)
 
+    def token_limit(self, tokenizer: Any) -> int:
+        """Returns the number of tokens after which a text is cut off, without those of the chat's turns."""
+        return self.max_sequence_length - int(self._tokenize([""]).attention_mask.sum())
+
     def timestep_options(self) -> dict[str, Any]:
         """Returns evenly spaced noise levels and their shift, which depends on the size and on the number of steps."""
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -93,6 +97,13 @@ class Flux2Klein(LatentDiffusion):
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Returns `states` of three layers, joined, [p, max_sequence_length, d], and `mask`, true for real tokens."""
+        tokens = self._tokenize(texts).to(self.device)
+        output = self.text_encoder(**tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        states = torch.cat([output.hidden_states[layer] for layer in _LAYERS], dim=-1)
+        return {"states": states, "mask": tokens.attention_mask.bool()}
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        """Returns the tokens of each text in the turns of a chat, padded, with their mask."""
         tokenizer: Any = self.tokenizers["tokenizer"]
         turns = [
             tokenizer.apply_chat_template(
@@ -100,12 +111,9 @@ class Flux2Klein(LatentDiffusion):
             )
             for text in texts
         ]
-        tokens = tokenizer(
+        return tokenizer(
             turns, return_tensors="pt", padding="max_length", truncation=True, max_length=self.max_sequence_length
-        ).to(self.device)
-        output = self.text_encoder(**tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        states = torch.cat([output.hidden_states[layer] for layer in _LAYERS], dim=-1)
-        return {"states": states, "mask": tokens.attention_mask.bool()}
+        )
 
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:
         """Evaluates the transformer, for which a position has four coordinates: time, row, column and word."""

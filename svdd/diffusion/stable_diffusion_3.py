@@ -61,6 +61,11 @@ class StableDiffusion3(LatentDiffusion):
             raise UserError(f"height and width must be at most {most} for this model, got {height} and {width}")
         return super().shape(height, width)
 
+    def token_limit(self, tokenizer: Any) -> int:
+        """Returns the number of tokens after which one of the text encoders cuts off a text."""
+        own = tokenizer is self.tokenizers.get("tokenizer_3")
+        return self.max_sequence_length if own else int(tokenizer.model_max_length)
+
     def timestep_options(self) -> dict[str, Any]:
         """Returns a shift if the scheduler's depends on the size of the picture; the published ones do not."""
         config, (_, height, width) = self.pipe.scheduler.config, self.latent_shape

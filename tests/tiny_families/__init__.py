@@ -46,6 +46,7 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `save`
     guidance: tuple[float, float] = (7.5, 1.0)  # a scale with classifier-free guidance, and one without
     keyword: str = "guidance_scale"  # name of that scale in `__call__`
+    argument: str = "guidance_scale"  # its name in our class
     rows: int = 2  # network rows of a denoiser row with guidance; 1 if the scale is an input of the network
     negative: bool = True  # whether the pipeline takes negative prompts
     no_negative: str | None = None  # what it is given if there is none
@@ -61,30 +62,19 @@ class Family:
         return import_module(f"{__name__}.{self.module}").save(folder, **self.options)
 
 
-_SMALL: dict[str, Any] = {"own_size": (64, 64)}
-_SMALL |= {"call": {"max_sequence_length": 64}, "ours": {"max_sequence_length": 64}}
-_TRUE_CFG = {name: {"true_cfg_scale": 2.0, "max_sequence_length": 64} for name in ("call", "ours")}
+_FEW = {"call": {"max_sequence_length": 64}, "ours": {"max_sequence_length": 64}}  # tokens, for speed
+_FLUX: dict[str, Any] = {"own_size": (64, 64), **_FEW}
+_DISTILLED = {"version": "distilled"}
+_TRUE_CFG: dict[str, Any] = {"keyword": "true_cfg_scale", "argument": "true_cfg_scale", "no_negative": ""}
 
 FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
     Family("SD3", "StableDiffusion3", "sd3", FLOW, {"version": "3", "t5": False}, (7.0, 1.0)),
     Family("SD3.5", "StableDiffusion3", "sd3", FLOW, {}, (7.0, 1.0)),
-    Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, negative=False, **_SMALL),
-    Family("FLUX.1 dev, true CFG", "Flux", "flux", FLOW, {}, (3.5, 1.0), no_negative="", **_SMALL | _TRUE_CFG),
-    Family(
-        "FLUX.1 schnell", "Flux", "flux", FLOW, {"version": "schnell"}, (0.0, 0.0), rows=1, negative=False, **_SMALL
-    ),
-    Family("FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), negative=False, **_SMALL),
-    Family(
-        "FLUX.2 klein",
-        "Flux2Klein",
-        "flux2_klein",
-        FLOW,
-        {"version": "distilled"},
-        (1.0, 1.0),
-        rows=1,
-        negative=False,
-        **_SMALL,
-    ),
+    Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, negative=False, **_FLUX),
+    Family("FLUX.1 dev with true CFG", "Flux", "flux", FLOW, {}, (2.0, 1.0), **_TRUE_CFG, **_FLUX),
+    Family("FLUX.1 schnell", "Flux", "flux", FLOW, {"version": "schnell"}, rows=1, negative=False, **_FLUX),
+    Family("FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), negative=False, **_FLUX),
+    Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, negative=False, **_FLUX),
 )

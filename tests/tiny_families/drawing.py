@@ -54,7 +54,7 @@ class Reference:
         self.pipe.scheduler = scheduler.from_config(self.saved, **{**family.settings, **step.settings})
         with _own_noise(self.pipe):
             return self.pipe(
-                PROMPTS[:count],
+                prompt=PROMPTS[:count],
                 num_inference_steps=NUM_STEPS,
                 generator=[torch.Generator().manual_seed(seed) for seed in SEEDS[:count]],
                 output_type="np",
@@ -94,10 +94,9 @@ def build(
     return getattr(svdd.diffusion, family.kind)(
         folder,
         NUM_STEPS,
-        family.guidance[guidance == "none"],
         height=height,
         width=width,
-        **{**family.ours, **options},
+        **{**family.ours, family.argument: family.guidance[guidance == "none"], **options},
     )
 
 
