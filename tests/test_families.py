@@ -39,14 +39,17 @@ def reference(folder):
     return cache(lambda family: Reference(family, folder(family)))
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize(
-    ("family", "step"),
-    [pytest.param(family, step, id=f"{family.name}, {step.name}") for family in FAMILIES for step in family.steps],
-)
+def conditions():
+    """Yields families with their first two laws of the steps and every guidance, and with each further law once."""
+    for family in FAMILIES:
+        known = GUIDANCE if family.negative else GUIDANCE[:2]
+        for k, step in enumerate(family.steps):
+            for guidance in known if k < 2 else known[-1:]:
+                yield pytest.param(family, step, guidance, id=f"{family.name}: {step.name}: {guidance}")
+
+
+@pytest.mark.parametrize(("family", "step", "guidance"), conditions())
 def test_unguided_pictures_equal_the_pipelines(family, step, guidance, folder, reference):
-    if guidance == "negative prompts" and not family.negative:
-        pytest.skip("the pipeline takes no negative prompts")
     size = None if guidance == "guided" else family.size
     diffusion = build(family, folder(family), guidance, size, **step.ours)
     for images in (1, 3):
