@@ -53,7 +53,6 @@ class Family:
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
     own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
-    variant: bool = False  # of another row: its pictures are compared, but not every sampler is run
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the reference's scheduler, if it was saved as another
@@ -74,12 +73,10 @@ FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
     Family("SD 3.5", "StableDiffusion3", "sd3", FLOW, {}, (7.0, 1.0)),
-    Family("SD 3 without T5", "StableDiffusion3", "sd3", FLOW, {"version": "3", "t5": False}, (7.0, 1.0), variant=True),
+    Family("SD 3 without T5", "StableDiffusion3", "sd3", FLOW, {"version": "3", "t5": False}, (7.0, 1.0)),
     Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, **_NONE),
-    Family(
-        "FLUX.1 dev with true CFG", "Flux", "flux", FLOW, {}, (2.0, 1.0), variant=True, **_TRUE_CFG, **_SMALL, **_FEW
-    ),
-    Family("FLUX.1 schnell", "Flux", "flux", FLOW, _SCHNELL, rows=1, variant=True, **_NONE, **_FEW),
+    Family("FLUX.1 dev with true CFG", "Flux", "flux", FLOW, {}, (2.0, 1.0), **_TRUE_CFG, **_SMALL, **_FEW),
+    Family("FLUX.1 schnell", "Flux", "flux", FLOW, _SCHNELL, rows=1, **_NONE, **_FEW),
     Family("FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), **_NONE, **_FEW),
-    Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, variant=True, **_NONE, **_FEW),
+    Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, **_NONE, **_FEW),
 )
