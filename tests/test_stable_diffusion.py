@@ -278,7 +278,9 @@ def lose_a_shard(path: Path) -> None:
 INDEX, TOKENS, UNET = "model_index.json", "tokenizer/tokenizer_config.json", "unet/diffusion_pytorch_model.safetensors"
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 DAMAGE = {  # message: damage
-    "is a FluxPipeline; this class takes a StableDiffusionPipeline, and AutoDiffusion any": put(INDEX, _class_name="FluxPipeline"),
+    "is a FluxPipeline; this class takes a StableDiffusionPipeline, and AutoDiffusion any": put(
+        INDEX, _class_name="FluxPipeline"
+    ),
     r"names no class of pipelines in model_index\.json": put(INDEX, _class_name=None),
     r"cannot be loaded: .*model_index\.json is damaged \(Expecting": write(INDEX, b"{"),
     r"cannot be loaded: .*model_index\.json is damaged; expected a JSON object": write(INDEX, b"[]"),

@@ -5,13 +5,17 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import svdd.diffusion
 from svdd import UserError, did_you_mean
+from svdd.diffusion.flux import Flux
+from svdd.diffusion.flux2_klein import Flux2Klein
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.model_index import INDEX, Source, read_index
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
 
 __all__ = ["AutoDiffusion", "families", "from_pipeline"]
 
+_BUILT_IN: tuple[type[LatentDiffusion], ...] = (StableDiffusion, StableDiffusion3, Flux, Flux2Klein)
 _LOADING = frozenset(
     {"pretrained", "config", "revision", "variant", "dtype", "local_files_only"}
     | {"lora", "weight_name", "lora_scale", "compile"}
@@ -30,12 +34,9 @@ _OTHER_TASKS = {  # words in the name of a class: what such a pipeline does
 
 def families() -> dict[str, type[LatentDiffusion]]:
     """Returns the families by class of pipelines: those that ship with svdd, and others that have been imported."""
-    for name in svdd.diffusion.__all__:
-        if name not in __all__:
-            getattr(svdd.diffusion, name)  # imported on first use
     found: dict[str, type[LatentDiffusion]] = {}
     base: Any = LatentDiffusion  # which is abstract
-    for family in _below(base):
+    for family in (*_BUILT_IN, *_below(base)):
         for pipeline in family.pipelines() if hasattr(family, "pipeline") else ():
             found.setdefault(pipeline, family)  # a family's own subclass does not replace it
     return found
@@ -101,12 +102,12 @@ def _refusal(name: str) -> str:
 
 
 def _for_family(family: type[LatentDiffusion], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those arguments that differ from the default; UserError if the family has no such argument."""
-    own = inspect.signature(family).parameters
-    given = {name: value for name, value in arguments.items() if name in own or value is not None}
+    """Returns the arguments that are given, not None; UserError if the family has no such argument."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    own = {**_COMMON, **inspect.signature(family).parameters}
     if unknown := [name for name in given if name not in own]:
         raise UserError(f"{family.__name__} has no argument {unknown[0]!r}{did_you_mean(unknown[0], own)}")
-    return {name: value for name, value in given.items() if value is not None or own[name].default is None}
+    return given
 
 
 def _below(kind: type[LatentDiffusion]) -> Iterator[type[LatentDiffusion]]:
@@ -120,12 +121,10 @@ def _below(kind: type[LatentDiffusion]) -> Iterator[type[LatentDiffusion]]:
 def _all_arguments() -> inspect.Signature:
     """Returns the arguments of all families and, with None as their default, those that only some families have."""
     some = {
-        name: parameter.replace(
-            default=None, annotation=parameter.annotation | None, kind=inspect.Parameter.KEYWORD_ONLY
-        )
+        name: parameter.replace(default=None, annotation=parameter.annotation | None)
         for family in families().values()
         for name, parameter in inspect.signature(family).parameters.items()
-        if name not in _COMMON and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if name not in _COMMON and parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     return inspect.Signature([*_COMMON.values(), *some.values()])
 

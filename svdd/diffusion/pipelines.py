@@ -58,9 +58,11 @@ def load_pipeline(
                 folder = Path(kind.download(index.source, trust_remote_code=False, **options))
             else:
                 folder = download_rest(index.source, classes.keys() - held.keys(), **index.options)
-        place = {"pretrained": str(folder)} if index.file is None else {"config": str(folder)}
-        examine(source._replace(**place), pipelines, check)
-    parts: dict[str, Any] = {} if index.file is None else read_parts(what, index.file, folder, held, dtype)
+        local = Source(str(folder)) if index.file is None else source._replace(config=str(folder))
+        examine(local, pipelines, check)
+    parts: dict[str, Any] = {name: None for name, entry in index.entries.items() if entry == [None, None]}
+    if index.file is not None:
+        parts |= read_parts(what, index.file, folder, held, dtype)
     later: dict[str, Any] = {}  # parts of another class than the index names, which from_pretrained refuses
     found = [name for name in classes if any(Path(folder, name).glob(f"*.{source.variant}[.-]*"))]
     if source.variant is not None and not found:
@@ -82,7 +84,7 @@ def load_pipeline(
             words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
             parts[name] = read_tokenizer(part, str(Path(folder, name)), its, words, local_files_only=True)
     with loading(what, folder), quiet("diffusers"):
-        pipeline = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **left_out, **parts)
+        pipeline = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **left_out | parts)
     pipeline.register_modules(**later)
     return pipeline
 
