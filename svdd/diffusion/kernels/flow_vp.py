@@ -44,8 +44,8 @@ class FlowDDIM(FlowKernel):
         self.timesteps = torch.tensor(shares) * self.config.num_train_timesteps
 
     def initial(self, noise: Tensor) -> Tensor:
-        """Scales standard normal noise to x at i = 0."""
-        return self._chain.initial(noise)
+        """Scales standard normal noise to x at i = 0, which the network sees as pure noise."""
+        return noise * sum(self.levels[0])
 
     def scale_input(self, x: Tensor, i: int) -> Tensor:
         """Divides by alpha + sigma."""
