@@ -28,7 +28,7 @@ from tests.tiny_families.drawing import GUIDANCE, NUM_STEPS, PROMPTS, SEEDS, Ref
 def families(distinct):
     """Parametrises a test with the first family of each kind that `distinct` tells apart."""
     found = {distinct(family): family for family in reversed(FAMILIES)}
-    return pytest.mark.parametrize("family", reversed(found.values()), ids=lambda family: family.name)
+    return pytest.mark.parametrize("family", [*reversed(found.values())], ids=lambda family: family.name)
 
 
 each_class = families(lambda family: family.kind)
