@@ -7,5 +7,7 @@ from .kernels import DIFFUSION_KERNELS as DIFFUSION_KERNELS
 from .kernels import FLOW_KERNELS as FLOW_KERNELS
 from .latent import LatentDiffusion as LatentDiffusion
 from .pipelines import to_images as to_images
+from .pixart_sigma import PixArtSigma as PixArtSigma
 from .stable_diffusion import StableDiffusion as StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
+from .stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
