@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.content import digest
-from svdd.assets.hub import ASSETS, is_local
+from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning, ModelFamily
@@ -215,9 +215,11 @@ class LatentDiffusion(ModelFamily):
         return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only)
 
     def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
-        for tokenizer in self.tokenizers.values():
-            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer))
-        return self.chunker.map(encode, len(texts), texts)
+        for name, tokenizer in self.tokenizers.items():
+            encoder = name.replace("tokenizer", "text_encoder") if len(self.tokenizers) > 1 else "the text encoder"
+            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
+        with quiet("diffusers", "transformers"):  # which log the same
+            return self.chunker.map(encode, len(texts), texts)
 
     def _predict(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Denoised:
         t = self.kernel.timesteps[i].to(x.device)

@@ -51,7 +51,7 @@ class Family:
     keyword: str = "guidance_scale"  # name of that scale in `__call__`
     argument: str = "guidance_scale"  # its name in our class
     rows: int = 2  # network rows of a denoiser row with guidance; 1 if the scale is an input of the network
-    negative: bool = True  # whether the pipeline takes negative prompts
+    negative: bool | str = True  # whether the pipeline takes negative prompts, `encoded` if as embeddings only
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
     own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
@@ -108,6 +108,8 @@ FAMILIES = (
     Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, **_NONE),
     Family("FLUX.1 dev with true CFG", "Flux", "flux", FLOW, {}, (2.0, 1.0), **_TRUE_CFG, **_SMALL, **_FEW),
     Family("FLUX.1 schnell", "Flux", "flux", FLOW, _SCHNELL, rows=1, **_NONE, **_FEW),
-    Family("FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), **_NONE, **_FEW),
+    Family(
+        "FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), negative="encoded", **_SMALL, **_FEW
+    ),
     Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, **_NONE, **_FEW),
 )
