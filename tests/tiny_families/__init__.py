@@ -23,6 +23,7 @@ class Step:
 VP = (
     Step("DDIM, eta 0", {"scheduler": "ddim", "eta": 0.0}, "DDIMScheduler", call={"eta": 0.0}),
     Step("DDIM, eta 1", {"scheduler": "ddim", "eta": 1.0}, "DDIMScheduler", call={"eta": 1.0}),
+    Step("Euler", {"scheduler": "euler", "eta": 0.0}, "EulerDiscreteScheduler"),
     Step("Euler ancestral", {"scheduler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
 )
 _FLOW = "FlowMatchEulerDiscreteScheduler"

@@ -65,7 +65,7 @@ class BetaKernel(Kernel):
 
     def _require_finite(self) -> None:
         """Raises ValueError if a step divides by zero."""
-        one = torch.ones(1, 1, 1, 1)
+        one = torch.ones(1)
         for i, t in enumerate(self.timesteps.tolist()):
             found = *self.predict(one, one / 2, i), self.flow(one, one / 2, i), torch.tensor(self.std(i))
             if not all(tensor.isfinite().all() for tensor in found):
