@@ -28,7 +28,7 @@ from tests.tiny_families.drawing import GUIDANCE, NUM_STEPS, PROMPTS, SEEDS, Ref
 def families(distinct):
     """Parametrises a test with the first family of each kind that `distinct` tells apart."""
     found = {distinct(family): family for family in reversed(FAMILIES)}
-    return pytest.mark.parametrize("family", reversed(found.values()), ids=lambda family: family.name)
+    return pytest.mark.parametrize("family", [*reversed(found.values())], ids=lambda family: family.name)
 
 
 each_class = families(lambda family: family.kind)
@@ -142,7 +142,8 @@ def test_the_command_line_draws_the_pipelines_pictures(family, folder, reference
     prompts, run, step = tmp_path / "prompts.jsonl", tmp_path / "run", family.steps[0]
     rows = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(PROMPTS[:2], SEEDS, strict=False)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"num_inference_steps": NUM_STEPS, "guidance_scale": family.guidance[0], **family.ours, **step.ours}
+    options = {"num_inference_steps": NUM_STEPS, family.argument: family.guidance[0], **family.ours, **step.ours}
+    options |= dict(zip(("height", "width"), family.own_size or (), strict=False))
     words = [word for name, value in options.items() for word in (f"--model.diffusion.{name}", str(value))]
     assert main([
         *("predict", "--output", str(run), "--data.prompts", str(prompts), "--data.batch_size", "2"),

@@ -1,6 +1,8 @@
 from .base import Denoised as Denoised
 from .base import Diffusion as Diffusion
 from .family import ModelFamily as ModelFamily
+from .flux import Flux as Flux
+from .flux2_klein import Flux2Klein as Flux2Klein
 from .kernels import DIFFUSION_KERNELS as DIFFUSION_KERNELS
 from .kernels import FLOW_KERNELS as FLOW_KERNELS
 from .latent import LatentDiffusion as LatentDiffusion
@@ -8,4 +10,5 @@ from .pipelines import to_images as to_images
 from .qwen_image import QwenImage as QwenImage
 from .sana import Sana as Sana
 from .stable_diffusion import StableDiffusion as StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from .z_image import ZImage as ZImage

@@ -114,7 +114,7 @@ def load_pipeline(
     found = [name for name, _ in _parts(index) if any(Path(folder, name).glob(f"*.{variant}[.-]*"))]
     if variant is not None and not found:
         raise UserError(f"{what} has no weights of variant={variant!r}; leave it out, or see the names of its files")
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}  # left out on saving
     later: dict[str, Any] = {}  # parts of another class than the index names, which from_pretrained refuses
     for name, (library, class_of_part) in sorted(_parts(index)):  # text encoders before tokenizers
         part = getattr(import_module(library), class_of_part, None)
@@ -133,7 +133,7 @@ def load_pipeline(
             words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
             parts[name] = read_tokenizer(part, str(Path(folder, name)), its, words, local_files_only=True)
     with loading(what, folder), quiet("diffusers"):
-        pipeline = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out, **parts)
+        pipeline = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out | parts)
     pipeline.register_modules(**later)
     return pipeline
 

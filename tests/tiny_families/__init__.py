@@ -47,10 +47,12 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `save`
     guidance: tuple[float, float] = (7.5, 1.0)  # a scale with classifier-free guidance, and one without
     keyword: str = "guidance_scale"  # name of that scale in `__call__`
+    argument: str = "guidance_scale"  # its name in our class
     rows: int = 2  # network rows of a denoiser row with guidance; 1 if the scale is an input of the network
     negative: bool = True  # whether the pipeline takes negative prompts
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
+    own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the reference's scheduler, if it was saved as another
@@ -61,7 +63,20 @@ class Family:
         return import_module(f"{__name__}.{self.module}").save(folder, **self.options)
 
 
+_SMALL: dict[str, Any] = {"own_size": (64, 64)}
+_FEW: dict[str, Any] = {"call": {"max_sequence_length": 64}, "ours": {"max_sequence_length": 64}}  # for speed
+_NONE: dict[str, Any] = {"negative": False, **_SMALL}
+_TRUE_CFG: dict[str, Any] = {"keyword": "true_cfg_scale", "argument": "true_cfg_scale", "no_negative": ""}
+_SCHNELL, _DISTILLED = {"version": "schnell"}, {"version": "distilled"}
+
 FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
+    Family("SD 3.5", "StableDiffusion3", "sd3", FLOW, {}, (7.0, 1.0)),
+    Family("SD 3 without T5", "StableDiffusion3", "sd3", FLOW, {"version": "3", "t5": False}, (7.0, 1.0)),
+    Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, **_NONE),
+    Family("FLUX.1 dev with true CFG", "Flux", "flux", FLOW, {}, (2.0, 1.0), **_TRUE_CFG, **_SMALL, **_FEW),
+    Family("FLUX.1 schnell", "Flux", "flux", FLOW, _SCHNELL, rows=1, **_NONE, **_FEW),
+    Family("FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), **_NONE, **_FEW),
+    Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, **_NONE, **_FEW),
 )
