@@ -38,7 +38,7 @@ class Reference:
         without = {"safety_checker": None} if self.kind.pipeline == "StableDiffusionPipeline" else {}
         index = json.loads(Path(folder, "model_index.json").read_text())
         absent = {name: None for name, part in index.items() if part == [None, None]}
-        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **without | absent)
+        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **{**without, **absent})
         self.pipe.set_progress_bar_config(disable=True)
         self.saved = self.pipe.scheduler.config
 
