@@ -394,7 +394,10 @@ def test_what_is_no_folder_of_a_pipeline_is_refused_with_what_it_is(sd15, tmp_pa
         ({"eta": -0.1}, r"eta must lie in 0 \.\. 1, got -0.1"),
         ({"eta": float("nan")}, r"eta must lie in 0 \.\. 1, got nan"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
-        ({"scheduler": "pndm"}, "'pndm' has no Gaussian one-step kernel.*known: ddim, ddpm, euler, euler_ancestral"),
+        (
+            {"scheduler": "pndm"},
+            "'pndm' has no Gaussian one-step kernel.*known: ddim, ddpm, euler, euler_ancestral, lcm",
+        ),
         ({"scheduler": "DDIM"}, "did you mean 'ddim'"),
         ({"chunk_size": 0}, "chunk_size must be 'auto' or an integer >= 1, got 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),

@@ -14,6 +14,7 @@ from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning, ModelFamily
 from svdd.diffusion.kernels.base import find_kernel
+from svdd.diffusion.kernels.glass import glass
 from svdd.diffusion.kernels.transition import Noise, Transition
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
 from svdd.diffusion.pipelines import (
@@ -45,6 +46,8 @@ class LatentDiffusion(ModelFamily):
         noise: Rule for the noise of a step: `posterior` (eta times that of DDPM's posterior), `cps` (the old noise
             keeps the share cos(eta pi / 2)), or `fresh` (none of the old noise is kept).
         rho: Correlation of the noise before and after a step, 0 to 1, in place of a rule and eta.
+        inner_steps: Network evaluations of a step with noise. Above 1 a step is a GLASS transition: a draw from its
+            exact law rather than from a Gaussian around the prediction.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
         width: Image width in pixels.
@@ -78,6 +81,7 @@ class LatentDiffusion(ModelFamily):
         scheduler: str | None = None,
         noise: Noise = "posterior",
         rho: float | None = None,
+        inner_steps: int = 1,
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
@@ -96,7 +100,7 @@ class LatentDiffusion(ModelFamily):
         self.chunker.concurrent = not compile
         self.scheduler = next(iter(self.kernels)) if scheduler is None else scheduler
         self.guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
-        self.transition = Transition(noise, eta, rho)
+        self.transition, self.inner_steps = Transition(noise, eta, rho, inner_steps), inner_steps
         for name, number in {"guidance_scale": self.guidance_scale, "lora_scale": lora_scale}.items():
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be a finite number, got {number}")
@@ -200,6 +204,14 @@ class LatentDiffusion(ModelFamily):
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
         """One step without noise, in the scheduler's coordinates."""
         return self.kernel.flow(x, x0, i)
+
+    def draw(self, x: Tensor, x0: Tensor, noise: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Tensor:
+        """Draws x at step i + 1 by a GLASS transition."""
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return self.evaluate(x, t.to(x.device), conditioning, row, self.guidance_scale)
+
+        return glass(self.kernel, x, x0, noise, i, network)
 
     def std(self, i: int) -> float:
         """Returns the scheduler's noise at step i."""
