@@ -81,10 +81,8 @@ class QwenImage(LatentDiffusion):
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Returns `states`, the text encoder's output, [p, 512, d], and `mask`, true for real tokens."""
-        return pad_states(
-            *self.pipe.encode_prompt(list(texts), device=self.device, max_sequence_length=self.max_tokens),
-            self.max_tokens,
-        )
+        states, mask = self.pipe.encode_prompt(list(texts), device=self.device, max_sequence_length=self.max_tokens)
+        return pad_states(states, mask, self.max_tokens)
 
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:
         """Evaluates the transformer on patches of 2 x 2 latents."""

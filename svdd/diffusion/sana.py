@@ -19,8 +19,6 @@ from svdd.diffusion.texts import masked_mean
 
 __all__ = ["Sana"]
 
-_SIZES = {16: "512", 32: "1024", 64: "2048", 128: "4096"}  # of the pipeline's tables, by the network's sample size
-
 
 class Sana(LatentDiffusion):
     """Sana with classifier-free guidance.
@@ -52,12 +50,16 @@ class Sana(LatentDiffusion):
         """Latents are in float32, whatever the precision of the network."""
         return torch.float32
 
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which height and width are multiples: 1 where pictures are scaled to the size asked for."""
+        return 1 if self._trained_sizes else int(self.pipe.vae_scale_factor)
+
     def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Returns the shape of a latent of the nearest size that the model was trained on, if that is known."""
-        self.picture_size = height, width
-        if (size := _SIZES.get(self.transformer.config.sample_size)) is not None:
-            table = getattr(import_module(type(self.pipe).__module__), f"ASPECT_RATIO_{size}_BIN")
-            height, width = self.pipe.image_processor.classify_height_width_bin(height, width, ratios=table)
+        """Returns the shape of the latents of a picture; notes the size asked for."""
+        self._size = height, width
+        if sizes := self._trained_sizes:
+            height, width = self.pipe.image_processor.classify_height_width_bin(height, width, ratios=sizes)
         return super().shape(height, width)
 
     @property
@@ -103,5 +105,11 @@ class Sana(LatentDiffusion):
         """Evaluates the autoencoder's decoder, and scales and crops the pictures."""
         x0 = x0.to(self.vae.dtype) / self.vae.config.scaling_factor
         images = self.vae.decode(x0, return_dict=False)[0]
-        height, width = self.picture_size
+        height, width = self._size
         return to_images(self.pipe.image_processor.resize_and_crop_tensor(images, width, height))
+
+    @property
+    def _trained_sizes(self) -> dict[str, list[float]] | None:
+        """The sizes that the model was trained on by aspect ratio, or None if they are not known."""
+        pixels = self.transformer.config.sample_size * self.pipe.vae_scale_factor
+        return getattr(import_module(type(self.pipe).__module__), f"ASPECT_RATIO_{pixels}_BIN", None)
