@@ -1,3 +1,5 @@
+from .auto import AutoDiffusion as AutoDiffusion
+from .auto import from_pipeline as from_pipeline
 from .base import Denoised as Denoised
 from .base import Diffusion as Diffusion
 from .family import ModelFamily as ModelFamily
