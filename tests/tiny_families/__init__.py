@@ -69,6 +69,7 @@ _SMALL: dict[str, Any] = {"own_size": (64, 64)}
 _FEW: dict[str, Any] = {"call": {"max_sequence_length": 64}, "ours": {"max_sequence_length": 64}}  # for speed
 _NONE: dict[str, Any] = {"negative": False, **_SMALL}
 _TRUE_CFG: dict[str, Any] = {"keyword": "true_cfg_scale", "argument": "true_cfg_scale", "no_negative": ""}
+_SANA: dict[str, Any] = {"call": {"use_resolution_binning": False}, "settings": {"shift": 3.0}}  # saved for DPM-Solver
 _SCHNELL, _DISTILLED = {"version": "schnell"}, {"version": "distilled"}
 
 FAMILIES = (
@@ -112,4 +113,12 @@ FAMILIES = (
         "FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), negative="encoded", **_SMALL, **_FEW
     ),
     Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, **_NONE, **_FEW),
+    Family(
+        *("Qwen-Image", "QwenImage", "qwen_image", FLOW, {}, (4.0, 1.0)),
+        keyword="true_cfg_scale",
+        no_negative="",
+        **_SMALL,
+    ),
+    Family("Z-Image", "ZImage", "z_image", FLOW, {}, (5.0, 0.0), **_SMALL),
+    Family("Sana", "Sana", "sana", FLOW, {}, (4.5, 1.0), no_negative="", size=(32, 96), **_SMALL, **_SANA),
 )
