@@ -53,10 +53,6 @@ class PixArtSigma(LatentDiffusion):
         """Pixels of which height and width are multiples: 1 where pictures are scaled to the size asked for."""
         return 1 if self._trained_sizes else int(self.pipe.vae_scale_factor * self.transformer.config.patch_size)
 
-    def token_limit(self, tokenizer: Any) -> int:
-        """Returns the number of tokens that the pipeline reads, whatever the tokenizer states."""
-        return self.max_tokens
-
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """Returns the shape of the latents of a picture; notes the size asked for."""
         self._size = height, width

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -51,7 +52,10 @@ class FlowEuler(FlowKernel):
             raise ValueError(f"num_inference_steps={count} needs as many sigmas, got {len(options['sigmas'])}")
         if self.config.use_dynamic_shifting and options.get("mu") is None:
             raise ValueError("a scheduler with use_dynamic_shifting=true needs mu among the timestep options")
-        self.scheduler.set_timesteps(count, **options)
+        with np.errstate(invalid="ignore"):
+            self.scheduler.set_timesteps(count, **options)
+        if not self.scheduler.sigmas.isfinite().all():  # one step, which cannot both begin at 1 and be the last
+            raise ValueError(f"a scheduler with shift_terminal needs at least 2 steps, got num_inference_steps={count}")
         self.timesteps, self._sigmas = self.scheduler.timesteps, self.scheduler.sigmas
         self.levels = [(1 - sigma, sigma) for sigma in self._sigmas.tolist()]
 
