@@ -1,3 +1,5 @@
+from .auto import AutoDiffusion as AutoDiffusion
+from .auto import from_pipeline as from_pipeline
 from .base import Denoised as Denoised
 from .base import Diffusion as Diffusion
 from .family import ModelFamily as ModelFamily
@@ -8,6 +10,9 @@ from .kernels import FLOW_KERNELS as FLOW_KERNELS
 from .latent import LatentDiffusion as LatentDiffusion
 from .pipelines import to_images as to_images
 from .pixart_sigma import PixArtSigma as PixArtSigma
+from .qwen_image import QwenImage as QwenImage
+from .sana import Sana as Sana
 from .stable_diffusion import StableDiffusion as StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
+from .z_image import ZImage as ZImage

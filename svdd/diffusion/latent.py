@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.content import digest
-from svdd.assets.hub import ASSETS, is_local
+from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning, ModelFamily
@@ -17,11 +17,12 @@ from svdd.diffusion.kernels.base import find_kernel
 from svdd.diffusion.kernels.glass import glass
 from svdd.diffusion.kernels.transition import Noise, Transition
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
+from svdd.diffusion.model_index import EMBEDDED, Source, examine
 from svdd.diffusion.pipelines import (
-    EMBEDDED,
+    DTYPES,
+    Dtype,
     TinyDecoder,
     check_length,
-    examine,
     fingerprint,
     load_pipeline,
     warn_of_cuts,
@@ -36,7 +37,8 @@ class LatentDiffusion(ModelFamily):
     A model family is a subclass in one file: see `ModelFamily` for what it states and implements.
 
     Args:
-        pretrained: `emoji` (ships with svdd), a folder, or a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        pretrained: `emoji` (ships with svdd), a folder, a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`, or a
+            `.safetensors` file with a whole pipeline or its network alone.
         num_inference_steps: T, the number of denoising steps; by default as many as the pipeline takes.
         guidance_scale: Weight of classifier-free guidance, by default the pipeline's; where it does not guide (mostly
             at 1 or less), the unconditional half is not computed.
@@ -63,6 +65,9 @@ class LatentDiffusion(ModelFamily):
         lora_scale: Factor of the LoRA's updates.
         revision: Branch, tag or commit of a hub model.
         variant: Variant of the weight files, for example `fp16`.
+        config: A folder or hub name of the pipeline that a single file belongs to; by default the hub's. It also
+            provides what the file lacks, such as the text encoders.
+        dtype: Precision in which the weights are read; `auto`: that of `--trainer.precision`, in Python float32.
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
@@ -93,6 +98,8 @@ class LatentDiffusion(ModelFamily):
         lora_scale: float = 1.0,
         revision: str | None = None,
         variant: str | None = None,
+        config: str | None = None,
+        dtype: Dtype = "auto",
         local_files_only: bool = False,
     ) -> None:
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
@@ -109,16 +116,16 @@ class LatentDiffusion(ModelFamily):
         kernel = find_kernel(self.scheduler, self.kernels)
         self.pretrained, self.lora, self.lora_scale = pretrained, lora, lora_scale
         self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
-        source = str(ASSETS / EMBEDDED.get(pretrained, "")) if pretrained in EMBEDDED else pretrained
-        self.pipe = load_pipeline(self.pipeline, source, self.misfit, variant, revision, local_files_only)
+        source = Source(pretrained, config, revision, variant, local_files_only)
+        self.pipe = load_pipeline(source, self.pipelines(), self.misfit, DTYPES[dtype])
         if lora is not None:
             load_lora(self.pipe, lora, weight_name, local_files_only)
         self._take_parts()
         if lora is not None:
             fuse_lora(self.pipe, lora, lora_scale)
         self.latent_shape = self._latent_shape(height, width)
-        config = kernel.settings(self.pipe.scheduler.config)
-        self.kernel = kernel(config, steps, self.transition, self.timestep_options())
+        settings = kernel.settings(self.pipe.scheduler.config)
+        self.kernel = kernel(settings, steps, self.transition, self.timestep_options())
         if compile:
             getattr(self, self.backbone).compile()
             self.vae.decoder.compile()
@@ -154,11 +161,10 @@ class LatentDiffusion(ModelFamily):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
-        pretrained, lora, local = (arguments.get(name) for name in ("pretrained", "lora", "local_files_only"))
-        if pretrained is not None and pretrained not in EMBEDDED:
-            examine(cls.pipeline, pretrained, cls.misfit, arguments.get("revision"), bool(local))
-        if lora is not None and is_local(lora):
-            find_lora(lora, arguments.get("weight_name"), bool(local))
+        if (source := Source.of(arguments)).pretrained not in EMBEDDED:
+            examine(source, cls.pipelines(), cls.misfit)
+        if (lora := arguments.get("lora")) is not None and is_local(lora):
+            find_lora(lora, arguments.get("weight_name"), source.local_files_only)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -227,9 +233,11 @@ class LatentDiffusion(ModelFamily):
         return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only)
 
     def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
-        for tokenizer in self.tokenizers.values():
-            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer))
-        return self.chunker.map(encode, len(texts), texts)
+        for name, tokenizer in self.tokenizers.items():
+            encoder = name.replace("tokenizer", "text_encoder") if len(self.tokenizers) > 1 else "the text encoder"
+            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
+        with quiet("diffusers", "transformers"):  # which log the same
+            return self.chunker.map(encode, len(texts), texts)
 
     def _predict(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Denoised:
         t = self.kernel.timesteps[i].to(x.device)

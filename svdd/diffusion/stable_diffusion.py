@@ -11,7 +11,8 @@ from torch import Tensor
 
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.latent import LatentDiffusion
-from svdd.diffusion.pipelines import Configs, expand, to_images
+from svdd.diffusion.model_index import Configs
+from svdd.diffusion.pipelines import expand, to_images
 
 __all__ = ["StableDiffusion", "check_unet", "embed_guidance"]
 
@@ -29,6 +30,7 @@ class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x: epsilon, v or sample prediction, with classifier-free guidance."""
 
     pipeline = "StableDiffusionPipeline"
+    alike = ("LatentConsistencyModelPipeline",)
     tiny = "madebyollin/taesd"
     unet: Any
     vae: Any
