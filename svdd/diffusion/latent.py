@@ -49,7 +49,7 @@ class LatentDiffusion(ModelFamily):
         noise: Rule for the noise of a step: `posterior` (eta times that of DDPM's posterior), `cps` (the old noise
             keeps the share cos(eta pi / 2)), or `fresh` (none of the old noise is kept).
         rho: Correlation of the noise before and after a step, 0 to 1, in place of a rule and eta.
-        inner_steps: Network evaluations of a step with noise. Above 1 a step is a GLASS transition: a draw from its
+        inner_steps: Network evaluations of a step. Above 1 a step is a GLASS transition: a draw from its
             exact law rather than from a Gaussian around the prediction.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
@@ -224,8 +224,8 @@ class LatentDiffusion(ModelFamily):
         return glass(self.kernel, x, x0, noise, i, network)
 
     def std(self, i: int) -> float:
-        """Returns the scheduler's noise at step i."""
-        return self.kernel.std(i)
+        """Returns the scheduler's noise at step i; with inner steps 1, that of the noise which `draw` receives."""
+        return self.kernel.std(i) if self.inner_steps == 1 else 1.0
 
     def load_decoder(self, name: str) -> nn.Module:
         """Loads an AutoencoderTiny; `tiny` is the one for this model."""
