@@ -9,15 +9,20 @@ from svdd.diffusion.kernels.transition import Transition
 from svdd.diffusion.kernels.vp import BetaKernel
 from tests.tiny_models import SD15_SCHEDULER
 
+ETAS = {"ddim": (0.0, 0.3, 1.0), "ddpm": (1.0,), "euler": (0.0,), "euler_ancestral": (1.0,), "lcm": (1.0,)}
 CASES = [
     (name, prediction, eta)
-    for name, etas in (("ddim", (0.0, 0.3, 1.0)), ("ddpm", (1.0,)), ("euler", (0.0,)), ("euler_ancestral", (1.0,)))
+    for name, etas in ETAS.items()
     for prediction in ("epsilon", "v_prediction", "sample")
     for eta in etas
     if not (name == "euler_ancestral" and prediction == "sample")
 ]
 OWN = {"euler": Transition(eta=0)}  # the law that diffusers' scheduler draws, if it is not the default
 CLASSES = {name: kernel.scheduler_class for name, kernel in DIFFUSION_KERNELS.items()}
+
+
+def predicted(step) -> torch.Tensor:
+    return step.denoised if hasattr(step, "denoised") else step.pred_original_sample
 
 
 @pytest.mark.parametrize("clip_sample", [False, True])
@@ -41,7 +46,7 @@ def test_a_draw_from_the_kernel_is_a_step_of_the_scheduler(name, prediction, eta
         options = {"eta": eta} if name == "ddim" else {}
         step = scheduler.step(output, t, x, generator=draw, **options)
         following = denoised.mean + kernel.std(i) * noise if kernel.std(i) > 0 else denoised.mean
-        torch.testing.assert_close(denoised.x0, step.pred_original_sample, rtol=0, atol=0)
+        assert torch.equal(denoised.x0, predicted(step))
         # a clamp gives DDPM's last step noise of scale 1e-10; the kernel treats the step as deterministic
         torch.testing.assert_close(following, step.prev_sample, rtol=0, atol=1e-9 if name == "ddpm" else 0)
         x = step.prev_sample
@@ -82,7 +87,7 @@ def follow(kernel, scheduler, eta=1.0):
         options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
         step = scheduler.step(output, t, x, generator=torch.Generator().manual_seed(i), **options)
         if step.prev_sample.isfinite().all():
-            assert torch.equal(denoised.x0, step.pred_original_sample)
+            assert torch.equal(denoised.x0, predicted(step))
             tolerance = 1e-9 if isinstance(scheduler, DDPMScheduler) else 0  # as above
             torch.testing.assert_close(following, step.prev_sample, rtol=0, atol=tolerance)
         x = following
@@ -94,9 +99,10 @@ def test_steps_at_zero_terminal_snr_are_finite_or_refused(name, prediction, eta,
     """DDIM's 1 - a' - std^2 rounds to a negative number at T = 3 and 25; with trailing spacing diffusers adds a step at
     timestep -1 at T = 61."""
     config = SD15_SCHEDULER | {"rescale_betas_zero_snr": True, "prediction_type": prediction}
+    config["original_inference_steps"] = 100
     for steps in (2, 3, 25, 61):
         config["timestep_spacing"] = spacing
-        if prediction == "epsilon" and spacing != "leading" and not name.startswith("euler"):
+        if prediction == "epsilon" and (spacing != "leading" or name == "lcm") and not name.startswith("euler"):
             with pytest.raises(ValueError, match="prediction_type=epsilon divides by zero at timestep 999"):
                 DIFFUSION_KERNELS[name](config, steps, Transition(eta=eta))
             continue
@@ -109,7 +115,7 @@ def test_steps_at_zero_terminal_snr_are_finite_or_refused(name, prediction, eta,
         follow(kernel, scheduler, eta)
 
 
-@pytest.mark.parametrize("name", DIFFUSION_KERNELS)
+@pytest.mark.parametrize("name", [name for name in DIFFUSION_KERNELS if name != "lcm"])
 def test_as_many_steps_as_training_steps_are_refused_in_one_line_or_run(name):
     message = "num_inference_steps=1000 is too large for a model that was trained on 1000 timesteps; use at most 999"
     with pytest.raises(ValueError, match=message):
@@ -117,6 +123,17 @@ def test_as_many_steps_as_training_steps_are_refused_in_one_line_or_run(name):
     with pytest.raises(ValueError, match="num_inference_steps=1001 is too large"):
         DIFFUSION_KERNELS[name](SD15_SCHEDULER | {"timestep_spacing": "trailing"}, 1001)
     assert len(DIFFUSION_KERNELS[name](SD15_SCHEDULER | {"timestep_spacing": "trailing"}, 1000).timesteps) == 1000
+
+
+def test_lcm_chooses_among_the_steps_of_its_distillation():
+    kernel = DIFFUSION_KERNELS["lcm"](SD15_SCHEDULER, 4, Transition(), {"original_inference_steps": 100})
+    scheduler = CLASSES["lcm"].from_config(SD15_SCHEDULER)
+    scheduler.set_timesteps(4, original_inference_steps=100)
+    assert torch.equal(kernel.timesteps, scheduler.timesteps)
+    follow(kernel, scheduler)
+    for transition in (Transition(eta=0.5), Transition(inner_steps=2)):
+        with pytest.raises(ValueError, match="lcm"):
+            DIFFUSION_KERNELS["lcm"](SD15_SCHEDULER, 4, transition)
 
 
 # ---- saved by another class
@@ -196,11 +213,11 @@ def test_a_scheduler_without_betas_is_refused(kind):
 
 
 def test_a_scheduler_without_a_gaussian_step_is_refused_with_a_list_of_supported_ones():
-    with pytest.raises(ValueError, match=r"'pndm' has no Gaussian.*ddim, ddpm, euler, euler_ancestral"):
+    with pytest.raises(ValueError, match=r"'pndm' has no Gaussian.*ddim, ddpm, euler, euler_ancestral, lcm"):
         find_kernel("pndm", DIFFUSION_KERNELS)
     with pytest.raises(ValueError, match="did you mean 'ddim'"):
         find_kernel("dim", DIFFUSION_KERNELS)
-    assert list(DIFFUSION_KERNELS) == ["ddim", "ddpm", "euler", "euler_ancestral"]
+    assert list(DIFFUSION_KERNELS) == ["ddim", "ddpm", "euler", "euler_ancestral", "lcm"]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +226,7 @@ def test_a_scheduler_without_a_gaussian_step_is_refused_with_a_list_of_supported
         ("ddim", {"thresholding": True}, "thresholding"),
         ("ddpm", {"variance_type": "learned_range"}, "variance_type must be one of fixed_small, fixed_large"),
         ("euler_ancestral", {"prediction_type": "sample"}, "prediction_type must be one of epsilon, v_prediction"),
+        ("lcm", {"original_inference_steps": 8}, "num_inference_steps=10 is too large.*original_inference_steps=8"),
         ("ddim", {"prediction_type": "score"}, "prediction_type must be one of"),
         ("ddim", {"timestep_spacing": "karras"}, "timestep_spacing must be one of leading, trailing, linspace"),
         ("ddim", {"beta_schedule": "laplace"}, "DDIMScheduler does not know beta_schedule='laplace'"),

@@ -1,3 +1,5 @@
+from .auto import AutoDiffusion as AutoDiffusion
+from .auto import from_pipeline as from_pipeline
 from .base import Denoised as Denoised
 from .base import Diffusion as Diffusion
 from .family import ModelFamily as ModelFamily
@@ -7,5 +9,7 @@ from .kernels import DIFFUSION_KERNELS as DIFFUSION_KERNELS
 from .kernels import FLOW_KERNELS as FLOW_KERNELS
 from .latent import LatentDiffusion as LatentDiffusion
 from .pipelines import to_images as to_images
+from .pixart_sigma import PixArtSigma as PixArtSigma
 from .stable_diffusion import StableDiffusion as StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
+from .stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL

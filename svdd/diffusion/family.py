@@ -10,7 +10,7 @@ from torch import Tensor
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
 from svdd.diffusion.kernels.base import Kernel
-from svdd.diffusion.pipelines import Configs
+from svdd.diffusion.model_index import Configs
 
 __all__ = ["Conditioning", "ModelFamily"]
 
@@ -27,6 +27,7 @@ class ModelFamily(Diffusion):
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
+    alike: ClassVar[tuple[str, ...]] = ()  # other classes of pipelines that consist of the same parts
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
     kernels: ClassVar[Mapping[str, type[Kernel]]] = (
         DIFFUSION_KERNELS  # by the name of their scheduler; default: the first
@@ -38,6 +39,11 @@ class ModelFamily(Diffusion):
     two_calls: ClassVar[bool] = False  # whether the unconditional half is a call of its own, with texts of other length
     pipe: Any
     vae: Any
+
+    @classmethod
+    def pipelines(cls) -> tuple[str, ...]:
+        """Returns the names of all pipelines that this family loads."""
+        return cls.pipeline, *cls.alike
 
     @classmethod
     def misfit(cls, configs: Configs) -> str:

@@ -26,6 +26,8 @@ VP = (
     Step("Euler", {"scheduler": "euler", "eta": 0.0}, "EulerDiscreteScheduler"),
     Step("Euler ancestral", {"scheduler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
 )
+_UNSAID = {"clip_sample": False, "set_alpha_to_one": False}  # what a saved scheduler of another kind does not state
+_PLAYGROUND_VAE = {"latents_mean": [-1.6, -1.0, 0.9, 0.1], "latents_std": [8.4, 5.9, 4.7, 6.0], "scaling_factor": 0.5}
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 FLOW = (
     Step("ODE", {"scheduler": "euler", "eta": 0.0}, _FLOW),
@@ -72,6 +74,35 @@ _SCHNELL, _DISTILLED = {"version": "schnell"}, {"version": "distilled"}
 FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
+    Family("SDXL", "StableDiffusionXL", "sdxl", guidance=(5.0, 1.0)),
+    Family(
+        "SDXL, distilled guidance",
+        "StableDiffusionXL",
+        "sdxl",
+        steps=VP[1:2],
+        options={"guidance_embedding": 16, "zeros": False, "vae": _PLAYGROUND_VAE},
+        rows=1,
+    ),
+    Family(
+        "PixArt-Sigma",
+        "PixArtSigma",
+        "pixart_sigma",
+        guidance=(4.5, 1.0),
+        no_negative="",
+        settings=_UNSAID,
+        call={"use_resolution_binning": False},
+    ),
+    Family(
+        "PixArt-Sigma, trained sizes",
+        "PixArtSigma",
+        "pixart_sigma",
+        steps=VP[-1:],
+        options={"sample_size": 32},
+        guidance=(4.5, 1.0),
+        no_negative="",
+        size=(160, 250),
+        settings=_UNSAID,
+    ),
     Family("SD 3.5", "StableDiffusion3", "sd3", FLOW, {}, (7.0, 1.0)),
     Family("SD 3 without T5", "StableDiffusion3", "sd3", FLOW, {"version": "3", "t5": False}, (7.0, 1.0)),
     Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, **_NONE),

@@ -3,6 +3,8 @@
 from svdd.diffusion.kernels.base import Kernel
 from svdd.diffusion.kernels.euler import Euler, EulerAncestral
 from svdd.diffusion.kernels.flow import FlowEuler
+from svdd.diffusion.kernels.flow_vp import FlowDDIM, FlowDDPM, FlowEulerAncestral, FlowLCM
+from svdd.diffusion.kernels.lcm import LCM
 from svdd.diffusion.kernels.vp import DDIM, DDPM
 
 __all__ = ["DIFFUSION_KERNELS", "FLOW_KERNELS"]
@@ -13,5 +15,12 @@ DIFFUSION_KERNELS: dict[str, type[Kernel]] = {
     "ddpm": DDPM,
     "euler": Euler,
     "euler_ancestral": EulerAncestral,
+    "lcm": LCM,
 }
-FLOW_KERNELS: dict[str, type[Kernel]] = {"euler": FlowEuler}
+FLOW_KERNELS: dict[str, type[Kernel]] = {
+    "euler": FlowEuler,
+    "ddim": FlowDDIM,
+    "ddpm": FlowDDPM,
+    "euler_ancestral": FlowEulerAncestral,
+    "lcm": FlowLCM,
+}

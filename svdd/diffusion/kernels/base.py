@@ -8,7 +8,7 @@ have no kernel.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,10 @@ from svdd import did_you_mean
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.kernels.transition import Transition
 
-__all__ = ["Kernel", "Level", "find_kernel", "widen"]
+__all__ = ["Kernel", "Level", "Network", "find_kernel", "widen"]
 
 Level = tuple[float, float]  # alpha and sigma of x = alpha x0 + sigma noise
+Network = Callable[[Tensor, Tensor], Tensor]  # of scaled latents and what the network is told, with guidance
 
 
 class Kernel(ABC):
@@ -87,6 +88,10 @@ class Kernel(ABC):
     @abstractmethod
     def split(self, x: Tensor, output: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """Returns the posterior mean and the predicted noise, by the network's output at step i."""
+
+    @abstractmethod
+    def denoise(self, statistic: Tensor, ratio: float, network: Network) -> Tensor:
+        """Returns the posterior mean of x0 given `statistic`, x0 + noise / ratio, for any ratio alpha / sigma."""
 
     def predict(self, x: Tensor, output: Tensor, i: int) -> Denoised:
         """Turns the network's output at step i into the posterior mean and the kernel's mean."""

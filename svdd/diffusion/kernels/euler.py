@@ -2,11 +2,12 @@
 
 from typing import Any, ClassVar
 
+import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from svdd.diffusion.base import Denoised
-from svdd.diffusion.kernels.base import widen
+from svdd.diffusion.kernels.base import Level, Network, widen
 from svdd.diffusion.kernels.vp import BetaKernel, root
 
 __all__ = ["Euler", "EulerAncestral"]
@@ -21,7 +22,7 @@ class Euler(BetaKernel):
         "final_sigmas_type": ("zero", "sigma_min"),
     }
 
-    def _levels(self) -> list[tuple[float, float]]:
+    def _levels(self) -> list[Level]:
         sigmas = self.scheduler.sigmas[: len(self.timesteps) + 1].clone()
         if len(self.scheduler.timesteps) > len(self.timesteps):
             sigmas[-1] = self.scheduler.sigmas[-1]  # where the surplus step of trailing spacing would have arrived
@@ -34,7 +35,18 @@ class Euler(BetaKernel):
 
     def split(self, x: Tensor, output: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """Returns the posterior mean, and (x - x0) / sigma; in float32 or better."""
-        sigma, wide = self._sigmas[i], widen(x)
+        return self._split(x, output, self._sigmas[i])
+
+    def denoise(self, statistic: Tensor, ratio: float, network: Network) -> Tensor:
+        """Returns the posterior mean of x0 given `statistic`, x0 + noise / ratio."""
+        sigma, t = torch.tensor(1 / ratio), self.timestep(ratio)
+        if self.config.get("timestep_type") == "continuous" and self.config.prediction_type == "v_prediction":
+            t = 0.25 * sigma.log()
+        output = network(statistic / ((sigma**2 + 1) ** 0.5), t)
+        return self._split(statistic, output, sigma)[0].to(statistic.dtype)
+
+    def _split(self, x: Tensor, output: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        wide = widen(x)
         if self.config.prediction_type == "epsilon":
             x0 = wide - sigma * output
         elif self.config.prediction_type == "v_prediction":

@@ -3,23 +3,20 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from svdd.diffusion.base import Denoised
-from svdd.diffusion.kernels.base import Kernel, widen
+from svdd.diffusion.kernels.base import Kernel, Network, widen
 
-__all__ = ["FlowEuler"]
+__all__ = ["FlowEuler", "FlowKernel"]
 
 
-class FlowEuler(Kernel):
-    """Flow matching; with eta = 0 the ODE of `FlowMatchEulerDiscreteScheduler`, with fresh noise its stochastic steps.
+class FlowKernel(Kernel):
+    """A chain of a flow model, whose network predicts v = noise - x0: x0 is x - s v, and the noise x + (1 - s) v."""
 
-    The network predicts v = noise - x0, so x0 = x - s v and the noise is x + (1 - s) v. Whether the saved scheduler has
-    `stochastic_sampling` has no effect.
-    """
-
-    scheduler_class = FlowMatchEulerDiscreteScheduler
+    scheduler_class: ClassVar[Any] = FlowMatchEulerDiscreteScheduler
     allowed: ClassVar = {"invert_sigmas": (False,)}
 
     @staticmethod
@@ -35,6 +32,19 @@ class FlowEuler(Kernel):
             trained = config.get("num_train_timesteps", 1000)
             return {"num_train_timesteps": trained, "shift": config.get("flow_shift", 1.0)}
         raise ValueError(f"the model's {kind} is not for flow matching, as needed here")
+
+    def denoise(self, statistic: Tensor, ratio: float, network: Network) -> Tensor:
+        """Returns the posterior mean of x0 given `statistic`, x0 + noise / ratio."""
+        sigma = 1 / (1 + ratio)
+        x = (1 - sigma) * statistic
+        return (widen(x) - sigma * network(x, torch.tensor(sigma * self.config.num_train_timesteps))).to(x.dtype)
+
+
+class FlowEuler(FlowKernel):
+    """Flow matching; with eta = 0 the ODE of `FlowMatchEulerDiscreteScheduler`, with fresh noise its stochastic steps.
+
+    Whether the saved scheduler has `stochastic_sampling` has no effect.
+    """
 
     def _set_timesteps(self, count: int, options: dict[str, Any]) -> None:
         if "sigmas" in options and len(options["sigmas"]) != count:

@@ -4,12 +4,13 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from svdd.diffusion.base import Denoised
-from svdd.diffusion.kernels.base import Kernel
+from svdd.diffusion.kernels.base import Kernel, Level, Network
 
 __all__ = ["DDIM", "DDPM", "BetaKernel", "VPKernel", "root"]
 
@@ -61,7 +62,7 @@ class BetaKernel(Kernel):
         )
 
     @abstractmethod
-    def _levels(self) -> list[tuple[float, float]]: ...
+    def _levels(self) -> list[Level]: ...
 
     def _require_finite(self) -> None:
         """Raises ValueError if a step divides by zero."""
@@ -75,6 +76,12 @@ class BetaKernel(Kernel):
                     "prediction_type=v_prediction in the scheduler's config"
                 )
 
+    def timestep(self, ratio: float) -> Tensor:
+        """Returns the training timestep at which alpha / sigma = ratio, interpolated in sigma / (alpha + sigma)."""
+        alphas = self.scheduler.alphas_cumprod.double().sqrt()
+        shares = (1 - alphas**2).sqrt() / (alphas + (1 - alphas**2).sqrt())
+        return torch.tensor(np.interp(1 / (1 + ratio), shares, np.arange(len(shares))), dtype=torch.float32)
+
     def initial(self, noise: Tensor) -> Tensor:
         """Scales standard normal noise to x at i = 0."""
         return noise * self.scheduler.init_noise_sigma
@@ -87,14 +94,22 @@ class VPKernel(BetaKernel):
     def _alphas(self, i: int) -> tuple[Tensor, Tensor]:
         """Returns a and a'."""
 
-    def _levels(self) -> list[tuple[float, float]]:
+    def _levels(self) -> list[Level]:
         pairs = [self._alphas(i) for i in range(len(self.timesteps))]
         return [(float(a**0.5), float((1 - a) ** 0.5)) for a in (*(pair[0] for pair in pairs), pairs[-1][1])]
 
     def split(self, x: Tensor, output: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """Returns the predicted x_0 and the predicted noise."""
-        alpha, kind = self._alphas(i)[0], self.config.prediction_type
-        beta = 1 - alpha
+        return self._split(x, output, self._alphas(i)[0])
+
+    def denoise(self, statistic: Tensor, ratio: float, network: Network) -> Tensor:
+        """Returns the posterior mean of x0 given `statistic`, x0 + noise / ratio."""
+        alpha = torch.tensor(ratio**2 / (1 + ratio**2))
+        x = alpha**0.5 * statistic
+        return self._split(x, network(x, self.timestep(ratio)), alpha)[0]
+
+    def _split(self, x: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        beta, kind = 1 - alpha, self.config.prediction_type
         if kind == "epsilon":
             x0, epsilon = (x - beta**0.5 * output) / alpha**0.5, output
         elif kind == "v_prediction":
