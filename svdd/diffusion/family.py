@@ -85,9 +85,9 @@ class ModelFamily(Diffusion):
         """Returns the weight of classifier-free guidance, where it is not `guidance_scale` itself."""
         return self.guides_above if self.distilled else guidance_scale
 
-    def network_rows(self, guidance_scale: float | None) -> int:
+    def network_rows(self, guidance_scale: float | None, i: int | None = None) -> int:
         """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
-        return super().network_rows(None if guidance_scale is None else self.cfg_scale(guidance_scale))
+        return super().network_rows(None if guidance_scale is None else self.cfg_scale(guidance_scale), i)
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:

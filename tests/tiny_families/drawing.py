@@ -49,6 +49,10 @@ class Reference:
         if family.negative and guidance != "none":
             none = None if family.no_negative is None else [family.no_negative] * count
             options["negative_prompt"] = NEGATIVES[:count] if guidance == "negative prompts" else none
+        if family.negative == "encoded":
+            negatives, limit = options.pop("negative_prompt", None), family.call["max_sequence_length"]
+            if negatives is not None:
+                options["negative_prompt_embeds"] = self.pipe.encode_prompt(negatives, max_sequence_length=limit)[0]
         scheduler = getattr(diffusers, step.scheduler)
         self.pipe.scheduler = scheduler.from_config(self.saved, **{**family.settings, **step.settings})
         with _own_noise(self.pipe):
