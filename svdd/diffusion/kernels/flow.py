@@ -52,10 +52,10 @@ class FlowEuler(FlowKernel):
             raise ValueError(f"num_inference_steps={count} needs as many sigmas, got {len(options['sigmas'])}")
         if self.config.use_dynamic_shifting and options.get("mu") is None:
             raise ValueError("a scheduler with use_dynamic_shifting=true needs mu among the timestep options")
-        with np.errstate(invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             self.scheduler.set_timesteps(count, **options)
-        if not self.scheduler.sigmas.isfinite().all():  # one step, which cannot both begin at 1 and be the last
-            raise ValueError(f"a scheduler with shift_terminal needs at least 2 steps, got num_inference_steps={count}")
+        if not self.scheduler.sigmas.isfinite().all():
+            raise ValueError(f"num_inference_steps={count} is too small for this scheduler: its levels are not finite")
         self.timesteps, self._sigmas = self.scheduler.timesteps, self.scheduler.sigmas
         self.levels = [(1 - sigma, sigma) for sigma in self._sigmas.tolist()]
 
