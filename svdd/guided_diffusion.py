@@ -12,9 +12,9 @@ from torchmetrics import SumMetric
 
 from svdd import UserError
 from svdd.assets.content import digest, sources
+from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
-from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward, is_device_failure
 from svdd.runs.bounds import check_images
@@ -40,7 +40,7 @@ class GuidedDiffusion(L.LightningModule):
 
     Args:
         reward: The guide reward.
-        diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
+        diffusion: The pretrained model; by default the one that ships with svdd.
         sampler: The algorithm; by default `SVDD` with 20 candidates.
         value: The estimate that guides the sampler; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
@@ -56,7 +56,7 @@ class GuidedDiffusion(L.LightningModule):
     Example:
         >>> from svdd.rewards.jpeg import Compressibility
         >>> from svdd.samplers.svdd import SVDD
-        >>> model = GuidedDiffusion(Compressibility(), StableDiffusion("emoji", 4), SVDD(num_candidates=2))
+        >>> model = GuidedDiffusion(Compressibility(), AutoDiffusion("emoji", 4), SVDD(num_candidates=2))
         >>> images, scores = model.sample(["apple", "blue car"], seed=7)
         >>> images.shape, scores.shape
         (torch.Size([2, 3, 64, 64]), torch.Size([2]))
@@ -82,7 +82,7 @@ class GuidedDiffusion(L.LightningModule):
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
         self.reward, self.eval_rewards = reward, nn.ModuleList(eval_rewards or [])
-        self.diffusion = StableDiffusion() if diffusion is None else diffusion
+        self.diffusion = AutoDiffusion() if diffusion is None else diffusion
         self.sampler = SVDD() if sampler is None else sampler
         self.value = PosteriorMean() if value is None else value
         self.value.bind(reward, self.diffusion)

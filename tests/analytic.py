@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from svdd.diffusion.base import Denoised, Diffusion, per_row
+from svdd.diffusion.kernels.base import Kernel
+from svdd.diffusion.kernels.glass import glass
 from svdd.rewards.base import Reward
 from svdd.state.state import Start, State
 from svdd.values.base import Value
@@ -258,3 +260,51 @@ class Quadratic(Reward):
 
     def forward(self, images, prompts):
         return -(images[:, 0].flatten(1) - self.centre).square().sum(1) / 2
+
+
+class FlowGaussian(GaussianDiffusion):
+    """The same prior as a flow model, sampled by a kernel of svdd; every step is affine in x and in its noise."""
+
+    def __init__(self, kernel: Kernel, **options):
+        super().__init__(len(kernel.timesteps), **options)
+        self.kernel, self.inner_steps = kernel, kernel.transition.inner_steps
+
+    def network(self, x: Tensor, t: Tensor, shift: float | Tensor = 0.0) -> Tensor:
+        """Returns v = E[noise - x0 | x] at x = (1 - s) x0 + s noise, s = t / 1000."""
+        sigma = float(t) / 1000
+        mu, alpha = self.mu + shift, 1 - sigma
+        x0 = mu + self.s**2 * alpha / (alpha**2 * self.s**2 + sigma**2) * (x - alpha * mu)
+        return (x - x0) / sigma
+
+    def initial(self, noise):
+        return self.kernel.initial(noise)
+
+    def denoise(self, x, i, conditioning, row):
+        self.denoised_rows.append(len(x))
+        shift = conditioning[row].view(-1, 1, 1, 1)
+        output = self.network(self.kernel.scale_input(x, i), self.kernel.timesteps[i], shift)
+        return self.kernel.predict(x, output, i)
+
+    def draw(self, x, x0, noise, i, conditioning, row):
+        self.denoised_rows.extend([len(x)] * (self.inner_steps - 1))
+        shift = conditioning[row].view(-1, 1, 1, 1)
+        return glass(self.kernel, x, x0, noise, i, lambda x, t: self.network(x, t, shift))
+
+    def flow(self, x, x0, i):
+        return self.kernel.flow(x, x0, i)
+
+    def std(self, i):
+        """Returns the standard deviation of x at step i + 1 given x."""
+        return self.kernel.std(i) if self.inner_steps == 1 else self._step(i)[2]
+
+    def affine(self, i):
+        return self._step(i)[:2]
+
+    def _step(self, i: int) -> tuple[float, float, float]:
+        """Returns (K, k, std) of the law N(K x + k, std^2) of a step."""
+        x, noise = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64).view(2, 3, 1, 1, 1)
+        known = self.kernel.predict(x, self.network(self.kernel.scale_input(x, i), self.kernel.timesteps[i]), i)
+        noisy = self.kernel.std(i) > 0
+        end = glass(self.kernel, x, known.x0, noise, i, self.network) if noisy else known.mean
+        zero, one, pushed = end.flatten().tolist()
+        return one - zero, zero, pushed - zero if noisy else 0.0

@@ -175,7 +175,7 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         (["--model.sampler.alpha", "-1"], "alpha must be >= 0, got -1.0"),
         (["--model.diffusion.num_inference_steps", "0"], "num_inference_steps must be an integer >= 1, got 0"),
         (["--model.diffusion.eta", "0"], "eta=0 every step is deterministic"),
-        (["--model.diffusion.scheduler", "pndm"], "known: ddim, ddpm, euler_ancestral"),
+        (["--model.diffusion.scheduler", "pndm"], "known: ddim, ddpm, euler, euler_ancestral"),
         (["--model.diffusion.chunk_size", "0"], "chunk_size must be 'auto' or an integer >= 1, got 0"),
         (["--model.diffusion.pretrained", "/no/such/folder"], "'/no/such/folder' is not a folder"),
         (["--model.sampler.guide_every", "0"], "guide_every must be >= 1, got 0"),

@@ -172,6 +172,23 @@ def test_examples_work_on_a_stable_diffusion(examples, sd15):
     assert (sparse.scores(Redness()) > plain.scores(Redness())).all()
 
 
+def test_the_example_of_a_pipelines_family_equals_the_pipeline(examples, tmp_path, monkeypatch):
+    import svdd.diffusion
+    from tests.tiny_families import FLOW, Family
+    from tests.tiny_families.drawing import GUIDANCE, Reference, build, draw
+
+    monkeypatch.setattr(svdd.diffusion, "AuraFlow", importlib.import_module("my_aura_flow").AuraFlow, raising=False)
+    family = Family("AuraFlow", "AuraFlow", "aura_flow", FLOW, guidance=(3.5, 1.0))
+    folder = family.save(tmp_path / "model")
+    reference = Reference(family, folder)
+    for step in FLOW:
+        for guidance in GUIDANCE:
+            expected = reference.draw(step, guidance, family.size, 3)
+            assert np.array_equal(
+                draw(build(family, folder, guidance, family.size, **step.ours), guidance, 3), expected
+            )
+
+
 def test_tempering_changes_only_samplers_with_a_temperature(examples):
     from my_diffusion import Tints
     from my_rewards import Redness

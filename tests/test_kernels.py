@@ -1,19 +1,28 @@
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
-from svdd.diffusion.kernels import KERNELS, chain_settings, make_kernel
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.kernels.base import find_kernel
+from svdd.diffusion.kernels.transition import Transition
+from svdd.diffusion.kernels.vp import BetaKernel
 from tests.tiny_models import SD15_SCHEDULER
 
+ETAS = {"ddim": (0.0, 0.3, 1.0), "ddpm": (1.0,), "euler": (0.0,), "euler_ancestral": (1.0,), "lcm": (1.0,)}
 CASES = [
     (name, prediction, eta)
-    for name, etas in (("ddim", (0.0, 0.3, 1.0)), ("ddpm", (1.0,)), ("euler_ancestral", (1.0,)))
+    for name, etas in ETAS.items()
     for prediction in ("epsilon", "v_prediction", "sample")
     for eta in etas
     if not (name == "euler_ancestral" and prediction == "sample")
 ]
-CLASSES = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler}
+OWN = {"euler": Transition(eta=0)}  # the law that diffusers' scheduler draws, if it is not the default
+CLASSES = {name: kernel.scheduler_class for name, kernel in DIFFUSION_KERNELS.items()}
+
+
+def predicted(step) -> torch.Tensor:
+    return step.denoised if hasattr(step, "denoised") else step.pred_original_sample
 
 
 @pytest.mark.parametrize("clip_sample", [False, True])
@@ -21,7 +30,7 @@ CLASSES = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler_ancestral": Eule
 @pytest.mark.parametrize("steps", [1, 7, 50])
 def test_a_draw_from_the_kernel_is_a_step_of_the_scheduler(name, prediction, eta, steps, clip_sample):
     config = SD15_SCHEDULER | {"prediction_type": prediction, "clip_sample": clip_sample}
-    kernel = make_kernel(name, config, steps, eta)
+    kernel = DIFFUSION_KERNELS[name](config, steps, Transition(eta=eta))
     scheduler = CLASSES[name].from_config(config)
     scheduler.set_timesteps(steps)
     assert torch.equal(kernel.timesteps, scheduler.timesteps)
@@ -37,10 +46,32 @@ def test_a_draw_from_the_kernel_is_a_step_of_the_scheduler(name, prediction, eta
         options = {"eta": eta} if name == "ddim" else {}
         step = scheduler.step(output, t, x, generator=draw, **options)
         following = denoised.mean + kernel.std(i) * noise if kernel.std(i) > 0 else denoised.mean
-        torch.testing.assert_close(denoised.x0, step.pred_original_sample, rtol=0, atol=0)
+        assert torch.equal(denoised.x0, predicted(step))
         # a clamp gives DDPM's last step noise of scale 1e-10; the kernel treats the step as deterministic
         torch.testing.assert_close(following, step.prev_sample, rtol=0, atol=1e-9 if name == "ddpm" else 0)
         x = step.prev_sample
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"},
+        {"interpolation_type": "log_linear", "sigma_max": 10.0},
+        {"timestep_type": "continuous", "sigma_min": 0.02, "use_karras_sigmas": True},
+    ],
+)
+def test_euler_follows_every_spacing_of_sigma_of_its_scheduler(settings, spacing, prediction):
+    config = SD15_SCHEDULER | settings | {"timestep_spacing": spacing, "prediction_type": prediction}
+    for steps in (1, 7, 30):
+        kernel = DIFFUSION_KERNELS["euler"](config, steps, Transition(eta=0))
+        scheduler = CLASSES["euler"].from_config(config)
+        scheduler.set_timesteps(steps)
+        assert torch.equal(kernel.timesteps, scheduler.timesteps)
+        assert kernel.levels == [(1.0, sigma) for sigma in scheduler.sigmas.tolist()[: steps + 1]]
+        follow(kernel, scheduler)
 
 
 def follow(kernel, scheduler, eta=1.0):
@@ -56,7 +87,7 @@ def follow(kernel, scheduler, eta=1.0):
         options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
         step = scheduler.step(output, t, x, generator=torch.Generator().manual_seed(i), **options)
         if step.prev_sample.isfinite().all():
-            assert torch.equal(denoised.x0, step.pred_original_sample)
+            assert torch.equal(denoised.x0, predicted(step))
             tolerance = 1e-9 if isinstance(scheduler, DDPMScheduler) else 0  # as above
             torch.testing.assert_close(following, step.prev_sample, rtol=0, atol=tolerance)
         x = following
@@ -68,29 +99,41 @@ def test_steps_at_zero_terminal_snr_are_finite_or_refused(name, prediction, eta,
     """DDIM's 1 - a' - std^2 rounds to a negative number at T = 3 and 25; with trailing spacing diffusers adds a step at
     timestep -1 at T = 61."""
     config = SD15_SCHEDULER | {"rescale_betas_zero_snr": True, "prediction_type": prediction}
+    config["original_inference_steps"] = 100
     for steps in (2, 3, 25, 61):
         config["timestep_spacing"] = spacing
-        if prediction == "epsilon" and spacing != "leading" and name != "euler_ancestral":
+        if prediction == "epsilon" and (spacing != "leading" or name == "lcm") and not name.startswith("euler"):
             with pytest.raises(ValueError, match="prediction_type=epsilon divides by zero at timestep 999"):
-                make_kernel(name, config, steps, eta)
+                DIFFUSION_KERNELS[name](config, steps, Transition(eta=eta))
             continue
         scheduler = CLASSES[name].from_config(config)
         scheduler.set_timesteps(steps)
-        if len(scheduler.timesteps) > steps and name == "euler_ancestral":
+        if len(scheduler.timesteps) > steps and name.startswith("euler"):
             scheduler.sigmas[steps] = 0  # where the surplus step would have arrived
-        kernel = make_kernel(name, config, steps, eta)
+        kernel = DIFFUSION_KERNELS[name](config, steps, Transition(eta=eta))
         assert len(kernel.timesteps) == steps
         follow(kernel, scheduler, eta)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name in DIFFUSION_KERNELS if name != "lcm"])
 def test_as_many_steps_as_training_steps_are_refused_in_one_line_or_run(name):
     message = "num_inference_steps=1000 is too large for a model that was trained on 1000 timesteps; use at most 999"
     with pytest.raises(ValueError, match=message):
-        make_kernel(name, SD15_SCHEDULER | {"timestep_spacing": "leading"}, 1000, 1.0)
+        DIFFUSION_KERNELS[name](SD15_SCHEDULER | {"timestep_spacing": "leading"}, 1000)
     with pytest.raises(ValueError, match="num_inference_steps=1001 is too large"):
-        make_kernel(name, SD15_SCHEDULER | {"timestep_spacing": "trailing"}, 1001, 1.0)
-    assert len(make_kernel(name, SD15_SCHEDULER | {"timestep_spacing": "trailing"}, 1000, 1.0).timesteps) == 1000
+        DIFFUSION_KERNELS[name](SD15_SCHEDULER | {"timestep_spacing": "trailing"}, 1001)
+    assert len(DIFFUSION_KERNELS[name](SD15_SCHEDULER | {"timestep_spacing": "trailing"}, 1000).timesteps) == 1000
+
+
+def test_lcm_chooses_among_the_steps_of_its_distillation():
+    kernel = DIFFUSION_KERNELS["lcm"](SD15_SCHEDULER, 4, Transition(), {"original_inference_steps": 100})
+    scheduler = CLASSES["lcm"].from_config(SD15_SCHEDULER)
+    scheduler.set_timesteps(4, original_inference_steps=100)
+    assert torch.equal(kernel.timesteps, scheduler.timesteps)
+    follow(kernel, scheduler)
+    for transition in (Transition(eta=0.5), Transition(inner_steps=2)):
+        with pytest.raises(ValueError, match="lcm"):
+            DIFFUSION_KERNELS["lcm"](SD15_SCHEDULER, 4, transition)
 
 
 # ---- saved by another class
@@ -141,7 +184,7 @@ def test_a_configuration_that_any_class_saved_gives_the_pipelines_chain(kind, se
     for name, scheduler_class in CLASSES.items():
         scheduler = pipeline_with(scheduler_class.from_config(original, **unsaid)).scheduler
         scheduler.set_timesteps(7)
-        kernel = make_kernel(name, chain_settings(original), 7, 1.0)
+        kernel = DIFFUSION_KERNELS[name](BetaKernel.settings(original), 7, OWN.get(name, Transition()))
         assert kernel.config.get("clip_sample", False) is False
         assert (kernel.timesteps == scheduler.timesteps).all()
         follow(kernel, scheduler)
@@ -151,12 +194,12 @@ def test_a_configuration_that_any_class_saved_gives_the_pipelines_chain(kind, se
 def test_the_class_that_saved_a_model_does_not_change_its_chain(kind, tmp_path):
     """Models that differ in the class of their scheduler alone draw the same."""
     settings = {"timestep_spacing": "leading", "prediction_type": "v_prediction", "set_alpha_to_one": False}
-    configs = [chain_settings(saved(each, tmp_path, **settings).config) for each in ("PNDM", kind)]
+    configs = [BetaKernel.settings(saved(each, tmp_path, **settings).config) for each in ("PNDM", kind)]
     x = output = torch.ones(1, 1, 1, 1)
-    for name in KERNELS:
-        if (kind, name) == ("DPMSolverSinglestep", "euler_ancestral"):
+    for name in DIFFUSION_KERNELS:
+        if kind == "DPMSolverSinglestep" and name.startswith("euler"):
             continue  # the one has no timestep_spacing, the other has another default than DDIM
-        one, other = (make_kernel(name, config, 7, 1.0) for config in configs)
+        one, other = (DIFFUSION_KERNELS[name](config, 7, OWN.get(name, Transition())) for config in configs)
         for i in range(7):
             assert one.std(i) == other.std(i)
             assert torch.equal(one.predict(x, output, i).mean, other.predict(x, output, i).mean)
@@ -166,15 +209,15 @@ def test_the_class_that_saved_a_model_does_not_change_its_chain(kind, tmp_path):
 def test_a_scheduler_without_betas_is_refused(kind):
     config = getattr(diffusers, f"{kind}Scheduler")().config
     with pytest.raises(ValueError, match="has no beta_schedule"):
-        chain_settings(config)
+        BetaKernel.settings(config)
 
 
 def test_a_scheduler_without_a_gaussian_step_is_refused_with_a_list_of_supported_ones():
-    with pytest.raises(ValueError, match=r"'pndm' has no Gaussian.*ddim, ddpm, euler_ancestral"):
-        make_kernel("pndm", SD15_SCHEDULER, 10, 1.0)
+    with pytest.raises(ValueError, match=r"'pndm' has no Gaussian.*ddim, ddpm, euler, euler_ancestral, lcm"):
+        find_kernel("pndm", DIFFUSION_KERNELS)
     with pytest.raises(ValueError, match="did you mean 'ddim'"):
-        make_kernel("dim", SD15_SCHEDULER, 10, 1.0)
-    assert list(KERNELS) == ["ddim", "ddpm", "euler_ancestral"]
+        find_kernel("dim", DIFFUSION_KERNELS)
+    assert list(DIFFUSION_KERNELS) == ["ddim", "ddpm", "euler", "euler_ancestral", "lcm"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +226,7 @@ def test_a_scheduler_without_a_gaussian_step_is_refused_with_a_list_of_supported
         ("ddim", {"thresholding": True}, "thresholding"),
         ("ddpm", {"variance_type": "learned_range"}, "variance_type must be one of fixed_small, fixed_large"),
         ("euler_ancestral", {"prediction_type": "sample"}, "prediction_type must be one of epsilon, v_prediction"),
+        ("lcm", {"original_inference_steps": 8}, "num_inference_steps=10 is too large.*original_inference_steps=8"),
         ("ddim", {"prediction_type": "score"}, "prediction_type must be one of"),
         ("ddim", {"timestep_spacing": "karras"}, "timestep_spacing must be one of leading, trailing, linspace"),
         ("ddim", {"beta_schedule": "laplace"}, "DDIMScheduler does not know beta_schedule='laplace'"),
@@ -191,4 +235,4 @@ def test_a_scheduler_without_a_gaussian_step_is_refused_with_a_list_of_supported
 )
 def test_a_configuration_without_a_gaussian_step_is_refused(name, config, message):
     with pytest.raises(ValueError, match=message):
-        make_kernel(name, SD15_SCHEDULER | config, 10, 1.0)
+        DIFFUSION_KERNELS[name](SD15_SCHEDULER | config, 10)

@@ -3,16 +3,18 @@
 import json
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdd import UserError
+from svdd.diffusion.lora import fuse_lora, load_lora
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import Start
@@ -192,6 +194,97 @@ def test_pictures_equal_the_pipelines(sd15, pipeline, pairs, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     assert np.abs(ours - base).max() > 1e-2
     assert np.array_equal(draw(pretrained=sd15, lora=str(tmp_path), lora_scale=0.0), base)
+
+
+LINEAR = re.compile(r".*(to_q|to_out\.0|conv1|q_proj|fc1|attention\.to_k|qkv_mlp_proj)$")
+SGM = {"down_blocks.1.attentions.0": "input_blocks.3.1", "mid_block.attentions.0": "middle_block.1"}  # SDXL's own names
+SGM |= {f"up_blocks.0.attentions.{k}": f"output_blocks.{k}.1" for k in range(2)}
+
+
+def family_pairs(model) -> Pairs:
+    """Random updates of some layers of every part of a pipeline that takes a LoRA."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for part in model._lora_loadable_modules:
+        layers = [(name, layer.weight) for name, layer in getattr(model, part).named_modules() if LINEAR.match(name)]
+        found[part] = {
+            name: tuple(
+                torch.randn(size, generator=generator) * 0.2 for size in ((2, weight.shape[1]), (len(weight), 2))
+            )
+            for name, weight in layers
+            if weight.ndim == 2
+        }
+    return found
+
+
+def kohya_xl(pairs: Pairs, folder: Path, blocks: dict[str, str]) -> None:
+    state, starts = {}, {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_"}
+    for part, layers in pairs.items():
+        for name, (down, up) in layers.items():
+            for theirs, own in blocks.items():
+                name = name.replace(theirs, own)
+            stem = starts[part] + name.replace(".", "_")
+            state |= {
+                f"{stem}.lora_down.weight": down,
+                f"{stem}.lora_up.weight": up,
+                f"{stem}.alpha": torch.tensor(3.0),
+            }
+    save_file(state, folder / "kohya.safetensors")
+
+
+def kohya_flux(pairs: Pairs, folder: Path) -> None:
+    """Keeps the layers of the double blocks that kohya's scripts do not join with others."""
+    state, block = {}, {"attn.to_out.0": "img_attn_proj"}
+    for part, layers in pairs.items():
+        for name, (down, up) in [*layers.items()]:
+            stem = f"lora_te1_text_model_{name.replace('.', '_')}"
+            if part == "transformer":
+                _, number, inner = name.split(".", 2)
+                if name.startswith("single") or (own := block.get(inner)) is None:
+                    del layers[name]
+                    continue
+                stem = f"lora_unet_double_blocks_{number}_{own}"
+            state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            state[f"{stem}.alpha"] = torch.tensor(ALPHA)
+    save_file(state, folder / "kohya.safetensors")
+
+
+FORMATS = {
+    "diffusers": diffusers_folder,
+    "kohya": lambda pairs, folder: kohya_xl(pairs, folder, {}),
+    "sgm": lambda pairs, folder: kohya_xl(pairs, folder, SGM),
+    "peft": peft_adapters,
+    "kohya flux": kohya_flux,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("sdxl", form) for form in ("diffusers", "kohya", "sgm", "peft")]
+    + [(name, "diffusers") for name in ("sd3", "flux", "flux2_klein")]
+    + [("flux", "kohya flux")],
+)
+def test_a_lora_of_each_family_changes_the_weights_as_it_does_in_diffusers(family, form, tmp_path):
+    folder = import_module(f"tests.tiny_families.{family}").save(tmp_path / "model")
+    ours, theirs, base = (DiffusionPipeline.from_pretrained(folder) for _ in range(3))
+    pairs = family_pairs(base)
+    FORMATS[form](pairs, tmp_path)
+    load_lora(ours, str(tmp_path))
+    fuse_lora(ours, str(tmp_path), 0.4)
+    assert all(pairs.values())
+    for part, layers in pairs.items():
+        before, found = getattr(base, part).state_dict(), getattr(ours, part).state_dict()
+        factor = 0.4 * {"diffusers": 1.0}.get(form, ALPHA / RANK)
+        for name, weight in before.items():
+            down_up = layers.get(name.removesuffix(".weight"))
+            expected = weight if down_up is None else weight + factor * down_up[1] @ down_up[0]
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6)
+    if form == "diffusers":
+        theirs.load_lora_weights(str(tmp_path))
+        theirs.fuse_lora(list(pairs), lora_scale=0.4)
+        theirs.unload_lora_weights()
+        for part in pairs:
+            found, expected = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def edit(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    EulerAncestralDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
 
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.best_of_n import BestOfN
@@ -28,7 +26,7 @@ from svdd.values.posterior_mean import PosteriorMean
 logging.set_verbosity_error()
 PROMPTS = ["red apple", "blue car", "panda", "house on a green background"]
 SEEDS = [11, 5, 2**40, 0]
-CLASSES = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler}
+CLASSES = {name: kernel.scheduler_class for name, kernel in DIFFUSION_KERNELS.items()}
 
 
 def by_hand(
@@ -75,7 +73,14 @@ def test_the_embedded_model_equals_the_pipeline(sampler, count):
 @pytest.mark.parametrize("folder", ["sd15", "sd21"])
 @pytest.mark.parametrize(
     ("scheduler", "guidance_scale", "eta"),
-    [("ddim", 7.5, 1.0), ("ddim", 7.5, 0.0), ("ddim", 1.0, 0.5), ("ddpm", 3.0, 0.0), ("euler_ancestral", 7.5, 0.0)],
+    [
+        ("ddim", 7.5, 1.0),
+        ("ddim", 7.5, 0.0),
+        ("ddim", 1.0, 0.5),
+        ("ddpm", 3.0, 1.0),
+        ("euler_ancestral", 7.5, 1.0),
+        ("euler", 5.0, 0.0),
+    ],
 )
 def test_real_layouts_equal_the_pipeline(folder, scheduler, guidance_scale, eta, request):
     path = request.getfixturevalue(folder)

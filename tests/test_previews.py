@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
 
 from svdd import UserError
-from svdd.diffusion.kernels import make_kernel
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
@@ -45,7 +45,7 @@ def tiny_decoder(tmp_path_factory) -> str:
 @pytest.mark.parametrize("steps", [1, 5, 20])
 def test_the_flow_is_the_deterministic_ddim_step(steps):
     kernel, scheduler = (
-        make_kernel("ddim", {**NOISE, "clip_sample": False}, steps, 1.0),
+        DIFFUSION_KERNELS["ddim"]({**NOISE, "clip_sample": False}, steps),
         DDIMScheduler(**NOISE, clip_sample=False),
     )
     scheduler.set_timesteps(steps)
@@ -57,7 +57,7 @@ def test_the_flow_is_the_deterministic_ddim_step(steps):
 
 
 def test_the_flow_of_ancestral_steps_is_an_euler_step():
-    kernel, scheduler = make_kernel("euler_ancestral", NOISE, 6, 1.0), EulerDiscreteScheduler(**NOISE)
+    kernel, scheduler = DIFFUSION_KERNELS["euler_ancestral"](NOISE, 6), EulerDiscreteScheduler(**NOISE)
     scheduler.set_timesteps(6)
     generator = torch.Generator().manual_seed(0)
     output, x = torch.randn(1, 3, 4, 4, generator=generator), 10 * torch.randn(1, 3, 4, 4, generator=generator)

@@ -37,7 +37,7 @@ class ModelCLI(LightningCLI):
     purpose: ClassVar[str]  # the first line of its help
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
     classes: ClassVar[dict[str, str]] = {  # whose arguments can be given without naming them
-        "diffusion": "svdd.diffusion.stable_diffusion.StableDiffusion",
+        "diffusion": "svdd.diffusion.auto.AutoDiffusion",
         "sampler": "svdd.samplers.svdd.SVDD",
         "value": "svdd.values.posterior_mean.PosteriorMean",
     }

@@ -37,11 +37,13 @@ class Diffusion(nn.Module, ABC):
         reproducible: Whether an image's bits are independent of other images, or `auto`: see `LatentDiffusion`.
 
     Attributes:
+        inner_steps: Network evaluations of a step with noise; above 1 `draw` takes the place of the Gaussian kernel.
         from_files: Names of attributes, beyond weights and tokenizers, that were read from the model's files.
     """
 
     latent_shape: tuple[int, ...]  # of one latent, often (c, h, w); set by the subclass
     guidance_scale: float | None = None  # weight of classifier-free guidance; None if the family has none
+    inner_steps: int = 1
     guides_above: float = 1.0  # guidance needs the unconditional half at scales above this one
     prompt_features_size: int = 0  # width of `prompt_features`; 0 if there are none
     from_files: tuple[str, ...] = ()
@@ -106,12 +108,22 @@ class Diffusion(nn.Module, ABC):
     def std(self, i: int) -> float:
         """Returns the standard deviation of the reverse kernel from step i to i + 1; 0 for a deterministic step."""
 
+    def draw(self, x: Tensor, x0: Tensor, noise: Tensor, i: int, conditioning: Any, row: Tensor) -> Tensor:
+        """Turns standard normal noise into x at step i + 1, given x and x0 at step i, all [n, *latent_shape].
+
+        Evaluates the network `inner_steps` - 1 times; called if that is above 0, and in steps with noise.
+        """
+        raise UserError(f"{type(self).__name__} has inner_steps={self.inner_steps} and no `draw`: implement it")
+
     @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
         """Turns latents [n, *latent_shape] into images, float32 [n, 3, H, W] in [0, 1]."""
 
-    def network_rows(self, guidance_scale: float | None) -> int:
-        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
+    def network_rows(self, guidance_scale: float | None, i: int | None = None) -> int:
+        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half.
+
+        Without a step i, the answer is for the steps that take most.
+        """
         return 2 if guidance_scale is not None and guidance_scale > self.guides_above else 1
 
     def prompt_features(self, conditioning: Any) -> Tensor | None:

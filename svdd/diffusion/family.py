@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.diffusion.kernels import KERNELS, Kernel
-from svdd.diffusion.pipelines import Configs
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.kernels.base import Kernel
+from svdd.diffusion.model_index import Configs
 
 __all__ = ["Conditioning", "ModelFamily"]
 
@@ -26,14 +27,23 @@ class ModelFamily(Diffusion):
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
+    alike: ClassVar[tuple[str, ...]] = ()  # other classes of pipelines that consist of the same parts
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
-    kernels: ClassVar[Mapping[str, type[Kernel]]] = KERNELS  # by the name of their scheduler; the first is the default
+    kernels: ClassVar[Mapping[str, type[Kernel]]] = (
+        DIFFUSION_KERNELS  # by the name of their scheduler; default: the first
+    )
     tiny: ClassVar[str | None] = None  # hub name of the family's small decoder
     default_steps: ClassVar[int] = 50  # of the pipeline
     default_guidance: ClassVar[float] = 7.5
+    max_tokens: ClassVar[int | None] = None  # of a text, where the pipeline reads fewer than its tokenizer states
     two_calls: ClassVar[bool] = False  # whether the unconditional half is a call of its own, with texts of other length
     pipe: Any
     vae: Any
+
+    @classmethod
+    def pipelines(cls) -> tuple[str, ...]:
+        """Returns the names of all pipelines that this family loads."""
+        return cls.pipeline, *cls.alike
 
     @classmethod
     def misfit(cls, configs: Configs) -> str:
@@ -58,6 +68,10 @@ class ModelFamily(Diffusion):
         factor = self.pipe.vae_scale_factor
         return (self.vae.config.latent_channels, height // factor, width // factor)
 
+    def token_limit(self, tokenizer: Any) -> int:
+        """Returns the number of tokens, special ones included, after which a text is cut off."""
+        return min(tokenizer.model_max_length, self.max_tokens or tokenizer.model_max_length)
+
     def timestep_options(self) -> dict[str, Any]:
         """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps."""
         return {}
@@ -71,9 +85,9 @@ class ModelFamily(Diffusion):
         """Returns the weight of classifier-free guidance, where it is not `guidance_scale` itself."""
         return self.guides_above if self.distilled else guidance_scale
 
-    def network_rows(self, guidance_scale: float | None) -> int:
+    def network_rows(self, guidance_scale: float | None, i: int | None = None) -> int:
         """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
-        return super().network_rows(None if guidance_scale is None else self.cfg_scale(guidance_scale))
+        return super().network_rows(None if guidance_scale is None else self.cfg_scale(guidance_scale), i)
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
@@ -81,6 +95,10 @@ class ModelFamily(Diffusion):
 
         Their shapes must not depend on the other texts: pad to a fixed length, and trim in `network` with a mask.
         """
+
+    def encode_negative_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Returns the same of negative prompts, in pipelines that treat them in another way."""
+        return self.encode_texts(texts)
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:

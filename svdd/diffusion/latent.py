@@ -1,7 +1,7 @@
 """What all latent diffusion models saved by diffusers have in common."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,20 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.content import digest
-from svdd.assets.hub import ASSETS, is_local
+from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning, ModelFamily
-from svdd.diffusion.kernels import chain_settings, find_kernel
+from svdd.diffusion.kernels.base import find_kernel
+from svdd.diffusion.kernels.glass import glass
+from svdd.diffusion.kernels.transition import Noise, Transition
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
+from svdd.diffusion.model_index import EMBEDDED, Source, examine
 from svdd.diffusion.pipelines import (
-    EMBEDDED,
+    DTYPES,
+    Dtype,
     TinyDecoder,
-    examine,
+    check_length,
     fingerprint,
     load_pipeline,
     warn_of_cuts,
@@ -33,13 +37,19 @@ class LatentDiffusion(ModelFamily):
     A model family is a subclass in one file: see `ModelFamily` for what it states and implements.
 
     Args:
-        pretrained: `emoji` (ships with svdd), a folder, or a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        pretrained: `emoji` (ships with svdd), a folder, a hub name: `stable-diffusion-v1-5/stable-diffusion-v1-5`, or a
+            `.safetensors` file with a whole pipeline or its network alone.
         num_inference_steps: T, the number of denoising steps; by default as many as the pipeline takes.
         guidance_scale: Weight of classifier-free guidance, by default the pipeline's; where it does not guide (mostly
             at 1 or less), the unconditional half is not computed.
-        eta: Noise of the DDIM steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
+        eta: Noise of the steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
         scheduler: A solver whose step is a Gaussian kernel, such as `ddim`, `ddpm` or `euler_ancestral`; by default
             the family's first.
+        noise: Rule for the noise of a step: `posterior` (eta times that of DDPM's posterior), `cps` (the old noise
+            keeps the share cos(eta pi / 2)), or `fresh` (none of the old noise is kept).
+        rho: Correlation of the noise before and after a step, 0 to 1, in place of a rule and eta.
+        inner_steps: Network evaluations of a step with noise. Above 1 a step is a GLASS transition: a draw from its
+            exact law rather than from a Gaussian around the prediction.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
         width: Image width in pixels.
@@ -55,6 +65,9 @@ class LatentDiffusion(ModelFamily):
         lora_scale: Factor of the LoRA's updates.
         revision: Branch, tag or commit of a hub model.
         variant: Variant of the weight files, for example `fp16`.
+        config: A folder or hub name of the pipeline that a single file belongs to; by default the hub's. It also
+            provides what the file lacks, such as the text encoders.
+        dtype: Precision in which the weights are read; `auto`: that of `--trainer.precision`, in Python float32.
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
@@ -71,6 +84,9 @@ class LatentDiffusion(ModelFamily):
         guidance_scale: float | None = None,
         eta: float = 1.0,
         scheduler: str | None = None,
+        noise: Noise = "posterior",
+        rho: float | None = None,
+        inner_steps: int = 1,
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
@@ -82,6 +98,8 @@ class LatentDiffusion(ModelFamily):
         lora_scale: float = 1.0,
         revision: str | None = None,
         variant: str | None = None,
+        config: str | None = None,
+        dtype: Dtype = "auto",
         local_files_only: bool = False,
     ) -> None:
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
@@ -89,8 +107,7 @@ class LatentDiffusion(ModelFamily):
         self.chunker.concurrent = not compile
         self.scheduler = next(iter(self.kernels)) if scheduler is None else scheduler
         self.guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in 0 .. 1, got {eta}")
+        self.transition, self.inner_steps = Transition(noise, eta, rho, inner_steps), inner_steps
         for name, number in {"guidance_scale": self.guidance_scale, "lora_scale": lora_scale}.items():
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be a finite number, got {number}")
@@ -99,16 +116,16 @@ class LatentDiffusion(ModelFamily):
         kernel = find_kernel(self.scheduler, self.kernels)
         self.pretrained, self.lora, self.lora_scale = pretrained, lora, lora_scale
         self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
-        source = str(ASSETS / EMBEDDED.get(pretrained, "")) if pretrained in EMBEDDED else pretrained
-        self.pipe = load_pipeline(self.pipeline, source, self.misfit, variant, revision, local_files_only)
+        source = Source(pretrained, config, revision, variant, local_files_only)
+        self.pipe = load_pipeline(source, self.pipelines(), self.misfit, DTYPES[dtype])
         if lora is not None:
             load_lora(self.pipe, lora, weight_name, local_files_only)
         self._take_parts()
         if lora is not None:
             fuse_lora(self.pipe, lora, lora_scale)
         self.latent_shape = self._latent_shape(height, width)
-        config = chain_settings(self.pipe.scheduler.config)
-        self.kernel = kernel(config, steps, eta)
+        settings = kernel.settings(self.pipe.scheduler.config)
+        self.kernel = kernel(settings, steps, self.transition, self.timestep_options())
         if compile:
             getattr(self, self.backbone).compile()
             self.vae.decoder.compile()
@@ -127,6 +144,9 @@ class LatentDiffusion(ModelFamily):
         self.tokenizers = {
             name: part for name, part in parts.items() if name.startswith("tokenizer") and part is not None
         }
+        for name, tokenizer in self.tokenizers.items():
+            config = getattr(parts.get(name.replace("tokenizer", "text_encoder")), "config", None)
+            check_length(f"pretrained={self.pretrained!r}, its {name},", self.token_limit(tokenizer), config)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         multiple, native = self.size_multiple, self.native_size()
@@ -141,11 +161,10 @@ class LatentDiffusion(ModelFamily):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
-        pretrained, lora, local = (arguments.get(name) for name in ("pretrained", "lora", "local_files_only"))
-        if pretrained is not None and pretrained not in EMBEDDED:
-            examine(cls.pipeline, pretrained, cls.misfit, arguments.get("revision"), bool(local))
-        if lora is not None and is_local(lora):
-            find_lora(lora, arguments.get("weight_name"), bool(local))
+        if (source := Source.of(arguments)).pretrained not in EMBEDDED:
+            examine(source, cls.pipelines(), cls.misfit)
+        if (lora := arguments.get("lora")) is not None and is_local(lora):
+            find_lora(lora, arguments.get("weight_name"), source.local_files_only)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -154,7 +173,8 @@ class LatentDiffusion(ModelFamily):
         lora = lora if lora is None or self.lora_scale == 1 else f"{lora} times {self.lora_scale}"
         names = {"pretrained": Path(self.pretrained).name, "lora": lora}
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
-        return super().identity | names | {name: getattr(self, name) for name in settings}
+        rule = vars(self.transition) if self.transition != Transition(eta=self.eta) else {}
+        return super().identity | names | {name: getattr(self, name) for name in settings} | rule
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -169,7 +189,8 @@ class LatentDiffusion(ModelFamily):
         """Returns the encoded prompts and negative prompts (None without guidance)."""
         negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
         guided = self.network_rows(self.guidance_scale) > 1
-        return self._encode(list(prompts)), self._encode(negatives) if guided else None
+        positive = self._encode(list(prompts), self.encode_texts)
+        return positive, self._encode(negatives, self.encode_negative_texts) if guided else None
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales noise to the scheduler's first level."""
@@ -190,6 +211,14 @@ class LatentDiffusion(ModelFamily):
         """One step without noise, in the scheduler's coordinates."""
         return self.kernel.flow(x, x0, i)
 
+    def draw(self, x: Tensor, x0: Tensor, noise: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Tensor:
+        """Draws x at step i + 1 by a GLASS transition."""
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return self.evaluate(x, t.to(x.device), conditioning, row, self.guidance_scale)
+
+        return glass(self.kernel, x, x0, noise, i, network)
+
     def std(self, i: int) -> float:
         """Returns the scheduler's noise at step i."""
         return self.kernel.std(i)
@@ -203,10 +232,12 @@ class LatentDiffusion(ModelFamily):
             source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
         return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only)
 
-    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        for tokenizer in self.tokenizers.values():
-            warn_of_cuts(tokenizer, texts)
-        return self.chunker.map(self.encode_texts, len(texts), texts)
+    def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
+        for name, tokenizer in self.tokenizers.items():
+            encoder = name.replace("tokenizer", "text_encoder") if len(self.tokenizers) > 1 else "the text encoder"
+            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
+        with quiet("diffusers", "transformers"):  # which log the same
+            return self.chunker.map(encode, len(texts), texts)
 
     def _predict(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Denoised:
         t = self.kernel.timesteps[i].to(x.device)

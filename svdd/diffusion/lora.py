@@ -17,6 +17,7 @@ from svdd.assets.hub import fetch, is_local, loading, offline, quiet, read_weigh
 __all__ = ["find_lora", "fuse_lora", "load_lora"]
 
 _USUAL = [f"{name}.{end}" for end in ("safetensors", "bin") for name in ("pytorch_lora_weights", "adapter_model")]
+_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")  # PEFT's
 _PEFT = "base_model.model."  # before all names of PEFT
 _PAIRS = (("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora.down", "lora.up"))  # names of the two matrices
@@ -44,7 +45,7 @@ def find_lora(lora: str, weight_name: str | None = None, local_files_only: bool 
     if path.is_file():
         return [path]
     if path.is_dir():
-        parts = [path / part / file for part in ("unet", "text_encoder") for file in _USUAL[1::2]]
+        parts = [path / part / file for part in _PARTS for file in _USUAL[1::2]]
         if weight_name is None and any(part.is_file() for part in parts):
             return [part for part in parts if part.is_file()]
         return [path / _choose(what, weight_name, [file.name for file in path.iterdir() if file.is_file()])]
@@ -89,15 +90,22 @@ def load_lora(pipeline: Any, lora: str, weight_name: str | None = None, local_fi
     what = f"lora={lora!r}"
     if find_spec("peft") is None:
         raise UserError(f"{what} needs the peft package: pip install 'svdd[lora]'")
-    models = {name: getattr(pipeline, name) for name in pipeline._lora_loadable_modules}
+    names = getattr(pipeline, "_lora_loadable_modules", [])
+    models = {name: part for name in names if (part := getattr(pipeline, name, None)) is not None}
+    if not models:
+        kind = type(pipeline).__name__
+        raise UserError(f"{what}: diffusers loads no LoRA into a {kind}; merge it with PEFT, and save the pipeline")
     for file in find_lora(lora, weight_name, local_files_only):
         with loading(what, file.parent), quiet("diffusers"):
             weights = _read(pipeline, what, file, models)
             _check(what, weights, models)
             for part in {name.partition(".")[0] for name in weights.state}:
-                load = getattr(pipeline, f"load_lora_into_{part}")
-                options = {"metadata": weights.settings, "low_cpu_mem_usage": True, part: models[part]}
-                load(weights.state, network_alphas=None, **options)
+                options: dict[str, Any] = {"prefix": part, "network_alphas": None, "metadata": weights.settings}
+                if part.startswith("text_encoder"):
+                    options |= {"text_encoder": models[part], "low_cpu_mem_usage": True}
+                    pipeline.load_lora_into_text_encoder(weights.state, **options)
+                else:
+                    models[part].load_lora_adapter(weights.state, low_cpu_mem_usage=True, **options)
     if not _changes(models):
         raise UserError(f"{what} changes no weight: all its updates are zero; expected a trained LoRA")
 
@@ -122,7 +130,7 @@ def _changes(models: dict[str, Any]) -> bool:
 
 
 def _read(pipeline: Any, what: str, file: Path, models: dict[str, Any]) -> _Weights:
-    """Reads a file into the names of diffusers, each with its part: `unet.` or `text_encoder.`."""
+    """Reads a file into the names of diffusers, each with its part: `unet.`, `transformer.`, `text_encoder.`, ..."""
     try:
         raw = read_weights(file)
     except UserError as error:
@@ -135,11 +143,13 @@ def _read(pipeline: Any, what: str, file: Path, models: dict[str, Any]) -> _Weig
         return _read_peft(what, file, raw, models)
     raw = {re.sub(r"(lora_[AB])\.default\.", r"\1.", name): tensor for name, tensor in raw.items()}
     settings = None if _fold(raw) else _settings(what, file)
+    options = {"unet_config": pipeline.unet.config} if "unet" in models else {}  # for the block names of the first SDXL
     try:
-        state, _ = pipeline.lora_state_dict(dict(raw))  # which empties the dictionary
+        found = pipeline.lora_state_dict(dict(raw), **options)  # which empties the dictionary
     except (ValueError, KeyError) as error:  # names that diffusers' conversion does not know, all in one message
         raise UserError(f"{what} has names of weights that diffusers cannot read, such as {min(raw)!r}") from error
-    return _Weights({_with_part(name, models): tensor for name, tensor in state.items()}, settings)
+    state = found[0] if isinstance(found, tuple) else found  # some pipelines return alphas as well
+    return _Weights({_with_part(name, tensor, models): tensor for name, tensor in state.items()}, settings)
 
 
 def _fold(raw: dict[str, Tensor]) -> bool:
@@ -182,7 +192,7 @@ def _read_peft(what: str, file: Path, raw: dict[str, Tensor], models: dict[str, 
         raise UserError(f"{what} is a PEFT adapter and needs a readable adapter_config.json beside {file}") from error
     if kind != "LORA":
         raise UserError(f"{what} is a {kind} adapter of PEFT; expected peft_type LORA")
-    state = {_with_part(name.removeprefix(_PEFT), models): tensor for name, tensor in raw.items()}
+    state = {_with_part(name.removeprefix(_PEFT), tensor, models): tensor for name, tensor in raw.items()}
     layers: dict[str, list[str]] = {}
     for name in state:
         part, _, rest = name.partition(".")
@@ -197,15 +207,22 @@ def _read_peft(what: str, file: Path, raw: dict[str, Tensor], models: dict[str, 
     return _Weights(state, settings)
 
 
-def _with_part(name: str, models: dict[str, Any]) -> str:
-    """Returns a weight's name with its part, which some formats leave out."""
+def _with_part(name: str, tensor: Tensor, models: dict[str, Any]) -> str:
+    """Returns a weight's name with its part, which some formats leave out: the one whose layer the weight fits."""
     if name.startswith("text_encoder"):  # diffusers does not know all of its old names if `to_out` is not among them
         name = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_linear_layer.", name)
     if name.partition(".")[0] in models:
         return name
-    layer = _layer(name)
-    owners = [part for part, model in models.items() if layer in _layers(model)]
-    return f"{owners[0]}.{name}" if owners else name
+    layer, axis = _layer(name), 0 if re.search(r"lora_B|[._]up\.", name) else 1
+    owners = {part: found for part, model in models.items() if (found := _layers(model).get(layer)) is not None}
+    fitting = [part for part, found in owners.items() if _width(found, axis) == tensor.shape[axis]]
+    return f"{(fitting or [*owners])[0]}.{name}" if owners else name
+
+
+def _width(layer: nn.Module, axis: int) -> int | None:
+    """Returns the output (axis 0) or input (axis 1) size of a linear or convolutional layer."""
+    weight = getattr(layer, "weight", None)
+    return weight.shape[axis] if isinstance(weight, Tensor) and weight.ndim > axis else None
 
 
 def _layer(name: str) -> str:

@@ -2,25 +2,25 @@
 
 import hashlib
 import inspect
-import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import fetch, is_local, loading, locate, quiet, read_model, read_tokenizer
+from svdd.assets.hub import is_local, loading, locate, quiet, read_model, read_tokenizer
+from svdd.diffusion.model_index import LEFT_OUT, Configs, Source, examine, read_json
+from svdd.diffusion.single_file import download_rest, parts_held, read_parts
 
 __all__ = [
-    "EMBEDDED",
-    "Configs",
+    "DTYPES",
+    "Dtype",
     "TinyDecoder",
-    "examine",
+    "check_length",
     "expand",
     "fingerprint",
     "load_pipeline",
@@ -28,102 +28,54 @@ __all__ = [
     "warn_of_cuts",
 ]
 
-Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
-EMBEDDED = {"emoji": "emoji-sd"}  # the pipelines that ship with svdd: folders of assets by name
-_INDEX = "model_index.json"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WITH_BETAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")  # schedulers of DDPM's kind that need scipy, torchsde
-_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # pictures drawn from prompts alone need none
-
-
-def examine(
-    class_name: str,
-    pretrained: str,
-    check: Callable[[Configs], str],
-    revision: str | None = None,
-    local_files_only: bool = False,
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Checks what a model is by its small files: of a hub name by its model_index.json alone.
-
-    Args:
-        class_name: The class of pipelines that it must be of.
-        pretrained: A folder or a hub name.
-        check: Returns what is wrong with the configurations of the parts, or an empty string.
-        revision: Branch, tag or commit of a hub name.
-        local_files_only: Use local files and the hub's cache only.
-
-    Returns:
-        The folder or hub name, the index, and options to read more of it.
-
-    Raises:
-        UserError: If there is no such model, or it is not what is expected.
-    """
-    what = f"pretrained={pretrained!r}"
-    saved = f"a folder saved by {class_name}.save_pretrained"
-    expected = f"`emoji`, {saved}, or a hub name such as stable-diffusion-v1-5/stable-diffusion-v1-5"
-    if is_local(pretrained):
-        folder = Path(pretrained).expanduser()
-        if folder.exists() and not (file := folder / _INDEX).is_file():
-            raise UserError(f"{what} {_describe(folder)}; expected {expected}")
-        source, options = locate(what, pretrained, _INDEX, expected)
-    else:
-        source, (file, options) = pretrained, fetch(what, pretrained, _INDEX, revision, local_files_only)
-    index = _read_json(what, file)
-    if (found := index.get("_class_name")) != class_name:
-        kind = f"is a {found}" if isinstance(found, str) else f"names no class of pipelines in {_INDEX}"
-        raise UserError(f"{what} {kind}; this class takes a {class_name}: {expected}")
-    configs: Configs = {}
-    for name, (library, kind) in _parts(index):
-        if library not in ("diffusers", "transformers"):
-            problem = f"takes its {name} from {library}.{kind}, and code in a model is never run"
-            raise UserError(f"{what} {problem}; expected classes of diffusers and transformers")
-        if is_local(pretrained):
-            if not (folder / name).is_dir():
-                problem = f"is incomplete: it has no folder {name}, which {_INDEX} names"
-                raise UserError(f"{what} {problem}; copy or download the whole model")
-            if (file := folder / name / "config.json").is_file():
-                configs[name] = _read_json(what, file)
-    if configs and (problem := check(configs)):
-        raise UserError(f"{what} {problem}")
-    return source, index, options
 
 
 def load_pipeline(
-    class_name: str,
-    pretrained: str,
-    check: Callable[[Configs], str],
-    variant: str | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
+    source: Source, pipelines: tuple[str, ...], check: Callable[[Configs], str], dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Returns a pipeline in float32, without a safety checker; arguments as in `examine`, and a variant of the files.
+    """Returns a pipeline of the first class, without a safety checker; other arguments as in `examine`.
+
+    Weights are read in `dtype`, part by part, so that no copy of them in another precision is ever held as a whole.
 
     Raises:
         UserError: If the model cannot be loaded, is incomplete, or is not what is expected.
     """
     import diffusers
 
-    what, kind = f"pretrained={pretrained!r}", getattr(diffusers, class_name)
-    folder, index, hub = examine(class_name, pretrained, check, revision, local_files_only)
+    what, kind, index = source.what, getattr(diffusers, pipelines[0]), examine(source, pipelines, check)
     takes = inspect.signature(kind.__init__).parameters
-    left_out = dict.fromkeys(name for name in _LEFT_OUT if name in takes)
-    if not is_local(pretrained):
+    left_out = dict.fromkeys(name for name in LEFT_OUT if name in takes)
+    classes = {name: _class(what, *entry) for name, entry in sorted(index.parts())}  # text encoders before tokenizers
+    held: dict[str, Any] = {} if index.file is None else parts_held(index.file, classes)
+    folder = Path(index.source).expanduser()
+    if not is_local(index.source):
         with loading(what), quiet("diffusers"):
-            folder = str(kind.download(pretrained, variant=variant, trust_remote_code=False, **left_out, **hub))
-        examine(class_name, folder, check)
-    found = [name for name, _ in _parts(index) if any(Path(folder, name).glob(f"*.{variant}[.-]*"))]
-    if variant is not None and not found:
-        raise UserError(f"{what} has no weights of variant={variant!r}; leave it out, or see the names of its files")
-    parts: dict[str, Any] = {}
+            if index.file is None:
+                options = {"variant": source.variant, **left_out, **index.options}
+                folder = Path(kind.download(index.source, trust_remote_code=False, **options))
+            else:
+                folder = download_rest(index.source, classes.keys() - held.keys(), **index.options)
+        local = Source(str(folder)) if index.file is None else source._replace(config=str(folder))
+        examine(local, pipelines, check)
+    parts: dict[str, Any] = {name: None for name, entry in index.entries.items() if entry == [None, None]}
+    if index.file is not None:
+        parts |= read_parts(what, index.file, folder, held, dtype)
     later: dict[str, Any] = {}  # parts of another class than the index names, which from_pretrained refuses
-    for name, (library, class_of_part) in sorted(_parts(index)):  # text encoders before tokenizers
-        part = getattr(import_module(library), class_of_part, None)
-        if part is None:
-            raise UserError(f"{what} names the class {class_of_part}, which this version of {library} lacks; update it")
+    found = [name for name in classes if any(Path(folder, name).glob(f"*.{source.variant}[.-]*"))]
+    if source.variant is not None and not found:
+        problem = f"has no weights of variant={source.variant!r}"
+        raise UserError(f"{what} {problem}; leave it out, or see the names of its files")
+    for name, part in classes.items():
         its = f"{what}, its {name},"
+        if name in parts:
+            continue
         if issubclass(part, nn.Module):
             with quiet("diffusers"):
-                of: dict[str, Any] = {"variant": variant} if name in found else {}
-                parts[name] = read_model(part, str(Path(folder, name)), torch.float32, its, **of)
+                of: dict[str, Any] = {"variant": source.variant} if name in found else {}
+                parts[name] = read_model(part, str(Path(folder, name)), dtype, its, **of)
         elif isinstance(part, diffusers.utils.import_utils.DummyObject):
             later[name] = _without_its_library(what, part, Path(folder, name, "scheduler_config.json"))
             parts[name] = None
@@ -131,11 +83,17 @@ def load_pipeline(
             encoder: Any = parts.get(name.replace("tokenizer", "text_encoder"))
             words = None if encoder is None else encoder.get_input_embeddings().num_embeddings
             parts[name] = read_tokenizer(part, str(Path(folder, name)), its, words, local_files_only=True)
-            _check_length(its, parts[name].model_max_length, getattr(encoder, "config", None))
     with loading(what, folder), quiet("diffusers"):
-        pipeline = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **left_out, **parts)
+        pipeline = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **left_out | parts)
     pipeline.register_modules(**later)
     return pipeline
+
+
+def _class(what: str, library: str, name: str) -> Any:
+    """Returns a class of diffusers or transformers."""
+    if (found := getattr(import_module(library), name, None)) is None:
+        raise UserError(f"{what} names the class {name}, which this version of {library} lacks; update it")
+    return found
 
 
 def _without_its_library(what: str, part: Any, file: Path) -> Any:
@@ -143,67 +101,18 @@ def _without_its_library(what: str, part: Any, file: Path) -> Any:
     from diffusers import DDPMScheduler
 
     if part.__name__ in _WITH_BETAS:
-        return DDPMScheduler.from_config(_read_json(what, file))
+        return DDPMScheduler.from_config(read_json(what, file))
     raise UserError(f"{what} has a {part.__name__}, which needs {' and '.join(part._backends)}; install them")
 
 
-def _check_length(what: str, limit: int, encoder: Any) -> None:
+def check_length(what: str, limit: int, config: Any) -> None:
     """Raises UserError if a tokenizer returns more tokens than the text encoder of this configuration reads."""
-    positions = getattr(encoder, "max_position_embeddings", None)
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     if limit > (positions or 10_000):  # transformers takes 1e30 if it is not stated
         stated = f"states a model_max_length of {limit}" if limit < 1e9 else "states no model_max_length"
         raise UserError(
             f"{what} {stated}, and the text encoder reads {positions} tokens; correct tokenizer_config.json"
         )
-
-
-def _parts(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yields the name of each part that is loaded, with its library and class."""
-    for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 2 and name not in _LEFT_OUT and None not in entry:
-            yield name, (str(entry[0]), str(entry[1]))
-
-
-def _read_json(what: str, file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} cannot be loaded: {file} is damaged ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{what} cannot be loaded: {file} is damaged; expected a JSON object")
-    return found
-
-
-def _describe(path: Path) -> str:
-    """Returns what is at a path that is no folder of a pipeline."""
-    if path.is_file():
-        kind = _single_file(path) if path.suffix == ".safetensors" else "a model"
-        hint = "load it with StableDiffusionPipeline.from_single_file, and save it with save_pretrained"
-        return f"is a single file, of {kind}" + (f": {hint}" if kind.startswith("Stable Diffusion") else "")
-    for name in ("config.json", "modular_model_index.json"):
-        if (path / name).is_file():
-            found = _read_json(f"pretrained={str(path)!r}", path / name)
-            kind = found.get("_class_name") or found.get("model_type") or "model of unknown class"
-            return f"is a {kind} alone and has no {_INDEX}"
-    if files := sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt")):
-        return f"has no {_INDEX}, but single files such as {files[0]}"
-    return f"has no {_INDEX}"
-
-
-def _single_file(path: Path) -> str:
-    """Returns the architecture of a safetensors file by the names and shapes of its tensors."""
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-        kind = infer_diffusers_model_type(shapes)
-    except Exception:  # a damaged file, or a function that is not part of diffusers' interface
-        return "an unknown architecture, or damaged"
-    if kind in ("v1", "v2"):
-        known = any(name.startswith("model.diffusion_model.") for name in shapes)
-        return f"Stable Diffusion {kind[1]}.x" if known else "an unknown architecture"
-    return f"the architecture {kind}"
 
 
 class TinyDecoder(nn.Module):
@@ -250,12 +159,13 @@ def expand(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     return TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
 
 
-def warn_of_cuts(tokenizer: Any, texts: Sequence[str]) -> None:
-    """Warns of each text that is longer than the text encoder reads, and names the words that are cut off."""
-    limit = tokenizer.model_max_length
+def warn_of_cuts(tokenizer: Any, texts: Sequence[str], limit: int, encoder: str) -> None:
+    """Warns of each text of more tokens than the encoder reads, special ones included; names the words cut off."""
+    special = tokenizer.num_special_tokens_to_add()
     for text in dict.fromkeys(texts):
-        ids = tokenizer(expand(tokenizer, [text])[0], truncation=False, verbose=False).input_ids
-        if len(ids) > limit:
-            lost = tokenizer.decode(ids[limit - 1 : -1], skip_special_tokens=True).strip()
+        expanded = expand(tokenizer, [text])[0]
+        ids = tokenizer(expanded, truncation=False, add_special_tokens=False, verbose=False).input_ids
+        if (count := len(ids) + special) > limit:
+            lost = tokenizer.decode(ids[limit - special :], skip_special_tokens=True).strip()
             where = f"cut off: {lost!r} (prompt: {text if len(text) <= 60 else text[:57] + '...'!r})"
-            warnings.warn(f"a prompt has {len(ids)} tokens and the text encoder reads {limit}; {where}", stacklevel=5)
+            warnings.warn(f"a prompt has {count} tokens and {encoder} reads {limit}; {where}", stacklevel=5)

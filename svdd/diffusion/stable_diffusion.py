@@ -3,6 +3,7 @@
 Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022, arXiv 2112.10752.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.latent import LatentDiffusion
-from svdd.diffusion.pipelines import Configs, expand, to_images
+from svdd.diffusion.model_index import Configs
+from svdd.diffusion.pipelines import expand, to_images
 
-__all__ = ["StableDiffusion", "guidance_embedding"]
+__all__ = ["StableDiffusion", "check_unet", "embed_guidance"]
 
 _UNET = "UNet2DConditionModel"
 _DECODERS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
@@ -28,6 +30,7 @@ class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x: epsilon, v or sample prediction, with classifier-free guidance."""
 
     pipeline = "StableDiffusionPipeline"
+    alike = ("LatentConsistencyModelPipeline",)
     tiny = "madebyollin/taesd"
     unet: Any
     vae: Any
@@ -37,16 +40,8 @@ class StableDiffusion(LatentDiffusion):
     def misfit(cls, configs: Configs) -> str:
         """Returns what in the config.json of the parts this class does not support, or an empty string."""
         unet, vae, text = (configs.get(name, {}) for name in ("unet", "vae", "text_encoder"))
-        if (kind := unet.get("_class_name", _UNET)) != _UNET:
-            return f"has a network of class {kind}; expected {_UNET}"
-        if (kind := vae.get("_class_name", _DECODERS[0])) not in _DECODERS:
-            return f"has an autoencoder of class {kind}; expected {' or '.join(_DECODERS)}"  # others draw noise
-        latent = vae.get("latent_channels", 4)
-        if (found := unet.get("in_channels", 4)) != latent:
-            needs = "inpainting, editing and upscaling models need a picture as well"
-            return f"has a UNet with {found} input channels and latents with {latent}: {needs}; expected text to image"
-        if (found := unet.get("out_channels", 4)) != latent:
-            return f"has a UNet with {found} output channels and latents with {latent}; expected as many"
+        if problem := check_unet(unet, vae):
+            return problem
         for name, known in _INPUTS.items():
             if (found := unet.get(name)) not in known:
                 return (
@@ -85,9 +80,7 @@ class StableDiffusion(LatentDiffusion):
 
     def network(self, x: Tensor, t: Tensor, texts: dict[str, Tensor], guidance_scale: float) -> Tensor:
         """Evaluates the UNet."""
-        scale = None
-        if self.distilled:
-            scale = guidance_embedding(guidance_scale, self.unet.config.time_cond_proj_dim).to(x).expand(len(x), -1)
+        scale = embed_guidance(self.unet, guidance_scale, x)
         return self.unet(x, t, encoder_hidden_states=texts["states"], timestep_cond=scale, return_dict=False)[0]
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -96,9 +89,31 @@ class StableDiffusion(LatentDiffusion):
         return to_images(images)
 
 
-def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
-    """Returns sines and cosines of 1000 (w - 1) at frequencies 1 to 1/10000, [1, width], computed as diffusers does."""
+def check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> str:
+    """Returns what in the configurations of a UNet and an autoencoder is not text to image, or an empty string."""
+    if (kind := unet.get("_class_name", _UNET)) != _UNET:
+        return f"has a network of class {kind}; expected {_UNET}"
+    if (kind := vae.get("_class_name", _DECODERS[0])) not in _DECODERS:
+        return f"has an autoencoder of class {kind}; expected {' or '.join(_DECODERS)}"  # others draw noise
+    latent = vae.get("latent_channels", 4)
+    if (found := unet.get("in_channels", 4)) != latent:
+        needs = "inpainting, editing and upscaling models need a picture as well"
+        return f"has a UNet with {found} input channels and latents with {latent}: {needs}; expected text to image"
+    if (found := unet.get("out_channels", 4)) != latent:
+        return f"has a UNet with {found} output channels and latents with {latent}; expected as many"
+    return ""
+
+
+def embed_guidance(unet: Any, guidance_scale: float, x: Tensor) -> Tensor | None:
+    """Returns what a UNet with an embedding of the guidance scale is told about it, a row for each of x; else None.
+
+    That is sines and cosines of 1000 (w - 1) at frequencies 1 to 1/10000, computed as diffusers does.
+    """
+    width = unet.config.time_cond_proj_dim
+    if width is None:
+        return None
     half = width // 2
     rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     angles = (torch.tensor([guidance_scale - 1]) * 1000.0)[:, None] * rates
-    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
+    embedding = torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
+    return embedding.to(x).expand(len(x), -1)

@@ -13,7 +13,17 @@ from svdd.state.state import Start, State
 from svdd.state.trace import Selection, count_distinct
 from svdd.values.base import Value
 
-__all__ = ["Diffusion", "Sampler", "Start", "State", "Value", "require_at_least_one", "require_noise", "require_window"]
+__all__ = [
+    "Diffusion",
+    "Sampler",
+    "Start",
+    "State",
+    "Value",
+    "require_at_least_one",
+    "require_gaussian_steps",
+    "require_noise",
+    "require_window",
+]
 
 _MAX_COUNT = 10**6  # of particles, candidates or iterations
 
@@ -128,6 +138,15 @@ def require_window(diffusion: Diffusion, window: Window) -> None:
             f"no step would be guided: guide_start={window.start}, guide_stop={window.stop} and guide_every="
             f"{window.every} leave no step with noise at num_inference_steps={steps} (with eta=0 there is none; set "
             "eta above 0; the last step of ddpm and euler_ancestral has none: widen the window)"
+        )
+
+
+def require_gaussian_steps(diffusion: Diffusion, sampler: Sampler) -> None:
+    """Raises UserError if a step is a GLASS transition, whose density is unknown."""
+    if diffusion.inner_steps > 1:
+        raise UserError(
+            f"{type(sampler).__name__} shifts the mean of Gaussian steps, and steps with inner_steps="
+            f"{diffusion.inner_steps} are not Gaussian; set inner_steps to 1, or use a sampler such as SVDD or SMC"
         )
 
 

@@ -135,7 +135,7 @@ class _OneNumber(Diffusion):
 
     def __init__(self, diffusion: Diffusion, limit: float) -> None:
         super().__init__(diffusion.num_inference_steps)
-        self.latent_shape = (1,) * len(diffusion.latent_shape)
+        self.latent_shape, self.inner_steps = (1,) * len(diffusion.latent_shape), diffusion.inner_steps
         self.noisy = [float(diffusion.std(i) > 0) for i in range(diffusion.num_inference_steps)]
         self.limit, self.rows, self.squares = limit, 0, 0
 
@@ -146,10 +146,18 @@ class _OneNumber(Diffusion):
         return noise
 
     def denoise(self, x: Tensor, i: int, conditioning: None, row: Tensor) -> Denoised:
-        self.rows, self.squares = self.rows + len(x), self.squares + len(x) ** 2
+        self._count(len(x))
+        return Denoised(x / 2, x / 2)
+
+    def draw(self, x: Tensor, x0: Tensor, noise: Tensor, i: int, conditioning: None, row: Tensor) -> Tensor:
+        for _ in range(self.inner_steps - 1):
+            self._count(len(x))
+        return x0 + noise
+
+    def _count(self, rows: int) -> None:
+        self.rows, self.squares = self.rows + rows, self.squares + rows**2
         if self.rows > self.limit:
             raise _Exceeded
-        return Denoised(x / 2, x / 2)
 
     def std(self, i: int) -> float:
         return self.noisy[i]

@@ -10,7 +10,7 @@ import math
 import torch
 
 from svdd import UserError
-from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_window
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_gaussian_steps, require_window
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["DPS"]
@@ -48,8 +48,9 @@ class DPS(Sampler):
         self.window = Window(guide_start, guide_stop, guide_every)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if the value has no gradient, or every guided step is without noise."""
+        """Raises UserError if the value has no gradient, or guided steps are not Gaussian or have no noise."""
         super().check(diffusion, value)
+        require_gaussian_steps(diffusion, self)
         require_window(diffusion, self.window)
         if not self.through_denoiser and value.most_rows == 0:
             raise UserError(

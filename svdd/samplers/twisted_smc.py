@@ -6,7 +6,16 @@ Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Di
 """
 
 from svdd.diffusion.base import per_row
-from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_window
+from svdd.samplers.base import (
+    Diffusion,
+    Sampler,
+    Start,
+    State,
+    Value,
+    require_at_least_one,
+    require_gaussian_steps,
+    require_window,
+)
 from svdd.samplers.toolbox.selection import probabilities
 from svdd.samplers.toolbox.weights import Ends, Resampler, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
@@ -56,8 +65,9 @@ class TwistedSMC(Sampler):
         self.weighing = Weighing(alpha, "difference", resampler, ess_threshold, tempering, returns)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if the value has no gradient, or every guided step is without noise."""
+        """Raises UserError if the value has no gradient, or guided steps are not Gaussian or have no noise."""
         super().check(diffusion, value)
+        require_gaussian_steps(diffusion, self)
         require_window(diffusion, self.window)
 
     def sample(self, start: Start, value: Value) -> State:

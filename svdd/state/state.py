@@ -118,6 +118,8 @@ class State:
     def propose(self, m: int = 1, mean: Tensor | None = None, kl: Tensor | None = None) -> "State":
         """Draws m >= 1 children per row from the reverse kernel N(mean, std^2 I); a row's children are consecutive.
 
+        If the chain has inner steps, each child costs `inner_steps` - 1 denoiser rows in a step with noise.
+
         A sampler may shift the mean, [n, *latent_shape]. Then `kl` is the divergence of the shifted kernel from the
         model's, in nats, [images]; None if it is unknown.
         """
@@ -125,15 +127,27 @@ class State:
             raise ValueError(f"m must be >= 1, got {m}")
         if self.done:
             raise ValueError(_ENDED)
-        if mean is None:
-            mean = self.prediction.mean
-        else:
+        diffusion, shifted = self.context.diffusion, mean is not None
+        if shifted:
             self.context.trace.diverge(kl)
-        x = mean.repeat_interleave(m, 0)
+        x = (self.prediction.mean if mean is None else mean).repeat_interleave(m, 0)
+        row, origin = self.row.repeat_interleave(m), self.origin.repeat_interleave(m)
         if self.std > 0:
-            x = x + self.std * self.context.noise(len(x) // self.num_images).to(x)
+            noise = self.context.noise(len(x) // self.num_images).to(x)
+            if diffusion.inner_steps == 1:
+                x = x + self.std * noise
+            elif shifted:
+                raise UserError("a step with inner_steps above 1 is not Gaussian, and its mean cannot be shifted")
+            else:
+                x0, parents = (
+                    self.x0.repeat_interleave(m, 0),
+                    State(self.x.repeat_interleave(m, 0), self.i, row, origin, self.context),
+                )
+                x = parents._evaluate(
+                    diffusion.draw, diffusion.guidance_scale, x0, noise, times=diffusion.inner_steps - 1
+                )
         self.context.report(self.i + 1)
-        return State(x, self.i + 1, self.row.repeat_interleave(m), self.origin.repeat_interleave(m), self.context)
+        return State(x, self.i + 1, row, origin, self.context)
 
     def select(self, index: Tensor, kl: Tensor | float | None = None) -> "State":
         """Keeps some rows of every group, with the predictions and images already computed for them.
@@ -231,18 +245,20 @@ class State:
         self.context.ledger.decoded_images += len(x0)
         return images
 
-    def _evaluate(self, network: Callable[..., Any], guidance_scale: float | None) -> Any:
-        """Runs the network on chunks of the rows and enters the work into the ledger."""
-        context, ledger, n = self.context, self.context.ledger, len(self.x)
+    def _evaluate(
+        self, network: Callable[..., Any], guidance_scale: float | None, *known: Tensor, times: int = 1
+    ) -> Any:
+        """Runs the network on chunks of the rows, `times` times on each, and enters the work into the ledger."""
+        context, ledger, n = self.context, self.context.ledger, len(self.x) * times
 
-        def evaluate(x: Tensor, row: Tensor) -> Any:
-            return network(x, self.i, context.conditioning, row)
+        def evaluate(row: Tensor, x: Tensor, *known: Tensor) -> Any:
+            return network(x, *known, self.i, context.conditioning, row)
 
         with ledger.timed("denoiser_seconds", self.x.device):
-            result = context.diffusion.chunker.map(evaluate, self.num_images, self.x, self.row, parallel=True)
+            result = context.diffusion.chunker.map(evaluate, self.num_images, self.row, self.x, *known, parallel=True)
             self._require_finite("denoiser", self.x, *(result if isinstance(result, tuple) else (result,)))
         ledger.denoiser_rows += n
-        ledger.network_rows += n * context.diffusion.network_rows(guidance_scale)
+        ledger.network_rows += n * context.diffusion.network_rows(guidance_scale, self.i)
         return result
 
 

@@ -23,8 +23,11 @@ class Step:
 VP = (
     Step("DDIM, eta 0", {"scheduler": "ddim", "eta": 0.0}, "DDIMScheduler", call={"eta": 0.0}),
     Step("DDIM, eta 1", {"scheduler": "ddim", "eta": 1.0}, "DDIMScheduler", call={"eta": 1.0}),
+    Step("Euler", {"scheduler": "euler", "eta": 0.0}, "EulerDiscreteScheduler"),
     Step("Euler ancestral", {"scheduler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
 )
+_UNSAID = {"clip_sample": False, "set_alpha_to_one": False}  # what a saved scheduler of another kind does not state
+_PLAYGROUND_VAE = {"latents_mean": [-1.6, -1.0, 0.9, 0.1], "latents_std": [8.4, 5.9, 4.7, 6.0], "scaling_factor": 0.5}
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 FLOW = (
     Step("ODE", {"scheduler": "euler", "eta": 0.0}, _FLOW),
@@ -46,10 +49,12 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `save`
     guidance: tuple[float, float] = (7.5, 1.0)  # a scale with classifier-free guidance, and one without
     keyword: str = "guidance_scale"  # name of that scale in `__call__`
+    argument: str = "guidance_scale"  # its name in our class
     rows: int = 2  # network rows of a denoiser row with guidance; 1 if the scale is an input of the network
-    negative: bool = True  # whether the pipeline takes negative prompts
+    negative: bool | str = True  # whether the pipeline takes negative prompts, `encoded` if as embeddings only
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
+    own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the reference's scheduler, if it was saved as another
@@ -60,7 +65,60 @@ class Family:
         return import_module(f"{__name__}.{self.module}").save(folder, **self.options)
 
 
+_SMALL: dict[str, Any] = {"own_size": (64, 64)}
+_FEW: dict[str, Any] = {"call": {"max_sequence_length": 64}, "ours": {"max_sequence_length": 64}}  # for speed
+_NONE: dict[str, Any] = {"negative": False, **_SMALL}
+_TRUE_CFG: dict[str, Any] = {"keyword": "true_cfg_scale", "argument": "true_cfg_scale", "no_negative": ""}
+_SANA: dict[str, Any] = {"call": {"use_resolution_binning": False}, "settings": {"shift": 3.0}}  # saved for DPM-Solver
+_SCHNELL, _DISTILLED = {"version": "schnell"}, {"version": "distilled"}
+
 FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
+    Family("SDXL", "StableDiffusionXL", "sdxl", guidance=(5.0, 1.0)),
+    Family(
+        "SDXL, distilled guidance",
+        "StableDiffusionXL",
+        "sdxl",
+        steps=VP[1:2],
+        options={"guidance_embedding": 16, "zeros": False, "vae": _PLAYGROUND_VAE},
+        rows=1,
+    ),
+    Family(
+        "PixArt-Sigma",
+        "PixArtSigma",
+        "pixart_sigma",
+        guidance=(4.5, 1.0),
+        no_negative="",
+        settings=_UNSAID,
+        call={"use_resolution_binning": False},
+    ),
+    Family(
+        "PixArt-Sigma, trained sizes",
+        "PixArtSigma",
+        "pixart_sigma",
+        steps=VP[-1:],
+        options={"sample_size": 32},
+        guidance=(4.5, 1.0),
+        no_negative="",
+        size=(160, 250),
+        settings=_UNSAID,
+    ),
+    Family("SD 3.5", "StableDiffusion3", "sd3", FLOW, {}, (7.0, 1.0)),
+    Family("SD 3 without T5", "StableDiffusion3", "sd3", FLOW, {"version": "3", "t5": False}, (7.0, 1.0)),
+    Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, **_NONE),
+    Family("FLUX.1 dev with true CFG", "Flux", "flux", FLOW, {}, (2.0, 1.0), **_TRUE_CFG, **_SMALL, **_FEW),
+    Family("FLUX.1 schnell", "Flux", "flux", FLOW, _SCHNELL, rows=1, **_NONE, **_FEW),
+    Family(
+        "FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), negative="encoded", **_SMALL, **_FEW
+    ),
+    Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, **_NONE, **_FEW),
+    Family(
+        *("Qwen-Image", "QwenImage", "qwen_image", FLOW, {}, (4.0, 1.0)),
+        keyword="true_cfg_scale",
+        no_negative="",
+        **_SMALL,
+    ),
+    Family("Z-Image", "ZImage", "z_image", FLOW, {}, (5.0, 0.0), **_SMALL),
+    Family("Sana", "Sana", "sana", FLOW, {}, (4.5, 1.0), no_negative="", size=(32, 96), **_SMALL, **_SANA),
 )

@@ -1,7 +1,9 @@
 """Draws the same pictures twice: with a pipeline's own `__call__`, and with `Unguided` on our class."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +20,7 @@ from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import Family, Step
 
-__all__ = ["GUIDANCE", "PROMPTS", "Reference", "build", "draw"]
+__all__ = ["GUIDANCE", "NUM_STEPS", "PROMPTS", "SEEDS", "Reference", "build", "draw"]
 
 GUIDANCE = ("none", "guided", "negative prompts")
 PROMPTS = ["a red apple on a wooden table", "panda", "a red apple on a wooden table"]
@@ -34,23 +36,29 @@ class Reference:
     def __init__(self, family: Family, folder: str) -> None:
         self.family, self.kind = family, getattr(svdd.diffusion, family.kind)
         without = {"safety_checker": None} if self.kind.pipeline == "StableDiffusionPipeline" else {}
-        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **without)
+        index = json.loads(Path(folder, "model_index.json").read_text())
+        absent = {name: None for name, part in index.items() if part == [None, None]}
+        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **{**without, **absent})
         self.pipe.set_progress_bar_config(disable=True)
         self.saved = self.pipe.scheduler.config
 
     def draw(self, step: Step, guidance: str, size: tuple[int, int] | None, count: int) -> np.ndarray:
         """Returns `count` pictures, float32 [n, H, W, 3]; each has a generator of its own, for all of its noise."""
         family, options = self.family, {}
-        if size is not None:
+        if (size := size or family.own_size) is not None:
             options["height"], options["width"] = size
         if family.negative and guidance != "none":
             none = None if family.no_negative is None else [family.no_negative] * count
             options["negative_prompt"] = NEGATIVES[:count] if guidance == "negative prompts" else none
+        if family.negative == "encoded":
+            negatives, limit = options.pop("negative_prompt", None), family.call["max_sequence_length"]
+            if negatives is not None:
+                options["negative_prompt_embeds"] = self.pipe.encode_prompt(negatives, max_sequence_length=limit)[0]
         scheduler = getattr(diffusers, step.scheduler)
         self.pipe.scheduler = scheduler.from_config(self.saved, **{**family.settings, **step.settings})
         with _own_noise(self.pipe):
             return self.pipe(
-                PROMPTS[:count],
+                prompt=PROMPTS[:count],
                 num_inference_steps=NUM_STEPS,
                 generator=[torch.Generator().manual_seed(seed) for seed in SEEDS[:count]],
                 output_type="np",
@@ -83,22 +91,16 @@ def _own_noise(pipe: Any) -> Iterator[None]:
 
 
 def build(
-    family: Family,
-    folder: str,
-    step: Step,
-    guidance: str = "guided",
-    size: tuple[int, int] | None = None,
-    **options: Any,
+    family: Family, folder: str, guidance: str = "guided", size: tuple[int, int] | None = None, **options: Any
 ) -> LatentDiffusion:
     """Returns our class on a saved pipeline."""
-    height, width = size or (None, None)
+    height, width = size or family.own_size or (None, None)
     return getattr(svdd.diffusion, family.kind)(
         folder,
         NUM_STEPS,
-        family.guidance[guidance == "none"],
         height=height,
         width=width,
-        **{**family.ours, **step.ours, **options},
+        **{**family.ours, family.argument: family.guidance[guidance == "none"], **options},
     )
 
 

@@ -13,8 +13,8 @@ from torchmetrics.functional.regression import explained_variance, pearson_corrc
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from svdd import UserError, require_at_least
+from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
-from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
 from svdd.runs.bounds import check_images
 from svdd.runs.config import plain
@@ -36,7 +36,7 @@ class Calibration(L.LightningModule):
 
     Args:
         reward: The reward that the value predicts.
-        diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
+        diffusion: The pretrained model; by default the one that ships with svdd.
         value: The value to measure; by default `PosteriorMean`.
         images_per_prompt: Chains for each prompt, >= 1.
         seed: As in `svdd predict`, >= 0: the chains are those of its unguided images.
@@ -54,7 +54,7 @@ class Calibration(L.LightningModule):
         require_at_least(1, images_per_prompt=images_per_prompt)
         check_images(1, images_per_prompt)
         require_at_least(0, seed=seed)
-        self.reward, self.diffusion, self.value = reward, diffusion or StableDiffusion(), value or PosteriorMean()
+        self.reward, self.diffusion, self.value = reward, diffusion or AutoDiffusion(), value or PosteriorMean()
         if self.diffusion.num_inference_steps < 2:
             raise UserError("num_inference_steps=1 has no step between noise and image to evaluate at; use at least 2")
         self.value.bind(reward, self.diffusion)

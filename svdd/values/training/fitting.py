@@ -11,8 +11,8 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from svdd import UserError
 from svdd.assets.content import digest, sources
+from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
-from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import LearnedValue
@@ -27,14 +27,14 @@ class ValueFitting(L.LightningModule):
 
     Args:
         reward: The reward that the value predicts.
-        diffusion: The pretrained model; by default `StableDiffusion`, with the model that ships with svdd.
+        diffusion: The pretrained model; by default the one that ships with svdd.
         value: The value to train; by default `LatentConvValue`.
     """
 
     def __init__(self, reward: Reward, diffusion: Diffusion | None = None, value: LearnedValue | None = None) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds the value alone, and `on_load_checkpoint` checks it
-        self.reward, self.diffusion, self.value = reward, diffusion or StableDiffusion(), value or LatentConvValue()
+        self.reward, self.diffusion, self.value = reward, diffusion or AutoDiffusion(), value or LatentConvValue()
         self.value.bind(reward, self.diffusion)
         reward.load()
         for frozen in (reward, self.diffusion):

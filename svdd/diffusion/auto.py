@@ -1,0 +1,146 @@
+"""Any supported model: its family follows from its own files, or from a pipeline object."""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from svdd import UserError, did_you_mean
+from svdd.diffusion.flux import Flux
+from svdd.diffusion.flux2_klein import Flux2Klein
+from svdd.diffusion.latent import LatentDiffusion
+from svdd.diffusion.model_index import INDEX, Source, read_index
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
+
+__all__ = ["AutoDiffusion", "families", "from_pipeline"]
+
+_BUILT_IN: tuple[type[LatentDiffusion], ...] = (StableDiffusion, StableDiffusion3, Flux, Flux2Klein)
+_LOADING = frozenset(
+    {"pretrained", "config", "revision", "variant", "dtype", "local_files_only"}
+    | {"lora", "weight_name", "lora_scale", "compile"}
+)
+_OTHER_TASKS = {  # words in the name of a class: what such a pipeline does
+    "Kontext|Edit|Pix2Pix|Redux|LEdits": "edits a picture",
+    "Img2Img|Refiner|Depth2Img|Variation": "starts from a picture",
+    "Inpaint|Fill": "fills a part of a picture",
+    "Control|Adapter": "is controlled by another picture",
+    "Upscale|SuperResolution": "enlarges a picture",
+    "Video|Animate|Wan|LTX|Mochi|Cosmos": "makes films",
+    "Audio|Music": "makes sound",
+    "Prior|Decoder|Cascade": "is one stage of several",
+}
+
+
+def families() -> dict[str, type[LatentDiffusion]]:
+    """Returns the families by class of pipelines: those that ship with svdd, and others that have been imported."""
+    found: dict[str, type[LatentDiffusion]] = {}
+    base: Any = LatentDiffusion  # which is abstract
+    for family in (*_BUILT_IN, *_below(base)):
+        for pipeline in family.pipelines() if hasattr(family, "pipeline") else ():
+            found.setdefault(pipeline, family)  # a family's own subclass does not replace it
+    return found
+
+
+def from_pipeline(pipe: Any, **arguments: Any) -> LatentDiffusion:
+    """Returns the chain of a pipeline object, which stays as it is and can still be used.
+
+    The chain has the pipeline's weights, with everything that was loaded into them (LoRA, textual inversion), its
+    device, its precision, its hooks, and the settings of its scheduler. Nothing is copied, moved or changed.
+
+    Args:
+        pipe: A pipeline of diffusers.
+        arguments: Of its family, but for those about loading.
+
+    Raises:
+        UserError: If no family has such pipelines, or the family has no such argument.
+    """
+    known, name = families(), type(pipe).__name__
+    family = next((known[base.__name__] for base in type(pipe).__mro__ if base.__name__ in known), None)
+    if family is None:
+        raise UserError(f"a {name} {_refusal(name)}")
+    if given := sorted(arguments.keys() & _LOADING):
+        raise UserError(f"{', '.join(given)}: a pipeline object has been loaded already; set this on the pipeline")
+    return family(**_for_family(family, {"pretrained": pipe} | arguments))
+
+
+class AutoDiffusion(LatentDiffusion):
+    """Any supported model; its family follows from its files."""
+
+    encode_texts: Any = None  # an instance is always of a family, which has its own
+    network: Any = None
+    decode: Any = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Returns an instance of the model's family."""
+        arguments = _SIGNATURE.bind(*args, **kwargs).arguments
+        family = _find(arguments)
+        return family(**_for_family(family, arguments))
+
+    @classmethod
+    def examine(cls, arguments: Mapping[str, Any]) -> None:
+        """Raises UserError if the model is of no known family, or its family refuses it or has no such argument."""
+        family = _find(arguments)
+        family.examine(_for_family(family, arguments))
+
+
+def _find(arguments: Mapping[str, Any]) -> type[LatentDiffusion]:
+    """Returns the family of the model that constructor arguments name."""
+    source = Source.of(arguments)
+    index, known = read_index(source), families()
+    if index.pipeline in known:
+        return known[index.pipeline]
+    kind = f"names no class of pipelines in {INDEX}; it" if index.pipeline is None else f"is a {index.pipeline}, which"
+    raise UserError(f"{source.what} {kind} {_refusal(index.pipeline or '')}")
+
+
+def _refusal(name: str) -> str:
+    """Returns why a class of pipelines is refused, and which are not."""
+    known = families()
+    task = next((does for words, does in _OTHER_TASKS.items() if re.search(words, name)), "has no family here")
+    return f"{task}; expected text to image: {', '.join(known)}{did_you_mean(name, known)}"
+
+
+def _for_family(family: type[LatentDiffusion], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that are given, not None; UserError if the family has no such argument."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    own = {**_COMMON, **inspect.signature(family).parameters}
+    if unknown := [name for name in given if name not in own]:
+        raise UserError(f"{family.__name__} has no argument {unknown[0]!r}{did_you_mean(unknown[0], own)}")
+    return given
+
+
+def _below(kind: type[LatentDiffusion]) -> Iterator[type[LatentDiffusion]]:
+    """Yields all subclasses, nearer ones first."""
+    level = kind.__subclasses__()
+    while level:
+        yield from level
+        level = [below for each in level for below in each.__subclasses__()]
+
+
+def _all_arguments() -> inspect.Signature:
+    """Returns the arguments of all families and, with None as their default, those that only some families have."""
+    some = {
+        name: parameter.replace(default=None, annotation=parameter.annotation | None)
+        for family in families().values()
+        for name, parameter in inspect.signature(family).parameters.items()
+        if name not in _COMMON and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    return inspect.Signature([*_COMMON.values(), *some.values()])
+
+
+def _all_descriptions() -> str:
+    """Returns the section `Args:` of the documentation of all families."""
+    own = [family for family in families().values() if inspect.signature(family).parameters.keys() - _COMMON.keys()]
+    texts = (inspect.cleandoc(str(kind.__doc__)) for kind in (LatentDiffusion, *dict.fromkeys(own)))
+    found = (re.search(r"^Args:\n((?: .*\n|\n(?= ))*)", f"{text}\n", re.MULTILINE) for text in texts)
+    return "Args:\n" + "".join(section[1] for section in found if section)
+
+
+# For the parser: an instance is always of a family, and takes the arguments of any.
+_COMMON = inspect.signature(LatentDiffusion).parameters
+_SIGNATURE = _all_arguments()
+_CLS = inspect.Parameter("cls", inspect.Parameter.POSITIONAL_ONLY)
+_new: Any = AutoDiffusion.__new__
+_new.__signature__ = _SIGNATURE.replace(parameters=[_CLS, *_SIGNATURE.parameters.values()])
+AutoDiffusion.__doc__ = _new.__doc__ = f"{AutoDiffusion.__doc__}\n\n{_all_descriptions()}"
