@@ -45,10 +45,11 @@ class LatentDiffusion(ModelFamily):
         eta: Noise of the steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
         scheduler: A solver whose step is a Gaussian kernel, such as `ddim`, `ddpm` or `euler_ancestral`; by default
             the family's first.
+        scheduler_options: Settings of the scheduler in place of the saved ones: `{timestep_spacing: trailing}`.
         noise: Rule for the noise of a step: `posterior` (eta times that of DDPM's posterior), `cps` (the old noise
             keeps the share cos(eta pi / 2)), or `fresh` (none of the old noise is kept).
         rho: Correlation of the noise before and after a step, 0 to 1, in place of a rule and eta.
-        inner_steps: Network evaluations of a step with noise. Above 1 a step is a GLASS transition: a draw from its
+        inner_steps: Network evaluations of a step. Above 1 a step is a GLASS transition: a draw from its
             exact law rather than from a Gaussian around the prediction.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
@@ -84,6 +85,7 @@ class LatentDiffusion(ModelFamily):
         guidance_scale: float | None = None,
         eta: float = 1.0,
         scheduler: str | None = None,
+        scheduler_options: dict[str, Any] | None = None,
         noise: Noise = "posterior",
         rho: float | None = None,
         inner_steps: int = 1,
@@ -113,7 +115,8 @@ class LatentDiffusion(ModelFamily):
                 raise ValueError(f"{name} must be a finite number, got {number}")
         if not isinstance(negative_prompt, str):
             raise ValueError(f"negative_prompt must be text, got {negative_prompt!r}")
-        kernel = find_kernel(self.scheduler, self.kernels)
+        kernel, self.scheduler_options = find_kernel(self.scheduler, self.kernels), dict(scheduler_options or {})
+        kernel.check_options(self.scheduler_options)
         self.pretrained, self.lora, self.lora_scale = pretrained, lora, lora_scale
         self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
         source = Source(pretrained, config, revision, variant, local_files_only)
@@ -124,7 +127,7 @@ class LatentDiffusion(ModelFamily):
         if lora is not None:
             fuse_lora(self.pipe, lora, lora_scale)
         self.latent_shape = self._latent_shape(height, width)
-        settings = kernel.settings(self.pipe.scheduler.config)
+        settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
         self.kernel = kernel(settings, steps, self.transition, self.timestep_options())
         if compile:
             getattr(self, self.backbone).compile()
@@ -173,8 +176,9 @@ class LatentDiffusion(ModelFamily):
         lora = lora if lora is None or self.lora_scale == 1 else f"{lora} times {self.lora_scale}"
         names = {"pretrained": Path(self.pretrained).name, "lora": lora}
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
+        options = {"scheduler_options": self.scheduler_options} if self.scheduler_options else {}
         rule = vars(self.transition) if self.transition != Transition(eta=self.eta) else {}
-        return super().identity | names | {name: getattr(self, name) for name in settings} | rule
+        return super().identity | names | {name: getattr(self, name) for name in settings} | options | rule
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -220,8 +224,8 @@ class LatentDiffusion(ModelFamily):
         return glass(self.kernel, x, x0, noise, i, network)
 
     def std(self, i: int) -> float:
-        """Returns the scheduler's noise at step i."""
-        return self.kernel.std(i)
+        """Returns the scheduler's noise at step i; with inner steps 1, that of the noise which `draw` receives."""
+        return self.kernel.std(i) if self.inner_steps == 1 else 1.0
 
     def load_decoder(self, name: str) -> nn.Module:
         """Loads an AutoencoderTiny; `tiny` is the one for this model."""

@@ -35,10 +35,9 @@ class Reference:
 
     def __init__(self, family: Family, folder: str) -> None:
         self.family, self.kind = family, getattr(svdd.diffusion, family.kind)
-        without = {"safety_checker": None} if self.kind.pipeline == "StableDiffusionPipeline" else {}
         index = json.loads(Path(folder, "model_index.json").read_text())
-        absent = {name: None for name, part in index.items() if part == [None, None]}
-        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **{**without, **absent})
+        without = {name: None for name, part in index.items() if part == [None, None] or name == "safety_checker"}
+        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **without)
         self.pipe.set_progress_bar_config(disable=True)
         self.saved = self.pipe.scheduler.config
 
