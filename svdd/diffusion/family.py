@@ -131,9 +131,9 @@ class ModelFamily(Diffusion):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModelFamily":
         """Moves or casts the modules; the frequencies of rotary embeddings keep their precision, as in the pipeline."""
-        exact = [(module, name) for module in self.modules() for name in module._buffers if name.endswith("inv_freq")]
-        before = [module._buffers[name] for module, name in exact]
+        found = [(module, name, module._buffers[name]) for module in self.modules() for name in module._buffers]
         super()._apply(fn, recurse)
-        for (module, name), kept in zip(exact, before, strict=True):
-            module._buffers[name] = kept.to(module._buffers[name].device)
+        for module, name, before in found:
+            if before is not None and name.endswith("inv_freq"):
+                module._buffers[name] = before.to(fn(before).device)
         return self
