@@ -304,7 +304,6 @@ class FlowGaussian(GaussianDiffusion):
         """Returns (K, k, std) of the law N(K x + k, std^2) of a step."""
         x, noise = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64).view(2, 3, 1, 1, 1)
         known = self.kernel.predict(x, self.network(self.kernel.scale_input(x, i), self.kernel.timesteps[i]), i)
-        noisy = self.kernel.std(i) > 0
-        end = glass(self.kernel, x, known.x0, noise, i, self.network) if noisy else known.mean
+        end = glass(self.kernel, x, known.x0, noise, i, self.network)  # with one inner step the Gaussian step
         zero, one, pushed = end.flatten().tolist()
-        return one - zero, zero, pushed - zero if noisy else 0.0
+        return one - zero, zero, pushed - zero

@@ -231,17 +231,37 @@ def kohya_xl(pairs: Pairs, folder: Path, blocks: dict[str, str]) -> None:
     save_file(state, folder / "kohya.safetensors")
 
 
+def kohya_flux(pairs: Pairs, folder: Path) -> None:
+    """Keeps the layers of the double blocks that kohya's scripts do not join with others."""
+    state, block = {}, {"attn.to_out.0": "img_attn_proj"}
+    for part, layers in pairs.items():
+        for name, (down, up) in [*layers.items()]:
+            stem = f"lora_te1_text_model_{name.replace('.', '_')}"
+            if part == "transformer":
+                _, number, inner = name.split(".", 2)
+                if name.startswith("single") or (own := block.get(inner)) is None:
+                    del layers[name]
+                    continue
+                stem = f"lora_unet_double_blocks_{number}_{own}"
+            state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            state[f"{stem}.alpha"] = torch.tensor(ALPHA)
+    save_file(state, folder / "kohya.safetensors")
+
+
 FORMATS = {
     "diffusers": diffusers_folder,
     "kohya": lambda pairs, folder: kohya_xl(pairs, folder, {}),
     "sgm": lambda pairs, folder: kohya_xl(pairs, folder, SGM),
     "peft": peft_adapters,
+    "kohya flux": kohya_flux,
 }
 
 
 @pytest.mark.parametrize(
     ("family", "form"),
-    [("sdxl", form) for form in FORMATS] + [(name, "diffusers") for name in ("sd3", "flux")],
+    [("sdxl", form) for form in ("diffusers", "kohya", "sgm", "peft")]
+    + [(name, "diffusers") for name in ("sd3", "flux", "flux2_klein")]
+    + [("flux", "kohya flux")],
 )
 def test_a_lora_of_each_family_changes_the_weights_as_it_does_in_diffusers(family, form, tmp_path):
     folder = import_module(f"tests.tiny_families.{family}").save(tmp_path / "model")

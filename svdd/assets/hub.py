@@ -216,10 +216,11 @@ def read_model(
 def read_tokenizer(kind: Any, source: str, what: str, words: int | None, **options: Any) -> Any:
     """Returns the tokenizer in a folder or of a hub name; raises UserError if files are missing, or it is unusable."""
     files, folder = dict(kind.vocab_files_names), Path(source).expanduser()
-    alone = (folder / files["vocab_file"]).is_file() and not (folder / "tokenizer.json").is_file()
-    if alone and files["vocab_file"].endswith(".model") and find_spec("sentencepiece") is None:
+    pieces = files.get("vocab_file", "")
+    alone = pieces.endswith(".model") and (folder / pieces).is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and find_spec("sentencepiece") is None:
         needs = "which needs the sentencepiece package: pip install 'svdd[t5]'"  # transformers would ask for tiktoken
-        raise UserError(f"{what} has its tokens in {files['vocab_file']} alone, {needs}")
+        raise UserError(f"{what} has its tokens in {pieces} alone, {needs}")
     with loading(what, source):
         tokenizer = kind.from_pretrained(source, trust_remote_code=False, **options)
     if folder.is_dir() and not (folder / files.pop("tokenizer_file", "")).is_file():  # without one file with all

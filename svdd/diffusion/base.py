@@ -119,8 +119,11 @@ class Diffusion(nn.Module, ABC):
     def decode(self, x0: Tensor) -> Tensor:
         """Turns latents [n, *latent_shape] into images, float32 [n, 3, H, W] in [0, 1]."""
 
-    def network_rows(self, guidance_scale: float | None) -> int:
-        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half."""
+    def network_rows(self, guidance_scale: float | None, i: int | None = None) -> int:
+        """Returns the network evaluations per denoiser row: 2 if the scale needs the unconditional half.
+
+        Without a step i, the answer is for the steps that take most.
+        """
         return 2 if guidance_scale is not None and guidance_scale > self.guides_above else 1
 
     def prompt_features(self, conditioning: Any) -> Tensor | None:

@@ -25,7 +25,7 @@ class Flux(LatentDiffusion):
     Args:
         true_cfg_scale: Weight of classifier-free guidance with the negative prompts, which doubles the network rows;
             at 1 or less it is not computed. Independent of guidance_scale.
-        max_sequence_length: Tokens that the T5 text encoder reads, at most 512; schnell was made for 256.
+        max_sequence_length: Tokens that the T5 text encoder reads, at most 512; schnell is meant for 256.
     """
 
     pipeline = "FluxPipeline"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.hub import ASSETS, is_local
+from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning
@@ -44,10 +44,11 @@ class LatentDiffusion(PipelineParts):
         eta: Noise of the steps, 0 (deterministic) to 1 (as much as DDPM). Guided sampling needs some.
         scheduler: A solver whose step is a Gaussian kernel, such as `ddim`, `ddpm` or `euler_ancestral`; by default
             the family's first.
+        scheduler_options: Settings of the scheduler in place of the saved ones: `{timestep_spacing: trailing}`.
         noise: Rule for the noise of a step: `posterior` (eta times that of DDPM's posterior), `cps` (the old noise
             keeps the share cos(eta pi / 2)), or `fresh` (none of the old noise is kept).
         rho: Correlation of the noise before and after a step, 0 to 1, in place of a rule and eta.
-        inner_steps: Network evaluations of a step with noise. Above 1 a step is a GLASS transition: a draw from its
+        inner_steps: Network evaluations of a step. Above 1 a step is a GLASS transition: a draw from its
             exact law rather than from a Gaussian around the prediction.
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
@@ -87,6 +88,7 @@ class LatentDiffusion(PipelineParts):
         guidance_scale: float | None = None,
         eta: float = 1.0,
         scheduler: str | None = None,
+        scheduler_options: dict[str, Any] | None = None,
         noise: Noise = "posterior",
         rho: float | None = None,
         inner_steps: int = 1,
@@ -121,7 +123,8 @@ class LatentDiffusion(PipelineParts):
             raise ValueError(f"negative_prompt must be text, got {negative_prompt!r}")
         if compile and offload != "none":
             raise ValueError(f"offload={offload!r} cannot be combined with compile")
-        kernel = find_kernel(self.scheduler, self.kernels)
+        kernel, self.scheduler_options = find_kernel(self.scheduler, self.kernels), dict(scheduler_options or {})
+        kernel.check_options(self.scheduler_options)
         self.lora, self.lora_scale, self.offload = lora, lora_scale, offload
         self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
         if isinstance(pretrained, str):
@@ -138,7 +141,7 @@ class LatentDiffusion(PipelineParts):
             fuse_lora(self.pipe, lora, lora_scale)
         self.save_memory(offload, vae_slicing, vae_tiling)
         self.latent_shape = self._latent_shape(height, width)
-        settings = kernel.settings(self.pipe.scheduler.config)
+        settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
         self.kernel = kernel(settings, steps, self.transition, self.timestep_options())
         if compile:
             getattr(self, self.backbone).compile()
@@ -169,8 +172,9 @@ class LatentDiffusion(PipelineParts):
         lora = lora if self.lora is None or self.lora_scale == 1 else f"{lora} times {self.lora_scale}"
         names = {"pretrained": Path(self.pretrained).name, "lora": lora}
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
+        options = {"scheduler_options": self.scheduler_options} if self.scheduler_options else {}
         rule = vars(self.transition) if self.transition != Transition(eta=self.eta) else {}
-        return super().identity | names | {name: getattr(self, name) for name in settings} | rule
+        return super().identity | names | {name: getattr(self, name) for name in settings} | options | rule
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -214,8 +218,8 @@ class LatentDiffusion(PipelineParts):
         return glass(self.kernel, x, x0, noise, i, network)
 
     def std(self, i: int) -> float:
-        """Returns the scheduler's noise at step i."""
-        return self.kernel.std(i)
+        """Returns the scheduler's noise at step i; with inner steps 1, that of the noise which `draw` receives."""
+        return self.kernel.std(i) if self.inner_steps == 1 else 1.0
 
     def load_decoder(self, name: str) -> nn.Module:
         """Loads an AutoencoderTiny; `tiny` is the one for this model."""
@@ -227,9 +231,11 @@ class LatentDiffusion(PipelineParts):
         return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only)
 
     def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
-        for tokenizer in self.tokenizers.values():
-            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer))
-        return self.chunker.map(encode, len(texts), texts)
+        for name, tokenizer in self.tokenizers.items():
+            encoder = name.replace("tokenizer", "text_encoder") if len(self.tokenizers) > 1 else "the text encoder"
+            warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
+        with quiet("diffusers", "transformers"):  # which log the same
+            return self.chunker.map(encode, len(texts), texts)
 
     def _predict(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Denoised:
         t = self.kernel.timesteps[i].to(x.device)

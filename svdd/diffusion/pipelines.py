@@ -163,8 +163,8 @@ def expand(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     return TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
 
 
-def warn_of_cuts(tokenizer: Any, texts: Sequence[str], limit: int) -> None:
-    """Warns of each text of more than `limit` tokens, special ones included, and names the words that are cut off."""
+def warn_of_cuts(tokenizer: Any, texts: Sequence[str], limit: int, encoder: str) -> None:
+    """Warns of each text of more tokens than the encoder reads, special ones included; names the words cut off."""
     special = tokenizer.num_special_tokens_to_add()
     for text in dict.fromkeys(texts):
         expanded = expand(tokenizer, [text])[0]
@@ -172,4 +172,4 @@ def warn_of_cuts(tokenizer: Any, texts: Sequence[str], limit: int) -> None:
         if (count := len(ids) + special) > limit:
             lost = tokenizer.decode(ids[limit - special :], skip_special_tokens=True).strip()
             where = f"cut off: {lost!r} (prompt: {text if len(text) <= 60 else text[:57] + '...'!r})"
-            warnings.warn(f"a prompt has {count} tokens and the text encoder reads {limit}; {where}", stacklevel=5)
+            warnings.warn(f"a prompt has {count} tokens and {encoder} reads {limit}; {where}", stacklevel=5)

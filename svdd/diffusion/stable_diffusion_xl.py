@@ -32,18 +32,23 @@ class StableDiffusionXL(LatentDiffusion):
     @classmethod
     def misfit(cls, configs: Configs) -> str:
         """Returns what in the config.json of the parts this class does not support, or an empty string."""
-        unet, vae, text = (configs.get(name, {}) for name in ("unet", "vae", "text_encoder_2"))
+        unet, vae = (configs.get(name, {}) for name in ("unet", "vae"))
+        texts = [configs[name] for name in ("text_encoder", "text_encoder_2") if name in configs]
         if problem := check_unet(unet, vae):
             return problem
         if unet and (found := unet.get("addition_embed_type")) != "text_time":
             return f"has a UNet with addition_embed_type={found!r}; expected 'text_time', as in SDXL"
-        width, pooled = unet.get("addition_time_embed_dim"), text.get("projection_dim")
+        if not texts:
+            return ""
+        width, pooled = unet.get("addition_time_embed_dim"), texts[-1].get("projection_dim")
         read = unet.get("projection_class_embeddings_input_dim")
         if width and pooled and read and (found := (read - pooled) / width) != _TIME_IDS:
-            other = "a refiner reads an aesthetic score and works on pictures"
-            return (
-                f"has a UNet that reads {found:g} numbers besides texts: {other}; expected {_TIME_IDS}: text to image"
-            )
+            other = "a refiner, which works on pictures, reads an aesthetic score"
+            return f"has a UNet that reads {found:g} numbers besides texts; expected {_TIME_IDS} ({other})"
+        read, widths = unet.get("cross_attention_dim"), [text.get("hidden_size", 0) for text in texts]
+        if isinstance(read, int) and all(widths) and read != sum(widths):
+            found = " and ".join(str(width) for width in widths)
+            return f"has a UNet for text states of width {read} and text encoders of {found}; expected one model's"
         return ""
 
     @property

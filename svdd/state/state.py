@@ -258,7 +258,7 @@ class State:
             result = context.diffusion.chunker.map(evaluate, self.num_images, self.row, self.x, *known, parallel=True)
             self._require_finite("denoiser", self.x, *(result if isinstance(result, tuple) else (result,)))
         ledger.denoiser_rows += n
-        ledger.network_rows += n * context.diffusion.network_rows(guidance_scale)
+        ledger.network_rows += n * context.diffusion.network_rows(guidance_scale, self.i)
         return result
 
 

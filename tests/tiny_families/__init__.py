@@ -26,6 +26,13 @@ VP = (
     Step("Euler", {"scheduler": "euler", "eta": 0.0}, "EulerDiscreteScheduler"),
     Step("Euler ancestral", {"scheduler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
 )
+_TRAILING = Step(  # as the distilled SDXL models need
+    "Euler, trailing",
+    {"scheduler": "euler", "eta": 0.0, "scheduler_options": {"timestep_spacing": "trailing"}},
+    "EulerDiscreteScheduler",
+    {"timestep_spacing": "trailing"},
+)
+_LCM = Step("LCM", {"scheduler": "lcm"}, "LCMScheduler")
 _UNSAID = {"clip_sample": False, "set_alpha_to_one": False}  # what a saved scheduler of another kind does not state
 _PLAYGROUND_VAE = {"latents_mean": [-1.6, -1.0, 0.9, 0.1], "latents_std": [8.4, 5.9, 4.7, 6.0], "scaling_factor": 0.5}
 _FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -51,7 +58,7 @@ class Family:
     keyword: str = "guidance_scale"  # name of that scale in `__call__`
     argument: str = "guidance_scale"  # its name in our class
     rows: int = 2  # network rows of a denoiser row with guidance; 1 if the scale is an input of the network
-    negative: bool = True  # whether the pipeline takes negative prompts
+    negative: bool | str = True  # whether the pipeline takes negative prompts, `encoded` if as embeddings only
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
     own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
@@ -69,12 +76,14 @@ _SMALL: dict[str, Any] = {"own_size": (64, 64)}
 _FEW: dict[str, Any] = {"call": {"max_sequence_length": 64}, "ours": {"max_sequence_length": 64}}  # for speed
 _NONE: dict[str, Any] = {"negative": False, **_SMALL}
 _TRUE_CFG: dict[str, Any] = {"keyword": "true_cfg_scale", "argument": "true_cfg_scale", "no_negative": ""}
+_SANA: dict[str, Any] = {"call": {"use_resolution_binning": False}, "settings": {"shift": 3.0}}  # saved for DPM-Solver
 _SCHNELL, _DISTILLED = {"version": "schnell"}, {"version": "distilled"}
 
 FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
-    Family("SDXL", "StableDiffusionXL", "sdxl", guidance=(5.0, 1.0)),
+    Family("LCM", "LatentConsistency", "latent_consistency", (_LCM,), {}, (8.5, 1.0), rows=1, **_NONE),
+    Family("SDXL", "StableDiffusionXL", "sdxl", (*VP, _TRAILING, _LCM), guidance=(5.0, 1.0)),
     Family(
         "SDXL, distilled guidance",
         "StableDiffusionXL",
@@ -108,6 +117,16 @@ FAMILIES = (
     Family("FLUX.1 dev", "Flux", "flux", FLOW, {}, (3.5, 1.0), rows=1, **_NONE),
     Family("FLUX.1 dev with true CFG", "Flux", "flux", FLOW, {}, (2.0, 1.0), **_TRUE_CFG, **_SMALL, **_FEW),
     Family("FLUX.1 schnell", "Flux", "flux", FLOW, _SCHNELL, rows=1, **_NONE, **_FEW),
-    Family("FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), **_NONE, **_FEW),
+    Family(
+        "FLUX.2 klein base", "Flux2Klein", "flux2_klein", FLOW, {}, (4.0, 1.0), negative="encoded", **_SMALL, **_FEW
+    ),
     Family("FLUX.2 klein", "Flux2Klein", "flux2_klein", FLOW, _DISTILLED, rows=1, **_NONE, **_FEW),
+    Family(
+        *("Qwen-Image", "QwenImage", "qwen_image", FLOW, {}, (4.0, 1.0)),
+        keyword="true_cfg_scale",
+        no_negative="",
+        **_SMALL,
+    ),
+    Family("Z-Image", "ZImage", "z_image", FLOW, {}, (5.0, 0.0), **_SMALL),
+    Family("Sana", "Sana", "sana", FLOW, {}, (4.5, 1.0), no_negative="", size=(32, 96), **_SMALL, **_SANA),
 )

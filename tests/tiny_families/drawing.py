@@ -35,10 +35,9 @@ class Reference:
 
     def __init__(self, family: Family, folder: str) -> None:
         self.family, self.kind = family, getattr(svdd.diffusion, family.kind)
-        without = {"safety_checker": None} if self.kind.pipeline == "StableDiffusionPipeline" else {}
         index = json.loads(Path(folder, "model_index.json").read_text())
-        absent = {name: None for name, part in index.items() if part == [None, None]}
-        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **{**without, **absent})
+        without = {name: None for name, part in index.items() if part == [None, None] or name == "safety_checker"}
+        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **without)
         self.pipe.set_progress_bar_config(disable=True)
         self.saved = self.pipe.scheduler.config
 
@@ -50,6 +49,10 @@ class Reference:
         if family.negative and guidance != "none":
             none = None if family.no_negative is None else [family.no_negative] * count
             options["negative_prompt"] = NEGATIVES[:count] if guidance == "negative prompts" else none
+        if family.negative == "encoded":
+            negatives, limit = options.pop("negative_prompt", None), family.call["max_sequence_length"]
+            if negatives is not None:
+                options["negative_prompt_embeds"] = self.pipe.encode_prompt(negatives, max_sequence_length=limit)[0]
         scheduler = getattr(diffusers, step.scheduler)
         self.pipe.scheduler = scheduler.from_config(self.saved, **{**family.settings, **step.settings})
         with _own_noise(self.pipe):

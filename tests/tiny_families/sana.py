@@ -1,9 +1,15 @@
 """Sana in small."""
 
+import inspect
+import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Split
+from tokenizers.trainers import BpeTrainer
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 __all__ = ["SCHEDULER", "gemma_tokenizer", "save"]
@@ -13,10 +19,20 @@ SCHEDULER |= {"prediction_type": "flow_prediction"}
 
 
 def gemma_tokenizer() -> GemmaTokenizer:
-    """Returns a tokenizer that splits text into letters, with Gemma's first ids."""
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words += [chr(code) for code in range(33, 127)]
-    return GemmaTokenizer(vocab={word: k for k, word in enumerate(words)}, merges=[], model_max_length=int(1e30))
+    """Returns a tokenizer with Gemma's first ids that knows the words of the pipeline's instruction as one token each.
+
+    It splits other words into parts of these and letters.
+    """
+    first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    first += [chr(code) for code in range(33, 127)]
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    learned = Tokenizer(BPE())
+    learned.pre_tokenizer = Split("▁", "merged_with_next")
+    learned.train_from_iterator(["▁".join(instruction).replace(" ", "▁")], BpeTrainer(show_progress=False))
+    model = json.loads(learned.to_str())["model"]
+    words = dict.fromkeys(first + list(model["vocab"]))
+    merges = [tuple(pair) for pair in model["merges"]]
+    return GemmaTokenizer(vocab={word: k for k, word in enumerate(words)}, merges=merges, add_bos_token=True)
 
 
 def save(folder: Path, sample_size: int = 2, **scheduler: object) -> str:

@@ -6,6 +6,7 @@ for any other law it takes the general step of `Transition`. Multistep solvers (
 have no kernel.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -58,6 +59,8 @@ class Kernel(ABC):
             raise ValueError(f"{kind} does not know beta_schedule={given['beta_schedule']!r}") from error
         except ImportError as error:
             raise ValueError(f"{kind} with use_beta_sigmas=true needs scipy: pip install scipy") from error
+        except TypeError as error:
+            raise ValueError(f"{kind} cannot take these settings: {error}") from error
         self.config, self.transition = self.scheduler.config, transition
         for name, known in self.allowed.items():
             if self.config.get(name) not in known:
@@ -72,6 +75,21 @@ class Kernel(ABC):
 
         ValueError if that scheduler is for models of another kind.
         """
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Raises ValueError if an option is no setting of the scheduler."""
+        known = inspect.signature(cls.scheduler_class.__init__).parameters.keys() - {"self"}
+        for name in options.keys() - known:
+            kind = cls.scheduler_class.__name__
+            raise ValueError(f"scheduler_options: {kind} has no setting {name!r}{did_you_mean(name, sorted(known))}")
+
+    @classmethod
+    def configure(cls, saved: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings from a saved configuration, with some options in place of the saved ones."""
+        settings = cls.settings(saved)
+        defaults = [name for name in settings.get("_use_default_values", []) if name not in options]
+        return {**settings, **options, "_use_default_values": defaults}
 
     @abstractmethod
     def _set_timesteps(self, count: int, options: dict[str, Any]) -> None:

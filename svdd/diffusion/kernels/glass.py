@@ -6,6 +6,7 @@ Source: Holderrieth et al., GLASS Flows: Transition Sampling for Alignment of Fl
 """
 
 import math
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -17,10 +18,12 @@ __all__ = ["glass"]
 def glass(kernel: Kernel, x: Tensor, x0: Tensor, noise: Tensor, i: int, network: Network) -> Tensor:
     """Returns draws of x at step i + 1.
 
-    1. y <- noise; r_k, k = 0 .. M, rises from 0 to (alpha' - g alpha) / std, with g = rho sigma' / sigma
-    2. M times: x0 <- the posterior mean given x = alpha x0 + sigma e and y = r_k x0 + e' (known at k = 0);
-       y <- y + (r_{k+1} - r_k) x0
-    3. return g x + std y
+    With g = rho sigma' / sigma, x' - g x is a_M x0 + s_M e, where a_M = alpha' - g alpha, s_M^2 = sigma'^2 (1 - rho^2).
+
+    1. a_k and s_k, k = 0 .. M, lead straight from (0, alpha' + sigma') to (a_M, s_M); y <- s_0 noise
+    2. for k < M: x0 <- the posterior mean given x and y = a_k x0 + s_k e (at k = 0 that of x, which is known);
+       y <- a_{k+1} x0 + (s_{k+1} / s_k) (y - a_k x0)
+    3. return g x + y
 
     One inner step is the Gaussian step of the kernel.
 
@@ -32,19 +35,16 @@ def glass(kernel: Kernel, x: Tensor, x0: Tensor, noise: Tensor, i: int, network:
         i: The step.
         network: The network with guidance; each inner step but the first evaluates it once.
     """
-    (alpha, sigma), following = kernel.levels[i], kernel.levels[i + 1]
-    rho, inner, scale = kernel.rho(i), kernel.transition.inner_steps, sum(following)
-    std = following[1] * math.sqrt(1 - rho**2)
-    gain = rho * following[1] / sigma
-    weight = following[0] - gain * alpha
-    # straight from pure noise to N(weight x0, std^2), in the coordinates in which alpha' + sigma' = 1
-    ends = [k / inner for k in range(inner + 1)]
-    ratios = [u * weight / ((1 - u) * scale + u * std) for u in ends]
-    wide, y = widen(x), widen(noise)
-    for k in range(inner):
+    (alpha, sigma), (alpha_next, sigma_next) = kernel.levels[i], kernel.levels[i + 1]
+    rho, inner_steps, start = kernel.rho(i), kernel.transition.inner_steps, alpha_next + sigma_next
+    gain = rho * sigma_next / sigma
+    weight, std = alpha_next - gain * alpha, sigma_next * math.sqrt(1 - rho**2)
+    path = [(u * weight, (1 - u) * start + u * std) for u in (k / inner_steps for k in range(inner_steps + 1))]
+    wide, y = widen(x), start * widen(noise)
+    for k, ((a, s), (a_next, s_next)) in enumerate(pairwise(path)):
         if k > 0:
-            precision = (alpha / sigma) ** 2 + ratios[k] ** 2
-            statistic = (alpha / sigma**2 * wide + ratios[k] * y) / precision
+            precision = (alpha / sigma) ** 2 + (a / s) ** 2
+            statistic = (alpha / sigma**2 * wide + a / s**2 * y) / precision
             x0 = kernel.denoise(statistic.to(x.dtype), math.sqrt(precision), network)
-        y = y + (ratios[k + 1] - ratios[k]) * x0
-    return (gain * wide + std * y).to(x.dtype)
+        y = a_next * x0 + s_next / s * (y - a * x0)
+    return (gain * wide + y).to(x.dtype)

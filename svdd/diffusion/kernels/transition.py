@@ -23,7 +23,7 @@ class Transition:
             2509.05952). `fresh`: rho = 0, so that x' is new noise on x0.
         eta: Share of noise, 0 (deterministic) to 1.
         rho: The correlation itself, 0 to 1, in place of a rule.
-        inner_steps: Network evaluations of a step with noise; above 1 a GLASS transition.
+        inner_steps: Network evaluations of a step; above 1 every step is a GLASS transition, the last one too.
 
     Raises:
         ValueError: If an argument is out of range or has no effect beside another.
