@@ -63,7 +63,7 @@ def test_a_saved_scheduler_needs_no_library_of_its_class(sd15, tmp_path, kind, s
     for name in (kind, "EulerDiscreteScheduler"):
         put("model_index.json", scheduler=["diffusers", name])(path)
         write("scheduler/scheduler_config.json", json.dumps({"_class_name": name, **saved}).encode())(path)
-        loaded = load_pipeline(Source(str(path)), StableDiffusion.pipelines(), StableDiffusion.misfit)
+        loaded = load_pipeline(Source(str(path)), StableDiffusion.pipeline, StableDiffusion.misfit)
         configs.append(BetaKernel.settings(loaded.scheduler.config))
     x = torch.ones(1, 4, 8, 8)
     for scheduler in DIFFUSION_KERNELS:

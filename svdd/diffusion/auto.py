@@ -45,8 +45,8 @@ def families() -> dict[str, type[LatentDiffusion]]:
     found: dict[str, type[LatentDiffusion]] = {}
     base: Any = LatentDiffusion  # which is abstract
     for family in (*_BUILT_IN, *_below(base)):
-        for pipeline in family.pipelines() if hasattr(family, "pipeline") else ():
-            found.setdefault(pipeline, family)  # a family's own subclass does not replace it
+        if hasattr(family, "pipeline"):
+            found.setdefault(family.pipeline, family)  # a family's own subclass does not replace it
     return found
 
 
