@@ -158,7 +158,8 @@ def test_weights_load_in_half_precision_without_a_copy_in_float32(single, sd15, 
         with LivePeak(torch.float32) as peak:
             diffusion = AutoDiffusion(pretrained, 2, config=config, dtype=name)
         assert {diffusion.dtype, *(tensor.dtype for tensor in diffusion.parameters())} == {dtype}
-        assert peak.most < 0.05 * sum(2 * tensor.nbytes for tensor in diffusion.parameters())
+        sizes = [4 * tensor.numel() for tensor in diffusion.parameters()]
+        assert peak.most <= max(sizes) + 0.05 * sum(sizes)  # one tensor at a time, and the scheduler's numbers
 
 
 def test_a_value_learned_in_float32_is_valid_for_the_same_weights_in_half_precision(sd15):
