@@ -70,7 +70,7 @@ def test_commands_take_the_arguments_of_a_family_without_its_name(sd15, tmp_path
     with pytest.raises(SystemExit):
         main(["predict", "--model.diffusion.help", "AutoDiffusion"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Weight of classifier-free guidance with the negative prompts" in shown
+    assert "Flux: Weight of classifier-free guidance with the negative prompts" in shown
     assert "T, the number of denoising steps" in shown
 
 
@@ -170,7 +170,7 @@ def test_a_value_learned_in_float32_is_valid_for_the_same_weights_in_half_precis
         other.bind(Compressibility(), StableDiffusion(sd15, 2, dtype=dtype))
         other.load_checkpoint(value.checkpoint(), "the value")
     changed = StableDiffusion(sd15, 2)
-    changed.weights = ["another", "model"]
+    changed.weights = changed.weights_bfloat16 = "another model"
     other.bind(Compressibility(), changed)
     with pytest.raises(UserError, match="weights was"):
         other.load_checkpoint(value.checkpoint(), "the value")
