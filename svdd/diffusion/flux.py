@@ -24,8 +24,8 @@ class Flux(LatentDiffusion):
     """FLUX.1: the dev model takes the guidance scale as an input, one network row; schnell has no guidance.
 
     Args:
-        true_cfg_scale: Weight of classifier-free guidance with the negative prompts, which doubles the network rows;
-            at 1 or less it is not computed. Independent of guidance_scale.
+        true_cfg_scale: Weight of FLUX.1's classifier-free guidance with the negative prompts, which doubles the network
+            rows; at 1 or less it is not computed. Independent of guidance_scale, the network's input.
         max_sequence_length: Tokens that the T5 text encoder reads, at most 512; schnell is meant for 256.
     """
 

@@ -25,7 +25,8 @@ class Flux2Klein(LatentDiffusion):
     """FLUX.2 klein; the base models have classifier-free guidance in two calls, the distilled ones have none.
 
     Args:
-        max_sequence_length: Tokens that the text encoder reads, with those of the chat's turns.
+        max_sequence_length: Tokens that the text encoder reads: T5 in SD 3 (256) and FLUX.1 (512), Qwen3 in FLUX.2
+            klein (512, with those of the chat's turns).
     """
 
     pipeline = "Flux2KleinPipeline"
