@@ -11,6 +11,7 @@ from torch import Tensor
 from svdd.assets.hub import quiet
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.pipelines import Configs
 from svdd.diffusion.sizes import TrainedSizes
 from svdd.diffusion.texts import masked_mean
@@ -18,7 +19,7 @@ from svdd.diffusion.texts import masked_mean
 __all__ = ["PixArtSigma"]
 
 
-class PixArtSigma(TrainedSizes):
+class PixArtSigma(TrainedSizes, LatentDiffusion):
     """PixArt-Sigma: T5 as the text encoder, epsilon prediction, classifier-free guidance.
 
     A picture is drawn at that size of the model's training whose aspect ratio is nearest, then scaled and cropped to
@@ -45,10 +46,6 @@ class PixArtSigma(TrainedSizes):
         if (found := network.get("in_channels", 4)) != (latent := vae.get("latent_channels", 4)):
             return f"has a transformer with {found} input channels and latents with {latent}; expected text to image"
         return ""
-
-    def token_limit(self, tokenizer: Any) -> int:
-        """Returns the number of tokens that the pipeline reads, whatever the tokenizer states."""
-        return self.max_tokens
 
     @property
     def prompt_features_size(self) -> int:  # type: ignore[override]

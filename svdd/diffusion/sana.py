@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import FLOW_KERNELS
+from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.pipelines import Configs
 from svdd.diffusion.sizes import TrainedSizes
 from svdd.diffusion.texts import masked_mean
@@ -19,7 +20,7 @@ from svdd.diffusion.texts import masked_mean
 __all__ = ["Sana"]
 
 
-class Sana(TrainedSizes):
+class Sana(TrainedSizes, LatentDiffusion):
     """Sana with classifier-free guidance.
 
     A picture is drawn in the nearest of the sizes that the model was trained on, then scaled and cropped to the size

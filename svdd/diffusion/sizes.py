@@ -5,19 +5,20 @@ from typing import Any
 
 from torch import Tensor
 
-from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.pipelines import to_images
 
 __all__ = ["TrainedSizes"]
 
 
-class TrainedSizes(LatentDiffusion):
-    """A family that draws at that size of the model's training whose aspect ratio is nearest to the one asked for.
+class TrainedSizes:
+    """Part of a family that draws in the size of its training whose aspect ratio is nearest to the one asked for.
 
     Pictures are scaled and cropped to the size asked for, as in the pipeline. A model whose sizes the pipeline does not
     list has one size, and draws others directly.
     """
 
+    pipe: Any
+    vae: Any
     transformer: Any
 
     @property
@@ -30,7 +31,8 @@ class TrainedSizes(LatentDiffusion):
         self._asked = height, width
         if sizes := self._sizes:
             height, width = self.pipe.image_processor.classify_height_width_bin(height, width, ratios=sizes)
-        return super().shape(height, width)
+        factor = self.pipe.vae_scale_factor
+        return (self.vae.config.latent_channels, height // factor, width // factor)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Evaluates the autoencoder's decoder, and scales and crops the pictures to the size asked for."""
