@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-from svdd import GuidedDiffusion, StableDiffusion
+from svdd import GuidedDiffusion, StableDiffusion, UserError
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
 from svdd.rewards.clip import CLIPScore
