@@ -66,6 +66,12 @@ def test_diffusers_loads_the_flow_model_and_draws_as_we_do():
     assert torch.equal(images, own)
 
 
+def test_a_class_for_other_models_refuses_an_embedded_one_before_anything_is_loaded():
+    with pytest.raises(UserError, match="'emoji-flow' is a StableDiffusion3Pipeline; this class takes"):
+        StableDiffusion.examine({"pretrained": "emoji-flow"})
+    AutoDiffusion.examine({"pretrained": "emoji-flow", "max_sequence_length": 0})
+
+
 @pytest.mark.parametrize(
     ("pipeline", "kind"), [("emoji-sd", CLIPTextModel), ("emoji-flow", CLIPTextModelWithProjection)]
 )
