@@ -72,8 +72,11 @@ class ModelFamily(Diffusion):
         """Returns the number of tokens, special ones included, after which a text is cut off."""
         return self.max_tokens or int(tokenizer.model_max_length)
 
-    def timestep_options(self) -> dict[str, Any]:
-        """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps."""
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps.
+
+        `config` is the scheduler's configuration, with the user's settings.
+        """
         return {}
 
     @property

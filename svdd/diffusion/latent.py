@@ -128,7 +128,7 @@ class LatentDiffusion(ModelFamily):
             fuse_lora(self.pipe, lora, lora_scale)
         self.latent_shape = self._latent_shape(height, width)
         settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
-        self.kernel = kernel(settings, steps, self.transition, self.timestep_options())
+        self.kernel = kernel(settings, steps, self.transition, self.timestep_options(settings))
         if compile:
             getattr(self, self.backbone).compile()
             self.vae.decoder.compile()
