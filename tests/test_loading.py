@@ -70,7 +70,7 @@ def test_commands_take_the_arguments_of_a_family_without_its_name(sd15, tmp_path
     with pytest.raises(SystemExit):
         main(["predict", "--model.diffusion.help", "AutoDiffusion"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Flux: Weight of classifier-free guidance with the negative prompts" in shown
+    assert "Flux: Weight of FLUX.1's classifier-free guidance with the negative prompts" in shown
     assert "T, the number of denoising steps" in shown
 
 

@@ -148,7 +148,8 @@ def _all_arguments() -> inspect.Signature:
 def _all_descriptions() -> str:
     """Returns the section `Args:` of all families; what only some families have begins with their names."""
     described: dict[str, str] = {}
-    for kind in dict.fromkeys((LatentDiffusion, *families().values())):
+    kinds: list[Any] = [LatentDiffusion, *dict.fromkeys(families().values())]
+    for kind in kinds:
         lines = inspect.cleandoc(str(vars(kind).get("__doc__"))).partition("Args:\n")[2].partition("\n\n")[0]
         for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", lines, re.MULTILINE):
             of = "" if name in _COMMON else f"{kind.__name__}: "
