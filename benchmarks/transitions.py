@@ -36,7 +36,7 @@ CHAINS: dict[str, dict[str, Any]] = {  # each takes 25 network evaluations per p
     "GLASS 5 x 5": {"num_inference_steps": 5, "inner_steps": 5, "rho": 0.4},
     "GLASS 12 x 2": {"num_inference_steps": 12, "inner_steps": 2, "rho": 0.4},
 }
-BASELINE = "BestOfN/ODE"
+BASELINE, GLASS = "BestOfN/ODE", "SMC/GLASS 5 x 5"
 
 
 def entries() -> dict[str, Callable[[int], Sampler]]:
@@ -61,7 +61,6 @@ def measure(key: str, prompts: tuple[str, ...] = PROMPTS) -> dict[str, Any]:
 
 def report(results: dict[str, dict[str, Any]]) -> str:
     """Returns the page."""
-    best = results[BASELINE]
     lines = [
         "# Transitions of a flow model at equal compute",
         "",
@@ -74,14 +73,22 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         "with 95 % intervals (Student's t). Diversity is the mean of 1 - cosine of the CLIP embeddings of a prompt's "
         "images. Made by `python -m benchmarks.transitions`.",
         "",
-        "| sampler | chain | CLIPScore | - best-of-N, ODE | CLIPScore-judge | - best-of-N, ODE | diversity | rows |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| sampler | chain | CLIPScore | - best-of-N, ODE | SMC, GLASS 5 x 5 - it "
+        "| CLIPScore-judge | - best-of-N, ODE | diversity | rows |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+
+    def scores(key: str, name: str) -> torch.Tensor:
+        return torch.tensor(results[key]["scores"][name])
+
     for key, result in results.items():
         cells = []
         for name in ("CLIPScore", "CLIPScore-judge"):
-            found, base = (torch.tensor(entry["scores"][name]) for entry in (result, best))
-            cells += [f"{float(found.mean()):.3f}", "" if key == BASELINE else interval(found, base)]
+            found = scores(key, name)
+            cells += [f"{float(found.mean()):.3f}", "" if key == BASELINE else interval(found, scores(BASELINE, name))]
+            if name == "CLIPScore":
+                same = key == GLASS or GLASS not in results
+                cells.append("" if same else interval(scores(GLASS, name), found))
         cells.append(f"{sum(result['diversity']) / len(result['diversity']):.3f}")
         lines.append(f"| {' | '.join([*key.split('/'), *cells])} | {2 * result['rows']:.0f} |")
     return "\n".join(lines) + "\n"
