@@ -24,6 +24,7 @@ VP = (
     Step("DDIM, eta 0", {"scheduler": "ddim", "eta": 0.0}, "DDIMScheduler", call={"eta": 0.0}),
     Step("DDIM, eta 1", {"scheduler": "ddim", "eta": 1.0}, "DDIMScheduler", call={"eta": 1.0}),
     Step("Euler", {"scheduler": "euler", "eta": 0.0}, "EulerDiscreteScheduler"),
+    Step("LCM", {"scheduler": "lcm"}, "LCMScheduler"),
     Step("Euler ancestral", {"scheduler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
 )
 _TRAILING = Step(  # as the distilled SDXL models need
@@ -61,9 +62,7 @@ class Family:
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
     own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of the reference's scheduler, if it was saved as another
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the scheduler, for one saved as another class
     call: Mapping[str, Any] = field(default_factory=dict)  # arguments of `__call__`
     ours: Mapping[str, Any] = field(default_factory=dict)  # arguments of our class
 
