@@ -60,6 +60,7 @@ embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.clip --work $(WORK) --name clip
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.clip --work $(WORK) --name judge
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.unet --work $(WORK)
+	OMP_NUM_THREADS=2 $(BIN)/python -m tools.embedded_model.flow --work $(WORK)
 	$(BIN)/python -m tools.embedded_model.export --work $(WORK)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.embedded_model.tiny_decoder --work $(WORK)
 	$(BIN)/python -m tools.embedded_model.contact_sheets

@@ -1,6 +1,7 @@
 """Steps of flow models, and the transitions that all schedulers share."""
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -62,6 +63,11 @@ def test_a_scheduler_of_another_kind_is_refused_and_flow_sigmas_are_read():
     ):
         with pytest.raises(ValueError, match=message):
             FLOW(config, 6, Transition(), options)
+    with pytest.raises(ValueError, match=r"num_inference_steps=1 is too small.*not finite"):
+        FLOW({"shift_terminal": 0.02}, 1)
+    if find_spec("scipy") is None:
+        with pytest.raises(ValueError, match="use_beta_sigmas=true needs scipy"):
+            FLOW({"use_beta_sigmas": True}, 6)
 
 
 @pytest.mark.parametrize(

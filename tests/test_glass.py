@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +114,18 @@ def test_one_inner_step_is_the_gaussian_step():
         torch.testing.assert_close(
             glass(kernel, x, known.x0, noise, i, network), known.mean + kernel.std(i) * noise, rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("inner_steps", "spreads"), [(1, (0.861, 0.769, 0.648)), (3, (0.856, 0.851, 0.821)), (6, (0.884, 0.885, 0.879))]
+)
+def test_the_spread_of_a_chain_at_equal_network_evaluations(inner_steps, spreads):
+    """The table of docs/transitions.md: data N(0, 1), 24 evaluations."""
+    steps = 24 // inner_steps
+    for arguments, spread in zip(({}, {"rho": 0.4}, {"noise": "fresh"}), spreads, strict=True):
+        transition = Transition(**arguments, inner_steps=inner_steps)
+        kernel = FLOW_KERNELS["euler"]({"shift": 3.0}, steps, transition, {"sigmas": 1 - np.arange(steps) / steps})
+        assert FlowGaussian(kernel, mu=0.0, s=1.0).end_law()[1] ** 0.5 == pytest.approx(spread, abs=6e-4)
 
 
 # ---- laws of samplers on flow models

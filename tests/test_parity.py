@@ -80,6 +80,7 @@ def test_the_embedded_model_equals_the_pipeline(sampler, count):
         ("ddpm", 3.0, 1.0),
         ("euler_ancestral", 7.5, 1.0),
         ("euler", 5.0, 0.0),
+        ("lcm", 2.0, 1.0),
     ],
 )
 def test_real_layouts_equal_the_pipeline(folder, scheduler, guidance_scale, eta, request):

@@ -12,6 +12,7 @@ from .pipelines import to_images as to_images
 from .pixart_sigma import PixArtSigma as PixArtSigma
 from .qwen_image import QwenImage as QwenImage
 from .sana import Sana as Sana
+from .stable_diffusion import LatentConsistency as LatentConsistency
 from .stable_diffusion import StableDiffusion as StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL

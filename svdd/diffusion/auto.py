@@ -10,12 +10,20 @@ from svdd.diffusion.flux import Flux
 from svdd.diffusion.flux2_klein import Flux2Klein
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.model_index import INDEX, Source, read_index
+from svdd.diffusion.pixart_sigma import PixArtSigma
+from svdd.diffusion.qwen_image import QwenImage
+from svdd.diffusion.sana import Sana
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
+from svdd.diffusion.stable_diffusion_xl import StableDiffusionXL
+from svdd.diffusion.z_image import ZImage
 
 __all__ = ["AutoDiffusion", "families", "from_pipeline"]
 
-_BUILT_IN: tuple[type[LatentDiffusion], ...] = (StableDiffusion, StableDiffusion3, Flux, Flux2Klein)
+_BUILT_IN: tuple[type[LatentDiffusion], ...] = (
+    *(StableDiffusion, StableDiffusionXL, StableDiffusion3),
+    *(Flux, Flux2Klein, QwenImage, ZImage, Sana, PixArtSigma),
+)
 _LOADING = frozenset(
     {"pretrained", "config", "revision", "variant", "dtype", "local_files_only"}
     | {"lora", "weight_name", "lora_scale", "compile"}

@@ -1,7 +1,7 @@
 """What a model family states and implements: how its pipeline of diffusers turns texts and latents into pictures."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -70,7 +70,7 @@ class ModelFamily(Diffusion):
 
     def token_limit(self, tokenizer: Any) -> int:
         """Returns the number of tokens, special ones included, after which a text is cut off."""
-        return min(tokenizer.model_max_length, self.max_tokens or tokenizer.model_max_length)
+        return self.max_tokens or int(tokenizer.model_max_length)
 
     def timestep_options(self) -> dict[str, Any]:
         """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps."""
@@ -128,3 +128,12 @@ class ModelFamily(Diffusion):
         pairs = {name: torch.cat([others[name], part]) for name, part in texts.items()}
         unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
         return self.combine(unconditional, conditional, scale, t)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModelFamily":
+        """Moves or casts the modules; the frequencies of rotary embeddings keep their precision, as in the pipeline."""
+        found = [(module, name, module._buffers[name]) for module in self.modules() for name in module._buffers]
+        super()._apply(fn, recurse)
+        for module, name, before in found:
+            if before is not None and name.endswith("inv_freq"):
+                module._buffers[name] = before.to(fn(before).device)
+        return self

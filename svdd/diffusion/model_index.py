@@ -12,7 +12,10 @@ from svdd.diffusion.single_file import architecture, is_single_file
 __all__ = ["EMBEDDED", "INDEX", "LEFT_OUT", "Configs", "ModelIndex", "Source", "examine", "read_index", "read_json"]
 
 Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
-EMBEDDED = {"emoji": "emoji-sd"}  # the pipelines that ship with svdd: folders of assets by name
+EMBEDDED = {
+    "emoji": "emoji-sd",
+    "emoji-flow": "emoji-flow",
+}  # the pipelines that ship with svdd: folders of assets by name
 INDEX = "model_index.json"
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # pictures drawn from prompts alone need none
 
@@ -75,7 +78,7 @@ def read_index(source: Source, saved: str = "a pipeline's save_pretrained") -> M
         return _index_of_file(source, saved)
     elif source.config is not None:
         raise UserError(f"{what} is no single file, so it has its own configuration; leave out config")
-    expected = f"`emoji`, a folder saved by {saved}, a .safetensors file, or a hub name such as "
+    expected = f"`emoji`, `emoji-flow`, a folder saved by {saved}, a .safetensors file, or a hub name such as "
     expected += "stable-diffusion-v1-5/stable-diffusion-v1-5"
     if is_local(pretrained):
         folder = Path(pretrained).expanduser()

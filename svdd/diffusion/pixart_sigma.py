@@ -12,15 +12,14 @@ from svdd.assets.hub import quiet
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
 from svdd.diffusion.latent import LatentDiffusion
-from svdd.diffusion.pipelines import Configs, to_images
+from svdd.diffusion.pipelines import Configs
+from svdd.diffusion.sizes import TrainedSizes
 from svdd.diffusion.texts import masked_mean
 
 __all__ = ["PixArtSigma"]
 
-_TRAINED = {32: 256, 64: 512, 128: 1024, 256: 2048}  # pixels by sample size: models trained on a list of sizes
 
-
-class PixArtSigma(LatentDiffusion):
+class PixArtSigma(TrainedSizes, LatentDiffusion):
     """PixArt-Sigma: T5 as the text encoder, epsilon prediction, classifier-free guidance.
 
     A picture is drawn at that size of the model's training whose aspect ratio is nearest, then scaled and cropped to
@@ -47,22 +46,6 @@ class PixArtSigma(LatentDiffusion):
         if (found := network.get("in_channels", 4)) != (latent := vae.get("latent_channels", 4)):
             return f"has a transformer with {found} input channels and latents with {latent}; expected text to image"
         return ""
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of which height and width are multiples: 1 where pictures are scaled to the size asked for."""
-        return 1 if self._trained_sizes else int(self.pipe.vae_scale_factor * self.transformer.config.patch_size)
-
-    def token_limit(self, tokenizer: Any) -> int:
-        """Returns the number of tokens that the pipeline reads, whatever the tokenizer states."""
-        return self.max_tokens
-
-    def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Returns the shape of the latents of a picture; notes the size asked for."""
-        self._size = height, width
-        if sizes := self._trained_sizes:
-            height, width = self.pipe.image_processor.classify_height_width_bin(height, width, ratios=sizes)
-        return super().shape(height, width)
 
     @property
     def prompt_features_size(self) -> int:  # type: ignore[override]
@@ -93,19 +76,3 @@ class PixArtSigma(LatentDiffusion):
             return_dict=False,
         )[0]
         return output.chunk(2, 1)[0] if output.shape[1] == 2 * x.shape[1] else output
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """Evaluates the autoencoder's decoder, and scales and crops the pictures to the size asked for."""
-        images = self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-        height, width = self._size
-        return to_images(self.pipe.image_processor.resize_and_crop_tensor(images, width, height))
-
-    @property
-    def _trained_sizes(self) -> dict[str, list[float]] | None:
-        """The sizes that the model was trained on by aspect ratio, or None if it is for one size."""
-        pixels = _TRAINED.get(self.transformer.config.sample_size)
-        if pixels is None:
-            return None
-        from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
-
-        return getattr(pipeline_pixart_sigma, f"ASPECT_RATIO_{pixels}_BIN")

@@ -64,6 +64,11 @@ class QwenImage(LatentDiffusion):
         factor = self.pipe.vae_scale_factor
         return (self.vae.config.z_dim, height // factor, width // factor)
 
+    def token_limit(self, tokenizer: Any) -> int:
+        """Returns the number of tokens that fit between those of the template that are dropped and the last."""
+        before = self.pipe.prompt_template_encode.partition("{}")[0]
+        return self.max_tokens + self.pipe.prompt_template_encode_start_idx - len(tokenizer(before).input_ids)
+
     def timestep_options(self) -> dict[str, Any]:
         """Returns evenly spaced noise levels and their shift, which depends on the size of the picture."""
         count, (_, height, width) = self.num_inference_steps, self.latent_shape

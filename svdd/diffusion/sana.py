@@ -5,7 +5,6 @@ arXiv 2410.10629.
 """
 
 import inspect
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import FLOW_KERNELS
 from svdd.diffusion.latent import LatentDiffusion
-from svdd.diffusion.pipelines import Configs, to_images
+from svdd.diffusion.pipelines import Configs
+from svdd.diffusion.sizes import TrainedSizes
 from svdd.diffusion.texts import masked_mean
 
 __all__ = ["Sana"]
 
 
-class Sana(LatentDiffusion):
+class Sana(TrainedSizes, LatentDiffusion):
     """Sana with classifier-free guidance.
 
     A picture is drawn in the nearest of the sizes that the model was trained on, then scaled and cropped to the size
@@ -49,18 +49,6 @@ class Sana(LatentDiffusion):
     def dtype(self) -> torch.dtype:
         """Latents are in float32, whatever the precision of the network."""
         return torch.float32
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of which height and width are multiples: 1 where pictures are scaled to the size asked for."""
-        return 1 if self._trained_sizes else int(self.pipe.vae_scale_factor)
-
-    def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Returns the shape of the latents of a picture; notes the size asked for."""
-        self._size = height, width
-        if sizes := self._trained_sizes:
-            height, width = self.pipe.image_processor.classify_height_width_bin(height, width, ratios=sizes)
-        return super().shape(height, width)
 
     @property
     def prompt_features_size(self) -> int:  # type: ignore[override]
@@ -100,16 +88,3 @@ class Sana(LatentDiffusion):
             timestep=t.expand(len(x)) * self.transformer.config.timestep_scale,
             return_dict=False,
         )[0].float()
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """Evaluates the autoencoder's decoder, and scales and crops the pictures."""
-        x0 = x0.to(self.vae.dtype) / self.vae.config.scaling_factor
-        images = self.vae.decode(x0, return_dict=False)[0]
-        height, width = self._size
-        return to_images(self.pipe.image_processor.resize_and_crop_tensor(images, width, height))
-
-    @property
-    def _trained_sizes(self) -> dict[str, list[float]] | None:
-        """The sizes that the model was trained on by aspect ratio, or None if they are not known."""
-        pixels = self.transformer.config.sample_size * self.pipe.vae_scale_factor
-        return getattr(import_module(type(self.pipe).__module__), f"ASPECT_RATIO_{pixels}_BIN", None)

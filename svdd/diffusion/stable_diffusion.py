@@ -4,17 +4,18 @@ Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Mo
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from svdd.diffusion.family import Conditioning
+from svdd.diffusion.kernels import DIFFUSION_KERNELS
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.model_index import Configs
 from svdd.diffusion.pipelines import expand, to_images
 
-__all__ = ["StableDiffusion", "check_unet", "embed_guidance"]
+__all__ = ["LatentConsistency", "StableDiffusion", "check_unet", "embed_guidance"]
 
 _UNET = "UNet2DConditionModel"
 _DECODERS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
@@ -30,7 +31,6 @@ class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x: epsilon, v or sample prediction, with classifier-free guidance."""
 
     pipeline = "StableDiffusionPipeline"
-    alike = ("LatentConsistencyModelPipeline",)
     tiny = "madebyollin/taesd"
     unet: Any
     vae: Any
@@ -87,6 +87,18 @@ class StableDiffusion(LatentDiffusion):
         """Evaluates the autoencoder's decoder."""
         images = self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         return to_images(images)
+
+
+class LatentConsistency(StableDiffusion):
+    """A latent consistency model: Stable Diffusion, distilled to few steps with the guidance scale as an input.
+
+    Source: Luo et al., Latent Consistency Models, 2023, arXiv 2310.04378.
+    """
+
+    pipeline = "LatentConsistencyModelPipeline"
+    kernels: ClassVar = {"lcm": DIFFUSION_KERNELS["lcm"], **DIFFUSION_KERNELS}
+    default_steps = 4
+    default_guidance = 8.5
 
 
 def check_unet(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> str:

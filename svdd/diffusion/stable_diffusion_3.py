@@ -21,7 +21,9 @@ class StableDiffusion3(LatentDiffusion):
     """Stable Diffusion 3 or 3.5, with classifier-free guidance; the T5 text encoder may be absent.
 
     Args:
-        max_sequence_length: Tokens that the T5 text encoder reads, at most 512; the two CLIP encoders read 77.
+        max_sequence_length: Tokens that the T5 text encoder reads, or rows of zeros in place of an absent T5, at most
+            512; by default as many as the pipeline takes, 256, and none if the transformer reads states as wide as
+            those of both CLIP encoders, which leave T5 no room.
     """
 
     pipeline = "StableDiffusion3Pipeline"
@@ -30,12 +32,20 @@ class StableDiffusion3(LatentDiffusion):
     tiny = "madebyollin/taesd3"
     default_steps, default_guidance = 28, 7.0
     transformer: Any
+    text_encoder: Any
+    text_encoder_2: Any
 
-    def __init__(self, *args: Any, max_sequence_length: int = 256, **kwargs: Any) -> None:
-        if not 1 <= max_sequence_length <= 512:
-            raise ValueError(f"max_sequence_length must lie in 1 .. 512, got {max_sequence_length}")
-        self.max_sequence_length = max_sequence_length
+    def __init__(self, *args: Any, max_sequence_length: int | None = None, **kwargs: Any) -> None:
+        if max_sequence_length is not None and not 0 <= max_sequence_length <= 512:
+            raise ValueError(f"max_sequence_length must lie in 0 .. 512, got {max_sequence_length}")
+        self.max_sequence_length = 256 if max_sequence_length is None else max_sequence_length
         super().__init__(*args, **kwargs)
+        if self.pipe.text_encoder_3 is not None:
+            if self.max_sequence_length == 0:
+                raise ValueError("max_sequence_length must be 1 or more for a model with a T5 text encoder, got 0")
+        elif max_sequence_length is None:
+            clip = self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
+            self.max_sequence_length = 256 if self.transformer.config.joint_attention_dim > clip else 0
 
     @classmethod
     def misfit(cls, configs: Configs) -> str:

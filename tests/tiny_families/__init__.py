@@ -33,6 +33,7 @@ _TRAILING = Step(  # as the distilled SDXL models need
     "EulerDiscreteScheduler",
     {"timestep_spacing": "trailing"},
 )
+_LCM = Step("LCM", {"scheduler": "lcm"}, "LCMScheduler")
 _UNSAID = {"clip_sample": False, "set_alpha_to_one": False}  # what a saved scheduler of another kind does not state
 _PLAYGROUND_VAE = {"latents_mean": [-1.6, -1.0, 0.9, 0.1], "latents_std": [8.4, 5.9, 4.7, 6.0], "scaling_factor": 0.5}
 _FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -80,7 +81,8 @@ _SCHNELL, _DISTILLED = {"version": "schnell"}, {"version": "distilled"}
 FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
-    Family("SDXL", "StableDiffusionXL", "sdxl", (*VP, _TRAILING), guidance=(5.0, 1.0)),
+    Family("LCM", "LatentConsistency", "latent_consistency", (_LCM,), {}, (8.5, 1.0), rows=1, **_NONE),
+    Family("SDXL", "StableDiffusionXL", "sdxl", (*VP, _TRAILING, _LCM), guidance=(5.0, 1.0)),
     Family(
         "SDXL, distilled guidance",
         "StableDiffusionXL",

@@ -1,4 +1,4 @@
-"""Samples the model card's two contact sheets of 40 prompts: training objects, and unseen combinations."""
+"""Samples the model card's contact sheets of 40 prompts, two per model: training objects, and unseen combinations."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.diffusion.auto import AutoDiffusion
+from svdd.diffusion.latent import LatentDiffusion
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import Start
 from svdd.values.posterior_mean import PosteriorMean
@@ -39,7 +40,7 @@ def new_prompts() -> list[str]:
 
 
 @torch.no_grad()
-def sheet(diffusion: StableDiffusion, prompts: list[str], seed: int) -> Image.Image:
+def sheet(diffusion: LatentDiffusion, prompts: list[str], seed: int) -> Image.Image:
     """Returns unguided samples, one per prompt, each under its prompt.
 
     Args:
@@ -68,10 +69,12 @@ def _wrap(prompt: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pretrained", default="emoji")
+    parser.add_argument("--pretrained", nargs="+", default=["emoji", "emoji-flow"])
     parser.add_argument("--folder", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    model = StableDiffusion(arguments.pretrained, num_inference_steps=50, guidance_scale=3.0)
-    sheet(model, seen_prompts(), 100).save(arguments.folder / "emoji-seen.png")
-    sheet(model, new_prompts(), 200).save(arguments.folder / "emoji-new.png")
+    for name in arguments.pretrained:
+        steps = {"num_inference_steps": 25, "eta": 0.0} if name == "emoji-flow" else {"num_inference_steps": 50}
+        model = AutoDiffusion(name, guidance_scale=3.0, **steps)
+        sheet(model, seen_prompts(), 100).save(arguments.folder / f"{name}-seen.png")
+        sheet(model, new_prompts(), 200).save(arguments.folder / f"{name}-new.png")

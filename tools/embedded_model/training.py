@@ -1,8 +1,9 @@
 """Shared by the training runs: an endless scene data set, a resumable trainer, a learning-rate shape."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -53,7 +54,16 @@ def hold_then_cosine(step: int, total: int, hold: float, warmup: int = 200) -> f
     return 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
 
 
-def fit(module: L.LightningModule, data: DataLoader, folder: Path, max_steps: int, devices: int = 1) -> None:
+def fit(
+    module: L.LightningModule,
+    data: DataLoader,
+    folder: Path,
+    max_steps: int = -1,
+    devices: int = 1,
+    accelerator: str = "cpu",
+    callbacks: Sequence[L.Callback] = (),
+    **options: Any,
+) -> None:
     """Trains to `max_steps`, from the folder's last checkpoint if there is one.
 
     Args:
@@ -62,22 +72,29 @@ def fit(module: L.LightningModule, data: DataLoader, folder: Path, max_steps: in
         folder: Takes `last.ckpt` and a CSV log.
         max_steps: Optimiser steps in all.
         devices: CPU processes that share each step (distributed data parallel over gloo).
+        accelerator: `cpu` or `gpu`.
+        callbacks: Callbacks besides the checkpoint.
+        **options: Other arguments of the Trainer.
     """
     last = folder / "last.ckpt"
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         max_steps=max_steps,
         max_epochs=-1,
         logger=CSVLogger(folder.parent, name=folder.name, version="log"),
         callbacks=[
-            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=500, enable_version_counter=False)
+            ModelCheckpoint(
+                folder, save_last=True, save_top_k=0, every_n_train_steps=500, enable_version_counter=False
+            ),
+            *callbacks,
         ],
         gradient_clip_val=1.0,
         log_every_n_steps=50,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     trainer.save_checkpoint(last)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -51,7 +52,10 @@ class FlowEuler(FlowKernel):
             raise ValueError(f"num_inference_steps={count} needs as many sigmas, got {len(options['sigmas'])}")
         if self.config.use_dynamic_shifting and options.get("mu") is None:
             raise ValueError("a scheduler with use_dynamic_shifting=true needs mu among the timestep options")
-        self.scheduler.set_timesteps(count, **options)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.scheduler.set_timesteps(count, **options)
+        if not self.scheduler.sigmas.isfinite().all():
+            raise ValueError(f"num_inference_steps={count} is too small for this scheduler: its levels are not finite")
         self.timesteps, self._sigmas = self.scheduler.timesteps, self.scheduler.sigmas
         self.levels = [(1 - sigma, sigma) for sigma in self._sigmas.tolist()]
 
