@@ -72,6 +72,22 @@ def test_unguided_pictures_equal_the_pipelines(family, step, guidance, folder, r
         assert np.array_equal(found, expected)
 
 
+@each_class
+def test_small_models_depend_on_all_that_they_are_told(family, folder):
+    """Otherwise equal pictures would say little."""
+    guided, plain = (build(family, folder(family), guidance) for guidance in ("guided", "none"))
+    prompt = PROMPTS[0]
+
+    @torch.no_grad()
+    def picture(diffusion, text, negative=None):
+        return Unguided()(Start(diffusion, [text], [0], [negative]), PosteriorMean()).images
+
+    own = picture(guided, prompt)
+    others = [picture(guided, prompt[:-1] + "y"), picture(plain, prompt)]
+    others += [picture(guided, prompt, "dark")] if family.negative else []
+    assert all((other - own).abs().max() > 1e-3 for other in others)
+
+
 # ---- samplers
 
 

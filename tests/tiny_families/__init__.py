@@ -20,20 +20,20 @@ class Step:
     call: Mapping[str, Any] = field(default_factory=dict)  # arguments of the pipeline's `__call__`
 
 
+_LCM = Step("LCM", {"scheduler": "lcm"}, "LCMScheduler")
 VP = (
-    Step("DDIM, eta 0", {"scheduler": "ddim", "eta": 0.0}, "DDIMScheduler", call={"eta": 0.0}),
-    Step("DDIM, eta 1", {"scheduler": "ddim", "eta": 1.0}, "DDIMScheduler", call={"eta": 1.0}),
+    Step("DDIM eta 0", {"scheduler": "ddim", "eta": 0.0}, "DDIMScheduler", call={"eta": 0.0}),
+    Step("DDIM eta 1", {"scheduler": "ddim", "eta": 1.0}, "DDIMScheduler", call={"eta": 1.0}),
     Step("Euler", {"scheduler": "euler", "eta": 0.0}, "EulerDiscreteScheduler"),
-    Step("LCM", {"scheduler": "lcm"}, "LCMScheduler"),
+    _LCM,
     Step("Euler ancestral", {"scheduler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
 )
 _TRAILING = Step(  # as the distilled SDXL models need
-    "Euler, trailing",
+    "Euler trailing",
     {"scheduler": "euler", "eta": 0.0, "scheduler_options": {"timestep_spacing": "trailing"}},
     "EulerDiscreteScheduler",
     {"timestep_spacing": "trailing"},
 )
-_LCM = Step("LCM", {"scheduler": "lcm"}, "LCMScheduler")
 _UNSAID = {"clip_sample": False, "set_alpha_to_one": False}  # what a saved scheduler of another kind does not state
 _PLAYGROUND_VAE = {"latents_mean": [-1.6, -1.0, 0.9, 0.1], "latents_std": [8.4, 5.9, 4.7, 6.0], "scaling_factor": 0.5}
 _FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -82,7 +82,7 @@ FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
     Family("LCM", "LatentConsistency", "latent_consistency", (_LCM,), {}, (8.5, 1.0), rows=1, **_NONE),
-    Family("SDXL", "StableDiffusionXL", "sdxl", (*VP, _TRAILING, _LCM), guidance=(5.0, 1.0)),
+    Family("SDXL", "StableDiffusionXL", "sdxl", (*VP, _TRAILING), guidance=(5.0, 1.0)),
     Family(
         "SDXL, distilled guidance",
         "StableDiffusionXL",
