@@ -77,8 +77,21 @@ def _read_sources(kind: str) -> Iterator[Entry]:
     while below := {name for name, above in parents.items() if above & known} - known:
         known |= below
     for name in known - {base}:
-        if not name.startswith("_") and "abstractmethod" not in ast.unparse(classes[name]):
+        if not name.startswith("_") and not _is_abstract(name, classes, parents):
             yield Entry(kind, name, (ast.get_docstring(classes[name]) or "").partition("\n")[0], "svdd")
+
+
+def _is_abstract(name: str, classes: dict[str, ast.ClassDef], parents: dict[str, set[str]]) -> bool:
+    """Returns whether a class lacks a method that one of its bases declares as abstract."""
+    lineage = [name]
+    for each in lineage:  # the list grows by the bases of each
+        lineage += [above for above in parents[each] if above in classes and above not in lineage]
+    body = [node for each in lineage for node in classes[each].body]
+    methods = [node for node in body if isinstance(node, ast.FunctionDef)]
+    abstract = {id(node) for node in methods if "abstractmethod" in map(ast.unparse, node.decorator_list)}
+    found = {node.name for node in methods if id(node) not in abstract}
+    found |= {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign) and node.value is not None}
+    return any(node.name not in found for node in methods if id(node) in abstract)
 
 
 def _read_imported(kind: str) -> Iterator[Entry]:

@@ -26,7 +26,7 @@ _BUILT_IN: tuple[type[LatentDiffusion], ...] = (
 )
 _LOADING = frozenset(
     {"pretrained", "config", "revision", "variant", "dtype", "local_files_only"}
-    | {"lora", "weight_name", "lora_scale", "compile"}
+    | {"lora", "weight_name", "lora_scale", "compile", "offload", "vae_slicing", "vae_tiling"}
 )
 _OTHER_TASKS = {  # words in the name of a class: what such a pipeline does
     "Kontext|Edit|Pix2Pix|Redux|LEdits": "edits a picture",
@@ -69,6 +69,10 @@ def from_pipeline(pipe: Any, **arguments: Any) -> LatentDiffusion:
         raise UserError(f"a {name} {_refusal(name)}")
     if given := sorted(arguments.keys() & _LOADING):
         raise UserError(f"{', '.join(given)}: a pipeline object has been loaded already; set this on the pipeline")
+    parts = {each: part for each, part in pipe.components.items() if hasattr(part, "config")}
+    configs = {each: {"_class_name": type(part).__name__, **_plain(part.config)} for each, part in parts.items()}
+    if problem := family.misfit(configs):
+        raise UserError(f"a {name} {problem}")
     return family(**_for_family(family, {"pretrained": pipe} | arguments))
 
 
@@ -90,6 +94,10 @@ class AutoDiffusion(LatentDiffusion):
         """Raises UserError if the model is of no known family, or its family refuses it or has no such argument."""
         family = _find(arguments)
         family.examine(_for_family(family, arguments))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
 def _find(arguments: Mapping[str, Any]) -> type[LatentDiffusion]:

@@ -9,7 +9,18 @@ from svdd import UserError
 from svdd.assets.hub import ASSETS, fetch, find_file, is_local, locate
 from svdd.diffusion.single_file import architecture, is_single_file
 
-__all__ = ["EMBEDDED", "INDEX", "LEFT_OUT", "Configs", "ModelIndex", "Source", "examine", "read_index", "read_json"]
+__all__ = [
+    "EMBEDDED",
+    "INDEX",
+    "LEFT_OUT",
+    "Configs",
+    "ModelIndex",
+    "Source",
+    "examine",
+    "name_of",
+    "read_index",
+    "read_json",
+]
 
 Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
 EMBEDDED = {
@@ -142,6 +153,12 @@ def examine(source: Source, pipelines: tuple[str, ...], check: Callable[[Configs
     if configs and (problem := check(configs)):
         raise UserError(f"{what} {problem}")
     return index
+
+
+def name_of(pipe: Any) -> str:
+    """Returns from where a pipeline object was loaded, or the name of its class."""
+    name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
+    return next((known for known, folder in EMBEDDED.items() if name == str(ASSETS / folder)), name)
 
 
 def read_json(what: str, file: Path) -> dict[str, Any]:

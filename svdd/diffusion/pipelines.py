@@ -142,14 +142,18 @@ def to_images(decoded: Tensor) -> Tensor:
     return (decoded.nan_to_num(torch.nan, torch.nan, torch.nan) * 0.5 + 0.5).clamp(0, 1).float()
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """Returns a hash of some numbers of every parameter, in half precision, so a model's fp16 files have the same."""
-    found = hashlib.sha256()
+def fingerprint(*modules: nn.Module) -> list[str]:
+    """Returns hashes of some numbers of every parameter, rounded to float16 and to bfloat16.
+
+    One of them is the same for a model's files, or the weights read from them, in float32 and in half precision.
+    """
+    hashes = [hashlib.sha256(), hashlib.sha256()]
     for name, parameter in (pair for module in modules for pair in module.named_parameters()):
         flat = parameter.detach().flatten()
         few = flat[:: max(1, len(flat) // 16)]
-        found.update(name.encode() + few.to("cpu", torch.float16).numpy().tobytes())
-    return found.hexdigest()[:12]
+        for found, dtype in zip(hashes, (torch.float16, torch.bfloat16), strict=True):
+            found.update(name.encode() + few.to("cpu", dtype).view(torch.int16).numpy().tobytes())
+    return [found.hexdigest()[:12] for found in hashes]
 
 
 def expand(tokenizer: Any, texts: Sequence[str]) -> list[str]:
