@@ -142,7 +142,7 @@ class LatentDiffusion(PipelineParts):
         self.save_memory(offload, vae_slicing, vae_tiling)
         self.latent_shape = self._latent_shape(height, width)
         settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
-        self.kernel = kernel(settings, steps, self.transition, self.timestep_options())
+        self.kernel = kernel(settings, steps, self.transition, self.timestep_options(settings))
         if compile:
             getattr(self, self.backbone).compile()
             self.vae.decoder.compile()
@@ -160,8 +160,7 @@ class LatentDiffusion(PipelineParts):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
-        if (source := Source.of(arguments)).pretrained not in EMBEDDED:
-            examine(source, cls.pipelines(), cls.misfit)
+        examine(source := Source.of(arguments), cls.pipelines(), cls.misfit)
         if (lora := arguments.get("lora")) is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), source.local_files_only)
 
