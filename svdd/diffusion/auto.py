@@ -45,8 +45,8 @@ def families() -> dict[str, type[LatentDiffusion]]:
     found: dict[str, type[LatentDiffusion]] = {}
     base: Any = LatentDiffusion  # which is abstract
     for family in (*_BUILT_IN, *_below(base)):
-        for pipeline in family.pipelines() if hasattr(family, "pipeline") else ():
-            found.setdefault(pipeline, family)  # a family's own subclass does not replace it
+        if hasattr(family, "pipeline"):
+            found.setdefault(family.pipeline, family)  # a family's own subclass does not replace it
     return found
 
 
@@ -146,11 +146,15 @@ def _all_arguments() -> inspect.Signature:
 
 
 def _all_descriptions() -> str:
-    """Returns the section `Args:` of the documentation of all families."""
-    own = [family for family in families().values() if inspect.signature(family).parameters.keys() - _COMMON.keys()]
-    texts = (inspect.cleandoc(str(kind.__doc__)) for kind in (LatentDiffusion, *dict.fromkeys(own)))
-    found = (re.search(r"^Args:\n((?: .*\n|\n(?= ))*)", f"{text}\n", re.MULTILINE) for text in texts)
-    return "Args:\n" + "".join(section[1] for section in found if section)
+    """Returns the section `Args:` of all families; what only some families have begins with their names."""
+    described: dict[str, str] = {}
+    kinds: list[Any] = [LatentDiffusion, *dict.fromkeys(families().values())]
+    for kind in kinds:
+        lines = inspect.cleandoc(str(vars(kind).get("__doc__"))).partition("Args:\n")[2].partition("\n\n")[0]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", lines, re.MULTILINE):
+            of = "" if name in _COMMON else f"{kind.__name__}: "
+            described[name] = f"{described[name]} {of}{text}" if name in described else f"{of}{text}"
+    return "Args:\n" + "\n".join(f"    {name}: {' '.join(text.split())}" for name, text in described.items())
 
 
 # For the parser: an instance is always of a family, and takes the arguments of any.

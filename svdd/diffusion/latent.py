@@ -130,7 +130,7 @@ class LatentDiffusion(PipelineParts):
         if isinstance(pretrained, str):
             self.pretrained = pretrained
             source = Source(pretrained, config, revision, variant, local_files_only)
-            self.pipe = load_pipeline(source, self.pipelines(), self.misfit, DTYPES[dtype])
+            self.pipe = load_pipeline(source, self.pipeline, self.misfit, DTYPES[dtype])
             self.anchor = self.anchor.to(DTYPES[dtype])
             if lora is not None:
                 load_lora(self.pipe, lora, weight_name, local_files_only)
@@ -160,7 +160,12 @@ class LatentDiffusion(PipelineParts):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
+<<<<<<< HEAD
+        if (source := Source.of(arguments)).pretrained not in EMBEDDED:
+            examine(source, cls.pipeline, cls.misfit)
+=======
         examine(source := Source.of(arguments), cls.pipelines(), cls.misfit)
+>>>>>>> main
         if (lora := arguments.get("lora")) is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), source.local_files_only)
 

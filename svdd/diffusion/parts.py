@@ -20,11 +20,13 @@ class PipelineParts(ModelFamily):
 
     Attributes:
         borrowed: Whether the pipeline is another's, which is neither moved nor changed. Its modules are no submodules.
-        weights: Digests of all weights, before a LoRA was fused, as in `fingerprint`.
+        weights: Digest of all weights, before a LoRA was fused, as in `fingerprint`.
+        weights_bfloat16: The same of the weights in bfloat16, from which that of `weights` cannot be computed.
     """
 
     borrowed = False
-    weights: list[str]
+    weights: str
+    weights_bfloat16: str
     _offload: Offload | None = None
     _offloaded: tuple[str, ...] = ()
 
@@ -51,6 +53,7 @@ class PipelineParts(ModelFamily):
         if any(tensor.is_meta for part in self.parts.values() for tensor in part.parameters()):
             raise UserError(f"{what} is offloaded layer by layer; use enable_model_cpu_offload instead")
         self.weights = fingerprint(*self.parts.values())  # before fusing, whose rounding may vary
+        self.weights_bfloat16 = fingerprint(*self.parts.values(), dtype=torch.bfloat16)
         self._unfused = {name: digest(part) for name, part in self.parts.items()} if lora else {}
         # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
         # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
