@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -283,6 +284,8 @@ def test_offloaded_parts_are_on_the_device_only_while_they_compute(sd15, offload
     with torch.inference_mode():
         diffusion.to("meta")
         assert (there(), diffusion.device.type) == (always, "meta")
+        # where pipelines put the inputs of a part
+        assert {get_module_execution_device(part).type for part in diffusion.parts.values()} == {"meta"}
         conditioning, row = diffusion.encode(["a", "b"], [None, None]), torch.zeros(3, dtype=torch.int64, device="meta")
         assert there() == always
         x = torch.empty(3, *diffusion.latent_shape, device="meta")

@@ -160,12 +160,7 @@ class LatentDiffusion(PipelineParts):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
-<<<<<<< HEAD
-        if (source := Source.of(arguments)).pretrained not in EMBEDDED:
-            examine(source, cls.pipeline, cls.misfit)
-=======
-        examine(source := Source.of(arguments), cls.pipelines(), cls.misfit)
->>>>>>> main
+        examine(source := Source.of(arguments), cls.pipeline, cls.misfit)
         if (lora := arguments.get("lora")) is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), source.local_files_only)
 

@@ -24,7 +24,7 @@ class Offload:
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: Callable[[], torch.device]) -> None:
-        self._device = device
+        self.device = device
         self._there: nn.Module | None = None
         self._kept: list[tuple[Any, Any]] = []  # of its layers: a dictionary of weights, and what it held
         for module in modules:
@@ -32,7 +32,7 @@ class Offload:
 
     def bring(self, module: nn.Module) -> None:
         """Moves a module to the device, in the place of the one that is there."""
-        if (device := self._device()).type == "cpu" or module is self._there:
+        if (device := self.device()).type == "cpu" or module is self._there:
             return
         self.release()
         copies: dict[int, Any] = {}  # of weights, which layers may share
@@ -63,6 +63,11 @@ class _Loan(ModelHook):
 
     def __init__(self, offload: Offload) -> None:
         self._offload = offload
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the module's inputs belong; diffusers asks for it."""
+        return self._offload.device()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Moves the module; its arguments stay as they are."""
