@@ -233,16 +233,14 @@ def kohya_xl(pairs: Pairs, folder: Path, blocks: dict[str, str]) -> None:
 
 def kohya_flux(pairs: Pairs, folder: Path) -> None:
     """Keeps the layers of the double blocks that kohya's scripts do not join with others."""
-    state, block = {}, {"attn.to_out.0": "img_attn_proj"}
+    for name in [name for name in pairs["transformer"] if not re.match(r"transformer_blocks\..*to_out", name)]:
+        del pairs["transformer"][name]
+    state = {}
     for part, layers in pairs.items():
-        for name, (down, up) in [*layers.items()]:
+        for name, (down, up) in layers.items():
             stem = f"lora_te1_text_model_{name.replace('.', '_')}"
             if part == "transformer":
-                _, number, inner = name.split(".", 2)
-                if name.startswith("single") or (own := block.get(inner)) is None:
-                    del layers[name]
-                    continue
-                stem = f"lora_unet_double_blocks_{number}_{own}"
+                stem = f"lora_unet_double_blocks_{name.split('.')[1]}_img_attn_proj"
             state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             state[f"{stem}.alpha"] = torch.tensor(ALPHA)
     save_file(state, folder / "kohya.safetensors")

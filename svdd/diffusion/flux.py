@@ -4,6 +4,7 @@ Source: Black Forest Labs, FLUX, 2024, github.com/black-forest-labs/flux.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ class Flux(LatentDiffusion):
     """FLUX.1: the dev model takes the guidance scale as an input, one network row; schnell has no guidance.
 
     Args:
-        true_cfg_scale: Weight of classifier-free guidance with the negative prompts, which doubles the network rows;
-            at 1 or less it is not computed. Independent of guidance_scale.
+        true_cfg_scale: Weight of FLUX.1's classifier-free guidance with the negative prompts, which doubles the network
+            rows; at 1 or less it is not computed. Independent of guidance_scale, the network's input.
         max_sequence_length: Tokens that the T5 text encoder reads, at most 512; schnell is meant for 256.
     """
 
@@ -82,10 +83,10 @@ class Flux(LatentDiffusion):
         own = tokenizer is self.tokenizers.get("tokenizer_2")
         return self.max_sequence_length if own else int(tokenizer.model_max_length)
 
-    def timestep_options(self) -> dict[str, Any]:
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns evenly spaced noise levels and the shift for a picture of this size, which schnell does not use."""
         count, (_, height, width) = self.num_inference_steps, self.latent_shape
-        mu = dynamic_shift(self.pipe.scheduler.config, height * width // 4)
+        mu = dynamic_shift(config, height * width // 4)
         return {"sigmas": np.linspace(1.0, 1 / count, count), "mu": mu}
 
     @property
