@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.paired import PROMPTS, interval
+from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
@@ -32,6 +33,7 @@ from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
 from svdd.state.state import Start
+from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
 STEPS, AT_ONCE = 25, 4
@@ -76,14 +78,15 @@ def unbudgeted(guide: Reward) -> dict[str, Callable[[], Sampler]]:
 
 @torch.no_grad()
 def draw(
-    diffusion: StableDiffusion,
+    diffusion: LatentDiffusion,
     sampler: Sampler,
     guide: Reward,
     others: list[Reward],
     prompts: Any = PROMPTS,
+    value: Value | None = None,
 ) -> dict[str, Any]:
     """Samples IMAGES images of every prompt; returns scores [prompts][images], cost and diversity."""
-    value, clip = PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
+    value, clip = value or PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
     value.bind(guide, diffusion)
     rewards = (guide, *others)
     result: dict[str, Any] = {"scores": {reward.name: [] for reward in rewards}, "diversity": []}

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-from svdd import GuidedDiffusion, StableDiffusion
+from svdd import GuidedDiffusion, StableDiffusion, UserError
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
 from svdd.rewards.clip import CLIPScore
@@ -64,6 +64,12 @@ def test_diffusers_loads_the_flow_model_and_draws_as_we_do():
         output_type="pt",
     ).images
     assert torch.equal(images, own)
+
+
+def test_a_class_for_other_models_refuses_an_embedded_one_before_anything_is_loaded():
+    with pytest.raises(UserError, match="'emoji-flow' is a StableDiffusion3Pipeline; this class takes"):
+        StableDiffusion.examine({"pretrained": "emoji-flow"})
+    AutoDiffusion.examine({"pretrained": "emoji-flow", "max_sequence_length": 0})
 
 
 @pytest.mark.parametrize(

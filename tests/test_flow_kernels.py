@@ -177,6 +177,22 @@ def test_coordinates_do_not_change_a_step_of_a_flow_model(name):
     torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3)
 
 
+def test_options_replace_settings_of_the_chain_whose_levels_a_flow_model_takes():
+    saved = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    lcm, ddim = FLOW_KERNELS["lcm"], FLOW_KERNELS["ddim"]
+    lcm.check_options({"original_inference_steps": 100})
+    kernel = lcm(lcm.configure(saved, {"original_inference_steps": 100}), 4)
+    chain = DIFFUSION_KERNELS["lcm"](V | {"original_inference_steps": 100, "rescale_betas_zero_snr": True}, 4)
+    assert kernel.levels == chain.levels
+    assert ddim(ddim.configure(saved, {}), 4).levels[0] == (0.0, 1.0)
+    for options, message in (
+        ({"shift": 2.0}, "no setting 'shift'"),
+        ({"prediction_type": "sample"}, "predicts v alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ddim.check_options(options)
+
+
 def spread(transition: Transition, steps: int = 25) -> float:
     """Returns the standard deviation of the chain's end for data N(0, 1), whose denoiser is x0 = a x / (a^2 + s^2)."""
     kernel = FLOW({"shift": 3.0}, steps, transition, {"sigmas": 1 - np.arange(steps) / steps})

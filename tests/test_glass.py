@@ -211,3 +211,40 @@ def test_images_of_a_real_model_do_not_depend_on_each_other(sd15):
         start = Start(diffusion, prompts, seeds)()
         assert not torch.equal(start.propose().x, start.prediction.mean)
     assert (ledger.denoiser_rows, ledger.network_rows) == (2 * 3 * 3, 4 * 3 * 3)
+
+
+class InFlowCoordinates(StableDiffusion):
+    """A model as a flow model: the network is given x / (alpha + sigma), told 1000 s, and predicts v = noise - x0."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.own = self.kernel
+        sigmas = [sigma / (alpha + sigma) for alpha, sigma in self.own.levels]
+        self.kernel = FLOW_KERNELS["euler"]({}, len(sigmas) - 1, self.transition, {"sigmas": sigmas[:-1]})
+        self.kernel.levels[-1], self.kernel._sigmas[-1] = (1 - sigmas[-1], sigmas[-1]), sigmas[-1]
+
+    def initial(self, noise):
+        return noise / sum(self.own.levels[0])
+
+    def decode(self, x0):
+        return super().decode(x0 * sum(self.own.levels[-1]))  # emoji's DDIM ends at a little noise
+
+    def evaluate(self, x, t, conditioning, row, guidance_scale):
+        sigma = float(t) / 1000
+
+        def network(x, t):
+            return super(InFlowCoordinates, self).evaluate(x, t, conditioning, row, guidance_scale)
+
+        return (x - self.own.denoise(x / (1 - sigma), (1 - sigma) / sigma, network)) / sigma
+
+
+@pytest.mark.parametrize("transition", [{}, {"rho": 0.4, "inner_steps": 2}, {"eta": 0.0}], ids=str)
+def test_the_embedded_model_draws_the_same_pictures_in_flow_coordinates(transition):
+    pictures = []
+    for kind in (StableDiffusion, InFlowCoordinates):
+        diffusion = kind("emoji", 5, 3.0, **transition)
+        with torch.no_grad():
+            final = run(diffusion, Unguided(), None, prompts=["panda", "pizza"], seeds=[0, 5])
+            pictures.append(final.context.diffusion.decode(final.x))
+    torch.testing.assert_close(*pictures, rtol=0, atol=2e-3)
+    assert pictures[0].std() > 0.2

@@ -1,6 +1,7 @@
 """What Qwen-Image, Z-Image and Sana, whose text encoders are language models, do beyond the tests of all families."""
 
 import json
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import svdd.diffusion
 from svdd import UserError
@@ -36,11 +38,17 @@ def draw(diffusion):
     return final.images.permute(0, 2, 3, 1).numpy(), final.context.ledger
 
 
-def reference(kind, folder, steps, size, dtype=torch.float32, **options):
+def reference(kind, folder, steps, size, dtype=torch.float32, scheduler=None, lora=None, **options):
     pipe = getattr(diffusers, getattr(svdd.diffusion, kind).pipeline).from_pretrained(folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if kind == "Sana":
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    if scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **scheduler)
     scale = "true_cfg_scale" if kind == "QwenImage" else "guidance_scale"
     return pipe(
         list(PROMPTS),
@@ -77,6 +85,41 @@ def test_z_image_truncates_and_normalises_guidance_as_its_pipeline(options, rows
     assert np.array_equal(found, expected)
     assert ledger.network_rows == 2 * rows
     assert not np.array_equal(found, draw(ours("ZImage", folders["ZImage"], 5, (64, 96)))[0])
+
+
+def test_the_settings_of_qwen_image_lightning(folders):
+    options = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+    expected = reference("QwenImage", folders["QwenImage"], 4, (64, 96), scheduler=options)
+    assert np.array_equal(
+        draw(ours("QwenImage", folders["QwenImage"], 4, (64, 96), scheduler_options=options))[0], expected
+    )
+
+
+def small_lora(kind, folder, file):
+    """Writes a LoRA of the attention layers, with alphas and their older names as Qwen-Image-Lightning, or without."""
+    network = getattr(diffusers, getattr(svdd.diffusion, kind).pipeline).from_pretrained(folder).transformer
+    generator, state = torch.Generator().manual_seed(3), {}
+    for name, layer in network.named_modules():
+        if name.endswith(("to_q", "to_v")):
+            down = torch.randn(2, layer.in_features, generator=generator)
+            up = torch.randn(layer.out_features, 2, generator=generator)
+            if kind == "QwenImage":
+                state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                state |= {f"{name}.alpha": torch.tensor(1.0)}
+            else:
+                state |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+    save_file(state, file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_lora_equals_the_pipelines(kind, folders, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    small_lora(kind, folders[kind], file)
+    options = {"use_resolution_binning": False} if kind == "Sana" else {}
+    expected = reference(kind, folders[kind], 3, (64, 64), lora=file, **options)
+    found, _ = draw(ours(kind, folders[kind], 3, (64, 64), lora=str(file)))
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, draw(ours(kind, folders[kind], 3, (64, 64)))[0])
 
 
 def test_sana_draws_at_a_trained_size_and_scales(tmp_path):

@@ -5,13 +5,21 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from svdd import UserError
 from svdd.diffusion.pixart_sigma import PixArtSigma
 from svdd.diffusion.stable_diffusion_xl import StableDiffusionXL
+from svdd.samplers.unguided import Unguided
+from svdd.state.state import Start
+from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import pixart_sigma, sdxl
+
+UNBINNED = {"use_resolution_binning": False}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,21 @@ def test_an_autoencoder_that_overflows_decodes_in_float32(xl, tmp_path, upcast):
     assert model.dtype == model.unet.dtype == model.text_encoder.dtype == torch.bfloat16
     assert seen == [torch.float32 if upcast else torch.bfloat16]
     assert images.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "dtype"), [("XL", "float16"), ("PixArt", "float16"), ("PixArt", "bfloat16")])
+def test_pictures_in_half_precision_equal_the_pipelines(xl, pixart, kind, dtype):
+    """Also after `to`, which leaves positions and, in float16, some layers of T5 and the autoencoder in float32."""
+    folder, family, options = (xl, StableDiffusionXL, {}) if kind == "XL" else (pixart, PixArtSigma, UNBINNED)
+    pipe = getattr(diffusers, family.pipeline).from_pretrained(folder, dtype=getattr(torch, dtype))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    expected = pipe(["panda", "a red apple"], num_inference_steps=3, generator=generators, output_type="np", **options)
+    for read in (dtype, "float32"):
+        model = family(folder, 3, scheduler="ddim", eta=0.0, dtype=read).to(getattr(torch, dtype))
+        images = Unguided()(Start(model, ["panda", "a red apple"], [3, 4]), PosteriorMean()).images
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected.images)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 ASSETS = Path(__file__).parent  # the models that ship with svdd
-_SPARE = r"position_ids$|inv_freq$|(^|\.)pooler\."  # in published files, and without effect
+_SPARE = r"position_ids$|inv_freq$|(^|\.)(pooler|lm_head)\."  # in published files, and without effect
 _SENTENCE = "a photo of a red apple on a table"  # a usable tokenizer knows some of it
 
 

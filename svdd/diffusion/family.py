@@ -1,11 +1,11 @@
 """What a model family states and implements: how its pipeline of diffusers turns texts and latents into pictures."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
@@ -27,7 +27,6 @@ class ModelFamily(Diffusion):
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
-    alike: ClassVar[tuple[str, ...]] = ()  # other classes of pipelines that consist of the same parts
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
     kernels: ClassVar[Mapping[str, type[Kernel]]] = (
         DIFFUSION_KERNELS  # by the name of their scheduler; default: the first
@@ -39,11 +38,6 @@ class ModelFamily(Diffusion):
     two_calls: ClassVar[bool] = False  # whether the unconditional half is a call of its own, with texts of other length
     pipe: Any
     vae: Any
-
-    @classmethod
-    def pipelines(cls) -> tuple[str, ...]:
-        """Returns the names of all pipelines that this family loads."""
-        return cls.pipeline, *cls.alike
 
     @classmethod
     def misfit(cls, configs: Configs) -> str:
@@ -72,8 +66,11 @@ class ModelFamily(Diffusion):
         """Returns the number of tokens, special ones included, after which a text is cut off."""
         return self.max_tokens or int(tokenizer.model_max_length)
 
-    def timestep_options(self) -> dict[str, Any]:
-        """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps."""
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the pipeline gives to its scheduler's `set_timesteps` besides the number of steps.
+
+        `config` is the scheduler's configuration, with the user's settings.
+        """
         return {}
 
     @property
@@ -129,11 +126,28 @@ class ModelFamily(Diffusion):
         unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
         return self.combine(unconditional, conditional, scale, t)
 
+    def float32_weights(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yields the weights and buffers that stay in float32 when the model is converted to half precision.
+
+        They are those that `from_pretrained(dtype=...)` leaves there: of T5 in float16 the layers that would overflow,
+        and computed buffers, such as positions and the frequencies of rotary embeddings.
+        """
+        for part in (part for part in self.pipe.components.values() if isinstance(part, nn.Module)):
+            names = set(getattr(part, "_keep_in_fp32_modules_strict", None) or ())
+            if dtype == torch.float16:
+                names |= set(getattr(part, "_keep_in_fp32_modules", None) or ())
+            yield from (weight for name, weight in part.named_parameters() if names & {*name.split(".")})
+            buffers = (layer._buffers[name] for layer in part.modules() for name in layer._non_persistent_buffers_set)
+            yield from (buffer for buffer in buffers if buffer is not None)
+
+    def conversion(self, convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Returns a conversion to a device and a dtype that leaves `float32_weights` as they are."""
+        dtype = convert(torch.empty(0)).dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            return convert
+        kept = {id(weight) for weight in self.float32_weights(dtype)}
+        return lambda weight: weight.to(convert(weight.new_empty(0)).device) if id(weight) in kept else convert(weight)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModelFamily":
-        """Moves or casts the modules; the frequencies of rotary embeddings keep their precision, as in the pipeline."""
-        found = [(module, name, module._buffers[name]) for module in self.modules() for name in module._buffers]
-        super()._apply(fn, recurse)
-        for module, name, before in found:
-            if before is not None and name.endswith("inv_freq"):
-                module._buffers[name] = before.to(fn(before).device)
-        return self
+        """Moves and converts the model, as `to` and Lightning do."""
+        return super()._apply(self.conversion(fn), recurse)

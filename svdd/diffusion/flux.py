@@ -4,6 +4,7 @@ Source: Black Forest Labs, FLUX, 2024, github.com/black-forest-labs/flux.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,10 @@ class Flux(LatentDiffusion):
         own = tokenizer is self.tokenizers.get("tokenizer_2")
         return self.max_sequence_length if own else int(tokenizer.model_max_length)
 
-    def timestep_options(self) -> dict[str, Any]:
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns evenly spaced noise levels and the shift for a picture of this size, which schnell does not use."""
         count, (_, height, width) = self.num_inference_steps, self.latent_shape
-        mu = dynamic_shift(self.pipe.scheduler.config, height * width // 4)
+        mu = dynamic_shift(config, height * width // 4)
         return {"sigmas": np.linspace(1.0, 1 / count, count), "mu": mu}
 
     @property

@@ -3,6 +3,7 @@
 Source: Black Forest Labs, FLUX.2 klein, 2026, github.com/black-forest-labs/flux2.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class Flux2Klein(LatentDiffusion):
         """Returns the number of tokens after which a text is cut off, without those of the chat's turns."""
         return self.max_sequence_length - int(self._tokenize([""]).attention_mask.sum())
 
-    def timestep_options(self) -> dict[str, Any]:
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns evenly spaced noise levels and their shift, which depends on the size and on the number of steps."""
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 

@@ -143,6 +143,10 @@ def _read(pipeline: Any, what: str, file: Path, models: dict[str, Any]) -> _Weig
         return _read_peft(what, file, raw, models)
     raw = {re.sub(r"(lora_[AB])\.default\.", r"\1.", name): tensor for name, tensor in raw.items()}
     settings = None if _fold(raw) else _settings(what, file)
+    layers = {name for part, model in models.items() for own in _layers(model) for name in (own, f"{part}.{own}")}
+    for name in [name for name in raw if name.partition(".lora_")[0] in layers]:
+        # Without alphas, diffusers does not convert these names of some models' layers.
+        raw[name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")] = raw.pop(name)
     options = {"unet_config": pipeline.unet.config} if "unet" in models else {}  # for the block names of the first SDXL
     try:
         found = pipeline.lora_state_dict(dict(raw), **options)  # which empties the dictionary

@@ -4,6 +4,7 @@ Source: Wu et al., Qwen-Image Technical Report, 2025, arXiv 2508.02324.
 """
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,10 +70,10 @@ class QwenImage(LatentDiffusion):
         before = self.pipe.prompt_template_encode.partition("{}")[0]
         return self.max_tokens + self.pipe.prompt_template_encode_start_idx - len(tokenizer(before).input_ids)
 
-    def timestep_options(self) -> dict[str, Any]:
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns evenly spaced noise levels and their shift, which depends on the size of the picture."""
         count, (_, height, width) = self.num_inference_steps, self.latent_shape
-        mu = dynamic_shift(self.pipe.scheduler.config, height * width // 4)
+        mu = dynamic_shift(config, height * width // 4)
         return {"sigmas": np.linspace(1.0, 1 / count, count), "mu": mu}
 
     @property

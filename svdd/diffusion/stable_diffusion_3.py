@@ -3,6 +3,7 @@
 Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024, arXiv 2403.03206.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -76,9 +77,9 @@ class StableDiffusion3(LatentDiffusion):
         own = tokenizer is self.tokenizers.get("tokenizer_3")
         return self.max_sequence_length if own else int(tokenizer.model_max_length)
 
-    def timestep_options(self) -> dict[str, Any]:
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a shift if the scheduler's depends on the size of the picture; the published ones do not."""
-        config, (_, height, width) = self.pipe.scheduler.config, self.latent_shape
+        _, height, width = self.latent_shape
         if not config.get("use_dynamic_shifting"):
             return {}
         return {"mu": dynamic_shift(config, height * width // self.transformer.config.patch_size**2)}

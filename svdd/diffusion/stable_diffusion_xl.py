@@ -105,7 +105,7 @@ class StableDiffusionXL(LatentDiffusion):
         return to_images(self.vae.decode(latents, return_dict=False)[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StableDiffusionXL":
-        """Moves or casts the modules; an autoencoder that overflows in half precision stays in float32."""
+        """Moves and converts the model; an autoencoder that would overflow in half precision returns to float32."""
         super()._apply(fn, recurse)
         if self.vae.config.get("force_upcast"):
             self.vae.float()

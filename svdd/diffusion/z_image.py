@@ -4,6 +4,7 @@ Source: Z-Image Team, Z-Image: An Efficient Image Generation Foundation Model wi
 2025, arXiv 2511.22699.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,10 +74,10 @@ class ZImage(LatentDiffusion):
         before = tokenizer.apply_chat_template(turn, tokenize=False, enable_thinking=True).partition("{}")[0]
         return self.max_tokens - len(tokenizer(before).input_ids)
 
-    def timestep_options(self) -> dict[str, Any]:
+    def timestep_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns evenly spaced noise levels and a shift for schedulers whose shift depends on the picture's size."""
         count, (_, height, width) = self.num_inference_steps, self.latent_shape
-        mu = dynamic_shift(self.pipe.scheduler.config, (height // 2) * (width // 2))
+        mu = dynamic_shift(config, (height // 2) * (width // 2))
         return {"sigmas": torch.linspace(1.0, 1 / count, count).tolist(), "mu": mu}
 
     @property
@@ -114,7 +115,7 @@ class ZImage(LatentDiffusion):
         return super().evaluate(x, t, conditioning, row, guidance_scale)
 
     def _truncated(self, t: Tensor) -> bool:
-        return self.cfg_truncation <= 1 and float((1000 - t.float()) / 1000) > self.cfg_truncation
+        return self.cfg_truncation < 1 and float((1000 - t.float()) / 1000) > self.cfg_truncation
 
     def combine(self, negative: Tensor, positive: Tensor, guidance_scale: float, t: Tensor) -> Tensor:
         """Returns cond + w (cond - uncond), each row scaled down to the longest norm."""

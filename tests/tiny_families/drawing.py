@@ -108,4 +108,4 @@ def draw(diffusion: LatentDiffusion, guidance: str, count: int) -> np.ndarray:
     """Returns the pictures that `Reference.draw` returns, drawn by us."""
     negatives = NEGATIVES[:count] if guidance == "negative prompts" else None
     final = Unguided()(Start(diffusion, PROMPTS[:count], SEEDS[:count], negatives), PosteriorMean())
-    return final.images.permute(0, 2, 3, 1).numpy()
+    return final.images.permute(0, 2, 3, 1).cpu().numpy()

@@ -26,12 +26,12 @@ class FlowKernel(Kernel):
 
         A multistep solver with `use_flow_sigmas` states the shift as `flow_shift`.
         """
-        kind = config.get("_class_name", "scheduler")
-        if kind.startswith("FlowMatch"):
+        if "shift" in config and "beta_schedule" not in config:  # a scheduler made in Python states no class
             return dict(config)
         if config.get("use_flow_sigmas"):
             trained = config.get("num_train_timesteps", 1000)
             return {"num_train_timesteps": trained, "shift": config.get("flow_shift", 1.0)}
+        kind = config.get("_class_name", "scheduler")
         raise ValueError(f"the model's {kind} is not for flow matching, as needed here")
 
     def denoise(self, statistic: Tensor, ratio: float, network: Network) -> Tensor:

@@ -4,6 +4,7 @@ Source: Kim et al., Inference-Time Scaling for Flow Models via Stochastic Genera
 arXiv 2503.19385. A change of coordinates alone does not change the law of a step; its levels do.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,18 +28,35 @@ _CONFIG = {
     "prediction_type": "v_prediction",
     "clip_sample": False,
 }
+_OPTIONS = "options of the chain"
 
 
 class FlowDDIM(FlowKernel):
     """DDIM on a flow model: x = (alpha + sigma) x_flow, and the network is told s = sigma / (alpha + sigma).
 
-    The shift of the saved scheduler has no effect.
+    The shift of the saved scheduler has no effect; options replace settings of the chain, such as its betas.
     """
 
     chain: ClassVar[type[BetaKernel]] = DDIM
 
+    def __init__(self, config: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._options = config.get(_OPTIONS, {})
+        super().__init__({name: value for name, value in config.items() if name != _OPTIONS}, *args, **kwargs)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Raises ValueError if an option is no setting of the chain, or is what the network predicts."""
+        cls.chain.check_options(options)
+        if "prediction_type" in options:
+            raise ValueError("scheduler_options: a flow model predicts v alone; leave prediction_type out")
+
+    @classmethod
+    def configure(cls, saved: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings of the flow and the options of the chain."""
+        return {**cls.settings(saved), _OPTIONS: dict(options)}
+
     def _set_timesteps(self, count: int, options: dict[str, Any]) -> None:
-        self._chain = self.chain(_CONFIG, count, self.transition)
+        self._chain = self.chain({**_CONFIG, **self._options}, count, self.transition)
         self.levels = [*self._chain.levels[:-1], (1.0, 0.0)]
         shares = [sigma / (alpha + sigma) for alpha, sigma in self.levels[:-1]]
         self.timesteps = torch.tensor(shares) * self.config.num_train_timesteps
