@@ -115,7 +115,7 @@ class ZImage(LatentDiffusion):
         return super().evaluate(x, t, conditioning, row, guidance_scale)
 
     def _truncated(self, t: Tensor) -> bool:
-        return self.cfg_truncation <= 1 and float((1000 - t.float()) / 1000) > self.cfg_truncation
+        return self.cfg_truncation < 1 and float((1000 - t.float()) / 1000) > self.cfg_truncation
 
     def combine(self, negative: Tensor, positive: Tensor, guidance_scale: float, t: Tensor) -> Tensor:
         """Returns cond + w (cond - uncond), each row scaled down to the longest norm."""

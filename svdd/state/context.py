@@ -88,4 +88,5 @@ class Context:
 
     def _normals(self, generators: list[torch.Generator], n: int) -> Tensor:
         shape, dtype = (n, *self.diffusion.latent_shape), self.diffusion.dtype
-        return torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
+        wide = torch.promote_types(dtype, torch.float32)  # half precision may have another sequence
+        return torch.cat([torch.randn(shape, generator=each, dtype=wide).to(dtype) for each in generators])

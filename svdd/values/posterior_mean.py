@@ -15,8 +15,8 @@ class PosteriorMean(PreviewValue):
 
     Args:
         decoder: A smaller decoder for previews: `tiny`, a folder or a hub name of an AutoencoderTiny.
-        guidance_scale: Another weight of classifier-free guidance for previews; 1 saves the unconditional half. Each
-            selected row is then denoised again at the model's own scale: one more denoiser row.
+        guidance_scale: Another weight of classifier-free guidance for previews; 1 (Z-Image: 0) saves the unconditional
+            half. Each selected row is then denoised again at the model's own scale: one more denoiser row.
     """
 
     def __init__(self, decoder: str | None = None, guidance_scale: float | None = None) -> None:
