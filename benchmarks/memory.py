@@ -48,18 +48,23 @@ Run = Callable[[nn.Module, int], Any]  # evaluates a network or decoder on some 
 
 
 class LivePeak(TorchDispatchMode):
-    """Counts the bytes of all storages that exist at once among the results of operations; keeps the maximum."""
+    """Counts the bytes of all storages that exist at once among the results of operations; keeps the maximum.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: Of the tensors that count; by default all.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.now, self.most = 0, 0
+        self.dtype, self.now, self.most = dtype, 0, 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and counts the storages that it made; views and weights are no new ones."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            counts = isinstance(tensor, Tensor) and tensor.device.type != "meta"
+            if counts and self.dtype in (None, tensor.dtype):
                 storage = tensor.untyped_storage()
                 if (key := storage._cdata) not in self._known:
                     self._known.add(key)

@@ -12,7 +12,7 @@ from torchmetrics import SumMetric
 
 from svdd import UserError
 from svdd.assets.content import digest, sources
-from svdd.diffusion.auto import AutoDiffusion
+from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
 from svdd.evaluation.metrics import RewardStatistics
@@ -40,7 +40,8 @@ class GuidedDiffusion(L.LightningModule):
 
     Args:
         reward: The guide reward.
-        diffusion: The pretrained model; by default the one that ships with svdd.
+        diffusion: The pretrained model, or in Python a pipeline object of diffusers, which stays as it is; by default
+            the model that ships with svdd.
         sampler: The algorithm; by default `SVDD` with 20 candidates.
         value: The estimate that guides the sampler; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
@@ -82,6 +83,8 @@ class GuidedDiffusion(L.LightningModule):
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
         self.reward, self.eval_rewards = reward, nn.ModuleList(eval_rewards or [])
+        if diffusion is not None and not isinstance(diffusion, Diffusion):
+            diffusion = from_pipeline(diffusion)
         self.diffusion = AutoDiffusion() if diffusion is None else diffusion
         self.sampler = SVDD() if sampler is None else sampler
         self.value = PosteriorMean() if value is None else value
@@ -139,6 +142,8 @@ class GuidedDiffusion(L.LightningModule):
     ) -> State:
         """Runs the sampler and returns the end of the chain, decoded, with as many rows per image as it returns."""
         self.value.eval()
+        if self.device != self.diffusion.device:  # where a pipeline object is
+            self.to(self.diffusion.device)
         self._resolve()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():

@@ -29,6 +29,8 @@ from svdd.values.pretrained import learned_class
 
 __all__ = ["ModelCLI"]
 
+_HALF = {"bf16": "bfloat16", "16": "float16"}  # by the beginning of `trainer.precision`
+
 
 class ModelCLI(LightningCLI):
     """A command that builds a module, its data and a Trainer from `words`, the command line after its name."""
@@ -88,6 +90,7 @@ class ModelCLI(LightningCLI):
             self.settings = self.config[self.command]
             self.settings.overwrite = self.settings.overwrite and not restarted()  # the first start did that
             self._check_trainer()
+            self._match_precision()
             self._examine_diffusion()
             self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
 
@@ -97,6 +100,13 @@ class ModelCLI(LightningCLI):
             examine = getattr(resolve_name(diffusion.class_path), "examine", None)  # a class has it, a function not
             if examine is not None:
                 examine(diffusion.get("init_args") or {})
+
+    def _match_precision(self) -> None:
+        """Has the weights read in the precision in which the Trainer computes, unless `dtype` states another."""
+        arguments = (self.settings.model.get("diffusion") or {}).get("init_args") or {}
+        kind, _, true = str(self.settings.trainer.precision).partition("-")
+        if true == "true" and kind in _HALF and arguments.get("dtype") == "auto":
+            arguments["dtype"] = _HALF[kind]
 
     def _check_trainer(self) -> None:
         """Refuses what Lightning would take for a run without pictures, or could not take at all."""

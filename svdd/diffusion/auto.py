@@ -26,7 +26,7 @@ _BUILT_IN: tuple[type[LatentDiffusion], ...] = (
 )
 _LOADING = frozenset(
     {"pretrained", "config", "revision", "variant", "dtype", "local_files_only"}
-    | {"lora", "weight_name", "lora_scale", "compile"}
+    | {"lora", "weight_name", "lora_scale", "compile", "offload", "vae_slicing", "vae_tiling"}
 )
 _OTHER_TASKS = {  # words in the name of a class: what such a pipeline does
     "Kontext|Edit|Pix2Pix|Redux|LEdits": "edits a picture",
@@ -45,8 +45,8 @@ def families() -> dict[str, type[LatentDiffusion]]:
     found: dict[str, type[LatentDiffusion]] = {}
     base: Any = LatentDiffusion  # which is abstract
     for family in (*_BUILT_IN, *_below(base)):
-        for pipeline in family.pipelines() if hasattr(family, "pipeline") else ():
-            found.setdefault(pipeline, family)  # a family's own subclass does not replace it
+        if hasattr(family, "pipeline"):
+            found.setdefault(family.pipeline, family)  # a family's own subclass does not replace it
     return found
 
 
@@ -69,6 +69,10 @@ def from_pipeline(pipe: Any, **arguments: Any) -> LatentDiffusion:
         raise UserError(f"a {name} {_refusal(name)}")
     if given := sorted(arguments.keys() & _LOADING):
         raise UserError(f"{', '.join(given)}: a pipeline object has been loaded already; set this on the pipeline")
+    parts = {each: part for each, part in pipe.components.items() if hasattr(part, "config")}
+    configs = {each: {"_class_name": type(part).__name__, **_plain(part.config)} for each, part in parts.items()}
+    if problem := family.misfit(configs):
+        raise UserError(f"a {name} {problem}")
     return family(**_for_family(family, {"pretrained": pipe} | arguments))
 
 
@@ -90,6 +94,10 @@ class AutoDiffusion(LatentDiffusion):
         """Raises UserError if the model is of no known family, or its family refuses it or has no such argument."""
         family = _find(arguments)
         family.examine(_for_family(family, arguments))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
 def _find(arguments: Mapping[str, Any]) -> type[LatentDiffusion]:
@@ -138,11 +146,15 @@ def _all_arguments() -> inspect.Signature:
 
 
 def _all_descriptions() -> str:
-    """Returns the section `Args:` of the documentation of all families."""
-    own = [family for family in families().values() if inspect.signature(family).parameters.keys() - _COMMON.keys()]
-    texts = (inspect.cleandoc(str(kind.__doc__)) for kind in (LatentDiffusion, *dict.fromkeys(own)))
-    found = (re.search(r"^Args:\n((?: .*\n|\n(?= ))*)", f"{text}\n", re.MULTILINE) for text in texts)
-    return "Args:\n" + "".join(section[1] for section in found if section)
+    """Returns the section `Args:` of all families; what only some families have begins with their names."""
+    described: dict[str, str] = {}
+    kinds: list[Any] = [LatentDiffusion, *dict.fromkeys(families().values())]
+    for kind in kinds:
+        lines = inspect.cleandoc(str(vars(kind).get("__doc__"))).partition("Args:\n")[2].partition("\n\n")[0]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", lines, re.MULTILINE):
+            of = "" if name in _COMMON else f"{kind.__name__}: "
+            described[name] = f"{described[name]} {of}{text}" if name in described else f"{of}{text}"
+    return "Args:\n" + "\n".join(f"    {name}: {' '.join(text.split())}" for name, text in described.items())
 
 
 # For the parser: an instance is always of a family, and takes the arguments of any.

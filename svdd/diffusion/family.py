@@ -27,7 +27,6 @@ class ModelFamily(Diffusion):
     """
 
     pipeline: ClassVar[str]  # name of the class in diffusers
-    alike: ClassVar[tuple[str, ...]] = ()  # other classes of pipelines that consist of the same parts
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
     kernels: ClassVar[Mapping[str, type[Kernel]]] = (
         DIFFUSION_KERNELS  # by the name of their scheduler; default: the first
@@ -39,11 +38,6 @@ class ModelFamily(Diffusion):
     two_calls: ClassVar[bool] = False  # whether the unconditional half is a call of its own, with texts of other length
     pipe: Any
     vae: Any
-
-    @classmethod
-    def pipelines(cls) -> tuple[str, ...]:
-        """Returns the names of all pipelines that this family loads."""
-        return cls.pipeline, *cls.alike
 
     @classmethod
     def misfit(cls, configs: Configs) -> str:

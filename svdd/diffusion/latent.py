@@ -8,22 +8,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from svdd import UserError
-from svdd.assets.content import digest
 from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
-from svdd.diffusion.family import Conditioning, ModelFamily
+from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels.base import find_kernel
 from svdd.diffusion.kernels.glass import glass
 from svdd.diffusion.kernels.transition import Noise, Transition
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
-from svdd.diffusion.model_index import EMBEDDED, Source, examine
+from svdd.diffusion.model_index import EMBEDDED, Source, examine, name_of
+from svdd.diffusion.offload import OffloadMode
+from svdd.diffusion.parts import PipelineParts
 from svdd.diffusion.pipelines import (
     DTYPES,
     Dtype,
     TinyDecoder,
-    check_length,
-    fingerprint,
     load_pipeline,
     warn_of_cuts,
 )
@@ -31,7 +30,7 @@ from svdd.diffusion.pipelines import (
 __all__ = ["LatentDiffusion"]
 
 
-class LatentDiffusion(ModelFamily):
+class LatentDiffusion(PipelineParts):
     """A pipeline of diffusers: autoencoder, text encoders and network, as submodules under the pipeline's names.
 
     A model family is a subclass in one file: see `ModelFamily` for what it states and implements.
@@ -69,6 +68,10 @@ class LatentDiffusion(ModelFamily):
         config: A folder or hub name of the pipeline that a single file belongs to; by default the hub's. It also
             provides what the file lacks, such as the text encoders.
         dtype: Precision in which the weights are read; `auto`: that of `--trainer.precision`, in Python float32.
+        offload: Parts that are on the device only while they compute: `text_encoders`, which leave it once the prompts
+            are encoded, or `model`: one part at a time. It saves memory, not time.
+        vae_slicing: Decode one image at a time.
+        vae_tiling: Decode images above the autoencoder's own size in tiles, which can leave faint seams.
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
@@ -102,6 +105,9 @@ class LatentDiffusion(ModelFamily):
         variant: str | None = None,
         config: str | None = None,
         dtype: Dtype = "auto",
+        offload: OffloadMode = "none",
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
         local_files_only: bool = False,
     ) -> None:
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
@@ -115,41 +121,31 @@ class LatentDiffusion(ModelFamily):
                 raise ValueError(f"{name} must be a finite number, got {number}")
         if not isinstance(negative_prompt, str):
             raise ValueError(f"negative_prompt must be text, got {negative_prompt!r}")
+        if compile and offload != "none":
+            raise ValueError(f"offload={offload!r} cannot be combined with compile")
         kernel, self.scheduler_options = find_kernel(self.scheduler, self.kernels), dict(scheduler_options or {})
         kernel.check_options(self.scheduler_options)
-        self.pretrained, self.lora, self.lora_scale = pretrained, lora, lora_scale
+        self.lora, self.lora_scale, self.offload = lora, lora_scale, offload
         self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
-        source = Source(pretrained, config, revision, variant, local_files_only)
-        self.pipe = load_pipeline(source, self.pipelines(), self.misfit, DTYPES[dtype])
-        if lora is not None:
-            load_lora(self.pipe, lora, weight_name, local_files_only)
-        self._take_parts()
+        if isinstance(pretrained, str):
+            self.pretrained = pretrained
+            source = Source(pretrained, config, revision, variant, local_files_only)
+            self.pipe = load_pipeline(source, self.pipeline, self.misfit, DTYPES[dtype])
+            self.anchor = self.anchor.to(DTYPES[dtype])
+            if lora is not None:
+                load_lora(self.pipe, lora, weight_name, local_files_only)
+        else:
+            self.pretrained, self.pipe, self.borrowed = name_of(pretrained), pretrained, True
+        self.take_parts(f"pretrained={self.pretrained!r}", lora is not None)
         if lora is not None:
             fuse_lora(self.pipe, lora, lora_scale)
+        self.save_memory(offload, vae_slicing, vae_tiling)
         self.latent_shape = self._latent_shape(height, width)
         settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
         self.kernel = kernel(settings, steps, self.transition, self.timestep_options(settings))
         if compile:
             getattr(self, self.backbone).compile()
             self.vae.decoder.compile()
-
-    def _take_parts(self) -> None:
-        """Registers the pipeline's modules and notes what their weights are, before a LoRA is fused."""
-        parts = self.pipe.components
-        encoders = (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None)
-        names = [self.backbone, "vae", *sorted(encoders)]
-        self.weights = fingerprint(*(parts[name] for name in names))  # before fusing, whose rounding may vary
-        self._unfused = {name: digest(parts[name]) for name in names} if self.lora is not None else {}
-        # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
-        # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
-        for name in names:
-            self.add_module(name, parts[name].eval())
-        self.tokenizers = {
-            name: part for name, part in parts.items() if name.startswith("tokenizer") and part is not None
-        }
-        for name, tokenizer in self.tokenizers.items():
-            config = getattr(parts.get(name.replace("tokenizer", "text_encoder")), "config", None)
-            check_length(f"pretrained={self.pretrained!r}, its {name},", self.token_limit(tokenizer), config)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         multiple, native = self.size_multiple, self.native_size()
@@ -164,15 +160,15 @@ class LatentDiffusion(ModelFamily):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
-        examine(source := Source.of(arguments), cls.pipelines(), cls.misfit)
+        examine(source := Source.of(arguments), cls.pipeline, cls.misfit)
         if (lora := arguments.get("lora")) is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), source.local_files_only)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The model, by name without path and by weights, and the settings of its chain."""
-        lora = None if self.lora is None else Path(self.lora).name
-        lora = lora if lora is None or self.lora_scale == 1 else f"{lora} times {self.lora_scale}"
+        lora: Any = self.adapters() or None if self.lora is None else Path(self.lora).name
+        lora = lora if self.lora is None or self.lora_scale == 1 else f"{lora} times {self.lora_scale}"
         names = {"pretrained": Path(self.pretrained).name, "lora": lora}
         settings = ("weights", "scheduler", "guidance_scale", "negative_prompt", "eta")
         options = {"scheduler_options": self.scheduler_options} if self.scheduler_options else {}
@@ -184,16 +180,14 @@ class LatentDiffusion(ModelFamily):
         """The configuration of the scheduler."""
         return self.kernel.config
 
-    def fingerprints(self) -> dict[str, str]:
-        """Returns digests of the scheduler and the tokenizers and of each network, before a LoRA was fused."""
-        return super().fingerprints() | self._unfused
-
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> Conditioning:
         """Returns the encoded prompts and negative prompts (None without guidance)."""
         negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
         guided = self.network_rows(self.guidance_scale) > 1
         positive = self._encode(list(prompts), self.encode_texts)
-        return positive, self._encode(negatives, self.encode_negative_texts) if guided else None
+        negative = self._encode(negatives, self.encode_negative_texts) if guided else None
+        self.release()
+        return positive, negative
 
     def initial(self, noise: Tensor) -> Tensor:
         """Scales noise to the scheduler's first level."""

@@ -9,7 +9,18 @@ from svdd import UserError
 from svdd.assets.hub import ASSETS, fetch, find_file, is_local, locate
 from svdd.diffusion.single_file import architecture, is_single_file
 
-__all__ = ["EMBEDDED", "INDEX", "LEFT_OUT", "Configs", "ModelIndex", "Source", "examine", "read_index", "read_json"]
+__all__ = [
+    "EMBEDDED",
+    "INDEX",
+    "LEFT_OUT",
+    "Configs",
+    "ModelIndex",
+    "Source",
+    "examine",
+    "name_of",
+    "read_index",
+    "read_json",
+]
 
 Configs = dict[str, dict[str, Any]]  # config.json by the name of the part
 EMBEDDED = {
@@ -93,7 +104,7 @@ def read_index(source: Source, saved: str = "a pipeline's save_pretrained") -> M
 def _index_of_file(source: Source, saved: str) -> ModelIndex:
     file = find_file(source.pretrained, source.revision, source.local_files_only)
     held = architecture(source.what, file)
-    if source.config is None and (held.pipeline is None or held.repository is None):
+    if source.config is None and held.repository is None:
         needs = "give `config`, a folder or hub name of its pipeline, if that is a model of this kind"
         raise UserError(f"{source.what} is a single file, of {held.name}, whose configuration is not known; {needs}")
     config = source.config or str(held.repository)
@@ -111,22 +122,22 @@ def _index_of_file(source: Source, saved: str) -> ModelIndex:
     return index._replace(file=file)
 
 
-def examine(source: Source, pipelines: tuple[str, ...], check: Callable[[Configs], str]) -> ModelIndex:
+def examine(source: Source, class_name: str, check: Callable[[Configs], str]) -> ModelIndex:
     """Checks what a model is: a hub name by its model_index.json alone.
 
     Args:
         source: The model.
-        pipelines: The classes of pipelines that it may be of.
+        class_name: The class of pipelines that it must be of.
         check: Returns what is wrong with the configurations of the parts, or an empty string.
 
     Raises:
         UserError: If there is no such model, or it is not what is expected.
     """
-    saved, what = f"{pipelines[0]}.save_pretrained", source.what
+    saved, what = f"{class_name}.save_pretrained", source.what
     index = read_index(source, saved)
-    if index.pipeline not in pipelines:
+    if index.pipeline != class_name:
         kind = f"names no class of pipelines in {INDEX}" if index.pipeline is None else f"is a {index.pipeline}"
-        hint = f"this class takes a {pipelines[0]}, and AutoDiffusion any model: expected a folder saved by {saved}"
+        hint = f"this class takes a {class_name}, and AutoDiffusion any model: expected a folder saved by {saved}"
         raise UserError(f"{what} {kind}; {hint}")
     configs, folder = {}, Path(index.source).expanduser()
     for name, (library, kind) in index.parts():
@@ -142,6 +153,12 @@ def examine(source: Source, pipelines: tuple[str, ...], check: Callable[[Configs
     if configs and (problem := check(configs)):
         raise UserError(f"{what} {problem}")
     return index
+
+
+def name_of(pipe: Any) -> str:
+    """Returns from where a pipeline object was loaded, or the name of its class."""
+    name = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
+    return next((known for known, folder in EMBEDDED.items() if name == str(ASSETS / folder)), name)
 
 
 def read_json(what: str, file: Path) -> dict[str, Any]:

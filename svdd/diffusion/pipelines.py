@@ -34,9 +34,9 @@ _WITH_BETAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")  # schedulers of
 
 
 def load_pipeline(
-    source: Source, pipelines: tuple[str, ...], check: Callable[[Configs], str], dtype: torch.dtype = torch.float32
+    source: Source, class_name: str, check: Callable[[Configs], str], dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Returns a pipeline of the first class, without a safety checker; other arguments as in `examine`.
+    """Returns a pipeline of this class, without a safety checker; other arguments as in `examine`.
 
     Weights are read in `dtype`, part by part, so that no copy of them in another precision is ever held as a whole.
 
@@ -45,7 +45,7 @@ def load_pipeline(
     """
     import diffusers
 
-    what, kind, index = source.what, getattr(diffusers, pipelines[0]), examine(source, pipelines, check)
+    what, kind, index = source.what, getattr(diffusers, class_name), examine(source, class_name, check)
     takes = inspect.signature(kind.__init__).parameters
     left_out = dict.fromkeys(name for name in LEFT_OUT if name in takes)
     classes = {name: _class(what, *entry) for name, entry in sorted(index.parts())}  # text encoders before tokenizers
@@ -59,7 +59,7 @@ def load_pipeline(
             else:
                 folder = download_rest(index.source, classes.keys() - held.keys(), **index.options)
         local = Source(str(folder)) if index.file is None else source._replace(config=str(folder))
-        examine(local, pipelines, check)
+        examine(local, class_name, check)
     parts: dict[str, Any] = {name: None for name, entry in index.entries.items() if entry == [None, None]}
     if index.file is not None:
         parts |= read_parts(what, index.file, folder, held, dtype)
@@ -142,13 +142,13 @@ def to_images(decoded: Tensor) -> Tensor:
     return (decoded.nan_to_num(torch.nan, torch.nan, torch.nan) * 0.5 + 0.5).clamp(0, 1).float()
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """Returns a hash of some numbers of every parameter, in half precision, so a model's fp16 files have the same."""
+def fingerprint(*modules: nn.Module, dtype: torch.dtype = torch.float16) -> str:
+    """Returns a hash of some numbers of every parameter, rounded: the same for a model's files in this precision."""
     found = hashlib.sha256()
     for name, parameter in (pair for module in modules for pair in module.named_parameters()):
         flat = parameter.detach().flatten()
         few = flat[:: max(1, len(flat) // 16)]
-        found.update(name.encode() + few.to("cpu", torch.float16).numpy().tobytes())
+        found.update(name.encode() + few.to("cpu", dtype).view(torch.int16).numpy().tobytes())
     return found.hexdigest()[:12]
 
 

@@ -65,8 +65,12 @@ def architecture(what: str, path: Path) -> Architecture:
         return Architecture("an unknown architecture", None, None)
     pipeline = next((_PIPELINES[begin] for begin in _PIPELINES if kind.startswith(begin)), None)
     if "controlnet" in kind:
-        pipeline = None
+        pipeline = None  # of Z-Image, which begins like the model
+    if pipeline is None:
+        raise UserError(f"{what} is a single file, of the architecture {kind}; expected text to image")
     repository = utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind, {}).get("pretrained_model_name_or_path")
+    if kind.startswith("flux-2"):  # dev or klein
+        repository = None
     words = f"Stable Diffusion {kind[1]}.x" if kind in ("v1", "v2") else f"the architecture {kind}"
     return Architecture(words, pipeline, repository)
 
@@ -116,18 +120,19 @@ def read_parts(
     with loading(what, path.parent), quiet("diffusers"):
         checkpoint = single_file_utils.load_single_file_checkpoint(str(path))
         for name, kind in held.items():
-            parts[name] = part = single_file.load_single_file_sub_model(
-                library_name=kind.__module__.partition(".")[0],
-                class_name=kind.__name__,
-                name=name,
-                checkpoint=dict(checkpoint),  # which the conversion changes
-                pipelines=pipelines,
-                is_pipeline_module=False,
-                cached_model_config_path=str(folder),
-                torch_dtype=dtype,
-                local_files_only=True,
-            )
-            if missing := [key for key, tensor in part.state_dict().items() if tensor.is_meta]:
-                problem = f"lacks {len(missing)} weights of {kind.__name__}, first {missing[0]}"
-                raise UserError(f"{what} {problem}; expected the file and the configuration (`config`) of one model")
+            try:
+                parts[name] = single_file.load_single_file_sub_model(
+                    library_name=kind.__module__.partition(".")[0],
+                    class_name=kind.__name__,
+                    name=name,
+                    checkpoint=dict(checkpoint),  # which the conversion changes
+                    pipelines=pipelines,
+                    is_pipeline_module=False,
+                    cached_model_config_path=str(folder),
+                    torch_dtype=dtype,
+                    local_files_only=True,
+                )
+            except (NotImplementedError, KeyError) as error:  # of a weight that has stayed on the meta device
+                expected = "expected the file and the configuration (`config`) of one model"
+                raise UserError(f"{what} lacks weights of {kind.__name__}; {expected}") from error
     return parts

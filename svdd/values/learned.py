@@ -22,6 +22,7 @@ from svdd.values.losses import MeanLoss, ValueLoss
 
 __all__ = ["HEADER", "LearnedValue", "read_checkpoint", "to_safetensors", "weights_file"]
 
+_WEIGHTS = ("weights", "weights_bfloat16")  # digests of one model's weights, which agree if one of them does
 HEADER = "svdd_value"  # the entry, in both kinds of file, with the value's `identity` and `arguments`
 _EXPECTED = "expected value.safetensors, best.ckpt or last.ckpt as written by `svdd fit`"
 
@@ -99,6 +100,8 @@ class LearnedValue(Value):
         self.most_rows = 1 if self.input == "x0" else 0
         own = {"value": type(self).__name__, "input": self.input, **self.settings}
         self.identity = own | {"reward": reward.identity} | diffusion.identity
+        if hasattr(diffusion, _WEIGHTS[1]):
+            self.identity[_WEIGHTS[1]] = diffusion.weights_bfloat16
         if checkpoint is not None:
             self.load_checkpoint(checkpoint, source)
 
@@ -201,8 +204,9 @@ def _header(checkpoint: Any, source: str) -> dict[str, Any]:
 
 
 def _differences(recorded: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    same = any(recorded.get(key) == own.get(key) is not None for key in _WEIGHTS)
     return [
         f"{key} was {recorded.get(key)!r}, here it is {own.get(key)!r}"
         for key in dict.fromkeys((*recorded, *own))
-        if recorded.get(key) != own.get(key)
+        if recorded.get(key) != own.get(key) and not (key in _WEIGHTS and (same or key != _WEIGHTS[0]))
     ]
