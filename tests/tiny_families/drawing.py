@@ -33,11 +33,11 @@ logging.set_verbosity_error()
 class Reference:
     """A saved pipeline as diffusers loads it."""
 
-    def __init__(self, family: Family, folder: str) -> None:
+    def __init__(self, family: Family, folder: str, dtype: torch.dtype = torch.float32) -> None:
         self.family, self.kind = family, getattr(svdd.diffusion, family.kind)
         index = json.loads(Path(folder, "model_index.json").read_text())
         without = {name: None for name, part in index.items() if part == [None, None] or name == "safety_checker"}
-        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **without)
+        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, dtype=dtype, **without)
         self.pipe.set_progress_bar_config(disable=True)
         self.saved = self.pipe.scheduler.config
 
