@@ -317,12 +317,13 @@ def report(tables: dict[str, Table]) -> list[str]:
     for name, table in tables.items():
         total = table.network + table.vae + sum(table.encoders.values())
         encoders = ", ".join(f"{each} {size:.2f}" for each, size in table.encoders.items())
-        lines.append(f"| {name} | {table.network:.2f} | {table.vae:.2f} | {encoders} | {total:.1f} | {2 * total:.1f} |")
+        wide = 2 * total - (table.vae if MODELS[name].upcast else 0)
+        lines.append(f"| {name} | {table.network:.2f} | {table.vae:.2f} | {encoders} | {total:.1f} | {wide:.1f} |")
     lines += [
         "",
         "What the network and the decoder need beyond the weights, by `chunk_size`, and the peak of the device by",
-        f"`offload`, with the smallest card of 24, 48 and 80 GB that holds {SPARE} GiB more, for CUDA itself, and a quarter",
-        "more of what is no weight, for scratch memory.",
+        f"`offload`, with the smallest card of 24, 48 and 80 GB that holds {SPARE} GiB more, for CUDA itself, and",
+        f"{SCRATCH} times what is no weight, for scratch memory.",
         "",
         "| model | chunk_size | network | decoder | offload: none | text_encoders | model |",
         "|---|---:|---:|---:|---|---|---|",
