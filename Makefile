@@ -46,6 +46,7 @@ format: $(INSTALLED)  ## Format the code
 benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (hours on 2 cores; the samplers continue where they stopped)
 	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.guidance
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.previews
 	$(BIN)/python -m benchmarks.over_optimisation

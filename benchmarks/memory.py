@@ -1,15 +1,14 @@
 """The memory that large models need: weights, one guided step and the decoder, computed without allocating any.
 
 Models are built from their published configurations and run on fake tensors, whose storages are counted while they
-live. With `--device cuda` the networks and decoders are run for real as well, with random weights, and the two are
-compared. Writes benchmarks/memory.md.
+live. On the embedded model, the count is compared with real allocations. Writes benchmarks/memory.md.
 """
 
 import argparse
-import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -39,11 +39,14 @@ from transformers import (
     T5EncoderModel,
 )
 
+from svdd.assets.hub import ASSETS
+
 GIB = 2**30
 CANDIDATES = 4
 CHUNKS = (1, 4)
 CARDS = (24, 48, 80)
-SPARE = 1.0  # GiB of a card for CUDA's own use and what the allocator cannot fill
+SPARE = 1.0  # GiB of a card for CUDA itself
+SCRATCH = 1.25  # what operations need, in units of what they return: see `check`
 Run = Callable[[nn.Module, int], Any]  # evaluates a network or decoder on some rows
 
 
@@ -91,6 +94,7 @@ class Model(NamedTuple):
     decoder: Callable[[], nn.Module]
     decode: Run
     encoders: dict[str, Callable[[], nn.Module]]
+    upcast: bool = False  # whether the autoencoder runs in float32
 
 
 def clip(large: bool) -> nn.Module:
@@ -209,7 +213,9 @@ def decode_qwen(vae: Any, n: int) -> Tensor:
 
 CLIP_L, CLIP_G = partial(clip, False), partial(clip, True)
 MODELS = {
-    "SDXL": Model(sdxl_unet, run_sdxl, True, partial(kl, 4), partial(decode, 4), {"CLIP-L": CLIP_L, "CLIP-G": CLIP_G}),
+    "SDXL": Model(
+        sdxl_unet, run_sdxl, True, partial(kl, 4), partial(decode, 4), {"CLIP-L": CLIP_L, "CLIP-G": CLIP_G}, True
+    ),
     "SD 3.5 Large": Model(
         *(sd35_transformer, run_sd35, True, partial(kl, 16), partial(decode, 16)),
         {"CLIP-L": CLIP_L, "CLIP-G": CLIP_G, "T5": t5},
@@ -243,15 +249,14 @@ def computed(module: nn.Module, run: Run, rows: int) -> float:
 
 
 @torch.no_grad()
-def measured(module: nn.Module, run: Run, rows: int) -> float:
-    """Returns the same from CUDA's allocator."""
-    _ = run(module, rows)  # loads kernels and their workspaces
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def allocated(module: nn.Module, run: Run, rows: int) -> float:
+    """Returns the same of a real call, from the allocator of the CPU, scratch memory of kernels included."""
     _ = run(module, rows)
-    return (torch.cuda.max_memory_allocated() - before) / GIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _ = run(module, rows)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    totals = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(totals) / GIB
 
 
 class Table(NamedTuple):
@@ -264,32 +269,37 @@ class Table(NamedTuple):
     decoded: dict[int, float]
 
 
-def examine(model: Model, of: Callable[[nn.Module, Run, int], float], with_encoders: bool = True) -> Table:
+def examine(model: Model) -> Table:
     """Builds the parts of a model one after another and finds their memory."""
     network = model.network().eval()
-    size, step = weights(network), {n: of(network, model.evaluate, n * (1 + model.pairs)) for n in CHUNKS}
+    size, step = weights(network), {n: computed(network, model.evaluate, n * (1 + model.pairs)) for n in CHUNKS}
     del network
+    torch.set_default_dtype(torch.float32 if model.upcast else torch.bfloat16)
     vae = model.decoder().eval()
-    decoded = {n: of(vae, model.decode, n) for n in CHUNKS}
-    encoders = {name: weights(build()) for name, build in model.encoders.items()} if with_encoders else {}
+    decoded = {n: computed(vae, model.decode, n) for n in CHUNKS}
+    torch.set_default_dtype(torch.bfloat16)
+    encoders = {name: weights(build()) for name, build in model.encoders.items()}
     return Table(size, weights(vae), encoders, step, decoded)
 
 
-def peaks(table: Table, chunk: int) -> dict[str, float]:
-    """Returns the largest memory of the device by the setting of `offload`, when one image is drawn by SVDD, M = 4."""
-    network, vae, encoders = table.network, table.vae, table.encoders
+def peaks(table: Table, chunk: int) -> dict[str, tuple[float, str]]:
+    """Returns the largest memory of the device, and the card, by `offload`; of one image drawn by SVDD, M = 4."""
+    network, vae, encoders = table.network, table.vae, [(size, 0.0) for size in table.encoders.values()]
     kept = 2 * CANDIDATES * 3 * 1024**2 * 4 / GIB  # decoded images, float32, and their concatenation
     step, decoded = table.step[chunk], table.decoded[chunk] + kept
-    return {
-        "none": network + vae + sum(encoders.values()) + max(step, decoded),
-        "text_encoders": network + vae + max(step, decoded, *encoders.values()),
-        "model": max(network + step, vae + decoded, *encoders.values()),
+    all_weights, both = network + vae + sum(table.encoders.values()), network + vae
+    moments = {  # weights on the device, and what an operation needs besides
+        "none": [(all_weights, step), (all_weights, decoded)],
+        "text_encoders": [(both, step), (both, decoded), *((both + size, rest) for size, rest in encoders)],
+        "model": [(network, step), (vae, decoded), *encoders],
     }
+    return {mode: (max(map(sum, found)), card(found)) for mode, found in moments.items()}
 
 
-def card(gib: float) -> str:
-    """Returns the smallest card that holds so much."""
-    return next((f"{size} GB" for size in CARDS if gib + SPARE <= size), "none of them")
+def card(moments: list[tuple[float, float]]) -> str:
+    """Returns the smallest card that holds so much, with a margin."""
+    most = max(held + SCRATCH * rest for held, rest in moments) + SPARE
+    return next((f"{size} GB" for size in CARDS if most <= size), "none")
 
 
 def report(tables: dict[str, Table]) -> list[str]:
@@ -299,7 +309,7 @@ def report(tables: dict[str, Table]) -> list[str]:
         "",
         "Computed, not measured on a card: networks from their published configurations, run on fake tensors with",
         "fused attention; bfloat16, 1024 x 1024 pixels, one image, SVDD with M = 4 and `PosteriorMean`, without the",
-        "reward's own model. GiB (2^30 bytes). Made by `python -m benchmarks.memory`.",
+        "reward's own model; SDXL's autoencoder in float32. GiB (2^30 bytes). Made by `python -m benchmarks.memory`.",
         "",
         "| model | network | autoencoder | text encoders | all weights | the same in float32 |",
         "|---|---:|---:|---|---:|---:|",
@@ -307,56 +317,66 @@ def report(tables: dict[str, Table]) -> list[str]:
     for name, table in tables.items():
         total = table.network + table.vae + sum(table.encoders.values())
         encoders = ", ".join(f"{each} {size:.2f}" for each, size in table.encoders.items())
-        lines.append(f"| {name} | {table.network:.2f} | {table.vae:.2f} | {encoders} | {total:.1f} | {2 * total:.1f} |")
+        wide = 2 * total - (table.vae if MODELS[name].upcast else 0)
+        lines.append(f"| {name} | {table.network:.2f} | {table.vae:.2f} | {encoders} | {total:.1f} | {wide:.1f} |")
     lines += [
         "",
         "What the network and the decoder need beyond the weights, by `chunk_size`, and the peak of the device by",
-        f"`offload`. A card fits if {SPARE} GiB stay free for CUDA itself.",
+        f"`offload`, with the smallest card of 24, 48 and 80 GB that holds {SPARE} GiB more, for CUDA itself, and",
+        f"{SCRATCH} times what is no weight, for scratch memory.",
         "",
         "| model | chunk_size | network | decoder | offload: none | text_encoders | model |",
         "|---|---:|---:|---:|---|---|---|",
     ]
     for name, table in tables.items():
         for chunk in CHUNKS:
-            all_of = " | ".join(f"{gib:.1f}: {card(gib)}" for gib in peaks(table, chunk).values())
+            all_of = " | ".join(f"{gib:.1f}: {fits}" for gib, fits in peaks(table, chunk).values())
             lines.append(f"| {name} | {chunk} | {table.step[chunk]:.2f} | {table.decoded[chunk]:.2f} | {all_of} |")
     return lines
 
 
-def compare(tables: dict[str, Table]) -> list[str]:
-    """Returns a section on the same calls on a real device."""
-    lines = [
+def check() -> list[str]:
+    """Returns a section that compares the method with real allocations, on the embedded model."""
+    folder, lines = str(ASSETS / "emoji-sd"), []
+    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    size, channels, width = unet.config.sample_size, unet.config.in_channels, unet.config.cross_attention_dim
+
+    def run_unet(network: Any, n: int) -> Tensor:
+        return network(torch.randn(n, channels, size, size), 500, torch.randn(n, 77, width))[0]
+
+    def run_vae(network: Any, n: int) -> Tensor:
+        return network.decode(torch.randn(n, channels, size, size), return_dict=False)[0]
+
+    lines += [
         "",
-        f"The same calls on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, with random weights: peak of",
-        "CUDA's allocator beyond the weights, and the computed number in brackets.",
+        "The method against PyTorch's profiler, on the embedded model in float32 on the CPU, in MiB. The difference is",
+        "scratch memory within kernels, which fake tensors do not show; on a GPU it depends on the kernels chosen.",
         "",
-        "| model | network, chunk 1 | chunk 4 | decoder, chunk 1 | chunk 4 |",
-        "|---|---:|---:|---:|---:|",
+        "| | rows | computed | allocated |",
+        "|---|---:|---:|---:|",
     ]
-    for name, table in tables.items():
-        with torch.device("cuda"):
-            real = examine(MODELS[name], measured, with_encoders=False)
-        pairs = [(real.step[n], table.step[n]) for n in CHUNKS] + [(real.decoded[n], table.decoded[n]) for n in CHUNKS]
-        lines.append(f"| {name} | " + " | ".join(f"{one:.2f} ({other:.2f})" for one, other in pairs) + " |")
-        print(lines[-1], flush=True)
+    for name, module, run in (("network", unet, run_unet), ("decoder", vae, run_vae)):
+        for n in CHUNKS:
+            with FakeTensorMode():
+                fake = computed(type(module).from_config(module.config).eval(), run, n)
+            lines.append(f"| {name} | {n} | {1024 * fake:.2f} | {1024 * allocated(module, run, n):.2f} |")
     return lines
 
 
 def main() -> None:
     """Computes, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: measure as well")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
+    checked, tables = check(), {}
     torch.set_default_dtype(torch.bfloat16)
-    tables = {}
     for name in options.models:
         with FakeTensorMode():
-            tables[name] = examine(MODELS[name], computed)
+            tables[name] = examine(MODELS[name])
         print(name, tables[name], flush=True)
-    lines = report(tables) + (compare(tables) if options.device == "cuda" else [])
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(report(tables) + checked) + "\n"
     print(text)
     options.output.write_text(text)
 

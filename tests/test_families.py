@@ -1,16 +1,24 @@
 """Every model family against its pipeline, with every kind of sampler, and from the command line and a notebook."""
 
+import inspect
 import json
+import re
+import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import svdd.diffusion
 from svdd.__main__ import main
+from svdd.diffusion.auto import from_pipeline
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.brightness import Brightness
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.budget import count
@@ -25,6 +33,8 @@ from svdd.values.latent_conv import LatentConvValue
 from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import FAMILIES
 from tests.tiny_families.drawing import GUIDANCE, NUM_STEPS, PROMPTS, SEEDS, Reference, build, draw
+
+MODELS_PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
 
 def families(distinct):
@@ -70,6 +80,31 @@ def test_unguided_pictures_equal_the_pipelines(family, step, guidance, folder, r
         found = draw(diffusion, guidance, images)
         assert expected.std() > 0.01
         assert np.array_equal(found, expected)
+
+
+@each_class
+def test_small_models_depend_on_all_that_they_are_told(family, folder):
+    """Otherwise equal pictures would say little."""
+    guided, plain = (build(family, folder(family), guidance) for guidance in ("guided", "none"))
+    prompt = PROMPTS[0]
+
+    @torch.no_grad()
+    def picture(diffusion, text, negative=None):
+        return Unguided()(Start(diffusion, [text], [0], [negative]), PosteriorMean()).images
+
+    own = picture(guided, prompt)
+    others = [picture(guided, prompt[:-1] + "y"), picture(plain, prompt)]
+    others += [picture(guided, prompt, "dark")] if family.negative else []
+    assert all((other - own).abs().max() > 1e-3 for other in others)
+
+
+def test_every_family_is_in_the_table_of_the_documentation_and_one_file_below_200_lines():
+    section = MODELS_PAGE.read_text(encoding="utf-8").partition("\n## Parity")[2]
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", section, re.MULTILINE)
+    assert rows == [(family.name, family.kind) for family in FAMILIES]
+    for family in FAMILIES:
+        file = inspect.getfile(getattr(svdd.diffusion, family.kind))
+        assert len(Path(file).read_text(encoding="utf-8").splitlines()) < 200
 
 
 # ---- samplers
@@ -172,3 +207,46 @@ def test_the_command_line_draws_the_pictures_of_any_folder(family, process, fold
     expected = reference(family).draw(step, "guided", None, 2)
     for index, picture in enumerate((expected * 255).round().astype("uint8")):
         assert np.array_equal(np.asarray(Image.open(run / "images" / f"{index:06d}-00.png")), picture)
+
+
+@each_class
+def test_a_pipeline_object_draws_the_same_pictures_beside_us_and_afterwards(family, reference):
+    step, theirs = family.steps[0], reference(family)
+    expected = theirs.draw(step, "guided", None, 3)
+    diffusion = from_pipeline(theirs.pipe, **arguments(family, step))
+    assert np.array_equal(draw(diffusion, "guided", 3), expected)
+    GuidedDiffusion(Brightness(), diffusion, BestOfN(2)).sample(PROMPTS[:2])
+    assert np.array_equal(theirs.draw(step, "guided", None, 3), expected)
+
+
+def test_the_notebook_cell_of_the_documentation_guides_a_pipeline_with_additions(sd21, tmp_path, monkeypatch):
+    """The cell stands in a folder with the model and the files that it names, and its second half runs twice."""
+    pytest.importorskip("peft")
+    (cell,) = re.findall(r"^```py\n(.*?)^```$", MODELS_PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sd21, "my-model")
+    generator, layer = torch.Generator().manual_seed(0), "unet.down_blocks.0.attentions.0.proj_in"
+    halves = {"A": torch.randn(4, 16, generator=generator), "B": torch.randn(16, 4, generator=generator)}
+    lora = {f"{layer}.lora_{letter}.weight": half for letter, half in halves.items()}
+    save_file(lora, "my-lora.safetensors")
+    save_file({"<toy>": torch.randn(2, 16, generator=generator)}, "my-word.safetensors")
+    names: dict = {}
+    load, guide = cell.split("\nmodel = ")
+    exec(load, names)
+    pipe, prompt = names["pipe"], "a <toy> on a table"
+
+    def picture():
+        random = torch.Generator().manual_seed(SEEDS[0])
+        return pipe([prompt], num_inference_steps=3, generator=[random], output_type="np").images
+
+    expected = picture()
+    for _ in range(2):
+        exec(f"model = {guide}", names)
+        assert names["images"].shape == (1, 3, 64, 64)
+        assert np.array_equal(picture(), expected)
+    diffusion = from_pipeline(pipe, num_inference_steps=3, eta=0.0)
+    with torch.no_grad():
+        found = Unguided()(Start(diffusion, [prompt], SEEDS[:1]), PosteriorMean()).images
+    assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), expected)
+    pipe.unload_lora_weights()
+    assert not np.array_equal(picture(), expected)

@@ -3,6 +3,7 @@
 import warnings
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ from svdd import UserError
 from svdd.diffusion.flux import Flux
 from svdd.diffusion.flux2_klein import Flux2Klein
 from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
+from tests.tiny_families import FAMILIES, FLOW
+from tests.tiny_families.drawing import Reference, build, draw
 
 CLASSES = {"sd3": StableDiffusion3, "flux": Flux, "flux2_klein": Flux2Klein}
 
@@ -17,6 +20,15 @@ CLASSES = {"sd3": StableDiffusion3, "flux": Flux, "flux2_klein": Flux2Klein}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {name: import_module(f"tests.tiny_families.{name}").save(tmp_path_factory.mktemp(name)) for name in CLASSES}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_pictures_in_bfloat16_equal_the_pipelines(kind, folders):
+    """Latents keep the pipeline's precision between steps, and steps are computed in float32."""
+    family = next(family for family in FAMILIES if family.module == kind)
+    reference = Reference(family, folders[kind], torch.bfloat16)
+    diffusion = build(family, folders[kind], **FLOW[0].ours).to(torch.bfloat16)
+    assert np.array_equal(draw(diffusion, "guided", 2), reference.draw(FLOW[0], "guided", None, 2))
 
 
 def test_the_size_is_the_pipelines_own_and_a_multiple_of_a_patch(folders):

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from svdd import UserError
+from svdd.diffusion.auto import from_pipeline
 from svdd.diffusion.pixart_sigma import PixArtSigma
 from svdd.diffusion.stable_diffusion_xl import StableDiffusionXL
 from svdd.samplers.unguided import Unguided
@@ -124,6 +125,16 @@ def test_pictures_in_half_precision_equal_the_pipelines(xl, pixart, kind, dtype)
         model = family(folder, 3, scheduler="ddim", eta=0.0, dtype=read).to(getattr(torch, dtype))
         images = Unguided()(Start(model, ["panda", "a red apple"], [3, 4]), PosteriorMean()).images
         assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected.images)
+
+
+@torch.no_grad()
+def test_a_pipeline_object_in_half_precision_keeps_its_autoencoder(xl):
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(xl, dtype=torch.float16)
+    model = from_pipeline(pipe, num_inference_steps=2, scheduler="euler", eta=0.0).to(torch.device("cpu"))
+    assert (model.vae.dtype, pipe.vae.dtype) == (torch.float32, torch.float16)
+    images = Unguided()(Start(model, ["panda"], [3]), PosteriorMean()).images
+    expected = pipe(["panda"], num_inference_steps=2, generator=torch.Generator().manual_seed(3), output_type="np")
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected.images)
 
 
 @torch.no_grad()

@@ -159,10 +159,12 @@ class LatentDiffusion(PipelineParts):
 
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
-        """Raises UserError if the model is of another kind, or a local LoRA does not exist."""
+        """Raises ValueError if the model or the scheduler is of another kind, or a local LoRA does not exist."""
         examine(source := Source.of(arguments), cls.pipeline, cls.misfit)
         if (lora := arguments.get("lora")) is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), source.local_files_only)
+        kernel = find_kernel(arguments.get("scheduler") or next(iter(cls.kernels)), cls.kernels)
+        kernel.check_options(arguments.get("scheduler_options") or {})
 
     @property
     def identity(self) -> dict[str, Any]:

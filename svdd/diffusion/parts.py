@@ -111,6 +111,7 @@ class PipelineParts(ModelFamily):
             super()._apply(fn, recurse)
         finally:
             self._modules = whole
+        convert = self.conversion(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
         for name in self._offloaded if recurse else ():
-            self.parts[name]._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
+            self.parts[name]._apply(convert)
         return self

@@ -104,9 +104,18 @@ class StableDiffusionXL(LatentDiffusion):
             latents = latents / config.scaling_factor
         return to_images(self.vae.decode(latents, return_dict=False)[0])
 
+    def take_parts(self, what: str, lora: bool) -> None:
+        """Takes the pipeline's parts; a pipeline object keeps its autoencoder, so one that would overflow is copied."""
+        super().take_parts(what, lora)
+        if self.borrowed and self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            copy = type(self.vae).from_config(self.vae.config).to(self.device).eval()
+            copy.load_state_dict(self.vae.state_dict())
+            copy.use_slicing, copy.use_tiling = self.vae.use_slicing, self.vae.use_tiling
+            self.__dict__["vae"] = copy
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StableDiffusionXL":
         """Moves and converts the model; an autoencoder that would overflow in half precision returns to float32."""
         super()._apply(fn, recurse)
-        if self.vae.config.get("force_upcast"):
+        if self.vae.config.get("force_upcast") and not self.borrowed:
             self.vae.float()
         return self

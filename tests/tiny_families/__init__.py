@@ -20,19 +20,20 @@ class Step:
     call: Mapping[str, Any] = field(default_factory=dict)  # arguments of the pipeline's `__call__`
 
 
+_LCM = Step("LCM", {"scheduler": "lcm"}, "LCMScheduler")
 VP = (
-    Step("DDIM, eta 0", {"scheduler": "ddim", "eta": 0.0}, "DDIMScheduler", call={"eta": 0.0}),
-    Step("DDIM, eta 1", {"scheduler": "ddim", "eta": 1.0}, "DDIMScheduler", call={"eta": 1.0}),
+    Step("DDIM eta 0", {"scheduler": "ddim", "eta": 0.0}, "DDIMScheduler", call={"eta": 0.0}),
+    Step("DDIM eta 1", {"scheduler": "ddim", "eta": 1.0}, "DDIMScheduler", call={"eta": 1.0}),
     Step("Euler", {"scheduler": "euler", "eta": 0.0}, "EulerDiscreteScheduler"),
+    _LCM,
     Step("Euler ancestral", {"scheduler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
 )
 _TRAILING = Step(  # as the distilled SDXL models need
-    "Euler, trailing",
+    "Euler trailing",
     {"scheduler": "euler", "eta": 0.0, "scheduler_options": {"timestep_spacing": "trailing"}},
     "EulerDiscreteScheduler",
     {"timestep_spacing": "trailing"},
 )
-_LCM = Step("LCM", {"scheduler": "lcm"}, "LCMScheduler")
 _UNSAID = {"clip_sample": False, "set_alpha_to_one": False}  # what a saved scheduler of another kind does not state
 _PLAYGROUND_VAE = {"latents_mean": [-1.6, -1.0, 0.9, 0.1], "latents_std": [8.4, 5.9, 4.7, 6.0], "scaling_factor": 0.5}
 _FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -62,9 +63,7 @@ class Family:
     no_negative: str | None = None  # what it is given if there is none
     size: tuple[int, int] = (48, 80)  # another than the model's own
     own_size: tuple[int, int] | None = None  # in place of the model's own, if that is large
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of the reference's scheduler, if it was saved as another
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the scheduler, for one saved as another class
     call: Mapping[str, Any] = field(default_factory=dict)  # arguments of `__call__`
     ours: Mapping[str, Any] = field(default_factory=dict)  # arguments of our class
 
@@ -83,7 +82,7 @@ FAMILIES = (
     Family("Stable Diffusion 1.5", "StableDiffusion", "stable_diffusion", options={"kind": "sd15"}),
     Family("Stable Diffusion 2.1", "StableDiffusion", "stable_diffusion", options={"kind": "sd21"}),
     Family("LCM", "LatentConsistency", "latent_consistency", (_LCM,), {}, (8.5, 1.0), rows=1, **_NONE),
-    Family("SDXL", "StableDiffusionXL", "sdxl", (*VP, _TRAILING, _LCM), guidance=(5.0, 1.0)),
+    Family("SDXL", "StableDiffusionXL", "sdxl", (*VP, _TRAILING), guidance=(5.0, 1.0)),
     Family(
         "SDXL, distilled guidance",
         "StableDiffusionXL",

@@ -33,11 +33,11 @@ logging.set_verbosity_error()
 class Reference:
     """A saved pipeline as diffusers loads it."""
 
-    def __init__(self, family: Family, folder: str) -> None:
+    def __init__(self, family: Family, folder: str, dtype: torch.dtype = torch.float32) -> None:
         self.family, self.kind = family, getattr(svdd.diffusion, family.kind)
         index = json.loads(Path(folder, "model_index.json").read_text())
         without = {name: None for name, part in index.items() if part == [None, None] or name == "safety_checker"}
-        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, **without)
+        self.pipe = getattr(diffusers, self.kind.pipeline).from_pretrained(folder, dtype=dtype, **without)
         self.pipe.set_progress_bar_config(disable=True)
         self.saved = self.pipe.scheduler.config
 
@@ -108,4 +108,4 @@ def draw(diffusion: LatentDiffusion, guidance: str, count: int) -> np.ndarray:
     """Returns the pictures that `Reference.draw` returns, drawn by us."""
     negatives = NEGATIVES[:count] if guidance == "negative prompts" else None
     final = Unguided()(Start(diffusion, PROMPTS[:count], SEEDS[:count], negatives), PosteriorMean())
-    return final.images.permute(0, 2, 3, 1).numpy()
+    return final.images.permute(0, 2, 3, 1).cpu().numpy()
