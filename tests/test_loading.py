@@ -95,6 +95,21 @@ def test_a_pipeline_without_a_family_is_refused_with_what_it_is(tmp_path, name, 
         from_pipeline(pipe)
 
 
+def test_files_of_published_models_that_need_a_setting_or_have_no_kernel_are_named_before_they_load(sd15, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sd15, folder)
+    (whole,) = (folder / "text_encoder").glob("*.safetensors")
+    whole.rename(whole.with_name("model.bf16.safetensors"))  # as Sana's bfloat16 models
+    with pytest.raises(UserError, match=r"its text_encoder, has weights of a variant alone; give variant: bf16$"):
+        AutoDiffusion(str(folder))
+    assert AutoDiffusion(str(folder), variant="bf16").weights == AutoDiffusion(sd15).weights
+    index = json.loads((folder / INDEX).read_text())
+    index["scheduler"] = ["diffusers", "EDMDPMSolverMultistepScheduler"]  # as Playground v2.5
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"noise levels of EDM \(EDMDPMSolver.*expected a scheduler with betas"):
+        AutoDiffusion.examine({"pretrained": str(folder)})
+
+
 # ---- single files
 
 

@@ -144,6 +144,9 @@ def examine(source: Source, class_name: str, check: Callable[[Configs], str]) ->
         if library not in ("diffusers", "transformers"):
             problem = f"takes its {name} from {library}.{kind}, and code in a model is never run"
             raise UserError(f"{what} {problem}; expected classes of diffusers and transformers")
+        if kind.startswith("EDM"):  # as Playground v2.5
+            problem = f"was trained for the noise levels of EDM ({kind}), of which there is no kernel"
+            raise UserError(f"{what} {problem}; expected a scheduler with betas, or of flow matching")
         if is_local(index.source):
             if not (folder / name).is_dir():
                 problem = f"is incomplete: it has no folder {name}, which {INDEX} names"

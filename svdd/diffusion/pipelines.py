@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -73,8 +74,10 @@ def load_pipeline(
         if name in parts:
             continue
         if issubclass(part, nn.Module):
+            of: dict[str, Any] = {"variant": source.variant} if name in found else {}
+            if not of and (others := _variants(Path(folder, name))):
+                raise UserError(f"{its} has weights of a variant alone; give variant: {' or '.join(others)}")
             with quiet("diffusers"):
-                of: dict[str, Any] = {"variant": source.variant} if name in found else {}
                 parts[name] = read_model(part, str(Path(folder, name)), dtype, its, **of)
         elif isinstance(part, diffusers.utils.import_utils.DummyObject):
             later[name] = _without_its_library(what, part, Path(folder, name, "scheduler_config.json"))
@@ -94,6 +97,14 @@ def _class(what: str, library: str, name: str) -> Any:
     if (found := getattr(import_module(library), name, None)) is None:
         raise UserError(f"{what} names the class {name}, which this version of {library} lacks; update it")
     return found
+
+
+def _variants(folder: Path) -> list[str]:
+    """Returns the variants of a part's weights, such as `fp16`, or none if it has weights that are of no variant."""
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    found = [re.search(r"^(?:model|pytorch_model|diffusion_pytorch_model)\.(\w+)[.-]", path.name) for path in weights]
+    named = [match[1] for match in found if match and match[1] not in ("safetensors", "bin")]
+    return sorted({*named}) if len(named) == len(weights) else []
 
 
 def _without_its_library(what: str, part: Any, file: Path) -> Any:
