@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from peft import LoraConfig
@@ -333,3 +335,28 @@ def test_settings_that_a_model_cannot_have_are_refused(sd15, monkeypatch):
     monkeypatch.delattr("diffusers.models.autoencoders.vae.AutoencoderMixin.enable_tiling", raising=False)
     with pytest.raises(UserError, match="vae_tiling: a AutoencoderKL has no tiling; leave it out"):
         StableDiffusion(sd15, 2, vae_tiling=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "lacking"),
+    [("vae", "vae"), ("unet", "unet or transformer"), ("scheduler", "scheduler"), ("tokenizer", "tokenizer")],
+)
+def test_a_model_without_a_part_is_refused_by_its_index(part, lacking, sd15, tmp_path):
+    index = json.loads((Path(sd15) / INDEX).read_text())
+    (tmp_path / INDEX).write_text(json.dumps(index | {part: [None, None]}))
+    with pytest.raises(UserError, match=f"is incomplete: {INDEX} names no {lacking}; expected the whole model"):
+        AutoDiffusion.examine({"pretrained": str(tmp_path)})
+
+
+def test_a_family_may_be_named_before_or_after_its_arguments(sd15, tmp_path):
+    given = ["--model.diffusion.pretrained", sd15, "--model.diffusion.num_inference_steps", "2"]
+    words = ["--model.reward", "Compressibility", "--model.sampler", "Unguided", "--data.prompts", '["a"]']
+    words += ["--trainer.accelerator", "cpu", "--output"]
+    found = []
+    for k, order in enumerate(
+        ([*given, "--model.diffusion", "StableDiffusion"], ["--model.diffusion", "StableDiffusion", *given])
+    ):
+        assert main(["predict", *order, *words, str(tmp_path / str(k))]) == 0
+        found.append(yaml.safe_load((tmp_path / str(k) / "config.yaml").read_text())["model"]["diffusion"])
+    assert found[0] == found[1]
+    assert found[0]["init_args"]["pretrained"] == sd15

@@ -71,9 +71,24 @@ class Parser(LightningArgumentParser):
 
 
 def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
-    """Discards all arguments of a class that another replaces: SMC must not keep SVDD's default of one particle."""
+    """Discards all arguments of a class that another replaces: SMC must not keep SVDD's default of one particle.
+
+    A model keeps what was set before its family was named, or left open: `AutoDiffusion` has the arguments of all.
+    """
     if previous and "init_args" in previous and previous["class_path"] != following["class_path"]:
-        previous["init_args"] = jsonargparse.Namespace()
+        kept = previous["init_args"].items() if _names_a_family(previous, following) else ()
+        previous["init_args"] = jsonargparse.Namespace(**{name: value for name, value in kept if value is not None})
+
+
+def _names_a_family(previous: Any, following: Any) -> bool:
+    """Returns whether one class is `AutoDiffusion` and the other one of its families."""
+    from svdd.diffusion.latent import LatentDiffusion
+
+    paths = [str(part["class_path"]) for part in (previous, following)]
+    if not any(path.rpartition(".")[2] == "AutoDiffusion" for path in paths):
+        return False
+    found = [resolve_name(path) for path in paths]
+    return all(isinstance(each, type) and issubclass(each, LatentDiffusion) for each in found)
 
 
 _read_yaml = loaders.yaml_load

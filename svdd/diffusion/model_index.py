@@ -1,6 +1,7 @@
 """What a model is, by its small files: the index of a folder or hub name, and the configurations of its parts."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,8 @@ def examine(source: Source, class_name: str, check: Callable[[Configs], str]) ->
         kind = f"names no class of pipelines in {INDEX}" if index.pipeline is None else f"is a {index.pipeline}"
         hint = f"this class takes a {class_name}, and AutoDiffusion any model: expected a folder saved by {saved}"
         raise UserError(f"{what} {kind}; {hint}")
+    if lacking := sorted(_lacking(index.entries)):
+        raise UserError(f"{what} is incomplete: {INDEX} names no {', '.join(lacking)}; expected the whole model")
     configs, folder = {}, Path(index.source).expanduser()
     for name, (library, kind) in index.parts():
         if library not in ("diffusers", "transformers"):
@@ -156,6 +159,17 @@ def examine(source: Source, class_name: str, check: Callable[[Configs], str]) ->
     if configs and (problem := check(configs)):
         raise UserError(f"{what} {problem}")
     return index
+
+
+def _lacking(entries: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the parts that pictures need and an index lacks or states as null; a third text encoder may be absent."""
+    there = {name for name, entry in entries.items() if isinstance(entry, list) and None not in entry}
+    yield from {"vae", "scheduler"} - there
+    if not there & {"unet", "transformer"}:
+        yield "unet or transformer"
+    for name in entries.keys() - there:
+        if re.fullmatch(r"(text_encoder|tokenizer)(_2)?", name):
+            yield name
 
 
 def name_of(pipe: Any) -> str:

@@ -123,8 +123,9 @@ def require_noise(diffusion: Diffusion, name: str, count: int, window: Window | 
     """Raises UserError if a count above 1 would only make copies, because no step (of the window) draws noise."""
     if count > 1 and not diffusion.stochastic:
         raise UserError(
-            f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic and all {count} "
-            "candidates of a particle are the same image; set eta above 0 (1.0 as in the paper), or use BestOfN"
+            f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic, with rho=1 too, "
+            f"and the last step of many schedulers always is: all {count} candidates of a particle are the same image; set eta "
+            "above 0 (1.0 as in the paper) and more than one step, or use BestOfN"
         )
     if count > 1 and window is not None:
         require_window(diffusion, window)

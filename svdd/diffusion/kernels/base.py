@@ -66,7 +66,10 @@ class Kernel(ABC):
             if self.config.get(name) not in known:
                 listed = ", ".join(str(value) for value in known)
                 raise ValueError(f"{kind}: {name} must be one of {listed}, got {self.config.get(name)!r}")
-        self._set_timesteps(num_inference_steps, dict(timestep_options or {}))
+        try:
+            self._set_timesteps(num_inference_steps, dict(timestep_options or {}))
+        except (ArithmeticError, IndexError) as error:  # in diffusers
+            raise ValueError(f"{kind} has no {num_inference_steps} steps with these settings: {error}") from error
 
     @staticmethod
     @abstractmethod
