@@ -404,9 +404,7 @@ def test_a_deterministic_last_step_proposes_no_copies():
 
 def test_candidates_need_noise():
     diffusion = GaussianDiffusion(3, eta=0.0)
-    with pytest.raises(
-        UserError, match=r"num_candidates=20 needs a chain with noise: with eta=0 .*set eta above 0"
-    ):
+    with pytest.raises(UserError, match=r"num_candidates=20 needs a chain with noise: with eta=0 .*set eta above 0"):
         SVDD().check(diffusion, value_of())
     for sampler in (SVDD(1), BestOfN(5), Unguided()):
         sampler.check(diffusion, value_of())

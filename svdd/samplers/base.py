@@ -124,8 +124,8 @@ def require_noise(diffusion: Diffusion, name: str, count: int, window: Window | 
     if count > 1 and not diffusion.stochastic:
         raise UserError(
             f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic, with rho=1 too, "
-            f"and the last step of many schedulers always is: all {count} candidates of a particle are the same image; set eta "
-            "above 0 (1.0 as in the paper) and more than one step, or use BestOfN"
+            f"and the last step of many schedulers always is: all {count} candidates of a particle are the same image; "
+            "set eta above 0 (1.0 as in the paper) and more than one step, or use BestOfN"
         )
     if count > 1 and window is not None:
         require_window(diffusion, window)
