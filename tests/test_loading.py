@@ -275,6 +275,14 @@ def test_what_changes_the_pictures_of_a_pipeline_object_changes_its_identity(pip
     assert from_pipeline(pipe, num_inference_steps=3).fingerprints()["configuration"] != prints["configuration"]
 
 
+def test_a_pipeline_object_goes_to_its_family(pipe):
+    assert isinstance(AutoDiffusion(pipe, num_inference_steps=3), StableDiffusion)
+    with pytest.raises(
+        UserError, match="StableDiffusionXL takes a StableDiffusionXLPipeline, got a StableDiffusionPip"
+    ):
+        svdd.diffusion.StableDiffusionXL(pipe)
+
+
 def test_arguments_about_loading_are_refused_for_a_pipeline_object(pipe):
     with pytest.raises(UserError, match="dtype, offload: a pipeline object has been loaded already; set this on the"):
         from_pipeline(pipe, offload="model", dtype="bfloat16")

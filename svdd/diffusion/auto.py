@@ -86,6 +86,8 @@ class AutoDiffusion(LatentDiffusion):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Returns an instance of the model's family."""
         arguments = _SIGNATURE.bind(*args, **kwargs).arguments
+        if not isinstance(arguments.get("pretrained", ""), str):
+            return from_pipeline(arguments.pop("pretrained"), **arguments)
         family = _find(arguments)
         return family(**_for_family(family, arguments))
 

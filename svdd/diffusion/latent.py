@@ -134,6 +134,9 @@ class LatentDiffusion(PipelineParts):
             self.anchor = self.anchor.to(DTYPES[dtype])
             if lora is not None:
                 load_lora(self.pipe, lora, weight_name, local_files_only)
+        elif self.pipeline not in (base.__name__ for base in type(pretrained).__mro__):
+            kind = type(pretrained).__name__
+            raise UserError(f"{type(self).__name__} takes a {self.pipeline}, got a {kind}; use from_pipeline")
         else:
             self.pretrained, self.pipe, self.borrowed = name_of(pretrained), pretrained, True
         self.take_parts(f"pretrained={self.pretrained!r}", lora is not None)

@@ -56,6 +56,8 @@ class FlowEuler(FlowKernel):
             self.scheduler.set_timesteps(count, **options)
         if not self.scheduler.sigmas.isfinite().all():
             raise ValueError(f"num_inference_steps={count} is too small for this scheduler: its levels are not finite")
+        if not (self.scheduler.sigmas.min() >= 0 and self.scheduler.sigmas.max() < 1.001):
+            raise ValueError("the scheduler's noise levels leave 0 .. 1: check its shift, which is above 0")
         self.timesteps, self._sigmas = self.scheduler.timesteps, self.scheduler.sigmas
         self.levels = [(1 - sigma, sigma) for sigma in self._sigmas.tolist()]
 
