@@ -1169,8 +1169,8 @@ from pathlib import Path
 from svdd.runs.files import lock
 held = lock(Path(sys.argv[1]), "held")
 child = os.fork()
-if child:
-    print(child, flush=True)
+if not child:
+    print(os.getpid(), flush=True)  # it has let go of the lock
 time.sleep(100)
 """
     path = tmp_path / "lock"
