@@ -216,5 +216,5 @@ def test_the_spread_of_a_chain_tells_the_transitions_apart():
 
 
 def test_a_shift_that_leaves_the_range_of_levels_is_refused():
-    with pytest.raises(ValueError, match="the scheduler's noise levels leave 0 .. 1: check its shift"):
+    with pytest.raises(ValueError, match=r"the scheduler's noise levels leave 0 \.\. 1: check its shift"):
         FLOW({"shift": -3.0}, 6, Transition(), {})
