@@ -307,7 +307,7 @@ def report(tables: dict[str, Table]) -> list[str]:
     lines = [
         "# Memory of large models",
         "",
-        "Computed, not measured on a card: networks from their published configurations, run on fake tensors with",
+        "Computed: networks from their published configurations, run on fake tensors with",
         "fused attention; bfloat16, 1024 x 1024 pixels, one image, SVDD with M = 4 and `PosteriorMean`, without the",
         "reward's own model; SDXL's autoencoder in float32. GiB (2^30 bytes). Made by `python -m benchmarks.memory`.",
         "",

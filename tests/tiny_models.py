@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import (
     CLIPConfig,
@@ -15,6 +15,8 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
 )
+
+from tests.tiny_families.autoencoder import small_autoencoder
 
 TOKENS = 77
 SD15_SCHEDULER = {
@@ -79,14 +81,8 @@ def save_tiny_pipeline(folder: Path, kind: str) -> str:
         norm_num_groups=8,
         use_linear_projection=kind == "sd21",
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
+    vae = small_autoencoder(
+        4,
         scaling_factor=0.18215,
     )
     checker = None

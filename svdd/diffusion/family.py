@@ -28,9 +28,8 @@ class ModelFamily(Diffusion):
 
     pipeline: ClassVar[str]  # name of the class in diffusers
     backbone: ClassVar[str] = "unet"  # name of the network among the pipeline's parts
-    kernels: ClassVar[Mapping[str, type[Kernel]]] = (
-        DIFFUSION_KERNELS  # by the name of their scheduler; default: the first
-    )
+    # Kernels by the name of their scheduler; the first is the default.
+    kernels: ClassVar[Mapping[str, type[Kernel]]] = DIFFUSION_KERNELS
     tiny: ClassVar[str | None] = None  # hub name of the family's small decoder
     default_steps: ClassVar[int] = 50  # of the pipeline
     default_guidance: ClassVar[float] = 7.5

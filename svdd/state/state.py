@@ -139,13 +139,9 @@ class State:
             elif shifted:
                 raise UserError("a step with inner_steps above 1 is not Gaussian, and its mean cannot be shifted")
             else:
-                x0, parents = (
-                    self.x0.repeat_interleave(m, 0),
-                    State(self.x.repeat_interleave(m, 0), self.i, row, origin, self.context),
-                )
-                x = parents._evaluate(
-                    diffusion.draw, diffusion.guidance_scale, x0, noise, times=diffusion.inner_steps - 1
-                )
+                parents = State(self.x.repeat_interleave(m, 0), self.i, row, origin, self.context)
+                known, times = (self.x0.repeat_interleave(m, 0), noise), diffusion.inner_steps - 1
+                x = parents._evaluate(diffusion.draw, diffusion.guidance_scale, *known, times=times)
         self.context.report(self.i + 1)
         return State(x, self.i + 1, row, origin, self.context)
 

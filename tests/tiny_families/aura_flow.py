@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from transformers import UMT5Config, UMT5EncoderModel
 
+from tests.tiny_families.autoencoder import small_autoencoder
 from tests.tiny_families.tokenizers import t5_tokenizer
 
 __all__ = ["save"]
@@ -31,14 +32,8 @@ def save(folder: Path) -> str:
             pos_embed_max_size=256,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=64,
+        vae=small_autoencoder(
+            4,
             scaling_factor=0.13025,
         ),
         text_encoder=UMT5EncoderModel(config),

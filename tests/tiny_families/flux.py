@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
+from tests.tiny_families.autoencoder import small_autoencoder
 from tests.tiny_families.tokenizers import clip_config, t5_tokenizer, tiny_tokenizer
 
 __all__ = ["SCHEDULER", "save"]
@@ -35,14 +36,8 @@ def save(folder: Path, version: str = "dev", **scheduler: object) -> str:
         scheduler=FlowMatchEulerDiscreteScheduler(
             **{**SCHEDULER, **({} if dev else {"shift": 1.0, "use_dynamic_shifting": False}), **scheduler}
         ),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=4,
-            sample_size=64,
+        vae=small_autoencoder(
+            16,
             scaling_factor=0.3611,
             shift_factor=0.1159,
             use_quant_conv=False,

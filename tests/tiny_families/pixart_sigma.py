@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
+from tests.tiny_families.autoencoder import small_autoencoder
 from tests.tiny_families.tokenizers import t5_tokenizer
 
 __all__ = ["SCHEDULER", "save"]
@@ -45,14 +46,8 @@ def save(folder: Path, sample_size: int = 8, **transformer: object) -> str:
     PixArtSigmaPipeline(
         tokenizer=t5_tokenizer(300),
         text_encoder=T5EncoderModel(encoder),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=64,
+        vae=small_autoencoder(
+            4,
             scaling_factor=0.13025,
         ),
         transformer=PixArtTransformer2DModel(**{**settings, **transformer}),

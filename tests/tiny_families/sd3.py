@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from tests.tiny_families.autoencoder import small_autoencoder
 from tests.tiny_families.tokenizers import clip_config, t5_tokenizer, tiny_tokenizer
 
 __all__ = ["SCHEDULER", "save"]
@@ -37,14 +38,8 @@ def save(folder: Path, version: str = "3.5", t5: bool = True, **scheduler: objec
             qk_norm="rms_norm" if newer else None,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **scheduler}),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=4,
-            sample_size=64,
+        vae=small_autoencoder(
+            16,
             scaling_factor=1.5305,
             shift_factor=0.0609,
             use_quant_conv=False,

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from tests.tiny_families.autoencoder import small_autoencoder
 from tests.tiny_families.tokenizers import clip_config, tiny_tokenizer
 
 __all__ = ["SCHEDULER", "save"]
@@ -42,14 +43,8 @@ def save(folder: Path, guidance_embedding: int | None = None, zeros: bool = True
     tokenizer, second = tiny_tokenizer(), tiny_tokenizer()
     second.pad_token = "!"
     StableDiffusionXLPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=64,
+        vae=small_autoencoder(
+            4,
             **{"scaling_factor": 0.13025, "force_upcast": True, **(vae or {})},
         ),
         text_encoder=CLIPTextModel(clip_config(tokenizer)),

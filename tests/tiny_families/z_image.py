@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3Model
 
+from tests.tiny_families.autoencoder import small_autoencoder
 from tests.tiny_families.tokenizers import qwen_tokenizer
 
 __all__ = ["SCHEDULER", "save"]
@@ -45,14 +46,8 @@ def save(folder: Path, **scheduler: object) -> str:
     ZImagePipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **scheduler}),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=64,
+        vae=small_autoencoder(
+            4,
             scaling_factor=0.3611,
             shift_factor=0.1159,
             use_quant_conv=False,
