@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import sys
-import tracemalloc
 import warnings
 from datetime import datetime
 from decimal import Decimal
@@ -28,6 +27,7 @@ from svdd.runs.bounds import check_images
 from svdd.runs.prompts import Prompt, PromptDataModule, PromptDataset, PromptError
 from svdd.runs.rows import RESERVED_COLUMNS, ResultRow, result_row
 from svdd.samplers.svdd import SVDD
+from tests.memory import peak_bytes
 
 REAL_FILES = Path(__file__).parents[2] / "shared" / "data"
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
@@ -726,7 +726,7 @@ def test_loading_with_started_workers(method):
     "suffix", ["txt", pytest.param("csv", marks=pytest.mark.slow), pytest.param("jsonl", marks=pytest.mark.slow)]
 )
 def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path, suffix):
-    def peak(count):
+    def read(count):
         path = tmp_path / f"{count}.{suffix}"
         text = "a photograph of a thing that has the number %d, on a table, in the evening light"
         with open(path, "w") as file:
@@ -735,19 +735,15 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path, suffix):
             for i in range(count):
                 line = text % i
                 file.write(f'"{line}",t\n' if suffix == "csv" else f'"{line}"\n' if suffix == "jsonl" else f"{line}\n")
-        tracemalloc.start()
         module = PromptDataModule(str(path), batch_size=8)
         module.skip(range(0, count, 50))
         batches = iter(module.predict_dataloader())
         for _ in range(10):
             assert len(next(batches)) == 8
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
         assert len(module.dataset) == count
-        return most
 
-    peak(100)  # fills imports and caches
-    assert peak(100_000) - peak(100) < 3_000_000
+    read(100)  # fills imports and caches
+    assert peak_bytes(lambda: read(100_000)) - peak_bytes(lambda: read(100)) < 3_000_000
 
 
 # The data module

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import tarfile
-import tracemalloc
 
 import pytest
 from PIL import Image
@@ -14,6 +13,7 @@ from svdd.runs import images as run_images
 from svdd.runs.folder import RunFolder
 from svdd.runs.images import RunImages, read_image
 from svdd.runs.writer import RunWriter
+from tests.memory import peak_bytes
 from tests.test_writer import CONFIG, ROW, Tiny, full_disk, predict, read_rows
 
 
@@ -173,15 +173,16 @@ def test_a_missing_end_is_appended_without_copying(tmp_path):
 
 
 def test_a_shard_is_copied_image_by_image(tmp_path):
-    path = large_shard(tmp_path)
-    tracemalloc.start()
-    keep_only(path, range(1, 20))
-    most = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert most < 6_000_000
-    assert names(tmp_path) == {path.name: [f"{k:06d}-00.{e}" for k in range(1, 20) for e in ("png", "json")]}
-    for k in range(1, 20):
-        assert read_image(path.parents[1], f"images/{path.name}/{k:06d}-00.png") == bytes([k]) * 1_000_000
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    shards = [large_shard(folder) for folder in folders]
+    waiting = iter(shards)
+    assert peak_bytes(lambda: keep_only(next(waiting), range(1, 20))) < 6_000_000
+    for folder, path in zip(folders, shards, strict=True):
+        assert names(folder) == {path.name: [f"{k:06d}-00.{e}" for k in range(1, 20) for e in ("png", "json")]}
+        for k in range(1, 20):
+            assert read_image(folder, f"images/{path.name}/{k:06d}-00.png") == bytes([k]) * 1_000_000
     assert not list(tmp_path.rglob("*.tmp"))
 
 
