@@ -83,6 +83,22 @@ def test_unguided_pictures_equal_the_pipelines(family, step, guidance, folder, r
 
 
 @each_class
+def test_pictures_equal_the_pipelines_when_several_threads_share_a_batch(family, folder, reference):
+    """Rounding then depends on the place of a row in its batch."""
+    diffusion, threads = (
+        build(family, folder(family), "guided", family.size, **family.steps[0].ours),
+        torch.get_num_threads(),
+    )
+    torch.set_num_threads(2)
+    try:
+        expected = reference(family).draw(family.steps[0], "guided", family.size, 3)
+        found = draw(diffusion, "guided", 3)
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(found, expected)
+
+
+@each_class
 def test_small_models_depend_on_all_that_they_are_told(family, folder):
     """Otherwise equal pictures would say little."""
     guided, plain = (build(family, folder(family), guidance) for guidance in ("guided", "none"))

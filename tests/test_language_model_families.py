@@ -95,6 +95,23 @@ def test_the_settings_of_qwen_image_lightning(folders):
     )
 
 
+def test_settings_without_effect_are_refused(folders):
+    size = {"height": 64, "width": 64}
+    for kind, arguments, message in (
+        ("QwenImage", {"scheduler_options": {"shift": 3.0}}, "no effect of shift while use_dynamic_shifting is true"),
+        ("Sana", {"scheduler_options": {"max_shift": 1.0}}, "no effect of max_shift while use_dynamic_shifting is"),
+        ("ZImage", {"cfg_truncation": 0.5, "inner_steps": 2}, "cfg_truncation cannot be combined with inner_steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            getattr(svdd.diffusion, kind)(folders[kind], 4, **size, **arguments)
+    options = {"use_dynamic_shifting": False, "shift": 3.0}
+    levels = svdd.diffusion.QwenImage(folders["QwenImage"], 4, scheduler_options=options, **size).kernel.levels
+    s = torch.linspace(1, 0.25, 4)
+    ends = 0.02  # shift_terminal, to which the levels are stretched
+    shifted = 1 - (1 - 3 * s / (1 + 2 * s)) * (1 - ends) / 0.5
+    assert [sigma for _, sigma in levels[:-1]] == pytest.approx(shifted.tolist())
+
+
 def small_lora(kind, folder, file):
     """Writes a LoRA of the attention layers, with alphas and their older names as Qwen-Image-Lightning, or without."""
     network = getattr(diffusers, getattr(svdd.diffusion, kind).pipeline).from_pretrained(folder).transformer

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from diffusers.utils.torch_utils import get_module_execution_device
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -110,6 +115,13 @@ def test_files_of_published_models_that_need_a_setting_or_have_no_kernel_are_nam
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"noise levels of EDM \(EDMDPMSolver.*expected a scheduler with betas"):
         AutoDiffusion.examine({"pretrained": str(folder)})
+    flow = FlowMatchEulerDiscreteScheduler()
+    shutil.copytree(sd15, folder, dirs_exist_ok=True)
+    flow.save_pretrained(folder / "scheduler")
+    with pytest.raises(ValueError, match="the model's FlowMatchEulerDiscreteScheduler has no beta_schedule"):
+        AutoDiffusion.examine({"pretrained": str(folder)})
+    with pytest.raises(UserError, match=r"pretrained='folder/' is not a folder; expected `emoji`"):
+        AutoDiffusion.examine({"pretrained": "folder/"})
 
 
 # ---- single files
@@ -161,6 +173,9 @@ def test_single_files_that_cannot_be_used_are_refused_before_they_are_loaded(sd1
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(UserError, match="lacks weights of UNet2DConditionModel; expected the file and the conf"):
         AutoDiffusion(str(tmp_path / "less.safetensors"), 2, config=sd15)
+    save_file({"layer.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="lacks weights of SD3Transformer2DModel; expected the file and the conf"):
+        AutoDiffusion(str(tmp_path / "other.safetensors"), 2, config="emoji-flow")
 
 
 # ---- precision

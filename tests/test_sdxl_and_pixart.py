@@ -165,7 +165,11 @@ def test_settings_of_the_scheduler_replace_the_saved_ones(xl):
     for options, message in (
         ({"timestep_spacin": "x"}, "DDIMScheduler has no setting 'timestep_spacin'; did you mean 'timestep_spacing'?"),
         ({"timestep_spacing": "x"}, "timestep_spacing must be one of leading, trailing, linspace, got 'x'"),
-        ({"beta_start": "x"}, "DDIMScheduler cannot take these settings: "),
+        ({"beta_start": "x"}, "scheduler_options: beta_start must be a number, got 'x'"),
+        ({"beta_start": True}, "scheduler_options: beta_start must be a number, got True"),
+        ({"clip_sample": "yes"}, "scheduler_options: clip_sample must be true or false, got 'yes'"),
+        ({"timestep_spacing": 1}, "scheduler_options: timestep_spacing must be text, got 1"),
+        ({"trained_betas": "x"}, "DDIMScheduler cannot take these settings: "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             StableDiffusionXL(xl, 4, scheduler_options=options)

@@ -230,12 +230,16 @@ def test_a_truncated_prompt_is_reported_with_the_lost_words(sd15):
     torch.testing.assert_close(cut["states"][0], whole["states"][0])
 
 
-def test_a_truncated_negative_prompt_is_reported_if_it_is_used(sd15):
+def test_a_truncated_negative_prompt_is_reported_if_it_is_used_and_any_if_it_is_not(sd15):
     with pytest.warns(UserWarning, match="cut off: 'y'"):
         StableDiffusion(sd15, 2).encode(["a"], ["x" * 75 + "y"])
+    unguided = StableDiffusion(sd15, 2, guidance_scale=1.0)
+    with pytest.warns(UserWarning, match="negative prompts have no effect: StableDiffusion computes no") as caught:
+        unguided.encode(["a"], ["x" * 75 + "y"])
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        StableDiffusion(sd15, 2, guidance_scale=1.0).encode(["a"], ["x" * 75 + "y"])
+        unguided.encode(["a"], [None])
 
 
 # ---- errors

@@ -43,7 +43,7 @@ _SENTENCE = "a photo of a red apple on a table"  # a usable tokenizer knows some
 
 def is_local(source: str) -> bool:
     """Returns whether a name means a path on this machine rather than `owner/name` on the hub."""
-    return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
+    return source.startswith((".", "/", "~")) or source.rstrip("/").count("/") != 1 or Path(source).exists()
 
 
 def locate(

@@ -34,7 +34,9 @@ class ModelFamily(Diffusion):
     default_steps: ClassVar[int] = 50  # of the pipeline
     default_guidance: ClassVar[float] = 7.5
     max_tokens: ClassVar[int | None] = None  # of a text, where the pipeline reads fewer than its tokenizer states
+    patch: ClassVar[int] = 1  # of the autoencoder's latents along a side, where the pipeline joins them in patches
     two_calls: ClassVar[bool] = False  # whether the unconditional half is a call of its own, with texts of other length
+    conditional_first: ClassVar[bool] = False  # in the pipeline's batch of both halves; several threads round by place
     pipe: Any
     vae: Any
 
@@ -46,11 +48,12 @@ class ModelFamily(Diffusion):
     @property
     def size_multiple(self) -> int:
         """Pixels of which height and width are multiples."""
-        return int(self.pipe.vae_scale_factor)
+        return self.patch * int(self.pipe.vae_scale_factor)
 
     def native_size(self) -> tuple[int, int] | None:
-        """Returns the model's own height and width in pixels, or None if it states none."""
-        size, factor = self.pipe.components[self.backbone].config.sample_size, self.pipe.vae_scale_factor
+        """Returns the height and width in pixels that the network's configuration states, or the pipeline; or None."""
+        stated, factor = self.pipe.components[self.backbone].config, self.pipe.vae_scale_factor
+        size = stated.sample_size if "sample_size" in stated else self.pipe.default_sample_size
         if size is None:
             return None
         height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -121,8 +124,10 @@ class ModelFamily(Diffusion):
         if self.two_calls:
             conditional = self.network(x, t, texts, guidance_scale)
             return self.combine(self.network(x, t, others, guidance_scale), conditional, scale, t)
-        pairs = {name: torch.cat([others[name], part]) for name, part in texts.items()}
-        unconditional, conditional = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
+        order = -1 if self.conditional_first else 1
+        pairs = {name: torch.cat([others[name], part][::order]) for name, part in texts.items()}
+        halves = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
+        unconditional, conditional = halves[::order]
         return self.combine(unconditional, conditional, scale, t)
 
     def float32_weights(self, dtype: torch.dtype) -> Iterator[Tensor]:

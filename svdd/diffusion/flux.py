@@ -34,7 +34,7 @@ class Flux(LatentDiffusion):
     kernels = FLOW_KERNELS
     tiny = "madebyollin/taef1"
     default_steps, default_guidance = 28, 3.5
-    two_calls = True
+    two_calls, patch = True, 2
     transformer: Any
 
     def __init__(self, *args: Any, true_cfg_scale: float = 1.0, max_sequence_length: int = 512, **kwargs: Any) -> None:
@@ -68,15 +68,6 @@ class Flux(LatentDiffusion):
     def cfg_scale(self, guidance_scale: float) -> float:
         """Returns the weight of classifier-free guidance, which is apart from the network's own guidance."""
         return self.true_cfg_scale
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of a patch of 2 x 2 latents."""
-        return 2 * int(self.pipe.vae_scale_factor)
-
-    def native_size(self) -> tuple[int, int]:
-        """Returns the pipeline's own height and width in pixels."""
-        return (self.pipe.default_sample_size * self.pipe.vae_scale_factor,) * 2
 
     def token_limit(self, tokenizer: Any) -> int:
         """Returns the number of tokens after which one of the text encoders cuts off a text."""

@@ -33,7 +33,7 @@ class Flux2Klein(LatentDiffusion):
     backbone = "transformer"
     kernels = FLOW_KERNELS
     default_steps, default_guidance = 50, 4.0
-    two_calls = True
+    two_calls, patch = True, 2
     transformer: Any
     text_encoder: Any
 
@@ -63,15 +63,6 @@ class Flux2Klein(LatentDiffusion):
     def distilled(self) -> bool:
         """Whether the model was distilled, and ignores the guidance scale."""
         return bool(self.pipe.config.is_distilled)
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of a latent, which is a patch of 2 x 2 of the autoencoder's."""
-        return 2 * int(self.pipe.vae_scale_factor)
-
-    def native_size(self) -> tuple[int, int]:
-        """Returns the pipeline's own height and width in pixels."""
-        return (self.pipe.default_sample_size * self.pipe.vae_scale_factor,) * 2
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """Returns the shape of a latent, with four times the autoencoder's channels and half its height and width."""

@@ -1,6 +1,7 @@
 """What all latent diffusion models saved by diffusers have in common."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from svdd.diffusion.kernels.base import find_kernel
 from svdd.diffusion.kernels.glass import glass
 from svdd.diffusion.kernels.transition import Noise, Transition
 from svdd.diffusion.lora import find_lora, fuse_lora, load_lora
-from svdd.diffusion.model_index import EMBEDDED, Source, examine, name_of
+from svdd.diffusion.model_index import EMBEDDED, Source, examine, name_of, read_json
 from svdd.diffusion.offload import OffloadMode
 from svdd.diffusion.parts import PipelineParts
 from svdd.diffusion.pipelines import (
@@ -163,11 +164,13 @@ class LatentDiffusion(PipelineParts):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises ValueError if the model or the scheduler is of another kind, or a local LoRA does not exist."""
-        examine(source := Source.of(arguments), cls.pipeline, cls.misfit)
+        index = examine(source := Source.of(arguments), cls.pipeline, cls.misfit)
         if (lora := arguments.get("lora")) is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), source.local_files_only)
         kernel = find_kernel(arguments.get("scheduler") or next(iter(cls.kernels)), cls.kernels)
-        kernel.check_options(arguments.get("scheduler_options") or {})
+        kernel.check_options(options := arguments.get("scheduler_options") or {})
+        if (file := Path(index.source).expanduser() / "scheduler" / "scheduler_config.json").is_file():
+            kernel.configure(read_json(source.what, file), options)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -189,6 +192,9 @@ class LatentDiffusion(PipelineParts):
         """Returns the encoded prompts and negative prompts (None without guidance)."""
         negatives = [self.negative_prompt if text is None else text for text in negative_prompts]
         guided = self.network_rows(self.guidance_scale) > 1
+        if any(negatives) and not guided:
+            settings = f"{type(self).__name__} computes no classifier-free guidance with these settings"
+            warnings.warn(f"negative prompts have no effect: {settings}", stacklevel=4)
         positive = self._encode(list(prompts), self.encode_texts)
         negative = self._encode(negatives, self.encode_negative_texts) if guided else None
         self.release()

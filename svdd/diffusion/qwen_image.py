@@ -33,7 +33,7 @@ class QwenImage(LatentDiffusion):
     backbone = "transformer"
     kernels = FLOW_KERNELS
     default_steps, default_guidance = 50, 4.0
-    two_calls = True
+    two_calls, patch = True, 2
     max_tokens = 512  # after the beginning of the pipeline's template
     transformer: Any
     text_encoder: Any
@@ -50,15 +50,6 @@ class QwenImage(LatentDiffusion):
         if (found := network.get("in_channels", 64)) != (expected := 4 * vae.get("z_dim", 16)):
             return f"has a transformer with {found} input channels; expected {expected}, 4 for each of its latents"
         return ""
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of a patch of 2 x 2 latents."""
-        return 2 * int(self.pipe.vae_scale_factor)
-
-    def native_size(self) -> tuple[int, int]:
-        """Returns the pipeline's own height and width in pixels."""
-        return (self.pipe.default_sample_size * self.pipe.vae_scale_factor,) * 2
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """Returns the shape of a latent; the pipeline's has an axis for its one frame as well."""

@@ -132,7 +132,7 @@ def read_parts(
                     torch_dtype=dtype,
                     local_files_only=True,
                 )
-            except (NotImplementedError, KeyError) as error:  # of a weight that has stayed on the meta device
+            except (NotImplementedError, LookupError) as error:  # some weights are on the meta device, some nowhere
                 expected = "expected the file and the configuration (`config`) of one model"
                 raise UserError(f"{what} lacks weights of {kind.__name__}; {expected}") from error
     return parts

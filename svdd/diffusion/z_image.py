@@ -39,6 +39,7 @@ class ZImage(LatentDiffusion):
     default_steps, default_guidance = 50, 5.0
     guides_above = 0.0
     max_tokens = 512  # in the turns of a chat
+    conditional_first, patch = True, 2
     transformer: Any
     text_encoder: Any
 
@@ -47,6 +48,8 @@ class ZImage(LatentDiffusion):
         for name, number in {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}.items():
             if not number >= 0:
                 raise ValueError(f"{name} must be >= 0, got {number}")
+        if cfg_truncation < 1 and self.inner_steps > 1:  # whose noise levels lie beyond their step's
+            raise ValueError("cfg_truncation cannot be combined with inner_steps; expected cfg_truncation=1")
         self.cfg_normalization, self.cfg_truncation = cfg_normalization, cfg_truncation
 
     @property
@@ -58,11 +61,6 @@ class ZImage(LatentDiffusion):
     def identity(self) -> dict[str, Any]:
         """The model, and the settings of its chain."""
         return super().identity | {name: getattr(self, name) for name in ("cfg_normalization", "cfg_truncation")}
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of a patch of 2 x 2 latents."""
-        return 2 * int(self.pipe.vae_scale_factor)
 
     def native_size(self) -> tuple[int, int]:
         """Returns the pipeline's own height and width in pixels."""

@@ -81,11 +81,15 @@ class Kernel(ABC):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Raises ValueError if an option is no setting of the scheduler."""
-        known = inspect.signature(cls.scheduler_class.__init__).parameters.keys() - {"self"}
-        for name in options.keys() - known:
-            kind = cls.scheduler_class.__name__
-            raise ValueError(f"scheduler_options: {kind} has no setting {name!r}{did_you_mean(name, sorted(known))}")
+        """Raises ValueError if an option is no setting of the scheduler, or of another type than its default."""
+        known = dict(inspect.signature(cls.scheduler_class.__init__).parameters)
+        known.pop("self")
+        for name, value in options.items():
+            if name not in known:
+                kind, near = cls.scheduler_class.__name__, did_you_mean(name, sorted(known))
+                raise ValueError(f"scheduler_options: {kind} has no setting {name!r}{near}")
+            if value is not None and (expected := _type(known[name].default)) not in ("", _type(value)):
+                raise ValueError(f"scheduler_options: {name} must be {expected}, got {value!r}")
 
     @classmethod
     def configure(cls, saved: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +139,12 @@ class Kernel(ABC):
         (alpha, sigma), (alpha_next, sigma_next) = self.levels[i], self.levels[i + 1]
         x0_wide = widen(x0)
         return (alpha_next * x0_wide + sigma_next / sigma * (x - alpha * x0_wide)).to(x.dtype)
+
+
+def _type(value: object) -> str:
+    """Returns the type of a setting in words, or an empty string if any is allowed."""
+    types: dict[Any, str] = {bool: "true or false", (int, float): "a number", str: "text"}  # a bool is an int as well
+    return next((word for kind, word in types.items() if isinstance(value, kind)), "")
 
 
 def find_kernel(name: str, known: Mapping[str, type[Kernel]]) -> type[Kernel]:

@@ -47,6 +47,17 @@ class FlowEuler(FlowKernel):
     Whether the saved scheduler has `stochastic_sampling` has no effect.
     """
 
+    @classmethod
+    def configure(cls, saved: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings; ValueError if an option has no effect, as a shift or the limits of a dynamic one."""
+        settings = super().configure(saved, options)
+        dynamic = bool(settings.get("use_dynamic_shifting"))
+        idle = {"shift"} if dynamic else {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
+        if vain := sorted(idle & options.keys()):
+            state = f"use_dynamic_shifting is {'true' if dynamic else 'false'}"
+            raise ValueError(f"scheduler_options: no effect of {', '.join(vain)} while {state}; set that as well")
+        return settings
+
     def _set_timesteps(self, count: int, options: dict[str, Any]) -> None:
         if "sigmas" in options and len(options["sigmas"]) != count:
             raise ValueError(f"num_inference_steps={count} needs as many sigmas, got {len(options['sigmas'])}")
