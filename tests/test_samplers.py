@@ -17,6 +17,7 @@ from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.window import Window
@@ -63,6 +64,9 @@ SAMPLERS = [
     ProgressivePruning(4),
     RandomSearch(4),
     ZeroOrderSearch(2, 3),
+    Refinement(2),
+    Refinement(2, 0.4, 0.7, SVDD(3, 0.7, 2)),
+    Refinement(1, 1.0, sampler=BestOfN(3)),
     DPS(0.5),
     DPS(0.5, through_denoiser=False, guide_stop=0.6),
     TwistedSMC(4, alpha=0.7),
@@ -72,7 +76,11 @@ SAMPLERS = [
 
 def label(sampler) -> str:
     positional, named = sampler.arguments
-    words = [*map(str, positional), *(f"{name}={each}" for name, each in named.items())]
+
+    def word(each) -> str:
+        return label(each) if isinstance(each, Sampler) else str(each)
+
+    words = [*map(word, positional), *(f"{name}={word(each)}" for name, each in named.items())]
     return "-".join([type(sampler).__name__, *words])
 
 
@@ -481,6 +489,10 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: ZeroOrderSearch(0), "num_iterations must be >= 1, got 0"),
         (lambda: ZeroOrderSearch(radius=0), "radius must lie above 0 and be at most 1, got 0"),
         (lambda: ZeroOrderSearch(decay=1.1), "decay must lie above 0 and be at most 1, got 1.1"),
+        (lambda: Refinement(0), "rounds must be >= 1, got 0"),
+        (lambda: Refinement(strength=0), "strength must lie above 0 and be at most 1, got 0"),
+        (lambda: Refinement(strength=1.5), "strength must lie above 0 and be at most 1, got 1.5"),
+        (lambda: Refinement(alpha=math.nan), "alpha must be >= 0, got nan"),
         (lambda: DPS(-1), "scale must be a finite number >= 0, got -1"),
         (lambda: DPS(math.inf), "scale must be a finite number >= 0, got inf"),
     ],

@@ -134,6 +134,12 @@ class Diffusion(nn.Module, ABC):
         """Moves latents x at step i, with posterior means x0, to step i + 1 without noise (DDIM with eta = 0)."""
         raise UserError(f"{type(self).__name__} has no deterministic step, which Lookahead needs: implement `flow`")
 
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        """Turns latents of images and standard normal noise, [n, *latent_shape] each, into x at step i < T."""
+        raise UserError(
+            f"{type(self).__name__} cannot noise a finished image, which Refinement needs: implement `renoise`"
+        )
+
     def preview(self, x: Tensor, i: int, conditioning: Any, row: Tensor, guidance_scale: float) -> Tensor:
         """Returns x0 at another weight of classifier-free guidance, [n, *latent_shape]; arguments as in `denoise`."""
         raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")

@@ -154,6 +154,9 @@ class _OneNumber(Diffusion):
             self._count(len(x))
         return x0 + noise
 
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        return x0 + noise
+
     def _count(self, rows: int) -> None:
         self.rows, self.squares = self.rows + rows, self.squares + rows**2
         if self.rows > self.limit:
