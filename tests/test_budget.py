@@ -16,6 +16,7 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.refinement import Refinement
@@ -95,6 +96,8 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
             inner = given["sampler"] or SVDD(4)  # without a window
             repeated = max(1, round(given["strength"] * steps))
             return formula(inner, steps, free)[0] + given["rounds"] * formula(inner, repeated, free)[0], 0
+        case NoiseOptimisation():
+            return given["num_iterations"] * steps, (given["num_iterations"] - 1) * steps
         case DPS():
             return steps, len(guided) if given["through_denoiser"] and not free else 0
         case TwistedSMC():
@@ -161,6 +164,7 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (ZeroOrderSearch(2, 3), 7 * 8),
         (Refinement(3), 1 + 4 * 7 + 3 * (1 + 4 * 3)),
         (Refinement(2, 0.25, sampler=BestOfN(3)), 3 * 8 + 2 * 3 * 2),
+        (NoiseOptimisation(3), 3 * 8 + 2 * 2 * 8),
         (DPS(1.0), 8 + 2 * 8),
         (DPS(1.0, through_denoiser=False), 8),
         (DPS(1.0, guide_start=0.5), 8 + 2 * 4),
@@ -208,6 +212,7 @@ def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
         (TwistedSMC(guide_stop=0.5), 130, 6),  # 6 (10 + 2 * 5)
         (RandomSearch(), 10, 1),
         (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
+        (NoiseOptimisation(), 100, 4),  # 10 (4 + 2 * 3)
         (Refinement(strength=0.3), 100, 7),  # 37 + 7 * 9
     ],
     ids=name_of,

@@ -12,6 +12,7 @@ from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.refinement import Refinement
@@ -439,6 +440,7 @@ def test_every_sampler_beats_plain_sampling():
         RandomSearch(),
         ZeroOrderSearch(),
         Refinement(),
+        NoiseOptimisation(5),
         DPS(),
         TwistedSMC(),
         SVDD(guide_every=4),

@@ -25,13 +25,13 @@ def autoregression(diffusion: GaussianDiffusion, i: int) -> tuple[float, float, 
     return gain * math.sqrt(diffusion.signal[i]), offset, gain**2 * (1 - diffusion.signal[i]) + variance
 
 
-@pytest.mark.parametrize(("strength", "alpha"), [(0.5, 0.5), (1.0, 2.0), (0.5, math.inf)])
+@pytest.mark.parametrize(("strength", "alpha"), [(0.5, 0.5), (1.0, math.inf)])
 def test_plain_rounds_with_acceptance_have_the_tilted_law(strength, alpha):
     """A plain round is a Gaussian autoregression, hence reversible; Barker's acceptance tilts its stationary law."""
     diffusion = GaussianDiffusion(4)
     phi, offset, variance = autoregression(diffusion, 4 - round(4 * strength))
     variance /= 1 - phi**2
-    final = run(diffusion, Refinement(16, strength, alpha, Unguided()), value_of(), 1200)
+    final = run(diffusion, Refinement(14, strength, alpha, Unguided()), value_of(), 1000)
     mean = offset / (1 - phi) * -0.2  # along b = (0.6, -0.8)
     assert_mean(rewards(final), mean + variance / alpha)
     assert_variance(rewards(final), variance)

@@ -15,6 +15,7 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.refinement import Refinement
@@ -67,6 +68,7 @@ SAMPLERS = [
     Refinement(2),
     Refinement(2, 0.4, 0.7, SVDD(3, 0.7, 2)),
     Refinement(1, 1.0, sampler=BestOfN(3)),
+    NoiseOptimisation(3),
     DPS(0.5),
     DPS(0.5, through_denoiser=False, guide_stop=0.6),
     TwistedSMC(4, alpha=0.7),
@@ -367,6 +369,7 @@ def test_the_global_generator_is_left_alone(sampler):
         (SMC(5, guide_every=4), 5 * 2),
         (ProgressivePruning(4), 8 + 4 + 2),
         (ZeroOrderSearch(2, 3), 7),
+        (NoiseOptimisation(3), 3),
         (DPS(1.0), 8),
         (TwistedSMC(4), 4 * 9),
     ],
@@ -493,6 +496,11 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: Refinement(strength=0), "strength must lie above 0 and be at most 1, got 0"),
         (lambda: Refinement(strength=1.5), "strength must lie above 0 and be at most 1, got 1.5"),
         (lambda: Refinement(alpha=math.nan), "alpha must be >= 0, got nan"),
+        (lambda: NoiseOptimisation(0), "num_iterations must be >= 1, got 0"),
+        (lambda: NoiseOptimisation(learning_rate=0), "learning_rate must be > 0, got 0"),
+        (lambda: NoiseOptimisation(clip=-1), "clip must be > 0, got -1"),
+        (lambda: NoiseOptimisation(momentum=1), "momentum must be >= 0 and below 1, got 1"),
+        (lambda: NoiseOptimisation(regularisation=math.inf), "regularisation must be a finite number >= 0, got inf"),
         (lambda: DPS(-1), "scale must be a finite number >= 0, got -1"),
         (lambda: DPS(math.inf), "scale must be a finite number >= 0, got inf"),
     ],

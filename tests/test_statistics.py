@@ -21,6 +21,7 @@ from svdd.runs.pictures import find_pictures, read_pictures
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.refinement import Refinement
@@ -312,6 +313,7 @@ def test_the_trace_holds_the_divergence_of_a_sampler():
         ProgressivePruning(),
         ZeroOrderSearch(),
         Refinement(),
+        NoiseOptimisation(2),
         TwistedSMC(),
     ):
         assert drawn(unknown) is None

@@ -136,9 +136,7 @@ class Diffusion(nn.Module, ABC):
 
     def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
         """Turns latents of images and standard normal noise, [n, *latent_shape] each, into x at step i < T."""
-        raise UserError(
-            f"{type(self).__name__} cannot noise a finished image, which Refinement needs: implement `renoise`"
-        )
+        raise UserError(f"{type(self).__name__} cannot noise an image, which Refinement needs: implement `renoise`")
 
     def preview(self, x: Tensor, i: int, conditioning: Any, row: Tensor, guidance_scale: float) -> Tensor:
         """Returns x0 at another weight of classifier-free guidance, [n, *latent_shape]; arguments as in `denoise`."""

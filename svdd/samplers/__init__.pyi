@@ -3,6 +3,7 @@ from .beam_search import BeamSearch as BeamSearch
 from .best_of_n import BestOfN as BestOfN
 from .blockwise_best_of_n import BlockwiseBestOfN as BlockwiseBestOfN
 from .dps import DPS as DPS
+from .noise_optimisation import NoiseOptimisation as NoiseOptimisation
 from .progressive_pruning import ProgressivePruning as ProgressivePruning
 from .random_search import RandomSearch as RandomSearch
 from .refinement import Refinement as Refinement
