@@ -642,6 +642,17 @@ def test_a_schedule_is_a_list_of_pairs(predict, tmp_path, read_rows):
     assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {6 + 6 + 6}
 
 
+def test_a_sampler_inside_a_sampler_is_chosen_by_name(predict, tmp_path, read_rows):
+    settings = ["--model.sampler", "Refinement", "--model.sampler.rounds", "2", "--model.sampler.strength", "0.6"]
+    settings += ["--model.sampler.sampler", "SVDD", "--model.sampler.sampler.num_candidates", "2"]
+    assert predict(*settings) == 0
+    assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {(1 + 2 * 2) + 2 * (1 + 2)}
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    assert predict(*settings) == 0  # nothing is left to do
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    assert predict(*settings, "--model.sampler.sampler.num_candidates", "3") == 2  # another run
+
+
 def test_later_configs_override_earlier_ones(config, tmp_path, read_rows):
     best = REPOSITORY / "configs" / "best_of_n.yaml"
     run = str(tmp_path / "run")
