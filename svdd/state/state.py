@@ -159,16 +159,8 @@ class State:
             raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
         self.context.trace.diverge(kl)
         flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
-        return self._rows(flat, self.context)
-
-    def of(self, images: Tensor) -> "State":
-        """Returns the rows of some images, int64 [k], as a batch of their own: only their random streams advance."""
-        flat = torch.arange(len(self.x), device=self.x.device).view(self.num_images, -1)[images].flatten()
-        return self._rows(flat, self.context.of(images))
-
-    def _rows(self, flat: Tensor, context: Context) -> "State":
         cache = {name: known[flat] for name, known in self._cache.items()}
-        return State(self.x[flat], self.i, self.row[flat], self.origin[flat], context, cache)
+        return replace(self, x=self.x[flat], row=self.row[flat], origin=self.origin[flat], _cache=cache)
 
     def join(self, other: "State") -> "State":
         """Returns the rows of both states, at the same step, with every image's rows of `other` after its own."""

@@ -1,6 +1,7 @@
 """Different numbers of candidates for the images of one batch; an image's candidates do not depend on the others."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ def proposals(parents: State, counts: Tensor) -> Iterator[tuple[Tensor, State]]:
 
     Yields, for each distinct count, the images that have it, int64 [k], and their children, a batch of these images.
     """
-    _ = parents.prediction  # evaluated once for all that follows
+    _ = parents.prediction  # evaluated once for all parts
+    rows = torch.arange(len(parents.x), device=counts.device).view(parents.num_images, -1)
     for count in counts[counts > 0].unique().tolist():
         images = (counts == count).nonzero().flatten()
-        yield images, parents.of(images).propose(count)
+        part = parents.select(rows[images].view(1, -1), kl=0.0)
+        yield images, replace(part, context=parents.context.of(images)).propose(count)
 
 
 def stack(parts: Sequence[State], context: Context) -> State:
