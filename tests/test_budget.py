@@ -20,6 +20,7 @@ from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.refinement import Refinement
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -98,6 +99,8 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
             return formula(inner, steps, free)[0] + given["rounds"] * formula(inner, repeated, free)[0], 0
         case NoiseOptimisation():
             return given["num_iterations"] * steps, (given["num_iterations"] - 1) * steps
+        case RolloverBudget():
+            return steps if free else steps - 1 + given["num_starts"] + (m - 1) * (steps - 1), 0
         case DPS():
             return steps, len(guided) if given["through_denoiser"] and not free else 0
         case TwistedSMC():
@@ -165,6 +168,8 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (Refinement(3), 1 + 4 * 7 + 3 * (1 + 4 * 3)),
         (Refinement(2, 0.25, sampler=BestOfN(3)), 3 * 8 + 2 * 3 * 2),
         (NoiseOptimisation(3), 3 * 8 + 2 * 2 * 8),
+        (RolloverBudget(5), 1 + 5 * 7),
+        (RolloverBudget(5, 2, num_starts=3), 3 + 5 * 7),
         (DPS(1.0), 8 + 2 * 8),
         (DPS(1.0, through_denoiser=False), 8),
         (DPS(1.0, guide_start=0.5), 8 + 2 * 4),
@@ -214,6 +219,7 @@ def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
         (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
         (NoiseOptimisation(), 100, 4),  # 10 (4 + 2 * 3)
         (Refinement(strength=0.3), 100, 7),  # 37 + 7 * 9
+        (RolloverBudget(num_starts=3), 100, 10),  # 3 + 10 * 9
     ],
     ids=name_of,
 )

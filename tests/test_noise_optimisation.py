@@ -40,7 +40,7 @@ def test_it_converges_to_the_optimum_of_the_reward_and_the_regulariser(eta, weig
     """
     diffusion, value, d = GaussianDiffusion(3, size=4, eta=eta), bound(PosteriorMean(), Quadratic(CENTRE)), 4
     images = {"prompts": ["", "0.5", "-1"], "seeds": [3, 1, 4]}
-    final = run(diffusion, NoiseOptimisation(300, 0.3, 0.8, clip=100.0, regularisation=weight), value, **images)
+    final = run(diffusion, NoiseOptimisation(100, 0.8, 0.7, clip=100.0, regularisation=weight), value, **images)
     found = final.context.trace.selections[-1].values[:, 1].double()  # the rewards of the last iterates
     plain = run(diffusion, Unguided(), value, **images)
     gain = diffusion.end(0)[0]

@@ -16,6 +16,7 @@ from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.refinement import Refinement
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.selection import RESAMPLERS
@@ -441,6 +442,7 @@ def test_every_sampler_beats_plain_sampling():
         ZeroOrderSearch(),
         Refinement(),
         NoiseOptimisation(5),
+        RolloverBudget(),
         DPS(),
         TwistedSMC(),
         SVDD(guide_every=4),

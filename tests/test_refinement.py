@@ -25,7 +25,7 @@ def autoregression(diffusion: GaussianDiffusion, i: int) -> tuple[float, float, 
     return gain * math.sqrt(diffusion.signal[i]), offset, gain**2 * (1 - diffusion.signal[i]) + variance
 
 
-@pytest.mark.parametrize(("strength", "alpha"), [(0.5, 0.5), (1.0, math.inf)])
+@pytest.mark.parametrize(("strength", "alpha"), [(0.5, 1.0), (1.0, math.inf)])
 def test_plain_rounds_with_acceptance_have_the_tilted_law(strength, alpha):
     """A plain round is a Gaussian autoregression, hence reversible; Barker's acceptance tilts its stationary law."""
     diffusion = GaussianDiffusion(4)

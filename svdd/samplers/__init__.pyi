@@ -7,6 +7,7 @@ from .noise_optimisation import NoiseOptimisation as NoiseOptimisation
 from .progressive_pruning import ProgressivePruning as ProgressivePruning
 from .random_search import RandomSearch as RandomSearch
 from .refinement import Refinement as Refinement
+from .rollover_budget import RolloverBudget as RolloverBudget
 from .smc import SMC as SMC
 from .svdd import SVDD as SVDD
 from .twisted_smc import TwistedSMC as TwistedSMC

@@ -95,7 +95,8 @@ class NoiseOptimisation(Sampler):
         def run(x: Tensor, image: Tensor) -> dict[str, Tensor]:
             with torch.set_grad_enabled(differentiate):
                 leaf, before = x.detach().requires_grad_(differentiate), ledger.denoiser_rows
-                end = self.finish(State(leaf, 0, state.row[image], state.origin[image], context.part(image.tolist())))
+                own = context.of(image).replay()  # a chunk that runs out of memory is run again
+                end = self.finish(State(leaf, 0, state.row[image], state.origin[image], own))
                 values, slope = value(end), torch.zeros_like(x)
                 if differentiate:
                     if not values.requires_grad:
