@@ -105,5 +105,5 @@ def test_only_the_reward_needs_a_gradient():
         def forward(self, images, prompts):
             return super().forward(images, prompts).detach()
 
-    with pytest.raises(UserError, match="the reward has no gradient at the starting noise"):
+    with pytest.raises(UserError, match="the value has no gradient at x"):
         run(diffusion, NoiseOptimisation(2), bound(PosteriorMean(), Constant([1.0, 0.0])), 1)

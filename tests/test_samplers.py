@@ -374,6 +374,8 @@ def test_the_global_generator_is_left_alone(sampler):
         (SMC(5, guide_every=4), 5 * 2),
         (ProgressivePruning(4), 8 + 4 + 2),
         (ZeroOrderSearch(2, 3), 7),
+        (Refinement(2), 4 * 8 + 2 * 4 * 4),
+        (Refinement(2, 0.25, sampler=Unguided()), 1 + 2),
         (NoiseOptimisation(3), 3),
         (RolloverBudget(5, 2), 1 + 5 * 8),
         (DPS(1.0), 8),
