@@ -114,7 +114,7 @@ class State:
     def scores(
         self, reward: Scorer, x0: Tensor | None = None, decode: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Returns the reward of each row's decoded x0, float32 [n], once; a preview has another x0 or another decoder."""
+        """Returns the reward of each row's decoded x0, float32 [n]; a preview has another x0 or another decoder."""
         context, own, known = self.context, x0 is None and decode is None, ("scores", reward)
         if own and known in self._cache:
             return self._cache[known]
