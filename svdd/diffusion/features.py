@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,7 +87,8 @@ def share(family: Any, depth: int) -> float:
         try:
             _shares[key] = _count(_without_storage(network), depth, *tree_map(_to_meta, arguments))
         except (NotImplementedError, RuntimeError):
-            _shares[key] = _count(network, depth, *arguments)
+            with sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention is not counted
+                _shares[key] = _count(network, depth, *arguments)
     return _shares[key]
 
 
