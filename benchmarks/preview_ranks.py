@@ -1,6 +1,6 @@
 """How well previews rank the candidates of a parent: rank correlation with the exact posterior-mean reward.
 
-Writes benchmarks/preview_ranks.md. At every second step of an unguided chain, each particle draws candidates; every
+Writes benchmarks/preview_ranks.md. At every fourth step of an unguided chain, each particle draws candidates; every
 preview and the exact prediction of the same candidates are decoded and scored, by two rewards.
 """
 
@@ -21,7 +21,7 @@ from svdd.rewards.jpeg import Compressibility
 from svdd.state.start import Start
 from svdd.state.state import State
 
-STEPS, EVERY, CANDIDATES = 25, 3, 16
+STEPS, EVERY, CANDIDATES = 25, 4, 16
 MODELS = {"emoji": (StableDiffusion, 3.0), "emoji-flow": (StableDiffusion3, 2.0)}
 PREVIEWS = {
     "exact": None,
@@ -94,7 +94,7 @@ def main() -> None:
         "",
         f"Spearman's rank correlation with the exact posterior-mean reward among {CANDIDATES} candidates of a parent: "
         f"mean over {options.prompts} prompts and the early / middle / late thirds of T = {STEPS} steps, at every "
-        "third step of an unguided chain, eta 1. Guidance scale 3 (`emoji`) and 2 (`emoji-flow`). Network rows are "
+        "fourth step of an unguided chain, eta 1. Guidance scale 3 (`emoji`) and 2 (`emoji-flow`). Network rows are "
         "those of one candidate's preview, by counted operations. Made by `python -m benchmarks.preview_ranks`.",
     ]
     for name in options.models:
