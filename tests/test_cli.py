@@ -172,14 +172,14 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         ),
         (["--model.sampler.num_candidates", "many"], "expected int, got many"),
         (["--model.sampler.num_candidates", "0"], "num_candidates must be >= 1, got 0"),
-        (["--model.sampler.alpha", "-1"], "alpha must be >= 0, got -1.0"),
+        (["--model.sampler.alpha", "-1"], "alpha must be >= 0 or auto, got -1.0"),
         (["--model.diffusion.num_inference_steps", "0"], "num_inference_steps must be an integer >= 1, got 0"),
         (["--model.diffusion.eta", "0"], "eta=0 every step is deterministic"),
         (["--model.diffusion.scheduler", "pndm"], "known: ddim, ddpm, euler, euler_ancestral"),
         (["--model.diffusion.chunk_size", "0"], "chunk_size must be 'auto' or an integer >= 1, got 0"),
         (["--model.diffusion.pretrained", "/no/such/folder"], "'/no/such/folder' is not a folder"),
         (["--model.sampler.guide_every", "0"], "guide_every must be >= 1, got 0"),
-        (["--model.sampler", "SMC", "--model.sampler.alpha", "0"], "alpha must be > 0, got 0.0"),
+        (["--model.sampler", "SMC", "--model.sampler.alpha", "0"], "alpha must be > 0 or auto, got 0.0"),
         (
             ["--model.sampler", "SMC", "--model.sampler.resampler", "best"],
             "resampler: expected one of multinomial, stratified, systematic, residual, ssp, got best",
@@ -501,7 +501,7 @@ def test_another_class_starts_from_its_own_defaults(predict, tmp_path):
     """SVDD's `num_particles: 1` and `alpha: 0.0` are not passed on to SMC."""
     assert predict("--model.sampler", "SMC", "--model.sampler.potential", "max") == 0
     arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
-    assert (arguments["num_particles"], arguments["alpha"], arguments["potential"]) == (8, 0.1, "max")
+    assert (arguments["num_particles"], arguments["alpha"], arguments["potential"]) == (8, "auto", "max")
     assert "num_candidates" not in arguments
 
 
