@@ -482,17 +482,22 @@ def test_particles_write_weights_and_lineage(predict, tmp_path, read_rows):
     for trace in traces:
         assert trace["step"] == [1, 2, 3]
         assert [len(kept) for kept in trace["lineage"]] == [3, 3, 3]
-    before = (run / "trace.jsonl").read_bytes()
+        assert len(set(trace["alpha"])) == 1
+    before, summary = (run / "trace.jsonl").read_bytes(), json.loads((run / "summary.json").read_text())
+    assert summary["choices"] == 3
+    assert 0 < summary["ess"] < 1
     (run / "images" / "000001-02.png").unlink()  # one of three ends: the prompt is redone, with its trace
     assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "1") == 0
     assert [row["sha256"] for row in read_rows(run)] == [row["sha256"] for row in rows]
     assert len((run / "trace.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+    resumed = json.loads((run / "summary.json").read_text())
+    assert all(resumed[name] == summary[name] for name in ("choices", "resamplings", "spread", "ess", "alpha"))
 
 
-@pytest.mark.parametrize("sampler", ["DPS", "TwistedSMC"])
+@pytest.mark.parametrize("sampler", [["DPS"], ["TwistedSMC", "--model.sampler.alpha", "0.1"]], ids=lambda case: case[0])
 def test_gradients_flow_on_the_command_line(predict, tiny_clip, tmp_path, read_rows, sampler):
     reward = ["--model.reward", "CLIPScore", "--model.reward.pretrained", tiny_clip]
-    assert predict(*reward, "--model.sampler", sampler) == 0
+    assert predict(*reward, "--model.sampler", *sampler) == 0
     for row in read_rows(tmp_path / "run"):
         assert row["ledger"]["gradient_rows"] == row["ledger"]["denoiser_rows"] > 0
 
@@ -505,10 +510,11 @@ def test_another_class_starts_from_its_own_defaults(predict, tmp_path):
     assert "num_candidates" not in arguments
 
 
-def test_the_same_class_keeps_the_settings_of_the_config(predict, tmp_path):
-    assert predict("--model.sampler", "SVDD", "--model.sampler.alpha", "0.5") == 0
+def test_the_same_class_keeps_the_settings_of_the_config(predict, tmp_path, capsys):
+    assert predict("--model.sampler", "SVDD", "--model.sampler.alpha", "500") == 0
+    assert "warning: SVDD chose almost at random: alpha=500 is large against" in capsys.readouterr().err
     arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
-    assert (arguments["num_candidates"], arguments["alpha"]) == (2, 0.5)
+    assert (arguments["num_candidates"], arguments["alpha"]) == (2, 500)
 
 
 @pytest.fixture
