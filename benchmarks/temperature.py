@@ -108,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--guides", nargs="+", default=list(FIXED))
     parser.add_argument("--particles", nargs="+", type=int, default=list(PROMPTS_OF))
+    parser.add_argument("--only-report", action="store_true", help="write the page from the finished entries")
     parser.add_argument("--kept", type=Path, default=Path("build/temperature"), help="folder of finished entries")
     options = parser.parse_args()
     clip, judge, jpeg = CLIPScore(), CLIPScore("emoji-judge"), Compressibility()
@@ -117,7 +118,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if not (path := options.kept / "spreads.json").exists():
         path.write_text(json.dumps(spreads(diffusion, [jpeg, clip])))
-    for name in options.guides:
+    for name in () if options.only_report else options.guides:
         for n in options.particles:
             for label, sampler in samplers(name, n).items():
                 path = options.kept / f"{name}-{n}-{label}.json"
