@@ -16,7 +16,7 @@ class Selection(NamedTuple):
     """One selection, for all images of a batch."""
 
     i: int  # step index of the candidate rows
-    values: Tensor  # float [images, rows]
+    values: Tensor  # float [images, rows]; NaN fills up the images that had fewer candidates than others
     kept: Tensor  # the rows that were kept, int64 [images, k]
     ancestors: Tensor  # distinct starting particles among the kept rows, int64 [images]
     ess: Tensor | None = None  # effective sample size of the weights, [images]; None without weights
@@ -27,12 +27,19 @@ class Selection(NamedTuple):
     @property
     def choice(self) -> Tensor:
         """Whether the values of an image's rows differ, bool [images]."""
-        return (self.values.amax(1) > self.values.amin(1)).cpu()
+        return (self.values.nan_to_num(-math.inf).amax(1) > self.values.nan_to_num(math.inf).amin(1)).cpu()
 
     @property
     def change(self) -> Tensor:
         """Whether some rows of an image were dropped, bool [images]."""
-        return (count_distinct(self.kept) < self.values.shape[1]).cpu()
+        return (count_distinct(self.kept) < self.values.isnan().logical_not().sum(1)).cpu()
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of the values of an image's rows, float64 [images]; NaN if there is one row."""
+        values = self.values.double()
+        squares = (values - values.nanmean(1, keepdim=True)).square()
+        return (squares.nansum(1) / (values.isnan().logical_not().sum(1) - 1)).sqrt().cpu()
 
 
 @dataclass
@@ -72,7 +79,7 @@ class Trace:
         """
         every, none = self.selections, torch.zeros(images, dtype=torch.int64)
         inner = every[:-1] if every and every[-1].among_ends else every
-        several = [each.values.double().std(1) for each in every if each.values.shape[1] > 1]
+        several = [each.spread for each in every if each.values.shape[1] > 1]
         columns = {
             "choices": sum((each.choice for each in every), none).tolist(),
             "resamplings": sum((each.choice & each.change for each in inner), none).tolist(),
@@ -107,8 +114,9 @@ def _columns(selection: Selection, lineage: bool) -> dict[str, list[Any]]:
         "ess": missing if selection.ess is None else rounded(selection.ess),
         "log_normaliser": missing if selection.log_normaliser is None else rounded(selection.log_normaliser),
         "alpha": missing if selection.alpha is None else rounded(selection.alpha),
-        "value_mean": rounded(values.mean(1)),
-        "value_max": rounded(values.amax(1)),
+        "candidates": values.isnan().logical_not().sum(1).tolist(),
+        "value_mean": rounded(values.nanmean(1)),
+        "value_max": rounded(values.nan_to_num(-math.inf).amax(1)),
         "value_chosen": rounded(values.gather(1, selection.kept).mean(1)),
         "ancestors": selection.ancestors.tolist(),
     }
