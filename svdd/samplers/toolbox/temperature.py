@@ -5,6 +5,7 @@ the standard deviation of the values among an image's rows fits every scale: wit
 weights exp(r / alpha) keep their ratios. It depends on the image's own rows alone.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -28,10 +29,15 @@ def require_alpha(alpha: Alpha, zero: bool) -> None:
 
 def auto_alpha(values: Tensor) -> Tensor:
     """Returns each image's temperature, float64 [images, 1], from values [images, rows]; infinity if they are equal."""
-    values = values.double()
-    spread = values.std(1, keepdim=True) if values.shape[1] > 1 else torch.zeros_like(values)
-    informative = spread > _SMALLEST * values.abs().amax(1, keepdim=True)
-    return torch.where(informative, AUTO_MULTIPLE * spread, torch.full_like(spread, torch.inf))
+    alphas = [[_alpha(row)] for row in values.tolist()]
+    return torch.tensor(alphas, dtype=torch.float64, device=values.device)
+
+
+def _alpha(values: list[float]) -> float:
+    """Returns the temperature of one image; exactly rounded sums do not depend on the batch, as a tensor's may."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1))
+    return AUTO_MULTIPLE * spread if spread > _SMALLEST * max(map(abs, values)) else math.inf
 
 
 def temperature(alpha: Alpha, values: Tensor) -> float | Tensor:
