@@ -15,7 +15,9 @@ from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
@@ -90,6 +92,8 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
             return sum(survivors) if free else survivors[0] + sum(survivors[:-1]), 0
         case ZeroOrderSearch():
             return (1 + given["num_iterations"] * m) * steps, 0
+        case EvolutionarySearch() | CrossEntropySearch():
+            return (given["num_starts"] + given["num_generations"] * m) * steps, 0
         case DPS():
             return steps, len(guided) if given["through_denoiser"] and not free else 0
         case TwistedSMC():
@@ -154,6 +158,8 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (ProgressivePruning(4), 8 * 3 + 4 * 2 + 2 * 3),  # states 0 .. 2, 3 and 4, 5 .. 7
         (RandomSearch(4), 4 * 8),
         (ZeroOrderSearch(2, 3), 7 * 8),
+        (EvolutionarySearch(2, 3), (4 + 2 * 3) * 8),
+        (CrossEntropySearch(2, 3, num_starts=5), (5 + 2 * 3) * 8),
         (DPS(1.0), 8 + 2 * 8),
         (DPS(1.0, through_denoiser=False), 8),
         (DPS(1.0, guide_start=0.5), 8 + 2 * 4),
@@ -200,6 +206,7 @@ def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
         (TwistedSMC(), 130, 4),  # 4 (10 + 2 * 10)
         (TwistedSMC(guide_stop=0.5), 130, 6),  # 6 (10 + 2 * 5)
         (RandomSearch(), 10, 1),
+        (EvolutionarySearch(), 100, 3),  # 10 (4 + 2 * 3)
         (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
     ],
     ids=name_of,

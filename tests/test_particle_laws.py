@@ -11,7 +11,9 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
@@ -437,6 +439,8 @@ def test_every_sampler_beats_plain_sampling():
         ProgressivePruning(),
         RandomSearch(),
         ZeroOrderSearch(),
+        EvolutionarySearch(),
+        CrossEntropySearch(),
         DPS(),
         TwistedSMC(),
         SVDD(guide_every=4),

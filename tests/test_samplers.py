@@ -14,7 +14,9 @@ from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import count
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.smc import SMC
@@ -63,6 +65,9 @@ SAMPLERS = [
     ProgressivePruning(4),
     RandomSearch(4),
     ZeroOrderSearch(2, 3),
+    EvolutionarySearch(2, 3),
+    EvolutionarySearch(2, 3, num_elites=2, frequencies=0.5),
+    CrossEntropySearch(2, 3),
     DPS(0.5),
     DPS(0.5, through_denoiser=False, guide_stop=0.6),
     TwistedSMC(4, alpha=0.7),
@@ -359,6 +364,8 @@ def test_the_global_generator_is_left_alone(sampler):
         (SMC(5, guide_every=4), 5 * 2),
         (ProgressivePruning(4), 8 + 4 + 2),
         (ZeroOrderSearch(2, 3), 7),
+        (EvolutionarySearch(2, 3, num_elites=2), 4 + 2 * 3),
+        (CrossEntropySearch(2, 3, num_starts=1), 1 + 2 * 3),
         (DPS(1.0), 8),
         (TwistedSMC(4), 4 * 9),
     ],
@@ -415,7 +422,13 @@ def test_candidates_need_noise():
     for sampler in (TwistedSMC(), TwistedSMC(1), TwistedSMC(ess_threshold=0)):
         with pytest.raises(UserError, match="no step would be guided"):
             sampler.check(diffusion, value_of())
-    for sampler in (ProgressivePruning(), RandomSearch(), ZeroOrderSearch(), SMC(ess_threshold=0)):
+    for sampler in (
+        ProgressivePruning(),
+        RandomSearch(),
+        ZeroOrderSearch(),
+        EvolutionarySearch(),
+        SMC(ess_threshold=0),
+    ):
         sampler.check(diffusion, value_of())
     with pytest.raises(UserError, match="with eta=0 there is none; set eta above 0"):
         DPS().check(diffusion, value_of())
@@ -481,6 +494,10 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: ZeroOrderSearch(0), "num_iterations must be >= 1, got 0"),
         (lambda: ZeroOrderSearch(radius=0), "radius must lie above 0 and be at most 1, got 0"),
         (lambda: ZeroOrderSearch(decay=1.1), "decay must lie above 0 and be at most 1, got 1.1"),
+        (lambda: EvolutionarySearch(num_elites=0), "num_elites must be >= 1, got 0"),
+        (lambda: EvolutionarySearch(frequencies=0), "frequencies must lie above 0 and be at most 1, got 0"),
+        (lambda: CrossEntropySearch(shrinkage=-0.1), "shrinkage must lie in 0 .. 1, got -0.1"),
+        (lambda: CrossEntropySearch(frequencies=2), "frequencies must lie above 0 and be at most 1, got 2"),
         (lambda: DPS(-1), "scale must be a finite number >= 0, got -1"),
         (lambda: DPS(math.inf), "scale must be a finite number >= 0, got inf"),
     ],
