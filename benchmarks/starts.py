@@ -1,7 +1,7 @@
 """Searches over starts on the ODE (eta = 0), at equal denoiser rows, on the embedded models.
 
-A search that ran with many rows contains its own run with fewer: the trace states the best value after every generation.
-So every sampler runs once per chain and guide, with the largest budget. Keeps every finished entry in a JSON file,
+A run with many rows contains the run with fewer: the trace states the best value after every generation. So every
+sampler runs once per chain and guide, with the largest budget. Keeps every finished entry in a JSON file,
 continues after the last one, and writes benchmarks/starts.md from the finished entries.
 """
 

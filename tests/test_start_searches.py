@@ -10,6 +10,7 @@ from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.toolbox.frequencies import from_frequencies, low_pass, to_frequencies
+from svdd.samplers.zero_order_search import ZeroOrderSearch
 from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, Quadratic, bound, run
@@ -103,6 +104,12 @@ def test_the_gaussian_is_fitted_to_the_low_frequencies_of_the_elites():
 
 
 # ---- progress
+
+
+def test_with_one_first_start_and_one_elite_it_is_zero_order_search():
+    diffusion, value = GaussianDiffusion(3, shape=SHAPE), bound(PosteriorMean(), Linear(wave(1, 2).flatten().tolist()))
+    evolved = run(diffusion, EvolutionarySearch(6, 3, num_starts=1, radius=0.5, decay=0.7), value, 4)
+    torch.testing.assert_close(evolved.x, run(diffusion, ZeroOrderSearch(6, 3), value, 4).x)
 
 
 def simulated(sampler, frequency_is_searched: bool, runs: int = 40000) -> np.ndarray:
