@@ -28,7 +28,8 @@ from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 
 BUDGETS = (200, 400, 800)

@@ -20,12 +20,13 @@ from svdd.samplers.dps import DPS
 from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.lookahead import Lookahead
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, bound, run
 from tests.test_samplers import SAMPLERS, label
@@ -94,6 +95,8 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
             return (1 + given["num_iterations"] * m) * steps, 0
         case EvolutionarySearch() | CrossEntropySearch():
             return (given["num_starts"] + given["num_generations"] * m) * steps, 0
+        case RolloverBudget():
+            return steps if free else steps - 1 + given["num_starts"] + (m - 1) * (steps - 1), 0
         case DPS():
             return steps, len(guided) if given["through_denoiser"] and not free else 0
         case TwistedSMC():
@@ -160,6 +163,8 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (ZeroOrderSearch(2, 3), 7 * 8),
         (EvolutionarySearch(2, 3), (4 + 2 * 3) * 8),
         (CrossEntropySearch(2, 3, num_starts=5), (5 + 2 * 3) * 8),
+        (RolloverBudget(5), 1 + 5 * 7),
+        (RolloverBudget(5, 2, num_starts=3), 3 + 5 * 7),
         (DPS(1.0), 8 + 2 * 8),
         (DPS(1.0, through_denoiser=False), 8),
         (DPS(1.0, guide_start=0.5), 8 + 2 * 4),
@@ -208,6 +213,7 @@ def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
         (RandomSearch(), 10, 1),
         (EvolutionarySearch(), 100, 3),  # 10 (4 + 2 * 3)
         (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
+        (RolloverBudget(num_starts=3), 100, 10),  # 3 + 10 * 9
     ],
     ids=name_of,
 )

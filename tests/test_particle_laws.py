@@ -16,6 +16,7 @@ from svdd.samplers.dps import DPS
 from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.selection import RESAMPLERS
@@ -441,6 +442,7 @@ def test_every_sampler_beats_plain_sampling():
         ZeroOrderSearch(),
         EvolutionarySearch(),
         CrossEntropySearch(),
+        RolloverBudget(),
         DPS(),
         TwistedSMC(),
         SVDD(guide_every=4),

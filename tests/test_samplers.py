@@ -19,13 +19,15 @@ from svdd.samplers.dps import DPS
 from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.window import Window
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import (
     ExactSoftValue,
@@ -68,6 +70,8 @@ SAMPLERS = [
     EvolutionarySearch(2, 3),
     EvolutionarySearch(2, 3, num_elites=2, frequencies=0.5),
     CrossEntropySearch(2, 3),
+    RolloverBudget(3, 1),
+    RolloverBudget(5, 3, num_starts=2),
     DPS(0.5),
     DPS(0.5, through_denoiser=False, guide_stop=0.6),
     TwistedSMC(4, alpha=0.7),
@@ -292,6 +296,7 @@ SINGLE = [
     SMC(1, ess_threshold=1.0, returns="drawn"),
     ProgressivePruning(1, [(0.0, 1.0)]),
     RandomSearch(1),
+    RolloverBudget(1),
 ]
 
 
@@ -366,6 +371,7 @@ def test_the_global_generator_is_left_alone(sampler):
         (ZeroOrderSearch(2, 3), 7),
         (EvolutionarySearch(2, 3, num_elites=2), 4 + 2 * 3),
         (CrossEntropySearch(2, 3, num_starts=1), 1 + 2 * 3),
+        (RolloverBudget(5, 2), 1 + 5 * 8),
         (DPS(1.0), 8),
         (TwistedSMC(4), 4 * 9),
     ],
@@ -416,7 +422,7 @@ def test_candidates_need_noise():
     for sampler in (SVDD(1), BestOfN(5), Unguided()):
         sampler.check(diffusion, value_of())
     SVDD().check(GaussianDiffusion(3, eta=0.01), value_of())
-    for sampler in (BeamSearch(), BlockwiseBestOfN(), SMC()):
+    for sampler in (BeamSearch(), BlockwiseBestOfN(), SMC(), RolloverBudget()):
         with pytest.raises(UserError, match="needs a chain with noise"):
             sampler.check(diffusion, value_of())
     for sampler in (TwistedSMC(), TwistedSMC(1), TwistedSMC(ess_threshold=0)):
@@ -498,6 +504,9 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: EvolutionarySearch(frequencies=0), "frequencies must lie above 0 and be at most 1, got 0"),
         (lambda: CrossEntropySearch(shrinkage=-0.1), "shrinkage must lie in 0 .. 1, got -0.1"),
         (lambda: CrossEntropySearch(frequencies=2), "frequencies must lie above 0 and be at most 1, got 2"),
+        (lambda: RolloverBudget(0), "num_candidates must be >= 1, got 0"),
+        (lambda: RolloverBudget(batch_size=0), "batch_size must be >= 1, got 0"),
+        (lambda: RolloverBudget(num_starts=0), "num_starts must be >= 1, got 0"),
         (lambda: DPS(-1), "scale must be a finite number >= 0, got -1"),
         (lambda: DPS(math.inf), "scale must be a finite number >= 0, got inf"),
     ],

@@ -11,6 +11,7 @@ from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.random_search import RandomSearch
 from svdd.samplers.toolbox.frequencies import from_frequencies, low_pass, to_frequencies
 from svdd.samplers.zero_order_search import ZeroOrderSearch
+from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, Quadratic, bound, run
@@ -35,7 +36,7 @@ def starts(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def state_of(images: int) -> State:
-    return State.start(GaussianDiffusion(2, eta=0.0, shape=SHAPE), [""] * images, range(images))
+    return Start(GaussianDiffusion(2, eta=0.0, shape=SHAPE), [""] * images, range(images))()
 
 
 # ---- frequencies
