@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from svdd.samplers.base import State
+from svdd.samplers.start_search import StartSearch, blend
 from svdd.samplers.toolbox.frequencies import from_frequencies, low_pass, to_frequencies
-from svdd.samplers.toolbox.start_search import StartSearch, blend
 
 __all__ = ["CrossEntropySearch"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from svdd.samplers.base import State
+from svdd.samplers.start_search import StartSearch, blend
 from svdd.samplers.toolbox.frequencies import low_pass
-from svdd.samplers.toolbox.start_search import StartSearch, blend
 
 __all__ = ["EvolutionarySearch"]
 
