@@ -17,8 +17,10 @@ from svdd.samplers.budget import count
 from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
 from svdd.samplers.evolutionary_search import EvolutionarySearch
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
@@ -70,6 +72,10 @@ SAMPLERS = [
     EvolutionarySearch(2, 3),
     EvolutionarySearch(2, 3, num_elites=2, frequencies=0.5),
     CrossEntropySearch(2, 3),
+    Refinement(2),
+    Refinement(2, 0.4, 0.7, SVDD(3, 0.7, 2)),
+    Refinement(1, 1.0, sampler=BestOfN(3)),
+    NoiseOptimisation(3),
     RolloverBudget(3, 1),
     RolloverBudget(5, 3, num_starts=2),
     DPS(0.5),
@@ -81,7 +87,11 @@ SAMPLERS = [
 
 def label(sampler) -> str:
     positional, named = sampler.arguments
-    words = [*map(str, positional), *(f"{name}={each}" for name, each in named.items())]
+
+    def word(each) -> str:
+        return label(each) if isinstance(each, Sampler) else str(each)
+
+    words = [*map(word, positional), *(f"{name}={word(each)}" for name, each in named.items())]
     return "-".join([type(sampler).__name__, *words])
 
 
@@ -375,6 +385,7 @@ def test_the_global_generator_is_left_alone(sampler):
         (ZeroOrderSearch(2, 3), 7),
         (EvolutionarySearch(2, 3, num_elites=2), 4 + 2 * 3),
         (CrossEntropySearch(2, 3, num_starts=1), 1 + 2 * 3),
+        (NoiseOptimisation(3), 3),
         (RolloverBudget(5, 2), 1 + 5 * 8),
         (DPS(1.0), 8),
         (TwistedSMC(4), 4 * 9),
@@ -508,6 +519,15 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: EvolutionarySearch(frequencies=0), "frequencies must lie above 0 and be at most 1, got 0"),
         (lambda: CrossEntropySearch(shrinkage=-0.1), "shrinkage must lie in 0 .. 1, got -0.1"),
         (lambda: CrossEntropySearch(frequencies=2), "frequencies must lie above 0 and be at most 1, got 2"),
+        (lambda: Refinement(0), "rounds must be >= 1, got 0"),
+        (lambda: Refinement(strength=0), "strength must lie above 0 and be at most 1, got 0"),
+        (lambda: Refinement(strength=1.5), "strength must lie above 0 and be at most 1, got 1.5"),
+        (lambda: Refinement(alpha=math.nan), "alpha must be >= 0, got nan"),
+        (lambda: NoiseOptimisation(0), "num_iterations must be >= 1, got 0"),
+        (lambda: NoiseOptimisation(learning_rate=0), "learning_rate must be > 0, got 0"),
+        (lambda: NoiseOptimisation(clip=-1), "clip must be > 0, got -1"),
+        (lambda: NoiseOptimisation(momentum=1), "momentum must be >= 0 and below 1, got 1"),
+        (lambda: NoiseOptimisation(regularisation=math.inf), "regularisation must be a finite number >= 0, got inf"),
         (lambda: RolloverBudget(0), "num_candidates must be >= 1, got 0"),
         (lambda: RolloverBudget(batch_size=0), "batch_size must be >= 1, got 0"),
         (lambda: RolloverBudget(num_starts=0), "num_starts must be >= 1, got 0"),
