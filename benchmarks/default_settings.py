@@ -24,7 +24,7 @@ from svdd.rewards.weighted_sum import WeightedSum
 from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.budget import current_count
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 STEPS, IMAGES = 20, 3

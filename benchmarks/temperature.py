@@ -21,7 +21,7 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.smc import SMC
 from svdd.samplers.toolbox.temperature import AUTO_MULTIPLE, AUTO_START
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 STEPS, PARTICLES = 25, 16  # of the spreads

@@ -11,8 +11,10 @@ from svdd.diffusion.base import Denoised, Diffusion, per_row
 from svdd.diffusion.kernels.base import Kernel
 from svdd.diffusion.kernels.glass import glass
 from svdd.rewards.base import Reward
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.base import Value
+from svdd.values.posterior_mean import PosteriorMean
 
 
 class AnalyticDiffusion(Diffusion):
@@ -54,6 +56,9 @@ class AnalyticDiffusion(Diffusion):
         signal, following = self.signal[i], self.signal[i + 1]
         noise = (x - math.sqrt(signal) * x0) / math.sqrt(1 - signal)
         return math.sqrt(following) * x0 + math.sqrt(1 - following) * noise
+
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        return math.sqrt(self.signal[i]) * x0 + math.sqrt(1 - self.signal[i]) * noise
 
     def std(self, i: int) -> float:
         signal, following = self.signal[i], self.signal[i + 1]
@@ -201,7 +206,7 @@ def run(diffusion, sampler, value, count=None, prompts=None, seeds=None) -> Stat
     """Samples `count` images of one prompt, or one image per prompt, with seeds 0, 1, ..."""
     prompts = [""] * count if prompts is None else prompts
     seeds = range(len(prompts)) if seeds is None else seeds
-    return sampler(Start(diffusion, prompts, list(seeds)), value)
+    return sampler(Start(diffusion, prompts, list(seeds)), value or PosteriorMean())
 
 
 def _number(prompt: str) -> float:
@@ -292,6 +297,9 @@ class FlowGaussian(GaussianDiffusion):
 
     def flow(self, x, x0, i):
         return self.kernel.flow(x, x0, i)
+
+    def renoise(self, x0, noise, i):
+        return self.kernel.renoise(x0, noise, i)
 
     def std(self, i):
         """Returns the standard deviation of x at step i + 1 given x."""

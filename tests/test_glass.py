@@ -17,12 +17,13 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.budget import count, fit_budget
 from svdd.samplers.dps import DPS
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import ExactSoftValue, FlowGaussian, Linear, bound, run
@@ -171,6 +172,7 @@ def test_samplers_reach_the_tilted_law_of_a_flow_model(kind):
         (SVDD(4, 0.5, num_particles=2, score_parent=True), 2 * 6 + 4 * 2 * 6 * 2),
         (SMC(4), 4 * 6 * 3),
         (ZeroOrderSearch(2, 3), 7 * 6 * 3),
+        (RolloverBudget(4, 1), 1 + 4 * 5 * 3 + 4 * 2),
     ],
     ids=lambda case: label(case) if isinstance(case, Sampler) else str(case),
 )
@@ -200,8 +202,9 @@ def test_images_of_a_real_model_do_not_depend_on_each_other(sd15):
     diffusion = StableDiffusion(sd15, 3, 2.0, rho=0.4, inner_steps=3, height=16, width=16, reproducible=True)
     prompts, seeds = ["red apple", "blue car"], [3, 8]
     for sampler, value in ((SVDD(2), Lookahead()), (ZeroOrderSearch(1, 2), PosteriorMean(guidance_scale=1.0))):
+        value.bind(Brightness(), diffusion)
         with torch.no_grad():
-            draw = partial(run, diffusion, sampler, bound(value, Brightness()))
+            draw = partial(run, diffusion, sampler, value)
             both = draw(prompts=prompts, seeds=seeds)
             alone = draw(prompts=prompts[1:], seeds=seeds[1:])
         assert both.images.isfinite().all()

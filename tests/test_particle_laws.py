@@ -11,9 +11,13 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
@@ -497,6 +501,10 @@ def test_every_sampler_beats_plain_sampling():
         ProgressivePruning(),
         RandomSearch(),
         ZeroOrderSearch(),
+        EvolutionarySearch(),
+        CrossEntropySearch(),
+        Refinement(),
+        NoiseOptimisation(5),
         RolloverBudget(),
         DPS(),
         TwistedSMC(),
