@@ -94,7 +94,7 @@ def main() -> None:
         "",
         f"Every sampler with its default settings; the embedded model, T = {STEPS}, guidance scale 3, eta 1, one image "
         f"of each of {IMAGES} prompts. ESS: effective sample size as a share of the rows, averaged over the selections "
-        "with weights. Equal: images whose bytes equal those of best-of-N with the same denoiser rows and seeds. "
+        "with weights. Equal: images whose bytes equal those of best-of-N with the same denoiser rows and seeds."
         " Made by `python -m benchmarks.default_settings`.",
     ]
     for reward in rewards:
