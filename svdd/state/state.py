@@ -31,6 +31,7 @@ class State:
     origin: Tensor  # index of the image's starting particle from which each row descends, int64 [n]
     context: Context = field(repr=False)  # what all states of the batch share
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)  # one entry per row in each
+    _parts: list[tuple[Tensor, "State"]] = field(default_factory=list, repr=False, compare=False)  # see `part`
 
     @staticmethod
     def start(
@@ -151,16 +152,30 @@ class State:
         Entry (g, j) of `index`, int64 [groups, k], counts within the g-th of `groups` equal runs of rows. `kl` bounds
         the divergence that the selection adds, in nats, [images]; None if it is unknown.
         """
+        flat = self._flat(index)
+        self.context.trace.diverge(kl)
+        cache = {name: known[flat] for name, known in self._cache.items()}
+        for places, part in self._parts:
+            if bool((places[flat] >= 0).all()):
+                cache |= {name: known[places[flat]] for name, known in part._cache.items()}
+        return replace(self, x=self.x[flat], row=self.row[flat], origin=self.origin[flat], _cache=cache, _parts=[])
+
+    def part(self, index: Tensor) -> "State":
+        """Returns distinct rows of every group as `select` does; what will be computed for them is kept for them."""
+        part, flat = self.select(index, kl=0.0), self._flat(index)
+        places = torch.full_like(self.row, -1).scatter(0, flat, torch.arange(len(flat), device=flat.device))
+        self._parts.append((places, part))
+        return part
+
+    def _flat(self, index: Tensor) -> Tensor:
+        """Returns the rows that an index within groups means, int64 [groups * k]; ValueError if there are none."""
         groups, n = len(index), len(self.x)
         if index.ndim != 2 or not groups or n % groups:
             raise ValueError(f"index must be [groups, k] with groups that divide {n} rows evenly, got {[*index.shape]}")
         size = n // groups
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
-        self.context.trace.diverge(kl)
-        flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
-        cache = {name: known[flat] for name, known in self._cache.items()}
-        return replace(self, x=self.x[flat], row=self.row[flat], origin=self.origin[flat], _cache=cache)
+        return (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
 
     def join(self, other: "State") -> "State":
         """Returns the rows of both states, at the same step, with every image's rows of `other` after its own."""
@@ -172,7 +187,7 @@ class State:
 
         x, row, origin = joined(self.x, other.x), joined(self.row, other.row), joined(self.origin, other.origin)
         cache = {name: joined(known, other._cache[name]) for name, known in self._cache.items() if name in other._cache}
-        return replace(self, x=x, row=row, origin=origin, _cache=cache)
+        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parts=[])
 
     def replay(self, x: Tensor) -> "State":
         """Starts the same chain from other latents x at i = 0, [images * k, *latent_shape].
@@ -216,7 +231,7 @@ class State:
         with torch.enable_grad():
             leaf = (known[0] if known else x).detach().requires_grad_()
             cache = {"x0": leaf, "mean": known[1]} if known else {}
-            part = replace(self, x=x.detach() if known else leaf, row=row, origin=origin, _cache=cache)
+            part = replace(self, x=x.detach() if known else leaf, row=row, origin=origin, _cache=cache, _parts=[])
             before = ledger.denoiser_rows
             values = value(part)
             if not values.requires_grad:

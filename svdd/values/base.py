@@ -21,10 +21,12 @@ class Value(nn.Module, ABC):
     Attributes:
         most_rows: Maximum denoiser rows per evaluation of one row.
         differentiable: Whether gradients flow from the estimate to the latents.
+        keep: How many rows of an image an estimate scores at most; the others get -inf. None: all rows.
     """
 
     most_rows: int = 1
     differentiable: bool = False
+    keep: int | None = None
     _bound: tuple[Reward, ...] = ()  # a tuple, so that the reward is not registered a second time
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
