@@ -13,7 +13,7 @@ class Selection(NamedTuple):
     """One selection, for all images of a batch."""
 
     i: int  # step index of the candidate rows
-    values: Tensor  # float [images, rows]; NaN where a row has no value
+    values: Tensor  # float [images, rows]; NaN for a row without a value, and to fill up images with fewer candidates
     kept: Tensor  # the rows that were kept, int64 [images, k]
     ancestors: Tensor  # distinct starting particles among the kept rows, int64 [images]
     ess: Tensor | None = None  # effective sample size of the weights, [images]; None without weights
@@ -62,6 +62,7 @@ def _columns(selection: Selection, lineage: bool) -> dict[str, list[Any]]:
     columns = {
         "ess": missing if selection.ess is None else rounded(selection.ess),
         "log_normaliser": missing if selection.log_normaliser is None else rounded(selection.log_normaliser),
+        "candidates": values.isnan().logical_not().sum(1).tolist(),
         "value_mean": rounded(values.nanmean(1)),
         "value_max": rounded(values.nan_to_num(-math.inf).amax(1)),
         "value_chosen": rounded(values.gather(1, selection.kept).mean(1)),
