@@ -152,8 +152,14 @@ class State:
         Entry (g, j) of `index`, int64 [groups, k], counts within the g-th of `groups` equal runs of rows. `kl` bounds
         the divergence that the selection adds, in nats, [images]; None if it is unknown.
         """
-        flat = self._flat(index)
+        groups, n = len(index), len(self.x)
+        if index.ndim != 2 or not groups or n % groups:
+            raise ValueError(f"index must be [groups, k] with groups that divide {n} rows evenly, got {[*index.shape]}")
+        size = n // groups
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
         self.context.trace.diverge(kl)
+        flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
         cache = {name: known[flat] for name, known in self._cache.items()}
         for places, part in self._parts:
             if bool((places[flat] >= 0).all()):
@@ -162,20 +168,11 @@ class State:
 
     def part(self, index: Tensor) -> "State":
         """Returns distinct rows of every group as `select` does; what will be computed for them is kept for them."""
-        part, flat = self.select(index, kl=0.0), self._flat(index)
-        places = torch.full_like(self.row, -1).scatter(0, flat, torch.arange(len(flat), device=flat.device))
-        self._parts.append((places, part))
+        part, order = self.select(index, kl=0.0), torch.arange(index.numel(), device=index.device).view_as(index)
+        self._parts.append(
+            (torch.full_like(self.row, -1).view(len(index), -1).scatter(1, index, order).flatten(), part)
+        )
         return part
-
-    def _flat(self, index: Tensor) -> Tensor:
-        """Returns the rows that an index within groups means, int64 [groups * k]; ValueError if there are none."""
-        groups, n = len(index), len(self.x)
-        if index.ndim != 2 or not groups or n % groups:
-            raise ValueError(f"index must be [groups, k] with groups that divide {n} rows evenly, got {[*index.shape]}")
-        size = n // groups
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
-        return (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
 
     def join(self, other: "State") -> "State":
         """Returns the rows of both states, at the same step, with every image's rows of `other` after its own."""
