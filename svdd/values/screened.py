@@ -42,7 +42,13 @@ class Screened(Value):
         for name, part in {"cheap": cheap, "exact": exact}.items():
             if part.keep is not None:
                 raise ValueError(f"{name}: a {type(part).__name__} value cannot be part of another; give its own parts")
+        reusing = [part.preview for part in (cheap, exact) if part.preview is not None and part.preview.reuses]
+        if len(reusing) == 2 and reusing[0] != reusing[1]:
+            raise ValueError(
+                f"cheap and exact reuse the parent's evaluation differently: {reusing[0]} and {reusing[1]}"
+            )
         self.cheap, self.exact, self.keep = cheap, exact, keep
+        self.preview = reusing[0] if reusing else None
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
         """Binds both values."""

@@ -85,7 +85,8 @@ class Calibration(L.LightningModule):
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
         steps = range(self.diffusion.num_inference_steps)
-        read, end = draw_rollouts(self.diffusion, [prompt for prompt, _ in jobs], seeds, steps, self._read)
+        prompts, preview = [prompt for prompt, _ in jobs], self.value.preview
+        read, end = draw_rollouts(self.diffusion, prompts, seeds, steps, self._read, preview)
         values, mean, std = read.unbind(2)
         keys = torch.tensor([[prompt.index, k] for prompt, k in jobs])
         columns = keys, values[:, 1:], end.scores(self.reward)[:, None].cpu(), *([mean, std] if self.candidates else [])
