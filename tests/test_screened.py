@@ -9,7 +9,9 @@ import torch
 
 from svdd import UserError
 from svdd.__main__ import main
+from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
@@ -152,6 +154,19 @@ def test_the_cost_is_that_of_the_kept_rows_and_nothing_is_computed_twice(m, b, k
     assert ledger.decoded_images == 3 * (decoded * (steps - 1) + b * m if m > 1 else 1)
 
 
+@pytest.mark.parametrize("settings", [{"guidance_scale": 1.0}, {"reuse_guidance": True}, {"feature_depth": 2}], ids=str)
+def test_a_preview_screens_and_only_kept_rows_cost_the_whole_network(sd15, settings):
+    steps, m, keep = 4, 5, 2
+    value = Screened(PosteriorMean(**settings), PosteriorMean(), keep)
+    model = GuidedDiffusion(Compressibility(), StableDiffusion(sd15, steps), SVDD(m), value)
+    ledger = model.draw(["panda", "car"], [0, 1]).context.ledger
+    assert ledger.denoiser_rows == 2 * (1 + (m + keep) * (steps - 1))
+    share = model.diffusion.preview_rows(value.preview or value.cheap.preview, 1)
+    assert ledger.network_rows == pytest.approx(2 * (2 + (share * m + 2 * keep) * (steps - 1)))
+    cost = count(SVDD(m), model.diffusion, value)
+    assert (2 * cost.denoiser_rows, 4 * cost.network_rows) == pytest.approx((ledger.denoiser_rows, ledger.network_rows))
+
+
 def test_a_budget_counts_both_values():
     value = Screened(PosteriorMean(), PosteriorMean(), 3)
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(8), SVDD(), value, budget=100)
@@ -190,6 +205,8 @@ def test_samplers_that_select_finished_images_only_take_it(sampler):
 def test_impossible_screening_is_refused():
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
         Screened(PosteriorMean(), PosteriorMean(), 0)
+    with pytest.raises(ValueError, match="cheap and exact reuse the parent's evaluation differently: Preview"):
+        Screened(PosteriorMean(feature_depth=1), PosteriorMean(reuse_guidance=True))
     with pytest.raises(ValueError, match="cheap: a Screened value cannot be part of another"):
         Screened(Screened(PosteriorMean(), PosteriorMean()), PosteriorMean())
 
