@@ -25,7 +25,7 @@ from svdd.samplers.unguided import Unguided
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.screened import Screened
-from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, bound, run
+from tests.analytic import GaussianDiffusion, Linear, bound, run
 from tests.test_samplers import B, assert_mean, label, largest_of, value_of
 
 EXACT, ACROSS = torch.tensor([B, [0.8, 0.6]], dtype=torch.float64)
@@ -171,7 +171,7 @@ def test_a_budget_counts_both_values():
     value = Screened(PosteriorMean(), PosteriorMean(), 3)
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(8), SVDD(), value, budget=100)
     assert model.sampler.num_candidates == 14  # 1 + 14 * 7
-    free = Screened(ExactSoftValue(1.0), PosteriorMean(), 3)
+    free = Screened(Along(ACROSS), PosteriorMean(), 3)
     with pytest.raises(UserError, match="with Screened it does not change the cost of 22 denoiser rows"):
         GuidedDiffusion(Linear(B), GaussianDiffusion(8), SVDD(), free, budget=100)
 

@@ -125,9 +125,12 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
         return cost.rows
 
     slope = rows_of(2, math.inf) - least.rows
-    best = min(1 + int((budget - least.rows) / slope), budget) if slope > 0 else 1  # right if the cost is linear
+    best = min(1 + int((budget - least.rows) / slope), 8 * budget) if slope > 0 else 1  # right if the cost is linear
     if not rows_of(best) <= budget < rows_of(best + 1):
-        best = 1 + bisect_left(range(2, budget + 1), True, key=lambda number: not rows_of(number) <= budget)
+        most = budget
+        while most < 8 * budget and rows_of(most) <= budget:  # previews cost parts of rows, the last step none
+            most *= 2
+        best = 1 + bisect_left(range(2, most + 1), True, key=lambda number: not rows_of(number) <= budget)
     following = rows_of(best + 1)
     if following <= budget or not (slope > 0 or max(rows_of(best), following) > least.rows):
         raise UserError(
