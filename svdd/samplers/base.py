@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from svdd import UserError, check_bound, missing_methods
@@ -39,7 +40,7 @@ class Sampler(ABC):
     """
 
     budget_argument: ClassVar[str | None] = None  # the constructor argument, a count, that a budget may choose
-    needs_gradient: ClassVar[bool] = False  # whether `sample` differentiates the value
+    needs_gradient: bool = False  # whether `sample` differentiates the value
     num_kept: int | None = None  # most rows of an image that a selection keeps; None: `sample` needs every row's value
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -110,6 +111,7 @@ class Sampler(ABC):
         log_w: Tensor | None = None,
         log_normaliser: Tensor | None = None,
         kl: Tensor | float | None = None,
+        alpha: Tensor | float | None = None,
     ) -> State:
         """Selects rows of every image, as `State.select` does, and records the selection in the trace.
 
@@ -120,12 +122,17 @@ class Sampler(ABC):
             log_w: Log-weights, if any, [images, rows]; the trace records their effective sample size.
             log_normaliser: Increment of the estimate of log Z, if any, [images].
             kl: Bound on the divergence that the selection adds, if known, in nats, [images].
+            alpha: The temperature of the weights, if there is one, a number or [images, 1].
         """
         kept = state.select(index, kl)
         ancestors = count_distinct(kept.origin.view(state.num_images, -1))
         ess = None if log_w is None else effective_sample_size(log_w)
         known = values.masked_fill(values.isneginf(), math.nan)
-        state.context.trace.selections.append(Selection(state.i, known, index, ancestors, ess, log_normaliser))
+        temperatures = (
+            None if alpha is None else torch.as_tensor(alpha, dtype=torch.float64).flatten().expand(len(index))
+        )
+        found = Selection(state.i, known, index, ancestors, ess, log_normaliser, temperatures, state.done)
+        state.context.trace.selections.append(found)
         return kept
 
     def keep_best(self, ends: State, value: Value) -> State:

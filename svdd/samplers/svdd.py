@@ -14,6 +14,7 @@ from torch import Tensor
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.schedule import Counts, Schedule, expand
 from svdd.samplers.toolbox.selection import choice_kl, draw, tempered, top
+from svdd.samplers.toolbox.temperature import Alpha, require_alpha, temperature
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["SVDD"]
@@ -36,7 +37,8 @@ class SVDD(Sampler):
     Args:
         num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code). Or where
             a stretch of the chain ends, as a fraction of it, and its M, as in {0.3: 4, 1.0: 32}; or a list of T counts.
-        alpha: Temperature in units of the reward; 0 takes the best.
+        alpha: Temperature in units of the reward; 0 takes the best; `auto`, at every selection, is half of the
+            standard deviation of the values that compete.
         num_particles: b, particles kept per image; more than one makes a beam search.
         score_parent: Score candidates by the x0 of their parent, which is already known: b T denoiser rows for any M.
             Needs num_particles > 1, and at alpha = 0 num_candidates < num_particles.
@@ -51,7 +53,7 @@ class SVDD(Sampler):
     def __init__(
         self,
         num_candidates: Counts = 20,
-        alpha: float = 0.0,
+        alpha: Alpha = 0.0,
         num_particles: int = 1,
         score_parent: bool = False,
         guide_start: float = 0.0,
@@ -62,8 +64,7 @@ class SVDD(Sampler):
         require_at_least_one(num_particles=num_particles)
         self.window = Window(guide_start, guide_stop, guide_every)
         self._schedule = Schedule(num_candidates, self.window)
-        if not alpha >= 0:
-            raise ValueError(f"alpha must be >= 0, got {alpha}")
+        require_alpha(alpha, zero=True)
         if score_parent and num_particles == 1:
             raise ValueError("score_parent needs num_particles > 1: candidates of one particle would score the same")
         if score_parent and alpha == 0 and self._schedule.most >= num_particles:
@@ -100,10 +101,11 @@ class SVDD(Sampler):
     def _select(self, state: State, v: Tensor, log_potentials: Tensor) -> tuple[State, Tensor]:
         """Keeps b rows per image, at the end of the chain one; v is [images, rows], the potentials [images, b]."""
         kept = 1 if state.done else self.num_particles
-        kl = choice_kl(v, self.alpha) if self.num_particles == 1 else None
+        alpha = temperature(self.alpha, v)
+        kl = choice_kl(v, alpha) if self.num_particles == 1 else None
         if self.alpha == 0:
             return self.keep(state, top(v, kept), v, kl=kl), log_potentials
-        scaled = tempered(v, self.alpha)
+        scaled = tempered(v, alpha)
         log_w = scaled - log_potentials.repeat_interleave(v.shape[1] // self.num_particles, 1)
         index = draw(log_w, state.uniforms(kept))
-        return self.keep(state, index, v, log_w, kl=kl), scaled.gather(1, index)
+        return self.keep(state, index, v, log_w, kl=kl, alpha=alpha), scaled.gather(1, index)
