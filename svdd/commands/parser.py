@@ -235,8 +235,13 @@ def explain(message: str, command: str | None = None) -> str:
     if inner := re.search(r'Parser key "([^"]+)":?\s*(.*)', rest):
         return f"{name}.{inner[1]}: {_plain(inner[2])}"
     reasons = [line.strip(" -") for line in rest.splitlines() if line.strip(" -") and not _NOISE.search(line)]
-    joint = " or " if all(reason.startswith("Expected ") for reason in reasons) else " "  # the members of a union
-    return key + _plain(joint.join(reasons) or rest)
+    kinds = [_plain(line) for line in reasons if line.startswith("Expected a ") and "Got value" not in line]
+    if len(kinds) > 1:  # of a union
+        if len(kinds) == len(reasons):
+            names = [kind.removeprefix("expected ") for kind in kinds]
+            return f"{key}expected {', '.join(names[:-1])} or {names[-1]}{_got(rest)}"
+        reasons = [line for line in reasons if "Got value" in line] or reasons
+    return key + _plain(" ".join(reasons) or rest)
 
 
 def _got(message: str) -> str:
@@ -258,5 +263,4 @@ def _unknown(key: str, name: str) -> str:
 def _plain(text: str) -> str:
     text = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", lambda match: "one of " + match[1].replace("'", ""), text)
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
-    text = re.sub(" or Expected (a )?", " or ", text)
     return " ".join(text.replace("Expected a ", "expected ").replace(". Got value:", ", got").split())
