@@ -18,6 +18,7 @@ from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
 from svdd.samplers.dps import DPS
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -90,6 +91,8 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
             return sum(survivors) if free else survivors[0] + sum(survivors[:-1]), 0
         case ZeroOrderSearch():
             return (1 + given["num_iterations"] * m) * steps, 0
+        case RolloverBudget():
+            return steps if free else steps - 1 + given["num_starts"] + (m - 1) * (steps - 1), 0
         case DPS():
             return steps, len(guided) if given["through_denoiser"] and not free else 0
         case TwistedSMC():
@@ -154,6 +157,8 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (ProgressivePruning(4), 8 * 3 + 4 * 2 + 2 * 3),  # states 0 .. 2, 3 and 4, 5 .. 7
         (RandomSearch(4), 4 * 8),
         (ZeroOrderSearch(2, 3), 7 * 8),
+        (RolloverBudget(5), 1 + 5 * 7),
+        (RolloverBudget(5, 2, num_starts=3), 3 + 5 * 7),
         (DPS(1.0), 8 + 2 * 8),
         (DPS(1.0, through_denoiser=False), 8),
         (DPS(1.0, guide_start=0.5), 8 + 2 * 4),
@@ -201,6 +206,7 @@ def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
         (TwistedSMC(guide_stop=0.5), 130, 6),  # 6 (10 + 2 * 5)
         (RandomSearch(), 10, 1),
         (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
+        (RolloverBudget(num_starts=3), 100, 10),  # 3 + 10 * 9
     ],
     ids=name_of,
 )

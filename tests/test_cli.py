@@ -160,7 +160,7 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         (
             ["--model.sampler", "SVD"],
             "known: BeamSearch, BestOfN, BlockwiseBestOfN, DPS, ProgressivePruning, RandomSearch, "
-            "SMC, SVDD, TwistedSMC, Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
+            "RolloverBudget, SMC, SVDD, TwistedSMC, Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
         ),
         (["--model.value", "PosteriorMeen"], "unknown value 'PosteriorMeen'; known: FeatureValue, LatentConvValue, "),
         (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),

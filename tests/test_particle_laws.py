@@ -14,6 +14,7 @@ from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.selection import RESAMPLERS
@@ -437,6 +438,7 @@ def test_every_sampler_beats_plain_sampling():
         ProgressivePruning(),
         RandomSearch(),
         ZeroOrderSearch(),
+        RolloverBudget(),
         DPS(),
         TwistedSMC(),
         SVDD(guide_every=4),

@@ -17,6 +17,7 @@ from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.window import Window
@@ -63,6 +64,8 @@ SAMPLERS = [
     ProgressivePruning(4),
     RandomSearch(4),
     ZeroOrderSearch(2, 3),
+    RolloverBudget(3, 1),
+    RolloverBudget(5, 3, num_starts=2),
     DPS(0.5),
     DPS(0.5, through_denoiser=False, guide_stop=0.6),
     TwistedSMC(4, alpha=0.7),
@@ -287,6 +290,7 @@ SINGLE = [
     SMC(1, ess_threshold=1.0, returns="drawn"),
     ProgressivePruning(1, [(0.0, 1.0)]),
     RandomSearch(1),
+    RolloverBudget(1),
 ]
 
 
@@ -359,6 +363,7 @@ def test_the_global_generator_is_left_alone(sampler):
         (SMC(5, guide_every=4), 5 * 2),
         (ProgressivePruning(4), 8 + 4 + 2),
         (ZeroOrderSearch(2, 3), 7),
+        (RolloverBudget(5, 2), 1 + 5 * 8),
         (DPS(1.0), 8),
         (TwistedSMC(4), 4 * 9),
     ],
@@ -409,7 +414,7 @@ def test_candidates_need_noise():
     for sampler in (SVDD(1), BestOfN(5), Unguided()):
         sampler.check(diffusion, value_of())
     SVDD().check(GaussianDiffusion(3, eta=0.01), value_of())
-    for sampler in (BeamSearch(), BlockwiseBestOfN(), SMC()):
+    for sampler in (BeamSearch(), BlockwiseBestOfN(), SMC(), RolloverBudget()):
         with pytest.raises(UserError, match="needs a chain with noise"):
             sampler.check(diffusion, value_of())
     for sampler in (TwistedSMC(), TwistedSMC(1), TwistedSMC(ess_threshold=0)):
@@ -481,6 +486,9 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: ZeroOrderSearch(0), "num_iterations must be >= 1, got 0"),
         (lambda: ZeroOrderSearch(radius=0), "radius must lie above 0 and be at most 1, got 0"),
         (lambda: ZeroOrderSearch(decay=1.1), "decay must lie above 0 and be at most 1, got 1.1"),
+        (lambda: RolloverBudget(0), "num_candidates must be >= 1, got 0"),
+        (lambda: RolloverBudget(batch_size=0), "batch_size must be >= 1, got 0"),
+        (lambda: RolloverBudget(num_starts=0), "num_starts must be >= 1, got 0"),
         (lambda: DPS(-1), "scale must be a finite number >= 0, got -1"),
         (lambda: DPS(math.inf), "scale must be a finite number >= 0, got inf"),
     ],

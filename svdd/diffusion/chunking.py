@@ -178,7 +178,14 @@ def _join(parts: list[Any]) -> Any:
     if len(parts) == 1:
         return first
     if isinstance(first, Tensor):
-        return torch.cat(parts)
+        return _cat(parts)
     if isinstance(first, dict):
-        return {name: torch.cat([part[name] for part in parts]) for name in first}
-    return type(first)._make(torch.cat(fields) for fields in zip(*parts, strict=True))
+        return {name: _cat([part[name] for part in parts]) for name in first}
+    return type(first)._make(_cat(fields) for fields in zip(*parts, strict=True))
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """Joins rows; tokens, of which a part has as many as its longest text, are padded with zeros at the end."""
+    if parts[0].ndim == 3 and len(lengths := {part.shape[1] for part in parts}) > 1:
+        parts = [torch.nn.functional.pad(part, (0, 0, 0, max(lengths) - part.shape[1])) for part in parts]
+    return torch.cat(list(parts))

@@ -5,6 +5,7 @@ from .blockwise_best_of_n import BlockwiseBestOfN as BlockwiseBestOfN
 from .dps import DPS as DPS
 from .progressive_pruning import ProgressivePruning as ProgressivePruning
 from .random_search import RandomSearch as RandomSearch
+from .rollover_budget import RolloverBudget as RolloverBudget
 from .smc import SMC as SMC
 from .svdd import SVDD as SVDD
 from .twisted_smc import TwistedSMC as TwistedSMC

@@ -86,6 +86,11 @@ class Context:
         clones = [generator.clone_state() for generator in self.generators]
         return replace(self, generators=clones, shared_noise=True)
 
+    def of(self, images: Tensor) -> "Context":
+        """Returns the context of some images, int64 [k]; ledger, trace and random generators stay shared."""
+        generators, choosers = ([streams[k] for k in images.tolist()] for streams in (self.generators, self.choosers))
+        return replace(self, rows=self.rows[images], generators=generators, choosers=choosers)
+
     def _normals(self, generators: list[torch.Generator], n: int) -> Tensor:
         shape, dtype = (n, *self.diffusion.latent_shape), self.diffusion.dtype
         wide = torch.promote_types(dtype, torch.float32)  # half precision may have another sequence

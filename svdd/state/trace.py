@@ -1,5 +1,6 @@
 """Every selection of a batch, per image: shows when a population collapses, and how far the sampler guided."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ class Selection(NamedTuple):
     """One selection, for all images of a batch."""
 
     i: int  # step index of the candidate rows
-    values: Tensor  # float [images, rows]
+    values: Tensor  # float [images, rows]; NaN fills up the images that had fewer candidates than others
     kept: Tensor  # the rows that were kept, int64 [images, k]
     ancestors: Tensor  # distinct starting particles among the kept rows, int64 [images]
     ess: Tensor | None = None  # effective sample size of the weights, [images]; None without weights
@@ -61,8 +62,9 @@ def _columns(selection: Selection, lineage: bool) -> dict[str, list[Any]]:
     columns = {
         "ess": missing if selection.ess is None else rounded(selection.ess),
         "log_normaliser": missing if selection.log_normaliser is None else rounded(selection.log_normaliser),
-        "value_mean": rounded(values.mean(1)),
-        "value_max": rounded(values.amax(1)),
+        "candidates": values.isnan().logical_not().sum(1).tolist(),
+        "value_mean": rounded(values.nanmean(1)),
+        "value_max": rounded(values.nan_to_num(-math.inf).amax(1)),
         "value_chosen": rounded(values.gather(1, selection.kept).mean(1)),
         "ancestors": selection.ancestors.tolist(),
     }
