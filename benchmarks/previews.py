@@ -13,7 +13,7 @@ from benchmarks.paired import PROMPTS, interval
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.samplers.svdd import SVDD
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.base import Value
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean

@@ -34,7 +34,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 

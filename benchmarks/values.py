@@ -20,7 +20,8 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.pretrained import load_value

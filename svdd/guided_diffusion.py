@@ -24,7 +24,8 @@ from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.state.trace import rounded
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
@@ -46,8 +47,9 @@ class GuidedDiffusion(L.LightningModule):
         value: The estimate that guides the sampler; by default `PosteriorMean`.
         eval_rewards: Rewards that are measured on the final images and never guided on (held-out rewards).
         images_per_prompt: Images for each prompt, at most 10,000.
-        budget: Denoiser rows that a returned image may cost; a backward pass counts as two more. Sets the sampler's
-            count (of candidates, particles or iterations) to the largest within the budget; see `chosen`.
+        budget: Denoiser rows that a returned image may cost; a backward pass counts as two more, a cheaper preview as
+            its share. Sets the sampler's count (of candidates, particles or iterations) to the largest within the
+            budget; see `chosen`.
         seed: Image k of prompt p has the seed `seed + p * images_per_prompt + k`, or the prompt's own seed plus k.
         on_error: If a prompt fails, `raise` ends the run; `skip` goes on, and the same command tries the prompt again.
 
@@ -121,7 +123,9 @@ class GuidedDiffusion(L.LightningModule):
         """The sampler's count, by its name, and the rows that a returned image costs with it."""
         cost = count(self.sampler, self.diffusion, self.value)
         gradients = {"gradient_rows": cost.gradient_rows} if cost.gradient_rows else {}
-        return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **gradients}
+        whole = cost.network_rows
+        equivalent = {} if whole == cost.denoiser_rows else {"equivalent_rows": round(whole, 3)}
+        return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **equivalent, **gradients}
 
     @torch.no_grad()
     @redrawn

@@ -11,8 +11,10 @@ from svdd.diffusion.base import Denoised, Diffusion, per_row
 from svdd.diffusion.kernels.base import Kernel
 from svdd.diffusion.kernels.glass import glass
 from svdd.rewards.base import Reward
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.base import Value
+from svdd.values.posterior_mean import PosteriorMean
 
 
 class AnalyticDiffusion(Diffusion):
@@ -201,7 +203,7 @@ def run(diffusion, sampler, value, count=None, prompts=None, seeds=None) -> Stat
     """Samples `count` images of one prompt, or one image per prompt, with seeds 0, 1, ..."""
     prompts = [""] * count if prompts is None else prompts
     seeds = range(len(prompts)) if seeds is None else seeds
-    return sampler(Start(diffusion, prompts, list(seeds)), value)
+    return sampler(Start(diffusion, prompts, list(seeds)), value or PosteriorMean())
 
 
 def _number(prompt: str) -> float:

@@ -24,7 +24,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.lookahead import Lookahead
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, bound, run
 from tests.test_samplers import SAMPLERS, label

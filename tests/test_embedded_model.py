@@ -21,7 +21,7 @@ from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 ASSETS = Path(str(files("svdd") / "assets"))

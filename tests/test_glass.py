@@ -22,7 +22,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import ExactSoftValue, FlowGaussian, Linear, bound, run
@@ -200,8 +200,9 @@ def test_images_of_a_real_model_do_not_depend_on_each_other(sd15):
     diffusion = StableDiffusion(sd15, 3, 2.0, rho=0.4, inner_steps=3, height=16, width=16, reproducible=True)
     prompts, seeds = ["red apple", "blue car"], [3, 8]
     for sampler, value in ((SVDD(2), Lookahead()), (ZeroOrderSearch(1, 2), PosteriorMean(guidance_scale=1.0))):
+        value.bind(Brightness(), diffusion)
         with torch.no_grad():
-            draw = partial(run, diffusion, sampler, bound(value, Brightness()))
+            draw = partial(run, diffusion, sampler, value)
             both = draw(prompts=prompts, seeds=seeds)
             alone = draw(prompts=prompts[1:], seeds=seeds[1:])
         assert both.images.isfinite().all()

@@ -15,7 +15,7 @@ import svdd.diffusion
 from svdd import UserError
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import qwen_image, sana, z_image
 

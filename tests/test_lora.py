@@ -17,7 +17,7 @@ from svdd import UserError
 from svdd.diffusion.lora import fuse_lora, load_lora
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 peft = pytest.importorskip("peft")

@@ -15,12 +15,13 @@ from diffusers import (
 from diffusers.utils import logging
 
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.preview import Preview
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 
 logging.set_verbosity_error()
@@ -142,6 +143,8 @@ def test_a_network_with_a_guidance_embedding_equals_the_pipeline(sd15, tmp_path,
         start = Start(diffusion, PROMPTS, SEEDS)
         final = Unguided()(start, PosteriorMean())
         x, row = final.x, torch.arange(4)
-        previews = [diffusion.preview(x, 1, start.context.conditioning, row, scale) for scale in (1.0, 9.0)]
+        previews = [
+            diffusion.preview(x, 1, start.context.conditioning, row, Preview(scale), {}) for scale in (1.0, 9.0)
+        ]
     assert start.context.ledger.network_rows == start.context.ledger.denoiser_rows == 3 * 4
     assert not torch.equal(*previews)

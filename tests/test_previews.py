@@ -8,14 +8,18 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
 
 from svdd import UserError
+from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
+from svdd.diffusion.preview import Preview
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
@@ -169,11 +173,11 @@ def test_a_preview_is_the_x0_of_a_model_with_that_scale(sd15):
     own, other = StableDiffusion(sd15, 4, guidance_scale=7.5), StableDiffusion(sd15, 4, guidance_scale=1.0)
     with torch.no_grad():
         states = [State.start(diffusion, ["panda"], [0]) for diffusion in (own, other)]
-        torch.testing.assert_close(states[0].preview(1.0), states[1].x0)
-        assert not torch.allclose(states[0].preview(1.0), states[0].x0)
-        torch.testing.assert_close(states[0].preview(7.5), states[0].x0)
-        with pytest.raises(UserError, match=r"needs a model with guidance; its own scale is 1.0"):
-            states[1].preview(3.0)
+        torch.testing.assert_close(states[0].preview(Preview(1.0)), states[1].x0)
+        assert not torch.allclose(states[0].preview(Preview(1.0)), states[0].x0)
+        torch.testing.assert_close(states[0].preview(Preview(7.5)), states[0].x0)
+    with pytest.raises(UserError, match=r"needs a model with guidance; its own scale is 1.0"):
+        PosteriorMean(guidance_scale=3.0).bind(Compressibility(), other)
     with pytest.raises(UserError, match="GaussianDiffusion has no classifier-free guidance"):
         run(GaussianDiffusion(3), SVDD(2), bound(PosteriorMean(guidance_scale=1.0), Linear(B)), 1)
 
@@ -245,3 +249,104 @@ def test_the_embedded_model_has_a_small_decoder_that_draws_the_same():
         end = run(diffusion, Unguided(), None, prompts=["apple", "penguin on a blue background", "rocket"])
         big, small = diffusion.decode(end.x), diffusion.load_decoder("tiny")(end.x)
     assert -10 * math.log10(float((big - small).square().mean())) > 22
+
+
+# ---- previews that reuse the parent's evaluation
+
+
+PREVIEWS = {
+    "guidance": Preview(reuse_guidance=True),
+    "features": Preview(feature_depth=1),
+    "both": Preview(reuse_guidance=True, feature_depth=2),
+    "unguided features": Preview(1.0, feature_depth=1),
+}
+
+
+@pytest.fixture(scope="module")
+def emoji() -> dict[str, AutoDiffusion]:
+    """A UNet whose halves are one batch, and a transformer."""
+    return {name: AutoDiffusion(name, 4, guidance_scale=3.0, reproducible=True) for name in ("emoji", "emoji-flow")}
+
+
+@pytest.mark.parametrize("kind", PREVIEWS)
+@pytest.mark.parametrize("model", ["emoji", "emoji-flow"])
+@torch.no_grad()
+def test_a_preview_that_reuses_all_of_its_parent_is_exact_where_nothing_changed(emoji, model, kind):
+    diffusion, preview, i = emoji[model], PREVIEWS[kind], 2
+    start = Start(diffusion, ["apple", "blue car"], [0, 1])
+    x, row = start(3).x, torch.tensor([0, 0, 0, 1, 1, 1])
+    conditioning = start.context.conditioning
+    found = diffusion.record(x, i, conditioning, row, preview)
+    exact = diffusion.denoise(x, i, conditioning, row)
+    assert torch.equal(found.pop("x0"), exact.x0)
+    assert torch.equal(found.pop("mean"), exact.mean)
+    assert all(len(part) == 6 for part in found.values())
+    order = torch.tensor([4, 0, 0, 5])  # rows in another order, one of them twice
+    reused = {name: part[order] for name, part in found.items()}
+    same = diffusion.preview(x[order], i, conditioning, row[order], preview, reused)
+    if preview.guidance_scale is None:
+        torch.testing.assert_close(same, exact.x0[order], rtol=1e-4, atol=1e-4)
+    else:
+        unguided = diffusion.preview(x[order], i, conditioning, row[order], Preview(preview.guidance_scale), {})
+        torch.testing.assert_close(same, unguided, rtol=1e-4, atol=1e-4)
+    moved = diffusion.preview(x[order] + 0.3, i, conditioning, row[order], preview, reused)
+    assert (moved - same).flatten(1).abs().amax(1).min() > 1e-2
+    first = {name: part[:1] for name, part in reused.items()}
+    alone = diffusion.preview(x[order[:1]], i, conditioning, row[order[:1]], preview, first)
+    torch.testing.assert_close(alone, same[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PREVIEWS)
+def test_the_cost_of_a_preview_is_its_share_and_the_winner_is_evaluated_in_full(emoji, kind):
+    diffusion, preview, m, steps = emoji["emoji"], PREVIEWS[kind], 5, 4
+    value = PosteriorMean("tiny", preview.guidance_scale, preview.reuse_guidance, preview.feature_depth)
+    model = GuidedDiffusion(Compressibility(), diffusion, SVDD(m), value)
+    final = model.draw(["apple", "blue car"], [0, 1])
+    share = diffusion.preview_rows(preview, 1)
+    halves = 2 if preview == Preview(feature_depth=1) else 1
+    assert share == halves or 0 < share < halves
+    ledger = final.context.ledger
+    assert ledger.denoiser_rows == 2 * (1 + (m + 1) * (steps - 1))
+    assert ledger.network_rows == pytest.approx(2 * (2 * steps + m * share * (steps - 1)))
+    assert count(model.sampler, diffusion, value).rows == pytest.approx(steps + m * share / 2 * (steps - 1))
+    alone = model.draw(["blue car"], [1])
+    assert torch.equal(alone.x, final.x[1:])  # in the reproducible mode
+
+
+def test_a_budget_counts_a_preview_by_its_share(emoji):
+    cheap = PosteriorMean(reuse_guidance=True)
+    plain, more = (
+        GuidedDiffusion(Compressibility(), emoji["emoji"], SVDD(), value, budget=40) for value in (None, cheap)
+    )
+    assert (plain.sampler.num_candidates, more.sampler.num_candidates) == (13, 24)  # 1 + 3 M and 4 + 3 M / 2
+    assert more.chosen == {"num_candidates": 24, "denoiser_rows": 76, "equivalent_rows": 40}
+
+
+def test_starts_have_no_parent_and_are_evaluated_in_full(emoji):
+    value, exact = PosteriorMean(reuse_guidance=True), PosteriorMean()
+    images = []
+    for each in (value, exact):
+        model = GuidedDiffusion(Compressibility(), emoji["emoji"], SVDD(3, choose_start=True, guide_stop=0.25), each)
+        images.append(model.draw(["apple"], [3]).context.trace.selections[0].values)
+    torch.testing.assert_close(*images)
+
+
+def test_impossible_previews_are_refused_when_they_are_bound(emoji):
+    unguided = AutoDiffusion("emoji", 4, guidance_scale=1.0)
+    for value, diffusion, message in [
+        (PosteriorMean(reuse_guidance=True), unguided, "computes no unconditional half, and there is nothing to save"),
+        (PosteriorMean(feature_depth=9), emoji["emoji"], "feature_depth must lie in 1 .. 3"),
+        (PosteriorMean(feature_depth=4), emoji["emoji-flow"], "feature_depth must lie in 1 .. 3"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            value.bind(Compressibility(), diffusion)
+    for arguments, message in [
+        ({"feature_depth": 0}, "feature_depth must be >= 1"),
+        ({"guidance_scale": 1.0, "reuse_guidance": True}, "leave out guidance_scale=1.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PosteriorMean(**arguments)
+    value = PosteriorMean(feature_depth=1)
+    value.bind(CLIPScore(), emoji["emoji"])
+    with pytest.raises(UserError, match="value PosteriorMean with feature_depth=1 is not differentiable"):
+        DPS().check(emoji["emoji"], value)

@@ -16,7 +16,7 @@ from svdd.diffusion.auto import from_pipeline
 from svdd.diffusion.pixart_sigma import PixArtSigma
 from svdd.diffusion.stable_diffusion_xl import StableDiffusionXL
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import pixart_sigma, sdxl
 

@@ -8,7 +8,8 @@ import torch
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.svdd import SVDD
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound, run
 

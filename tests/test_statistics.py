@@ -29,7 +29,8 @@ from svdd.samplers.toolbox.selection import choice_kl
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import GaussianDiffusion, Linear, bound
 

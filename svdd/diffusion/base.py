@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.content import digest
 from svdd.diffusion.chunking import Chunker, Reproducible
+from svdd.diffusion.preview import Preview
 
 __all__ = ["Denoised", "Diffusion", "per_row"]
 
@@ -134,9 +135,31 @@ class Diffusion(nn.Module, ABC):
         """Moves latents x at step i, with posterior means x0, to step i + 1 without noise (DDIM with eta = 0)."""
         raise UserError(f"{type(self).__name__} has no deterministic step, which Lookahead needs: implement `flow`")
 
-    def preview(self, x: Tensor, i: int, conditioning: Any, row: Tensor, guidance_scale: float) -> Tensor:
-        """Returns x0 at another weight of classifier-free guidance, [n, *latent_shape]; arguments as in `denoise`."""
-        raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")
+    def check_preview(self, preview: Preview) -> None:
+        """Raises UserError if the model cannot compute previews of this kind."""
+        if preview.changes:
+            raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")
+
+    def has_preview(self, preview: Preview, i: int) -> bool:
+        """Whether a preview at step i differs from the model's own prediction."""
+        return False
+
+    def preview_rows(self, preview: Preview, i: int) -> float:
+        """Returns the network-row equivalents of one preview at step i; see `network_rows`."""
+        return self.network_rows(self.guidance_scale, i)
+
+    def record(self, x: Tensor, i: int, conditioning: Any, row: Tensor, preview: Preview) -> dict[str, Tensor]:
+        """Evaluates as `denoise` and returns `x0`, `mean` and what previews of the children reuse, one row in each."""
+        return self.denoise(x, i, conditioning, row)._asdict()
+
+    def preview(
+        self, x: Tensor, i: int, conditioning: Any, row: Tensor, preview: Preview, recorded: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Returns a cheaper prediction of x0, [n, *latent_shape]; arguments as in `denoise`.
+
+        `recorded` holds what `record` returned at the parent of each row, without `x0` and `mean`.
+        """
+        raise UserError(f"{type(self).__name__} has no cheaper prediction of x0")
 
     def load_decoder(self, name: str) -> nn.Module:
         """Returns another decoder, for previews: `tiny` for the small one of this model, a folder, or a hub name."""

@@ -116,19 +116,30 @@ class ModelFamily(Diffusion):
 
     def evaluate(self, x: Tensor, t: Tensor, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
         """Evaluates the network with guidance; arguments as in `network`, and `row` indexes the encoded prompts."""
+        return self.guide(self.halves(x, t, conditioning, row, guidance_scale), guidance_scale, t)
+
+    def halves(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, row: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, ...]:
+        """Returns the conditional output and, where the scale guides, the unconditional one; arguments as above."""
         positive, negative = conditioning
         texts = {name: part[row] for name, part in positive.items()}
         if negative is None or self.network_rows(guidance_scale) == 1:
-            return self.network(x, t, texts, guidance_scale)
-        others, scale = {name: part[row] for name, part in negative.items()}, self.cfg_scale(guidance_scale)
+            return (self.network(x, t, texts, guidance_scale),)
+        others = {name: part[row] for name, part in negative.items()}
         if self.two_calls:
-            conditional = self.network(x, t, texts, guidance_scale)
-            return self.combine(self.network(x, t, others, guidance_scale), conditional, scale, t)
+            return self.network(x, t, texts, guidance_scale), self.network(x, t, others, guidance_scale)
         order = -1 if self.conditional_first else 1
         pairs = {name: torch.cat([others[name], part][::order]) for name, part in texts.items()}
-        halves = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
-        unconditional, conditional = halves[::order]
-        return self.combine(unconditional, conditional, scale, t)
+        outputs = self.network(torch.cat([x] * 2), t, pairs, guidance_scale).chunk(2)
+        return outputs[::-order]
+
+    def guide(self, outputs: tuple[Tensor, ...], guidance_scale: float, t: Tensor) -> Tensor:
+        """Returns the output with guidance, from `halves`."""
+        conditional, *unconditional = outputs
+        if not unconditional:
+            return conditional
+        return self.combine(unconditional[0], conditional, self.cfg_scale(guidance_scale), t)
 
     def float32_weights(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yields the weights and buffers that stay in float32 when the model is converted to half precision.

@@ -206,14 +206,8 @@ class LatentDiffusion(PipelineParts):
 
     def denoise(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Denoised:
         """Evaluates the network with guidance and returns x0 and the kernel's mean."""
-        return self._predict(x, i, conditioning, row, self.guidance_scale)
-
-    def preview(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
-        """Returns x0 at another guidance scale; where it does not guide, the unconditional half is not computed."""
-        if self.network_rows(guidance_scale) > self.network_rows(self.guidance_scale):
-            own = f"a model with guidance; its own scale is {self.guidance_scale}"
-            raise UserError(f"a preview at guidance_scale={guidance_scale} needs {own}")
-        return self._predict(x, i, conditioning, row, guidance_scale).x0
+        t, scale = self.kernel.timesteps[i].to(x.device), self.guidance_scale
+        return self.kernel.predict(x, self.evaluate(self.kernel.scale_input(x, i), t, conditioning, row, scale), i)
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
         """One step without noise, in the scheduler's coordinates."""
@@ -246,9 +240,3 @@ class LatentDiffusion(PipelineParts):
             warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
         with quiet("diffusers", "transformers"):  # which log the same
             return self.chunker.map(encode, len(texts), texts)
-
-    def _predict(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Denoised:
-        t = self.kernel.timesteps[i].to(x.device)
-        return self.kernel.predict(
-            x, self.evaluate(self.kernel.scale_input(x, i), t, conditioning, row, guidance_scale), i
-        )

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.assets.content import digest
-from svdd.diffusion.family import ModelFamily
 from svdd.diffusion.offload import Offload, OffloadMode
 from svdd.diffusion.pipelines import check_length, fingerprint
+from svdd.diffusion.previews import PreviewFamily
 
 __all__ = ["PipelineParts"]
 
 
-class PipelineParts(ModelFamily):
+class PipelineParts(PreviewFamily):
     """Holds the parts of `pipe`, under their names.
 
     Attributes:

@@ -107,10 +107,12 @@ class ZImage(LatentDiffusion):
             1 if i is not None and self._truncated(self.kernel.timesteps[i]) else super().network_rows(guidance_scale)
         )
 
-    def evaluate(self, x: Tensor, t: Tensor, conditioning: Conditioning, row: Tensor, guidance_scale: float) -> Tensor:
-        """Evaluates the network, with guidance up to the step at which that is truncated."""
+    def halves(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, row: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, ...]:
+        """Evaluates the network, its unconditional half up to the step at which guidance is truncated."""
         conditioning = (conditioning[0], None) if self._truncated(t) else conditioning
-        return super().evaluate(x, t, conditioning, row, guidance_scale)
+        return super().halves(x, t, conditioning, row, guidance_scale)
 
     def _truncated(self, t: Tensor) -> bool:
         return self.cfg_truncation < 1 and float((1000 - t.float()) / 1000) > self.cfg_truncation

@@ -9,7 +9,8 @@ from svdd import UserError, check_bound, missing_methods
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.toolbox.selection import choice_kl, effective_sample_size, top
 from svdd.samplers.toolbox.window import Window
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.state.trace import Selection, count_distinct
 from svdd.values.base import Value
 
@@ -53,6 +54,7 @@ class Sampler(ABC):
 
     def __call__(self, start: Start, value: Value) -> State:
         """Runs `sample`; raises UserError unless it returns the end of the chain, with equally many rows per image."""
+        start.context.preview = value.preview
         final, images = self.sample(start, value), len(start.context.generators)
         if not isinstance(final, State):
             wrong = f"a {type(final).__name__}; it must return the State at the end of the chain"

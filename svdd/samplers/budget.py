@@ -6,7 +6,7 @@ import pickle
 import random
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
+from svdd.diffusion.preview import Preview
 from svdd.samplers.base import Sampler
-from svdd.state.state import Start, State
+from svdd.state.start import Start
+from svdd.state.state import State
 from svdd.values.base import Value
 
 __all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget"]
@@ -26,6 +28,7 @@ class Cost(NamedTuple):
 
     returned: int  # rows that the sampler returns per image of the batch; the other entries are those of `Ledger`
     denoiser_rows: float
+    network_rows: float  # here in units of a whole denoiser row; a preview counts by its share of one
     gradient_rows: float
     decoded_images: float
     reward_calls: float
@@ -33,8 +36,8 @@ class Cost(NamedTuple):
 
     @property
     def rows(self) -> float:
-        """The unit of a budget: denoiser rows, where a backward pass counts as two more."""
-        return self.denoiser_rows + 2 * self.gradient_rows
+        """The unit of a budget: whole denoiser rows, where a backward pass counts as two more, a preview as a part."""
+        return self.network_rows + 2 * self.gradient_rows
 
 
 class Uncountable(UserError):
@@ -137,7 +140,8 @@ class _OneNumber(Diffusion):
         super().__init__(diffusion.num_inference_steps)
         self.latent_shape, self.inner_steps = (1,) * len(diffusion.latent_shape), diffusion.inner_steps
         self.noisy = [float(diffusion.std(i) > 0) for i in range(diffusion.num_inference_steps)]
-        self.limit, self.rows, self.squares = limit, 0, 0
+        self.limit, self.rows, self.squares, self.whole = limit, 0, 0, 0.0
+        self._real = diffusion
 
     def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None:
         pass
@@ -154,9 +158,22 @@ class _OneNumber(Diffusion):
             self._count(len(x))
         return x0 + noise
 
-    def _count(self, rows: int) -> None:
-        self.rows, self.squares = self.rows + rows, self.squares + rows**2
-        if self.rows > self.limit:
+    def has_preview(self, preview: Preview, i: int) -> bool:
+        return self._real.has_preview(preview, i)
+
+    def preview_rows(self, preview: Preview, i: int) -> float:
+        return self._real.preview_rows(preview, i) / self._real.network_rows(self._real.guidance_scale, i)
+
+    def record(self, x: Tensor, i: int, conditioning: None, row: Tensor, preview: Preview) -> dict[str, Tensor]:
+        return {**self.denoise(x, i, conditioning, row)._asdict(), "features": x}
+
+    def preview(self, x: Tensor, i: int, *where: Any) -> Tensor:
+        self._count(len(x), self.preview_rows(where[2], i))
+        return x / 2
+
+    def _count(self, rows: int, share: float = 1.0) -> None:
+        self.rows, self.squares, self.whole = self.rows + rows, self.squares + rows**2, self.whole + rows * share
+        if self.whole > self.limit:
             raise _Exceeded
 
     def std(self, i: int) -> float:
@@ -174,7 +191,7 @@ class _Counted(Value):
 
     def __init__(self, value: Value) -> None:
         super().__init__()
-        self.most_rows = value.most_rows
+        self.most_rows, self.preview = value.most_rows, value.preview
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.flatten(1).mean(1) / 1000  # on this scale no population of particles degenerates
@@ -182,8 +199,10 @@ class _Counted(Value):
     def estimate(self, state: State) -> Tensor:
         if self.most_rows == 0:
             return self.score(state.x, state.prompts)
-        state.context.ledger.denoiser_rows += (self.most_rows - 1) * len(state.x)
-        return state.scores(self)
+        more = (self.most_rows - 1) * len(state.x)
+        state.context.ledger.denoiser_rows += more
+        state.context.ledger.network_rows += more
+        return state.scores(self, None if self.preview is None else state.preview(self.preview))
 
 
 def _global_generators() -> bytes:

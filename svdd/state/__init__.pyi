@@ -1,6 +1,6 @@
 from .context import Context as Context
 from .ledger import Ledger as Ledger
-from .state import Start as Start
+from .start import Start as Start
 from .state import State as State
 from .trace import Selection as Selection
 from .trace import Trace as Trace

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
+from svdd.diffusion.preview import Preview
 from svdd.state.ledger import Ledger
 from svdd.state.trace import Trace
 
@@ -40,13 +41,19 @@ class Context:
     ledger: Ledger = field(default_factory=Ledger)
     trace: Trace = field(default_factory=Trace)
     on_step: Callable[[int, float | None], None] | None = None
+    preview: Preview | None = None  # what evaluations must record for the previews of their children
     shared_noise: bool = False  # all rows of an image receive the same noise, so an end depends on the start alone
 
     @classmethod
     def encode(
-        cls, diffusion: Diffusion, prompts: Sequence[str], seeds: Sequence[int], negatives: Sequence[str | None]
+        cls,
+        diffusion: Diffusion,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str | None] | None = None,
     ) -> "Context":
         """Encodes the distinct prompts and seeds two generators per image; see `Start`."""
+        negatives = [None] * len(prompts) if negative_prompts is None else negative_prompts
         if not len(prompts) == len(seeds) == len(negatives) > 0:
             raise ValueError(
                 "prompts, seeds and negative_prompts need one entry per image and at least one image, "

@@ -15,7 +15,9 @@ class Ledger:
     """Counts of the work that a sampler caused, and its wall time in seconds."""
 
     denoiser_rows: int = 0  # latents whose denoised prediction was computed; a classifier-free pair counts as one
-    network_rows: int = 0  # rows that went through the network; a classifier-free pair counts as two
+    # Rows that went through the network: a classifier-free pair counts as two, a preview that reuses features as the
+    # share of a row that it computes.
+    network_rows: float = 0
     gradient_rows: int = 0  # denoiser rows with a backward pass, which costs about two forward passes
     decoded_images: int = 0
     reward_calls: int = 0  # images that the guide reward scored

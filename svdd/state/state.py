@@ -10,11 +10,14 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
+from svdd.diffusion.preview import Preview
 from svdd.state.context import Context, Scorer
 from svdd.state.finite import require_finite
+from svdd.state.gradient import differentiate
 
-__all__ = ["Start", "State"]
+__all__ = ["State"]
 
+_RECORDED = "recorded"  # marks, in a state's cache, what previews of its children reuse
 _ENDED = "the chain has ended (i = T): there is no further step, and x0 is x"
 
 
@@ -31,6 +34,8 @@ class State:
     origin: Tensor  # index of the image's starting particle from which each row descends, int64 [n]
     context: Context = field(repr=False)  # what all states of the batch share
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)  # one entry per row in each
+    # What evaluations of the parents recorded for previews, one entry per parent in each, and each row's parent, [n].
+    _parents: tuple[dict[str, Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def start(
@@ -41,7 +46,16 @@ class State:
         negative_prompts: Sequence[str | None] | None = None,
     ) -> "State":
         """Returns the state at i = 0: pure noise, `num_particles` rows per image; see `Start`."""
-        return Start(diffusion, prompts, seeds, negative_prompts)(num_particles)
+        return State.begin(Context.encode(diffusion, prompts, seeds, negative_prompts), num_particles)
+
+    @staticmethod
+    def begin(context: Context, n: int, begun: int = 0) -> "State":
+        """Draws n >= 1 rows of pure noise per image, after `begun` earlier ones."""
+        if n < 1:
+            raise ValueError(f"a start needs at least 1 row per image, got {n}")
+        noise = context.noise(n).to(context.diffusion.device)
+        origin = torch.arange(begun, begun + n, device=noise.device).repeat(len(context.generators))
+        return State(context.diffusion.initial(noise), 0, context.rows.repeat_interleave(n), origin, context)
 
     @property
     def num_images(self) -> int:
@@ -74,8 +88,15 @@ class State:
         if self.done:
             raise ValueError(_ENDED)
         if "x0" not in self._cache:
-            diffusion = self.context.diffusion
-            self._cache.update(self._evaluate(diffusion.denoise, diffusion.guidance_scale)._asdict())
+            diffusion, preview = self.context.diffusion, self.context.preview
+            rows = diffusion.network_rows(diffusion.guidance_scale, self.i)
+            if preview is not None and preview.reuses:
+                found = self._evaluate(partial(diffusion.record, preview=preview), rows)
+                self._cache.update(
+                    {name if name in Denoised._fields else (_RECORDED, name): found[name] for name in found}
+                )
+            else:
+                self._cache.update(self._evaluate(diffusion.denoise, rows)._asdict())
         return Denoised(self._cache["x0"], self._cache["mean"])
 
     @property
@@ -102,13 +123,18 @@ class State:
         context.ledger.reward_calls += len(images)
         return scores
 
-    def preview(self, guidance_scale: float) -> Tensor:
-        """Returns x0 at another guidance scale, [n, *latent_shape]; where it does not guide, at half the cost."""
+    def preview(self, preview: Preview) -> Tensor:
+        """Returns a cheaper prediction of x0, [n, *latent_shape]; x0 itself if there is nothing to save or to reuse."""
         diffusion = self.context.diffusion
-        own, least = diffusion.guidance_scale, diffusion.guides_above
-        if self.done or (own is not None and max(guidance_scale, least) == max(own, least)):
+        if self.done or not diffusion.has_preview(preview, self.i) or (preview.reuses and self._parents is None):
             return self.x0
-        return self._evaluate(partial(diffusion.preview, guidance_scale=guidance_scale), guidance_scale)
+        recorded, parents = self._parents or ({}, torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device))
+
+        def evaluate(x: Tensor, parent: Tensor, i: int, conditioning: Any, row: Tensor) -> Tensor:
+            reused = {name: kept[parent] for name, kept in recorded.items()}
+            return diffusion.preview(x, i, conditioning, row, preview, reused)
+
+        return self._evaluate(evaluate, diffusion.preview_rows(preview, self.i), parents)
 
     def flow(self) -> "State":
         """Returns each row's noise-free successor (a DDIM step with eta = 0); ValueError at the end of the chain."""
@@ -141,9 +167,12 @@ class State:
             else:
                 parents = State(self.x.repeat_interleave(m, 0), self.i, row, origin, self.context)
                 known, times = (self.x0.repeat_interleave(m, 0), noise), diffusion.inner_steps - 1
-                x = parents._evaluate(diffusion.draw, diffusion.guidance_scale, *known, times=times)
+                rows = diffusion.network_rows(diffusion.guidance_scale, self.i)
+                x = parents._evaluate(diffusion.draw, rows, *known, times=times)
         self.context.report(self.i + 1)
-        return State(x, self.i + 1, row, origin, self.context)
+        recorded = {key[1]: known for key, known in self._cache.items() if key[0] == _RECORDED}
+        parent = torch.arange(len(self.x), device=x.device).repeat_interleave(m)
+        return State(x, self.i + 1, row, origin, self.context, _parents=(recorded, parent) if recorded else None)
 
     def select(self, index: Tensor, kl: Tensor | float | None = None) -> "State":
         """Keeps some rows of every group, with the predictions and images already computed for them.
@@ -160,7 +189,9 @@ class State:
         self.context.trace.diverge(kl)
         flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
         cache = {name: known[flat] for name, known in self._cache.items()}
-        return replace(self, x=self.x[flat], row=self.row[flat], origin=self.origin[flat], _cache=cache)
+        parents = None if self._parents is None else (self._parents[0], self._parents[1][flat])
+        x, row, origin = self.x[flat], self.row[flat], self.origin[flat]
+        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=parents)
 
     def join(self, other: "State") -> "State":
         """Returns the rows of both states, at the same step, with every image's rows of `other` after its own."""
@@ -172,7 +203,7 @@ class State:
 
         x, row, origin = joined(self.x, other.x), joined(self.row, other.row), joined(self.origin, other.origin)
         cache = {name: joined(known, other._cache[name]) for name, known in self._cache.items() if name in other._cache}
-        return replace(self, x=x, row=row, origin=origin, _cache=cache)
+        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=None)
 
     def replay(self, x: Tensor) -> "State":
         """Starts the same chain from other latents x at i = 0, [images * k, *latent_shape].
@@ -196,9 +227,18 @@ class State:
         """
         values, slope = ("values", value, through_denoiser), ("gradient", value, through_denoiser)
         if values not in self._cache:
-            rows = (self.x, self.row, self.origin, *(() if through_denoiser else self.prediction))
-            differentiate = partial(self._differentiate, value)  # in chunks, which bounds the memory of the graph
-            found = self.context.diffusion.chunker.map(differentiate, self.num_images, *rows)
+            known = () if through_denoiser else self.prediction
+
+            def differentiated(x: Tensor, row: Tensor, origin: Tensor, *known: Tensor) -> dict[str, Tensor]:
+                leaf = (known[0] if known else x).detach().requires_grad_()
+                cache = {"x0": leaf, "mean": known[1]} if known else {}
+                part = replace(
+                    self, x=x.detach() if known else leaf, row=row, origin=origin, _cache=cache, _parents=None
+                )
+                return differentiate(value, part, leaf)
+
+            rows = (self.x, self.row, self.origin, *known)  # in chunks, which bounds the memory of the graph
+            found = self.context.diffusion.chunker.map(differentiated, self.num_images, *rows)
             self._require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
         return self._cache[values], self._cache[slope]
@@ -207,24 +247,6 @@ class State:
         """Returns k uniform numbers in [0, 1) per image from its selection stream, float64 [images, k]."""
         drawn = [torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.context.choosers]
         return torch.stack(drawn).to(self.x.device)
-
-    def _differentiate(
-        self, value: Callable[["State"], Tensor], x: Tensor, row: Tensor, origin: Tensor, *known: Tensor
-    ) -> dict[str, Tensor]:
-        """Differentiates a chunk of rows by x or, if their prediction is known, by x0; see `gradient`."""
-        ledger, name = self.context.ledger, "x0" if known else "x"
-        with torch.enable_grad():
-            leaf = (known[0] if known else x).detach().requires_grad_()
-            cache = {"x0": leaf, "mean": known[1]} if known else {}
-            part = replace(self, x=x.detach() if known else leaf, row=row, origin=origin, _cache=cache)
-            before = ledger.denoiser_rows
-            values = value(part)
-            if not values.requires_grad:
-                raise UserError(f"the value has no gradient at {name}, on which it does not depend")
-            (slope,) = torch.autograd.grad(values.sum(), leaf)
-        ledger.gradient_rows += ledger.denoiser_rows - before  # network evaluations between the latents and the values
-        x0, mean = (tensor.detach() for tensor in part.prediction)
-        return {"values": values.detach(), "gradient": slope, "x0": x0, "mean": mean}
 
     def _require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
         """Raises NotFinite with the step and the first failing row's prompt."""
@@ -241,10 +263,11 @@ class State:
         self.context.ledger.decoded_images += len(x0)
         return images
 
-    def _evaluate(
-        self, network: Callable[..., Any], guidance_scale: float | None, *known: Tensor, times: int = 1
-    ) -> Any:
-        """Runs the network on chunks of the rows, `times` times on each, and enters the work into the ledger."""
+    def _evaluate(self, network: Callable[..., Any], rows: float, *known: Tensor, times: int = 1) -> Any:
+        """Runs the network on chunks of the rows, `times` times on each, and enters the work into the ledger.
+
+        `rows` are the network-row equivalents of one evaluation of one row.
+        """
         context, ledger, n = self.context, self.context.ledger, len(self.x) * times
 
         def evaluate(row: Tensor, x: Tensor, *known: Tensor) -> Any:
@@ -252,41 +275,8 @@ class State:
 
         with ledger.timed("denoiser_seconds", self.x.device):
             result = context.diffusion.chunker.map(evaluate, self.num_images, self.row, self.x, *known, parallel=True)
-            self._require_finite("denoiser", self.x, *(result if isinstance(result, tuple) else (result,)))
+            found = result.values() if isinstance(result, dict) else result if isinstance(result, tuple) else (result,)
+            self._require_finite("denoiser", self.x, *found)
         ledger.denoiser_rows += n
-        ledger.network_rows += n * context.diffusion.network_rows(guidance_scale, self.i)
+        ledger.network_rows += n * rows
         return result
-
-
-class Start:
-    """Begins the chain of a batch of images: `start(n)` returns n rows per image of pure noise, at i = 0.
-
-    Prompts are encoded once. A second call continues the images' random streams, and returns other rows.
-
-    Args:
-        diffusion: The chain.
-        prompts: One per image.
-        seeds: One per image, 0 .. 2^64 - 1; they determine every random number of the image.
-        negative_prompts: One per image, or None for the model's default throughout.
-    """
-
-    def __init__(
-        self,
-        diffusion: Diffusion,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        negative_prompts: Sequence[str | None] | None = None,
-    ) -> None:
-        negatives = [None] * len(prompts) if negative_prompts is None else negative_prompts
-        self.context = Context.encode(diffusion, prompts, seeds, negatives)
-        self._begun = 0
-
-    def __call__(self, n: int = 1) -> State:
-        """Draws n >= 1 starting rows per image."""
-        if n < 1:
-            raise ValueError(f"a start needs at least 1 row per image, got {n}")
-        context = self.context
-        noise = context.noise(n).to(context.diffusion.device)
-        origin = torch.arange(self._begun, self._begun + n, device=noise.device).repeat(len(context.generators))
-        self._begun += n
-        return State(context.diffusion.initial(noise), 0, context.rows.repeat_interleave(n), origin, context)

@@ -1,12 +1,12 @@
 """The interface of every value."""
 
-import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.diffusion.base import Diffusion
+from svdd.diffusion.preview import Preview
 from svdd.rewards.base import Reward
 from svdd.state.state import State
 
@@ -20,10 +20,12 @@ class Value(nn.Module, ABC):
 
     Attributes:
         most_rows: Maximum denoiser rows per evaluation of one row.
+        preview: How the prediction of x0 that the value scores is cheaper than the model's own; None if it is not.
         differentiable: Whether gradients flow from the estimate to the latents.
     """
 
     most_rows: int = 1
+    preview: Preview | None = None
     differentiable: bool = False
     _bound: tuple[Reward, ...] = ()  # a tuple, so that the reward is not registered a second time
 
@@ -54,23 +56,25 @@ class Value(nn.Module, ABC):
 class PreviewValue(Value):
     """A value that scores a decoded prediction of x_0, a preview; `PosteriorMean` explains the arguments."""
 
-    def __init__(self, decoder: str | None = None, guidance_scale: float | None = None) -> None:
+    def __init__(self, decoder: str | None = None, preview: Preview | None = None) -> None:
         super().__init__()
-        if guidance_scale is not None and not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-        self.decoder, self.guidance_scale = decoder, guidance_scale
+        self.decoder, self.preview = decoder, preview if preview is not None and preview.changes else None
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
-        """Sets the reward and loads the smaller decoder."""
+        """Sets the reward, checks the kind of preview and loads the smaller decoder."""
         super().bind(reward, diffusion)
-        self.differentiable = reward.differentiable and self.guidance_scale is None
+        if self.preview is not None:
+            diffusion.check_preview(self.preview)
+        self.differentiable = reward.differentiable and self.preview is None
         self.preview_decoder = None if self.decoder is None else diffusion.load_decoder(self.decoder)
 
     def describe(self) -> str:
-        """Names the reward, or the guidance scale, whichever prevents a gradient."""
-        if self.reward.differentiable:
-            return f"{super().describe()} with guidance_scale={self.guidance_scale}"
-        return f"reward {self.reward.name}"
+        """Names the reward, or the kind of preview, whichever prevents a gradient."""
+        if not self.reward.differentiable:
+            return f"reward {self.reward.name}"
+        given = {} if self.preview is None else vars(self.preview)
+        settings = [f"{name}={setting}" for name, setting in given.items() if setting not in (None, False)]
+        return f"{super().describe()} with {', '.join(settings)}"
 
     @abstractmethod
     def estimate(self, state: State) -> Tensor:

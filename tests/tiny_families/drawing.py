@@ -16,7 +16,7 @@ from diffusers.utils import logging
 import svdd.diffusion
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import Family, Step
 

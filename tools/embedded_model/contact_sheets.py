@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.samplers.unguided import Unguided
-from svdd.state.state import Start
+from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 from tools.embedded_model.vocabulary import COLORS, OBJECTS
 
