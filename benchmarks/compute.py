@@ -102,12 +102,8 @@ class Counted(StableDiffusion):
 
 def build(recipe: Recipe, guide: str) -> GuidedDiffusion:
     """Returns the model that draws with a recipe."""
-    diffusion = Counted(dtype=recipe.dtype)
-    model = GuidedDiffusion(GUIDES[guide](), diffusion, recipe.sampler(guide), recipe.value(guide))
-    if recipe.channels_last:
-        for part in (diffusion.vae, *model.value.children()):
-            part.to(memory_format=torch.channels_last)
-    return model.eval()
+    diffusion = Counted(dtype=recipe.dtype, vae_channels_last=recipe.channels_last)
+    return GuidedDiffusion(GUIDES[guide](), diffusion, recipe.sampler(guide), recipe.value(guide)).eval()
 
 
 @torch.no_grad()
