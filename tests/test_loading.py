@@ -354,7 +354,8 @@ def test_offload_changes_no_picture(sd15, tiny_clip, sampler):
 def test_channels_last_changes_the_decoders_speed_and_no_more_than_last_bits(sd15):
     plain, ordered = StableDiffusion(sd15, 2), StableDiffusion(sd15, 2, vae_channels_last=True)
     weight = ordered.to(torch.float64).vae.decoder.conv_in.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
     x0 = torch.randn(2, *plain.latent_shape, dtype=torch.float64)
     assert torch.allclose(ordered.decode(x0), plain.to(torch.float64).decode(x0), atol=1e-6)
     flat, time = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv3d(4, 4, 3)
