@@ -57,6 +57,9 @@ class AnalyticDiffusion(Diffusion):
         noise = (x - math.sqrt(signal) * x0) / math.sqrt(1 - signal)
         return math.sqrt(following) * x0 + math.sqrt(1 - following) * noise
 
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        return math.sqrt(self.signal[i]) * x0 + math.sqrt(1 - self.signal[i]) * noise
+
     def std(self, i: int) -> float:
         signal, following = self.signal[i], self.signal[i + 1]
         return self.eta * math.sqrt((1 - following) / (1 - signal) * (1 - signal / following))
@@ -294,6 +297,9 @@ class FlowGaussian(GaussianDiffusion):
 
     def flow(self, x, x0, i):
         return self.kernel.flow(x, x0, i)
+
+    def renoise(self, x0, noise, i):
+        return self.kernel.renoise(x0, noise, i)
 
     def std(self, i):
         """Returns the standard deviation of x at step i + 1 given x."""

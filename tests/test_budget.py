@@ -16,8 +16,10 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
@@ -91,6 +93,12 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
             return sum(survivors) if free else survivors[0] + sum(survivors[:-1]), 0
         case ZeroOrderSearch():
             return (1 + given["num_iterations"] * m) * steps, 0
+        case Refinement():
+            inner = given["sampler"] or SVDD(4)  # without a window
+            repeated = max(1, round(given["strength"] * steps))
+            return formula(inner, steps, free)[0] + given["rounds"] * formula(inner, repeated, free)[0], 0
+        case NoiseOptimisation():
+            return given["num_iterations"] * steps, (given["num_iterations"] - 1) * steps
         case RolloverBudget():
             return steps if free else steps - 1 + given["num_starts"] + (m - 1) * (steps - 1), 0
         case DPS():
@@ -157,6 +165,9 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (ProgressivePruning(4), 8 * 3 + 4 * 2 + 2 * 3),  # states 0 .. 2, 3 and 4, 5 .. 7
         (RandomSearch(4), 4 * 8),
         (ZeroOrderSearch(2, 3), 7 * 8),
+        (Refinement(3), 1 + 4 * 7 + 3 * (1 + 4 * 3)),
+        (Refinement(2, 0.25, sampler=BestOfN(3)), 3 * 8 + 2 * 3 * 2),
+        (NoiseOptimisation(3), 3 * 8 + 2 * 2 * 8),
         (RolloverBudget(5), 1 + 5 * 7),
         (RolloverBudget(5, 2, num_starts=3), 3 + 5 * 7),
         (DPS(1.0), 8 + 2 * 8),
@@ -206,6 +217,8 @@ def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
         (TwistedSMC(guide_stop=0.5), 130, 6),  # 6 (10 + 2 * 5)
         (RandomSearch(), 10, 1),
         (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
+        (NoiseOptimisation(), 100, 4),  # 10 (4 + 2 * 3)
+        (Refinement(strength=0.3), 100, 7),  # 37 + 7 * 9
         (RolloverBudget(num_starts=3), 100, 10),  # 3 + 10 * 9
     ],
     ids=name_of,

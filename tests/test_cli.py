@@ -159,8 +159,8 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
     [
         (
             ["--model.sampler", "SVD"],
-            "known: BeamSearch, BestOfN, BlockwiseBestOfN, DPS, ProgressivePruning, RandomSearch, "
-            "RolloverBudget, SMC, SVDD, TwistedSMC, Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
+            "known: BeamSearch, BestOfN, BlockwiseBestOfN, DPS, NoiseOptimisation, ProgressivePruning, RandomSearch, "
+            "Refinement, RolloverBudget, SMC, SVDD, TwistedSMC, Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
         ),
         (["--model.value", "PosteriorMeen"], "unknown value 'PosteriorMeen'; known: FeatureValue, LatentConvValue, "),
         (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),
@@ -640,6 +640,17 @@ def test_a_schedule_is_a_list_of_pairs(predict, tmp_path, read_rows):
     assert predict("--model.sampler", "ProgressivePruning", "--model.sampler.num_particles", "2",
                    "--model.sampler.schedule", schedule) == 0  # fmt: skip
     assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {6 + 6 + 6}
+
+
+def test_a_sampler_inside_a_sampler_is_chosen_by_name(predict, tmp_path, read_rows):
+    settings = ["--model.sampler", "Refinement", "--model.sampler.rounds", "2", "--model.sampler.strength", "0.6"]
+    settings += ["--model.sampler.sampler", "SVDD", "--model.sampler.sampler.num_candidates", "2"]
+    assert predict(*settings) == 0
+    assert {row["ledger"]["denoiser_rows"] for row in read_rows(tmp_path / "run")} == {(1 + 2 * 2) + 2 * (1 + 2)}
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    assert predict(*settings) == 0  # nothing is left to do
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    assert predict(*settings, "--model.sampler.sampler.num_candidates", "3") == 2  # another run
 
 
 def test_later_configs_override_earlier_ones(config, tmp_path, read_rows):

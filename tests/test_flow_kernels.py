@@ -128,6 +128,32 @@ def test_every_scheduler_takes_the_general_step(name, transition):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_a_noised_image_is_at_the_level_that_the_steps_assume(name):
+    """A network that knows the noise finds the image and that noise, and the step without noise keeps both."""
+    kernel_class, config = KERNELS[name]
+    for kernel in (kernel_class(config, 10), kernel_class(config, 1)):
+        steps = len(kernel.timesteps)
+        assert len(kernel.levels) == steps + 1
+        x0, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        for i in range(steps):
+            x = kernel.renoise(x0, noise, i)
+            assert x.dtype == x0.dtype
+            low, high = (kernel.split(x, torch.full_like(x, output), i)[0] for output in (0.0, 1.0))
+            output = (x0 - low) / (high - low)  # x0 is affine in the network's output
+            found, epsilon = kernel.split(x, output, i)
+            close = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, 1 / kernel.levels[i][1])}
+            torch.testing.assert_close(found, x0, **close)
+            if not name.endswith("lcm"):  # whose x0 is the consistency function
+                torch.testing.assert_close(epsilon, noise, **close)
+            torch.testing.assert_close(kernel.predict(x, output, i).x0, x0, **close)
+            alpha, sigma = kernel.levels[i + 1]
+            torch.testing.assert_close(kernel.flow(x, x0, i), alpha * x0 + sigma * noise, **close)
+        half = kernel.renoise(x0.bfloat16(), noise.bfloat16(), 0)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.double(), kernel.renoise(x0, noise, 0), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_the_denoiser_between_two_steps_is_that_of_the_steps(name):
     """At the levels of the steps the network is told the same, and the posterior mean is the same."""
     kernel_class, config = KERNELS[name]

@@ -17,6 +17,7 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.budget import count, fit_budget
 from svdd.samplers.dps import DPS
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -171,6 +172,7 @@ def test_samplers_reach_the_tilted_law_of_a_flow_model(kind):
         (SVDD(4, 0.5, num_particles=2, score_parent=True), 2 * 6 + 4 * 2 * 6 * 2),
         (SMC(4), 4 * 6 * 3),
         (ZeroOrderSearch(2, 3), 7 * 6 * 3),
+        (RolloverBudget(4, 1), 1 + 4 * 5 * 3 + 4 * 2),
     ],
     ids=lambda case: label(case) if isinstance(case, Sampler) else str(case),
 )

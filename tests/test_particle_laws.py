@@ -12,8 +12,10 @@ from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
@@ -438,6 +440,8 @@ def test_every_sampler_beats_plain_sampling():
         ProgressivePruning(),
         RandomSearch(),
         ZeroOrderSearch(),
+        Refinement(),
+        NoiseOptimisation(5),
         RolloverBudget(),
         DPS(),
         TwistedSMC(),

@@ -15,8 +15,10 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
@@ -65,6 +67,10 @@ SAMPLERS = [
     ProgressivePruning(4),
     RandomSearch(4),
     ZeroOrderSearch(2, 3),
+    Refinement(2),
+    Refinement(2, 0.4, 0.7, SVDD(3, 0.7, 2)),
+    Refinement(1, 1.0, sampler=BestOfN(3)),
+    NoiseOptimisation(3),
     RolloverBudget(3, 1),
     RolloverBudget(5, 3, num_starts=2),
     DPS(0.5),
@@ -76,7 +82,11 @@ SAMPLERS = [
 
 def label(sampler) -> str:
     positional, named = sampler.arguments
-    words = [*map(str, positional), *(f"{name}={each}" for name, each in named.items())]
+
+    def word(each) -> str:
+        return label(each) if isinstance(each, Sampler) else str(each)
+
+    words = [*map(word, positional), *(f"{name}={word(each)}" for name, each in named.items())]
     return "-".join([type(sampler).__name__, *words])
 
 
@@ -364,6 +374,7 @@ def test_the_global_generator_is_left_alone(sampler):
         (SMC(5, guide_every=4), 5 * 2),
         (ProgressivePruning(4), 8 + 4 + 2),
         (ZeroOrderSearch(2, 3), 7),
+        (NoiseOptimisation(3), 3),
         (RolloverBudget(5, 2), 1 + 5 * 8),
         (DPS(1.0), 8),
         (TwistedSMC(4), 4 * 9),
@@ -487,6 +498,15 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: ZeroOrderSearch(0), "num_iterations must be >= 1, got 0"),
         (lambda: ZeroOrderSearch(radius=0), "radius must lie above 0 and be at most 1, got 0"),
         (lambda: ZeroOrderSearch(decay=1.1), "decay must lie above 0 and be at most 1, got 1.1"),
+        (lambda: Refinement(0), "rounds must be >= 1, got 0"),
+        (lambda: Refinement(strength=0), "strength must lie above 0 and be at most 1, got 0"),
+        (lambda: Refinement(strength=1.5), "strength must lie above 0 and be at most 1, got 1.5"),
+        (lambda: Refinement(alpha=math.nan), "alpha must be >= 0, got nan"),
+        (lambda: NoiseOptimisation(0), "num_iterations must be >= 1, got 0"),
+        (lambda: NoiseOptimisation(learning_rate=0), "learning_rate must be > 0, got 0"),
+        (lambda: NoiseOptimisation(clip=-1), "clip must be > 0, got -1"),
+        (lambda: NoiseOptimisation(momentum=1), "momentum must be >= 0 and below 1, got 1"),
+        (lambda: NoiseOptimisation(regularisation=math.inf), "regularisation must be a finite number >= 0, got inf"),
         (lambda: RolloverBudget(0), "num_candidates must be >= 1, got 0"),
         (lambda: RolloverBudget(batch_size=0), "batch_size must be >= 1, got 0"),
         (lambda: RolloverBudget(num_starts=0), "num_starts must be >= 1, got 0"),

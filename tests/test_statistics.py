@@ -21,8 +21,10 @@ from svdd.runs.pictures import find_pictures, read_pictures
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.selection import choice_kl
@@ -306,7 +308,15 @@ def test_the_trace_holds_the_divergence_of_a_sampler():
     assert drawn(BlockwiseBestOfN(4, block_size=3)).tolist() == pytest.approx([2 * best[0]] * 3)
     soft = drawn(SVDD(4, alpha=1.0))
     assert ((soft > 0) & (soft < guided * math.log(4))).all()
-    for unknown in (SVDD(4, num_particles=2), SMC(), ProgressivePruning(), ZeroOrderSearch(), TwistedSMC()):
+    for unknown in (
+        SVDD(4, num_particles=2),
+        SMC(),
+        ProgressivePruning(),
+        ZeroOrderSearch(),
+        Refinement(),
+        NoiseOptimisation(2),
+        TwistedSMC(),
+    ):
         assert drawn(unknown) is None
     assert drawn(SMC(1)) == 0  # plain sampling
 

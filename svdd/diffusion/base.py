@@ -135,6 +135,10 @@ class Diffusion(nn.Module, ABC):
         """Moves latents x at step i, with posterior means x0, to step i + 1 without noise (DDIM with eta = 0)."""
         raise UserError(f"{type(self).__name__} has no deterministic step, which Lookahead needs: implement `flow`")
 
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        """Turns latents of images and standard normal noise, [n, *latent_shape] each, into x at step i < T."""
+        raise UserError(f"{type(self).__name__} cannot noise an image, which Refinement needs: implement `renoise`")
+
     def check_preview(self, preview: Preview) -> None:
         """Raises UserError if the model cannot compute previews of this kind."""
         if preview.changes:

@@ -219,6 +219,10 @@ class LatentDiffusion(PipelineParts):
         """One step without noise, in the scheduler's coordinates."""
         return self.kernel.flow(x, x0, i)
 
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        """Noises images to the scheduler's level i."""
+        return self.kernel.renoise(x0, noise, i)
+
     def draw(self, x: Tensor, x0: Tensor, noise: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Tensor:
         """Draws x at step i + 1 by a GLASS transition."""
 

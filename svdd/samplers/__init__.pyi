@@ -3,8 +3,10 @@ from .beam_search import BeamSearch as BeamSearch
 from .best_of_n import BestOfN as BestOfN
 from .blockwise_best_of_n import BlockwiseBestOfN as BlockwiseBestOfN
 from .dps import DPS as DPS
+from .noise_optimisation import NoiseOptimisation as NoiseOptimisation
 from .progressive_pruning import ProgressivePruning as ProgressivePruning
 from .random_search import RandomSearch as RandomSearch
+from .refinement import Refinement as Refinement
 from .rollover_budget import RolloverBudget as RolloverBudget
 from .smc import SMC as SMC
 from .svdd import SVDD as SVDD

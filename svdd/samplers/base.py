@@ -37,7 +37,7 @@ class Sampler(ABC):
     """
 
     budget_argument: ClassVar[str | None] = None  # the constructor argument, a count, that a budget may choose
-    needs_gradient: ClassVar[bool] = False  # whether `sample` differentiates the value
+    needs_gradient: bool = False  # whether `sample` differentiates the value
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Sampler":

@@ -158,6 +158,9 @@ class _OneNumber(Diffusion):
             self._count(len(x))
         return x0 + noise
 
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        return x0 + noise
+
     def has_preview(self, preview: Preview, i: int) -> bool:
         return self._real.has_preview(preview, i)
 

@@ -82,8 +82,8 @@ class RolloverBudget(Sampler):
                 values[images[:, None], drawn[images, None] + column[:m]] = v
                 parts = [*parts, children]
             best, drawn = [stack(parts, parents.context).select(place[None], kl=0.0)], drawn + counts
-        trace, index, n = parents.context.trace, top(values), quota.double()
-        shown = torch.where(column[: int(drawn.max())] < drawn[:, None], values[:, : int(drawn.max())], math.nan)
-        trace.selections.append(Selection(parents.i + 1, shown, index, torch.ones_like(drawn)))
+        values, trace, n = values[:, : int(drawn.max())], parents.context.trace, quota.double()
+        known = values.masked_fill(values.isneginf(), math.nan)
+        trace.selections.append(Selection(parents.i + 1, known, top(values), torch.ones_like(drawn)))
         trace.diverge(n.log() - (n - 1) / n)  # that of the best of n, which an early stop does not exceed
         return best[0], values.amax(1), drawn

@@ -211,7 +211,8 @@ class State:
         Every row of an image will receive the same noise, so the end of a row depends on its start alone.
         """
         if self.i != 0:
-            raise ValueError(f"only a start can be replayed, got a state at step {self.i}")
+            help = "use another sampler inside Refinement"
+            raise UserError(f"only a start at i = 0 can be replayed, got a state at step {self.i}; {help}")
         if x is not self.x:
             self.context.trace.diverge(None)  # these latents need not follow the pretrained law
         k = len(x) // self.num_images

@@ -134,6 +134,11 @@ class Kernel(ABC):
         """Returns the standard deviation of step i."""
         return self.levels[i + 1][1] * math.sqrt(1 - self.rho(i) ** 2)
 
+    def renoise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        """Draws x at step i given x0, with standard normal noise: alpha x0 + sigma noise."""
+        alpha, sigma = self.levels[i]
+        return (alpha * widen(x0) + sigma * widen(noise)).to(x0.dtype)
+
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
         """Moves x from step i to i + 1 without noise: alpha' x0 + (sigma' / sigma) (x - alpha x0)."""
         (alpha, sigma), (alpha_next, sigma_next) = self.levels[i], self.levels[i + 1]
