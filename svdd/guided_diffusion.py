@@ -26,7 +26,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 from svdd.state.start import Start
 from svdd.state.state import State
-from svdd.state.trace import rounded
+from svdd.state.trace import STATISTICS, rounded
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
@@ -109,6 +109,7 @@ class GuidedDiffusion(L.LightningModule):
         # Lists in the order of `rewards`: the name of a reward need not be one that a module may have.
         self.statistics: Any = nn.ModuleList(RewardStatistics(each.higher_is_better) for each in self.rewards.values())
         self.path_kl = RewardStatistics()
+        self.selection: Any = nn.ModuleDict({name: RewardStatistics() for name in STATISTICS})
         self.spent: Any = nn.ModuleDict({each.name: SumMetric().set_dtype(torch.float64) for each in fields(Ledger)})
         self.summary: dict[str, Any] = {}
         self.on_step: Callable[[int, float | None], None] | None = None
@@ -179,6 +180,7 @@ class GuidedDiffusion(L.LightningModule):
         path_kl: Sequence[float | None] = [None] * len(jobs)
         if trace.path_kl is not None:
             path_kl = rounded(torch.as_tensor(trace.path_kl, dtype=torch.float64).expand(len(jobs)))
+        selections = trace.statistics(len(jobs))
         rows = [
             result_row(
                 prompt,
@@ -189,6 +191,7 @@ class GuidedDiffusion(L.LightningModule):
                 ledger=ledger,
                 particle=None if weights is None else (particle, weights[j * returned + particle]),
                 path_kl_sample=path_kl[j],
+                selection=selections[j],
             )
             for j, (prompt, k) in enumerate(jobs)
             for particle in range(returned)
@@ -209,6 +212,8 @@ class GuidedDiffusion(L.LightningModule):
         for name, metric in zip(self.rewards, self.statistics, strict=True):
             metric.update(*_columns(rows, [row["rewards"][name] for row in rows]))
         self.path_kl.update(*_columns(rows, [row.get("path_kl_sample") for row in rows]))
+        for name, metric in self.selection.items():
+            metric.update(*_columns(rows, [row.get("selection", {}).get(name) for row in rows]))
         for name, metric in self.spent.items():
             metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
 
@@ -245,6 +250,7 @@ class GuidedDiffusion(L.LightningModule):
         self.summary["rewards"] = statistics
         if divergence["count"]:
             self.summary["path_kl_bound"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
+        self.summary |= _selections({name: metric.compute() for name, metric in self.selection.items()})
         decimals = {name: 3 if name.endswith("seconds") else None for name in totals}
         self.summary["ledger"] = {name: round(total, decimals[name]) for name, total in totals.items()}
         self.summary["denoiser_rows_per_image"] = totals["denoiser_rows"] / images if images else None
@@ -260,7 +266,7 @@ class GuidedDiffusion(L.LightningModule):
 
     @torch.inference_mode(False)
     def _reset(self) -> None:
-        for metric in (*self.statistics, self.path_kl, *self.spent.values()):
+        for metric in (*self.statistics, self.path_kl, *self.selection.values(), *self.spent.values()):
             metric.reset()
 
 
@@ -273,3 +279,10 @@ def _columns(rows: Sequence[ResultRow], numbers: Sequence[float | None]) -> tupl
     ]
     found, prompts, weights = torch.tensor(known, dtype=torch.float64).view(-1, 3).unbind(1)
     return found, prompts.long(), weights
+
+
+def _selections(statistics: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """Returns the means over images of what is known of the sampler's selections, and the range of the temperatures."""
+    known = {name: entry for name, entry in statistics.items() if entry["count"]}
+    ranges = {name: {key: known[name][key].item() for key in ("mean", "min", "max")} for name in known}
+    return {name: entry if name == "alpha" else entry["mean"] for name, entry in ranges.items()}

@@ -159,8 +159,9 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
     [
         (
             ["--model.sampler", "SVD"],
-            "known: BeamSearch, BestOfN, BlockwiseBestOfN, DPS, NoiseOptimisation, ProgressivePruning, RandomSearch, "
-            "Refinement, RolloverBudget, SMC, SVDD, TwistedSMC, Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
+            "known: BeamSearch, BestOfN, BlockwiseBestOfN, CrossEntropySearch, DPS, EvolutionarySearch, "
+            "NoiseOptimisation, ProgressivePruning, RandomSearch, Refinement, RolloverBudget, SMC, SVDD, TwistedSMC, "
+            "Unguided, ZeroOrderSearch; did you mean 'SVDD'?",
         ),
         (["--model.value", "PosteriorMeen"], "unknown value 'PosteriorMeen'; known: FeatureValue, LatentConvValue, "),
         (["--model.reward", "Compresibility"], "did you mean 'Compressibility'?"),
@@ -172,14 +173,14 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         ),
         (["--model.sampler.num_candidates", "many"], "expected int, got many"),
         (["--model.sampler.num_candidates", "0"], "num_candidates must be >= 1, got 0"),
-        (["--model.sampler.alpha", "-1"], "alpha must be >= 0, got -1.0"),
+        (["--model.sampler.alpha", "-1"], "alpha must be >= 0 or auto, got -1.0"),
         (["--model.diffusion.num_inference_steps", "0"], "num_inference_steps must be an integer >= 1, got 0"),
         (["--model.diffusion.eta", "0"], "eta=0 every step is deterministic"),
         (["--model.diffusion.scheduler", "pndm"], "known: ddim, ddpm, euler, euler_ancestral"),
         (["--model.diffusion.chunk_size", "0"], "chunk_size must be 'auto' or an integer >= 1, got 0"),
         (["--model.diffusion.pretrained", "/no/such/folder"], "'/no/such/folder' is not a folder"),
         (["--model.sampler.guide_every", "0"], "guide_every must be >= 1, got 0"),
-        (["--model.sampler", "SMC", "--model.sampler.alpha", "0"], "alpha must be > 0, got 0.0"),
+        (["--model.sampler", "SMC", "--model.sampler.alpha", "0"], "alpha must be > 0 or auto, got 0.0"),
         (
             ["--model.sampler", "SMC", "--model.sampler.resampler", "best"],
             "resampler: expected one of multinomial, stratified, systematic, residual, ssp, got best",
@@ -482,17 +483,22 @@ def test_particles_write_weights_and_lineage(predict, tmp_path, read_rows):
     for trace in traces:
         assert trace["step"] == [1, 2, 3]
         assert [len(kept) for kept in trace["lineage"]] == [3, 3, 3]
-    before = (run / "trace.jsonl").read_bytes()
+        assert len(set(trace["alpha"])) == 1
+    before, summary = (run / "trace.jsonl").read_bytes(), json.loads((run / "summary.json").read_text())
+    assert summary["choices"] == 3
+    assert 0 < summary["ess"] < 1
     (run / "images" / "000001-02.png").unlink()  # one of three ends: the prompt is redone, with its trace
     assert predict(*sampler, "--model.sampler.tempering", "linear", "--data.batch_size", "1") == 0
     assert [row["sha256"] for row in read_rows(run)] == [row["sha256"] for row in rows]
     assert len((run / "trace.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+    resumed = json.loads((run / "summary.json").read_text())
+    assert all(resumed[name] == summary[name] for name in ("choices", "resamplings", "spread", "ess", "alpha"))
 
 
-@pytest.mark.parametrize("sampler", ["DPS", "TwistedSMC"])
+@pytest.mark.parametrize("sampler", [["DPS"], ["TwistedSMC", "--model.sampler.alpha", "0.1"]], ids=lambda case: case[0])
 def test_gradients_flow_on_the_command_line(predict, tiny_clip, tmp_path, read_rows, sampler):
     reward = ["--model.reward", "CLIPScore", "--model.reward.pretrained", tiny_clip]
-    assert predict(*reward, "--model.sampler", sampler) == 0
+    assert predict(*reward, "--model.sampler", *sampler) == 0
     for row in read_rows(tmp_path / "run"):
         assert row["ledger"]["gradient_rows"] == row["ledger"]["denoiser_rows"] > 0
 
@@ -501,14 +507,15 @@ def test_another_class_starts_from_its_own_defaults(predict, tmp_path):
     """SVDD's `num_particles: 1` and `alpha: 0.0` are not passed on to SMC."""
     assert predict("--model.sampler", "SMC", "--model.sampler.potential", "max") == 0
     arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
-    assert (arguments["num_particles"], arguments["alpha"], arguments["potential"]) == (8, 0.1, "max")
+    assert (arguments["num_particles"], arguments["alpha"], arguments["potential"]) == (8, "auto", "max")
     assert "num_candidates" not in arguments
 
 
-def test_the_same_class_keeps_the_settings_of_the_config(predict, tmp_path):
-    assert predict("--model.sampler", "SVDD", "--model.sampler.alpha", "0.5") == 0
+def test_the_same_class_keeps_the_settings_of_the_config(predict, tmp_path, capsys):
+    assert predict("--model.sampler", "SVDD", "--model.sampler.alpha", "500") == 0
+    assert "warning: SVDD chose almost at random: alpha=500 is large against" in capsys.readouterr().err
     arguments = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["sampler"]["init_args"]
-    assert (arguments["num_candidates"], arguments["alpha"]) == (2, 0.5)
+    assert (arguments["num_candidates"], arguments["alpha"]) == (2, 500)
 
 
 @pytest.fixture

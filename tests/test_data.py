@@ -525,12 +525,13 @@ def test_no_column_overwrites_a_result():
     """The only reserved names that a source may use are prompt, negative prompt and seed."""
     allowed = {"negative_prompt", "seed"}
     assert ResultRow.__annotations__.keys() - allowed == RESERVED_COLUMNS
-    assert {"path_kl_sample", "particle", "particle_weight"} < RESERVED_COLUMNS
+    assert {"path_kl_sample", "particle", "particle_weight", "selection"} < RESERVED_COLUMNS
     prompt = Prompt(3, "a", "b", 5, {"tag": "x"})
-    row = result_row(prompt, 1, 2, 6, {"r": 0.5}, {"rows": 4}, particle=(1, 0.25), path_kl_sample=0.1)
+    known = {"particle": (1, 0.25), "path_kl_sample": 0.1, "selection": {"choices": 3}}
+    row = result_row(prompt, 1, 2, 6, {"r": 0.5}, {"rows": 4}, **known)
     assert row.keys() | {"file", "sha256"} == ResultRow.__annotations__.keys() | {"tag"}
     order = ["prompt_index", "image_index", "num_images", "prompt", "negative_prompt", "tag", "seed"]
-    assert list(row) == [*order, "particle", "particle_weight", "rewards", "path_kl_sample", "ledger"]
+    assert list(row) == [*order, "particle", "particle_weight", "rewards", "path_kl_sample", "selection", "ledger"]
 
 
 def test_seeds_of_images():

@@ -1,6 +1,7 @@
 """`GuidedDiffusion` inside and outside a Trainer: seeds, rows, statistics, precision."""
 
 import json
+import re
 import warnings
 
 import lightning as L
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import svdd.samplers
 from svdd import UserError
 from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.evaluation.selections import idle
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility, Incompressibility
@@ -358,6 +361,60 @@ def test_counts_that_do_not_divide_add_up_again(sd15):
     model.record([{"prompt_index": 0, "rewards": {"Compressibility": 1.0}, "path_kl_sample": 0.0, "ledger": share}] * 3)
     model.on_predict_epoch_end()
     assert model.summary["ledger"]["denoiser_rows"] == 7
+
+
+# ---- what the selections came to
+
+
+def summary_of(sampler, b=(0.6, -0.8), old=False):
+    """Returns the model and its summary of 3 prompts x 2 images; `old` rows lack what the selections came to."""
+    model = GuidedDiffusion(Linear(list(b)), GaussianDiffusion(6), sampler, images_per_prompt=2)
+    rows = model._predict([Prompt(k, str(k), None, None, {}) for k in range(3)]).rows
+    model.record([{key: row[key] for key in row if not (old and key == "selection")} for row in rows])
+    model.on_predict_epoch_end()
+    return model, rows
+
+
+@pytest.mark.parametrize("sampler", [SMC(5), SMC(3, returns="all")], ids=label)
+def test_the_summary_holds_what_the_selections_came_to(sampler):
+    model, rows = summary_of(sampler)
+    weights = [row.get("particle_weight", 1.0) for row in rows]
+    for name in ("choices", "resamplings", "spread", "ess"):
+        expected = np.average([row["selection"][name] for row in rows], weights=weights)
+        assert model.summary[name] == pytest.approx(expected, rel=1e-6)
+    alphas = [row["selection"]["alpha"] for row in rows]
+    assert model.summary["alpha"] == pytest.approx(
+        {"mean": np.average(alphas, weights=weights), "min": min(alphas), "max": max(alphas)}, rel=1e-6
+    )
+    assert min(alphas) < max(alphas)
+    assert 0 < model.summary["ess"] < 1
+    old, _ = summary_of(sampler, old=True)
+    assert "resamplings" not in old.summary
+    assert idle(old.sampler, old.summary) == ""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "words"),
+    [
+        (SMC(alpha=100.0), {}, r"SMC never resampled: alpha=100 is large against .* 0\.\d+, .*; use alpha: auto"),
+        (SVDD(4, alpha=100.0), {}, r"SVDD chose almost at random: alpha=100 is large against .*; use alpha: auto"),
+        (SMC(ess_threshold=0), {}, r"SMC never resampled: its particles met at the end only.* raise ess_threshold"),
+        (SVDD(1), {}, "SVDD never had a choice: num_candidates=1 leaves nothing to choose from; raise it"),
+        (SMC(), {"b": (0.0, 0.0)}, "SMC never had a choice: an image's rows had equal values"),
+        (TwistedSMC(alpha=100.0), {}, "TwistedSMC never resampled: alpha=100 is large"),
+    ],
+    ids=str,
+)
+def test_selections_without_effect_are_reported(sampler, options, words):
+    model, _ = summary_of(sampler, **options)
+    assert re.search(words, idle(model.sampler, model.summary))
+
+
+def test_no_sampler_with_default_settings_is_reported_as_idle():
+    for name in svdd.samplers.__all__:
+        if name != "Sampler":
+            model, _ = summary_of(getattr(svdd.samplers, name)())
+            assert idle(model.sampler, model.summary) == "", name
 
 
 # ---- precision

@@ -11,7 +11,9 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
@@ -33,7 +35,7 @@ ALPHA = 0.7
 ACROSS = torch.tensor([0.8, 0.6], dtype=torch.float64)  # orthogonal to B, so the reward has no effect there
 
 
-def tilted_gaussian(diffusion: GaussianDiffusion, alpha: float = ALPHA) -> tuple[float, float]:
+def tilted_gaussian(diffusion: GaussianDiffusion, alpha=ALPHA):
     """Returns mean and variance of b . x_T under p(x) exp(b . x / alpha): a shift by V / alpha, the same variance."""
     mean, variance = diffusion.end_law()
     return mean * sum(B) + variance / alpha, variance
@@ -72,6 +74,8 @@ WIDE = {"first": 0.6, "eta": 0.7}  # 70 % of the final variance comes from the s
         TwistedSMC(400, ALPHA, returns="all"),
         TwistedSMC(400, ALPHA, returns="all", tempering="none", ess_threshold=1.0, resampler="multinomial"),
         TwistedSMC(400, ALPHA, returns="all", tempering="adaptive", guide_start=0.2),
+        SMC(1000, returns="all"),  # alpha depends on the particles: a bias of O(1 / N)
+        TwistedSMC(400, returns="all"),
     ],
     ids=lambda sampler: "-".join([type(sampler).__name__, *(f"{k}={v}" for k, v in sampler.arguments[1].items())]),
 )
@@ -81,12 +85,13 @@ def test_weighted_particles_follow_the_tilted_gaussian(sampler):
     final = run(diffusion, sampler, value_of(), images)
     weights = final.context.trace.weights
     torch.testing.assert_close(weights.sum(1), torch.ones(images, dtype=torch.float64))
-    mean, variance = tilted_gaussian(diffusion, sampler.weighing.alpha)
+    alpha = torch.tensor([[found["alpha"]] for found in final.context.trace.statistics(images)], dtype=torch.float64)
+    mean, variance = tilted_gaussian(diffusion, alpha)
     untilted = diffusion.end_law()[0] * 1.4
     for x, centre in ((rewards(final), mean), (final.x.flatten(1) @ ACROSS, untilted)):
-        x = x.view(images, -1)
-        assert_mean((weights * x).sum(1), centre)
-        assert_mean((weights * (x - centre) ** 2).sum(1), variance)
+        x = x.view(images, -1) - centre
+        assert_mean((weights * x).sum(1), 0.0)
+        assert_mean((weights * x**2).sum(1), variance)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +297,62 @@ def test_score_parent_keeps_the_children_of_the_best_beams():
     assert torch.equal(final.x[0], candidates.x[best])
 
 
+# ---- the temperature `auto`
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        *(SMC(returns="all", tempering=tempering) for tempering in ("none", "linear", "adaptive")),
+        SMC(resampler="systematic", returns="all"),
+        TwistedSMC(returns="all"),
+        SVDD(4, "auto"),
+        SVDD(4, "auto", 3),
+        BlockwiseBestOfN(4, 2, "auto"),
+    ],
+    ids=label,
+)
+def test_auto_fits_rewards_of_any_scale(sampler):
+    """Multiplied by a power of two, rewards give the same ends bit for bit; by 1000, up to the rounding of rewards."""
+    diffusion, b = GaussianDiffusion(8), torch.tensor(B, dtype=torch.float64)
+    plain = run(diffusion, sampler, value_of(), 20)
+    for factor, exact in ((2.0**10, True), (2.0**-20, True), (1000.0, False)):
+        scaled = run(diffusion, sampler, value_of((factor * b).tolist()), 20)
+        torch.testing.assert_close(scaled.x, plain.x, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
+        for one, other in zip(*(final.context.trace.statistics(20) for final in (plain, scaled)), strict=True):
+            assert other["alpha"] == pytest.approx(factor * one["alpha"], rel=1e-5)
+            assert other["resamplings"] == one["resamplings"] > 0 or isinstance(sampler, TwistedSMC)
+    ess = [found["ess"] for found in plain.context.trace.statistics(20)]
+    assert 0.2 < sum(ess) / 20 < 0.8
+
+
+@pytest.mark.parametrize("sampler", [SMC(4, returns="all"), TwistedSMC(4, returns="all"), SMC(1)], ids=label)
+def test_auto_leaves_chains_alone_where_nothing_differs(sampler):
+    """Equal values and a single particle have no spread: no division by zero, equal weights."""
+    diffusion, n = GaussianDiffusion(6), sampler.num_particles
+    plain = State.start(diffusion, [""] * 2, range(2), n)
+    while not plain.done:
+        plain = plain.propose()
+    final = run(diffusion, sampler, value_of([0.0, 0.0]), 2)
+    assert torch.equal(final.x, plain.x)
+    assert (
+        final.context.trace.statistics(2)
+        == [{"choices": 0, "resamplings": 0, **({"spread": 0, "ess": 1} if n > 1 else {})}] * 2
+    )
+    with pytest.raises(UserError, match="num_particles=1 is one; set alpha to a number"):
+        TwistedSMC(1).check(diffusion, value_of())
+
+
+def test_auto_is_half_the_standard_deviation_of_the_first_values_that_are_weighed():
+    diffusion, b = GaussianDiffusion(8), torch.tensor(B, dtype=torch.float64)
+    state = State.start(diffusion, [""], [0], 6)
+    while state.i < 3:  # the first step at or after a third of the chain
+        state = state.propose()
+    expected = float((state.x0.flatten(1) @ b).std()) / 2
+    for selection in run(diffusion, SMC(6), value_of(), 1).context.trace.selections:
+        assert selection.alpha.item() == pytest.approx(expected, rel=1e-6)
+
+
 # ---- gradients
 
 
@@ -440,6 +501,8 @@ def test_every_sampler_beats_plain_sampling():
         ProgressivePruning(),
         RandomSearch(),
         ZeroOrderSearch(),
+        EvolutionarySearch(),
+        CrossEntropySearch(),
         Refinement(),
         NoiseOptimisation(5),
         RolloverBudget(),

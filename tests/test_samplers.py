@@ -14,7 +14,9 @@ from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import count
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
@@ -67,6 +69,9 @@ SAMPLERS = [
     ProgressivePruning(4),
     RandomSearch(4),
     ZeroOrderSearch(2, 3),
+    EvolutionarySearch(2, 3),
+    EvolutionarySearch(2, 3, num_elites=2, frequencies=0.5),
+    CrossEntropySearch(2, 3),
     Refinement(2),
     Refinement(2, 0.4, 0.7, SVDD(3, 0.7, 2)),
     Refinement(1, 1.0, sampler=BestOfN(3)),
@@ -77,6 +82,12 @@ SAMPLERS = [
     DPS(0.5, through_denoiser=False, guide_stop=0.6),
     TwistedSMC(4, alpha=0.7),
     TwistedSMC(3, alpha=0.7, tempering="adaptive", resampler="residual", returns="all", guide_every=2),
+    SMC(5),
+    SMC(3, tempering="adaptive", returns="all"),
+    TwistedSMC(4),
+    SVDD(5, alpha="auto"),
+    SVDD(3, alpha="auto", num_particles=2, choose_start=True),
+    BlockwiseBestOfN(3, 2, alpha="auto"),
 ]
 
 
@@ -243,11 +254,15 @@ def test_more_candidates_and_more_particles_raise_the_reward():
 @pytest.mark.parametrize("shape", [(2, 3, 1, 2), (3, 4)], ids=["channels-frames-height-width", "tokens-width"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
 def test_a_sampler_does_not_depend_on_the_shape_of_latents(sampler, shape):
-    """Random numbers are drawn in memory order, so latents of another shape and the same size end in the same ones."""
+    """Random numbers are drawn in memory order, so latents of another shape and the same size end in the same ones.
+
+    Samplers of spatial frequencies take the last two axes for height and width, and end elsewhere.
+    """
     value, plain, other = value_of([0.1] * 12), GaussianDiffusion(4, size=12), GaussianDiffusion(4, shape=shape)
     expected, found = (run(diffusion, sampler, value, prompts=["", "0.5"]) for diffusion in (plain, other))
     assert found.x.shape == (len(expected.x), *shape)
-    assert torch.equal(found.x.flatten(1), expected.x.flatten(1))
+    spatial = isinstance(sampler, CrossEntropySearch) or getattr(sampler, "frequencies", 1) < 1
+    assert torch.equal(found.x.flatten(1), expected.x.flatten(1)) != spatial
     assert count(sampler, other, value) == count(sampler, plain, value)
 
 
@@ -370,14 +385,18 @@ def test_the_global_generator_is_left_alone(sampler):
         (SVDD(4, guide_stop=0.5), 4 * 4),
         (SVDD(3, num_particles=4, score_parent=True), 4 * 7 + 12),
         (BlockwiseBestOfN(3, 4), 3 * 2),
-        (SMC(5), 5 * 8),
+        (SMC(5, alpha=0.7), 5 * 8),
+        (SMC(5), 5 * 6),  # from step 3 on, the first at or after a third of the chain
         (SMC(5, guide_every=4), 5 * 2),
         (ProgressivePruning(4), 8 + 4 + 2),
         (ZeroOrderSearch(2, 3), 7),
+        (EvolutionarySearch(2, 3, num_elites=2), 4 + 2 * 3),
+        (CrossEntropySearch(2, 3, num_starts=1), 1 + 2 * 3),
         (NoiseOptimisation(3), 3),
         (RolloverBudget(5, 2), 1 + 5 * 8),
         (DPS(1.0), 8),
-        (TwistedSMC(4), 4 * 9),
+        (TwistedSMC(4, alpha=0.7), 4 * 9),
+        (TwistedSMC(4), 4 * 6),
     ],
     ids=lambda case: label(case) if isinstance(case, Sampler) else str(case),
 )
@@ -432,7 +451,13 @@ def test_candidates_need_noise():
     for sampler in (TwistedSMC(), TwistedSMC(1), TwistedSMC(ess_threshold=0)):
         with pytest.raises(UserError, match="no step would be guided"):
             sampler.check(diffusion, value_of())
-    for sampler in (ProgressivePruning(), RandomSearch(), ZeroOrderSearch(), SMC(ess_threshold=0)):
+    for sampler in (
+        ProgressivePruning(),
+        RandomSearch(),
+        ZeroOrderSearch(),
+        EvolutionarySearch(),
+        SMC(ess_threshold=0),
+    ):
         sampler.check(diffusion, value_of())
     with pytest.raises(UserError, match="with eta=0 there is none; set eta above 0"):
         DPS().check(diffusion, value_of())
@@ -466,8 +491,8 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
     [
         (lambda: SVDD(num_candidates=0), "num_candidates must be >= 1, got 0"),
         (lambda: SVDD(num_particles=0), "num_particles must be >= 1, got 0"),
-        (lambda: SVDD(alpha=-1), "alpha must be >= 0, got -1"),
-        (lambda: SVDD(alpha=math.nan), "alpha must be >= 0, got nan"),
+        (lambda: SVDD(alpha=-1), "alpha must be >= 0 or auto, got -1"),
+        (lambda: SVDD(alpha=math.nan), "alpha must be >= 0 or auto, got nan"),
         (lambda: BestOfN(0), "num_particles must be >= 1, got 0"),
         (lambda: SVDD(guide_start=0.5, guide_stop=0.5), "guide_start and guide_stop must satisfy"),
         (lambda: SVDD(guide_every=0), "guide_every must be >= 1, got 0"),
@@ -477,10 +502,11 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: BeamSearch(num_beams=0), "num_beams must be >= 1, got 0"),
         (lambda: BeamSearch(num_candidates=0), "num_candidates must be >= 1, got 0"),
         (lambda: BlockwiseBestOfN(block_size=0), "block_size must be >= 1, got 0"),
-        (lambda: BlockwiseBestOfN(alpha=-0.1), "alpha must be >= 0, got -0.1"),
+        (lambda: BlockwiseBestOfN(alpha=-0.1), "alpha must be >= 0 or auto, got -0.1"),
         (lambda: BlockwiseBestOfN(block_size=1, score_parent=True), "score_parent needs block_size > 1"),
         (lambda: SMC(num_particles=0), "num_particles must be >= 1, got 0"),
-        (lambda: SMC(alpha=0), "alpha must be > 0, got 0; for the limit of alpha = 0 use SVDD"),
+        (lambda: SMC(alpha="own"), "alpha must be > 0 or auto, got own"),
+        (lambda: SMC(alpha=0), "alpha must be > 0 or auto, got 0; for the limit of alpha = 0 use SVDD"),
         (lambda: SMC(ess_threshold=1.5), "ess_threshold must lie in 0 .. 1"),
         (lambda: SMC(potential="min"), "potential must be one of difference, max, sum, immediate, got 'min'"),
         (lambda: SMC(resampler="best"), "resampler must be one of multinomial, .*, got 'best'"),
@@ -498,6 +524,10 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: ZeroOrderSearch(0), "num_iterations must be >= 1, got 0"),
         (lambda: ZeroOrderSearch(radius=0), "radius must lie above 0 and be at most 1, got 0"),
         (lambda: ZeroOrderSearch(decay=1.1), "decay must lie above 0 and be at most 1, got 1.1"),
+        (lambda: EvolutionarySearch(num_elites=0), "num_elites must be >= 1, got 0"),
+        (lambda: EvolutionarySearch(frequencies=0), "frequencies must lie above 0 and be at most 1, got 0"),
+        (lambda: CrossEntropySearch(shrinkage=-0.1), "shrinkage must lie in 0 .. 1, got -0.1"),
+        (lambda: CrossEntropySearch(frequencies=2), "frequencies must lie above 0 and be at most 1, got 2"),
         (lambda: Refinement(0), "rounds must be >= 1, got 0"),
         (lambda: Refinement(strength=0), "strength must lie above 0 and be at most 1, got 0"),
         (lambda: Refinement(strength=1.5), "strength must lie above 0 and be at most 1, got 1.5"),

@@ -17,6 +17,7 @@ from svdd.commands.score import print_measurements
 from svdd.evaluation.baseline import against, difference_words, over_optimised, verdict
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.log_samples import report
+from svdd.evaluation.selections import idle
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
@@ -103,6 +104,8 @@ class PredictCLI(ModelCLI):
             known = math.isfinite(error := entry["standard_error"])
             say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
         say(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+        if said := idle(self.model.sampler, summary):
+            say(f"svdd: warning: {said}", error=True)
         self._evaluate(summary)
         if failed:
             raise Incomplete(3)

@@ -20,6 +20,7 @@ class ResultRow(TypedDict, total=False):
     seed: int  # of the image's noise
     rewards: dict[str, float]  # score by reward, the guide first
     ledger: dict[str, float]  # work done for the image: rows, calls and seconds
+    selection: dict[str, float]  # what the sampler's choices came to: see `Trace.statistics`
     negative_prompt: str  # this and the following only where they apply
     particle: int  # position among the particles that the sampler returned for one seed
     particle_weight: float
@@ -58,6 +59,7 @@ def result_row(
     ledger: Mapping[str, float],
     particle: tuple[int, float] | None = None,
     path_kl_sample: float | None = None,
+    selection: Mapping[str, float] | None = None,
 ) -> ResultRow:
     """Builds the row of an image that is not yet written, columns in order; `particle` is its position and weight."""
     row: dict[str, Any] = {"prompt_index": prompt.index, "image_index": image_index, "num_images": num_images}
@@ -70,6 +72,8 @@ def result_row(
     row["rewards"] = rewards
     if path_kl_sample is not None:
         row["path_kl_sample"] = path_kl_sample
+    if selection is not None:
+        row["selection"] = selection
     return cast(ResultRow, {**row, "ledger": ledger})
 
 
@@ -89,8 +93,8 @@ def row_fault(row: Any) -> str:
     if path.is_absolute() or ".." in path.parts:
         return f"file is {row['file']!r:.80}, expected a path in the folder"
     numbers = {name: row.get(name, 1.0) for name in ("particle_weight", "path_kl_sample")}
-    for name in ("rewards", "ledger"):
-        if not isinstance(entries := row.get(name, {} if name == "ledger" else None), dict):
+    for name in ("rewards", "ledger", "selection"):
+        if not isinstance(entries := row.get(name, None if name == "rewards" else {}), dict):
             return f"{name} is {entries!r:.40}, expected numbers by name"
         numbers |= {f"{name}.{key}": number for key, number in entries.items()}
     for name, number in numbers.items():

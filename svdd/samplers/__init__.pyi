@@ -2,7 +2,9 @@ from .base import Sampler as Sampler
 from .beam_search import BeamSearch as BeamSearch
 from .best_of_n import BestOfN as BestOfN
 from .blockwise_best_of_n import BlockwiseBestOfN as BlockwiseBestOfN
+from .cross_entropy_search import CrossEntropySearch as CrossEntropySearch
 from .dps import DPS as DPS
+from .evolutionary_search import EvolutionarySearch as EvolutionarySearch
 from .noise_optimisation import NoiseOptimisation as NoiseOptimisation
 from .progressive_pruning import ProgressivePruning as ProgressivePruning
 from .random_search import RandomSearch as RandomSearch

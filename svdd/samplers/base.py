@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from svdd import UserError, check_bound, missing_methods
@@ -96,6 +97,7 @@ class Sampler(ABC):
         log_w: Tensor | None = None,
         log_normaliser: Tensor | None = None,
         kl: Tensor | float | None = None,
+        alpha: Tensor | float | None = None,
     ) -> State:
         """Selects rows of every image, as `State.select` does, and records the selection in the trace.
 
@@ -106,11 +108,16 @@ class Sampler(ABC):
             log_w: Log-weights, if any, [images, rows]; the trace records their effective sample size.
             log_normaliser: Increment of the estimate of log Z, if any, [images].
             kl: Bound on the divergence that the selection adds, if known, in nats, [images].
+            alpha: The temperature of the weights, if there is one, a number or [images, 1].
         """
         kept = state.select(index, kl)
         ancestors = count_distinct(kept.origin.view(state.num_images, -1))
         ess = None if log_w is None else effective_sample_size(log_w)
-        state.context.trace.selections.append(Selection(state.i, values, index, ancestors, ess, log_normaliser))
+        temperatures = (
+            None if alpha is None else torch.as_tensor(alpha, dtype=torch.float64).flatten().expand(len(index))
+        )
+        found = Selection(state.i, values, index, ancestors, ess, log_normaliser, temperatures, state.done)
+        state.context.trace.selections.append(found)
         return kept
 
     def keep_best(self, ends: State, value: Value) -> State:

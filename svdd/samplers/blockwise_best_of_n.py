@@ -6,6 +6,7 @@ Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 20
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import choice_kl, draw, top
+from svdd.samplers.toolbox.temperature import Alpha, require_alpha, temperature
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["BlockwiseBestOfN"]
@@ -25,7 +26,8 @@ class BlockwiseBestOfN(Sampler):
     Args:
         num_candidates: M, candidates of each block.
         block_size: Steps of a block; the first one is shorter where they do not divide the chain.
-        alpha: Temperature in units of the reward; 0 takes the best.
+        alpha: Temperature in units of the reward; 0 takes the best; `auto`, at every selection, is half of the
+            standard deviation of the values that compete.
         score_parent: Score a candidate by its known x0 one step before the end of the block. Needs block_size > 1.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.
@@ -38,15 +40,14 @@ class BlockwiseBestOfN(Sampler):
         self,
         num_candidates: int = 8,
         block_size: int = 5,
-        alpha: float = 0.0,
+        alpha: Alpha = 0.0,
         score_parent: bool = False,
         guide_start: float = 0.0,
         guide_stop: float = 1.0,
         choose_start: bool = False,
     ) -> None:
         require_at_least_one(num_candidates=num_candidates, block_size=block_size)
-        if not alpha >= 0:
-            raise ValueError(f"alpha must be >= 0, got {alpha}")
+        require_alpha(alpha, zero=True)
         if score_parent and block_size == 1:
             raise ValueError("score_parent needs block_size > 1: candidates would score the same after one step")
         self.num_candidates, self.alpha, self.score_parent = num_candidates, alpha, score_parent
@@ -70,7 +71,8 @@ class BlockwiseBestOfN(Sampler):
             if not (self._ends.guides(parents.i, steps) or state.done) or len(state.x) == state.num_images:
                 continue
             v = self.evaluate(value, parents if self.score_parent and not alone and not state.done else state)
-            log_w = v.double() / self.alpha if self.alpha else None
+            alpha = temperature(self.alpha, v)
+            log_w = v.double() / alpha if self.alpha else None
             index = top(v) if log_w is None else draw(log_w, state.uniforms(1))
-            state = self.keep(state, index, v, log_w, kl=choice_kl(v, self.alpha))
+            state = self.keep(state, index, v, log_w, kl=choice_kl(v, alpha), alpha=alpha)
         return state

@@ -83,7 +83,7 @@ class RolloverBudget(Sampler):
                 parts = [*parts, children]
             best, drawn = [stack(parts, parents.context).select(place[None], kl=0.0)], drawn + counts
         values, trace, n = values[:, : int(drawn.max())], parents.context.trace, quota.double()
-        known = values.masked_fill(values.isneginf(), math.nan)
-        trace.selections.append(Selection(parents.i + 1, known, top(values), torch.ones_like(drawn)))
+        known, done = values.masked_fill(values.isneginf(), math.nan), best[0].done
+        trace.selections.append(Selection(parents.i + 1, known, top(values), torch.ones_like(drawn), among_ends=done))
         trace.diverge(n.log() - (n - 1) / n)  # that of the best of n, which an early stop does not exceed
         return best[0], values.amax(1), drawn

@@ -7,6 +7,7 @@ FK-steering and tempering: see `svdd.samplers.toolbox.weights`.
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import probabilities
+from svdd.samplers.toolbox.temperature import Alpha
 from svdd.samplers.toolbox.weights import Ends, Potential, Resampler, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
 
@@ -17,7 +18,8 @@ class SMC(Sampler):
     """Sequential Monte Carlo (FK-steering): N weighted particles per image, resampled when their weights degenerate.
 
     1. at each step move every particle by the pretrained kernel
-    2. at guided steps w <- w G(v_i), with potentials G that multiply to exp(r / alpha) at the end of the chain
+    2. at guided steps w <- w G(v_i), with potentials G that multiply to exp(r / alpha) at the end of the chain; with
+       alpha auto, at those from a third of the chain on, and alpha is half the standard deviation of the first v_i
     3. if the effective sample size of an image's weights is at most ess_threshold N: resample its particles
     4. at the end return the best, one drawn by weight, or all
 
@@ -25,7 +27,8 @@ class SMC(Sampler):
 
     Args:
         num_particles: N, particles of an image.
-        alpha: Temperature in units of the reward, above 0.
+        alpha: Temperature in units of the reward, above 0, or `auto`: half of the standard deviation of the values of
+            the image's own particles at the first guided step from a third of the chain on; none is weighed before.
         potential: `difference` (of a particle's and its parent's value), `max` or `sum` (over its path), `immediate`.
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
         ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
@@ -41,7 +44,7 @@ class SMC(Sampler):
     def __init__(
         self,
         num_particles: int = 8,
-        alpha: float = 0.1,
+        alpha: Alpha = "auto",
         potential: Potential = "difference",
         resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
@@ -66,16 +69,18 @@ class SMC(Sampler):
         while not state.done:
             guided = self.window.guides(state.i, state.num_steps)
             state = state.propose()
+            progress = state.i / state.num_steps
+            guided = guided and self.weighing.weighs(progress)
             if self.num_particles == 1 or not (guided or state.done):
                 continue
             v = self.evaluate(value, state)
-            before, weights = weights.log_normaliser, self.weighing.weigh(weights, v, state.i / state.num_steps)
+            before, weights = weights.log_normaliser, self.weighing.weigh(weights, v, progress)
             log_w, increment = weights.log_w, weights.log_normaliser - before
             if state.done:
                 index = self.weighing.ends(weights, v, state.uniforms)
             else:
                 index, weights = self.weighing.resample(weights, state.uniforms(self.num_particles))
-            state = self.keep(state, index, v, log_w, increment)
+            state = self.keep(state, index, v, log_w, increment, alpha=weights.alpha)
         if len(state.x) > state.num_images:
             state.context.trace.weights = probabilities(weights.log_w)
         return state

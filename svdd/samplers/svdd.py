@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
 from svdd.samplers.toolbox.selection import choice_kl, draw, top
+from svdd.samplers.toolbox.temperature import Alpha, require_alpha, temperature
 from svdd.samplers.toolbox.window import Window
 
 __all__ = ["SVDD"]
@@ -34,7 +35,8 @@ class SVDD(Sampler):
 
     Args:
         num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code).
-        alpha: Temperature in units of the reward; 0 takes the best.
+        alpha: Temperature in units of the reward; 0 takes the best; `auto`, at every selection, is half of the
+            standard deviation of the values that compete.
         num_particles: b, particles kept per image; more than one makes a beam search.
         score_parent: Score candidates by the x0 of their parent, which is already known: b T denoiser rows for any M.
             Needs num_particles > 1, and at alpha = 0 num_candidates < num_particles.
@@ -49,7 +51,7 @@ class SVDD(Sampler):
     def __init__(
         self,
         num_candidates: int = 20,
-        alpha: float = 0.0,
+        alpha: Alpha = 0.0,
         num_particles: int = 1,
         score_parent: bool = False,
         guide_start: float = 0.0,
@@ -58,8 +60,7 @@ class SVDD(Sampler):
         choose_start: bool = False,
     ) -> None:
         require_at_least_one(num_candidates=num_candidates, num_particles=num_particles)
-        if not alpha >= 0:
-            raise ValueError(f"alpha must be >= 0, got {alpha}")
+        require_alpha(alpha, zero=True)
         if score_parent and num_particles == 1:
             raise ValueError("score_parent needs num_particles > 1: candidates of one particle would score the same")
         if score_parent and alpha == 0 and num_candidates >= num_particles:
@@ -95,10 +96,11 @@ class SVDD(Sampler):
     def _select(self, state: State, v: Tensor, log_potentials: Tensor) -> tuple[State, Tensor]:
         """Keeps b rows per image, at the end of the chain one; v is [images, rows], the potentials [images, b]."""
         kept = 1 if state.done else self.num_particles
-        kl = choice_kl(v, self.alpha) if self.num_particles == 1 else None
+        alpha = temperature(self.alpha, v)
+        kl = choice_kl(v, alpha) if self.num_particles == 1 else None
         if self.alpha == 0:
             return self.keep(state, top(v, kept), v, kl=kl), log_potentials
-        scaled = v.double() / self.alpha
+        scaled = v.double() / alpha
         log_w = scaled - log_potentials.repeat_interleave(v.shape[1] // self.num_particles, 1)
         index = draw(log_w, state.uniforms(kept))
-        return self.keep(state, index, v, log_w, kl=kl), scaled.gather(1, index)
+        return self.keep(state, index, v, log_w, kl=kl, alpha=alpha), scaled.gather(1, index)

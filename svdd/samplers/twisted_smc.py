@@ -5,6 +5,7 @@ Source: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Di
 (TDS). Tempering (DAS): see `svdd.samplers.toolbox.weights`.
 """
 
+from svdd import UserError
 from svdd.diffusion.base import per_row
 from svdd.samplers.base import (
     Diffusion,
@@ -17,6 +18,7 @@ from svdd.samplers.base import (
     require_window,
 )
 from svdd.samplers.toolbox.selection import probabilities
+from svdd.samplers.toolbox.temperature import Alpha
 from svdd.samplers.toolbox.weights import Ends, Resampler, Tempering, Weighing, Weights
 from svdd.samplers.toolbox.window import Window
 
@@ -31,11 +33,14 @@ class TwistedSMC(Sampler):
     3. x_{i+1} ~ q = N(mean + std^2 lambda_i grad v / alpha, std^2 I), and w <- w p(x_{i+1} | x_i) / q(x_{i+1} | x_i)
     4. at the end w <- w exp(r / alpha) / (potentials so far); return the best, one drawn by weight, or all
 
-    Needs a differentiable value. Costs N T denoiser rows per image, and a backward pass for each at guided steps.
+    With alpha auto, steps before a third of the chain are not guided, and alpha is then half the standard deviation of
+    the first v_i. Needs a differentiable value. Costs N T denoiser rows per image, and a backward pass for each at
+    guided steps.
 
     Args:
         num_particles: N, particles of an image.
-        alpha: Temperature in units of the reward, above 0.
+        alpha: Temperature in units of the reward, above 0, or `auto`: half of the standard deviation of the values of
+            the image's own particles at the first guided step from a third of the chain on; none is guided before.
         resampler: `multinomial`, `stratified`, `systematic`, `residual` or `ssp`.
         ess_threshold: Resample at an effective sample size of at most this share of N; 0 means never, 1 always.
         tempering: How the reward's weight rises: `none`, `linear`, `exponential`, or `adaptive` (by sample size).
@@ -51,7 +56,7 @@ class TwistedSMC(Sampler):
     def __init__(
         self,
         num_particles: int = 4,
-        alpha: float = 0.1,
+        alpha: Alpha = "auto",
         resampler: Resampler = "ssp",
         ess_threshold: float = 0.5,
         tempering: Tempering = "exponential",
@@ -69,24 +74,29 @@ class TwistedSMC(Sampler):
         super().check(diffusion, value)
         require_gaussian_steps(diffusion, self)
         require_window(diffusion, self.window)
+        if self.num_particles == 1 and self.weighing.alpha == "auto":
+            raise UserError(
+                "alpha: auto is measured among particles, and num_particles=1 is one; set alpha to a number"
+            )
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the ends that `returns` selects for each image."""
         state = start(self.num_particles)
         weights = Weights.equal(state.num_images, self.num_particles, state.x.device)
-        log_z, n, alpha = weights.log_normaliser, self.num_particles, self.weighing.alpha
+        log_z, n = weights.log_normaliser, self.num_particles
         while not state.done:
-            if not self.window.guides(state.i, state.num_steps):
+            progress = state.i / state.num_steps
+            if not (self.window.guides(state.i, state.num_steps) and self.weighing.weighs(progress)):
                 state = state.propose()
                 continue
             v = state.gradient(value)[0].view(state.num_images, -1)
             state.context.report(state.i, float(v.mean()))
-            weights = self.weighing.weigh(weights, v, state.i / state.num_steps)
+            weights = self.weighing.weigh(weights, v, progress)
             increment, log_z, log_w = weights.log_normaliser - log_z, weights.log_normaliser, weights.log_w
             index, weights = self.weighing.resample(weights, state.uniforms(n))
-            state = self.keep(state, index, v, log_w, increment)
+            state = self.keep(state, index, v, log_w, increment, alpha=weights.alpha)
             variance, mean, slope = state.std**2, state.prediction.mean, state.gradient(value)[1]
-            strength = (weights.exponent / alpha).repeat_interleave(n, 0)
+            strength = (weights.exponent / weights.alpha).repeat_interleave(n, 0)
             shift = variance * per_row(strength, slope).to(slope) * slope
             state = state.propose(mean=mean + shift)
             if variance > 0:
@@ -97,7 +107,7 @@ class TwistedSMC(Sampler):
         rewards = self.evaluate(value, state)
         weights = self.weighing.weigh(weights, rewards, 1.0)
         index = self.weighing.ends(weights, rewards, state.uniforms)
-        state = self.keep(state, index, rewards, weights.log_w, weights.log_normaliser - log_z)
+        state = self.keep(state, index, rewards, weights.log_w, weights.log_normaliser - log_z, alpha=weights.alpha)
         if self.weighing.returns == "all":
             state.context.trace.weights = probabilities(weights.log_w)
         return state

@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Selection", "Trace", "count_distinct", "rounded"]
+__all__ = ["STATISTICS", "Selection", "Trace", "count_distinct", "rounded"]
+
+STATISTICS = ("choices", "resamplings", "spread", "ess", "alpha")  # of an image: see `Trace.statistics`
 
 
 class Selection(NamedTuple):
@@ -18,6 +21,25 @@ class Selection(NamedTuple):
     ancestors: Tensor  # distinct starting particles among the kept rows, int64 [images]
     ess: Tensor | None = None  # effective sample size of the weights, [images]; None without weights
     log_normaliser: Tensor | None = None  # increment of the estimate of log Z, [images], if the sampler makes one
+    alpha: Tensor | None = None  # temperature of the weights, [images]; None without weights
+    among_ends: bool = False  # whether the rows are ends of the chain
+
+    @property
+    def choice(self) -> Tensor:
+        """Whether the values of an image's rows differ, bool [images]."""
+        return (self.values.nan_to_num(-math.inf).amax(1) > self.values.nan_to_num(math.inf).amin(1)).cpu()
+
+    @property
+    def change(self) -> Tensor:
+        """Whether some rows of an image were dropped, bool [images]."""
+        return (count_distinct(self.kept) < self.values.isnan().logical_not().sum(1)).cpu()
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of the values of an image's rows, float64 [images]; NaN if there is one row."""
+        values = self.values.double()
+        squares = (values - values.nanmean(1, keepdim=True)).square()
+        return (squares.nansum(1) / (values.isnan().logical_not().sum(1) - 1)).sqrt().cpu()
 
 
 @dataclass
@@ -46,6 +68,29 @@ class Trace:
             for j in range(len(self.selections[0].values) if columns else 0)
         ]
 
+    def statistics(self, images: int) -> list[dict[str, float]]:
+        """Returns what the selections came to, for each of so many images; unknown numbers are left out.
+
+        - `choices`: selections among rows of different values
+        - `resamplings`: choices that dropped rows, other than the last one among ends of the chain
+        - `spread`: standard deviation of the values at the last selection among several rows
+        - `ess`: effective sample size as a share of the rows, averaged over the selections with weights
+        - `alpha`: temperature of these weights, averaged over the selections where it is finite
+        """
+        every, none = self.selections, torch.zeros(images, dtype=torch.int64)
+        inner = every[:-1] if every and every[-1].among_ends else every
+        several = [each.spread for each in every if each.values.shape[1] > 1]
+        columns = {
+            "choices": sum((each.choice for each in every), none).tolist(),
+            "resamplings": sum((each.choice & each.change for each in inner), none).tolist(),
+            "spread": _mean(several[-1:], images),
+            "ess": _mean([each.ess / each.values.shape[1] for each in every if each.ess is not None], images),
+            "alpha": _mean([each.alpha for each in every if each.alpha is not None], images),
+        }
+        return [
+            {name: column[j] for name, column in columns.items() if math.isfinite(column[j])} for j in range(images)
+        ]
+
 
 def count_distinct(groups: Tensor) -> Tensor:
     """Returns how many different numbers each row of an integer matrix [g, k] holds, int64 [g]."""
@@ -57,11 +102,18 @@ def rounded(numbers: Tensor) -> list[float]:
     return [float(f"{number:.7g}") for number in numbers.tolist()]
 
 
+def _mean(selections: list[Tensor], images: int) -> list[float]:
+    """Returns the mean over selections, [images] each, of the finite numbers, rounded; NaN where there is none."""
+    numbers = torch.stack([torch.full((images,), torch.nan, dtype=torch.float64), *(each.cpu() for each in selections)])
+    return rounded(torch.where(numbers.isfinite(), numbers, torch.nan).nanmean(0))
+
+
 def _columns(selection: Selection, lineage: bool) -> dict[str, list[Any]]:
     values, missing = selection.values.double(), [None] * len(selection.values)
     columns = {
         "ess": missing if selection.ess is None else rounded(selection.ess),
         "log_normaliser": missing if selection.log_normaliser is None else rounded(selection.log_normaliser),
+        "alpha": missing if selection.alpha is None else rounded(selection.alpha),
         "candidates": values.isnan().logical_not().sum(1).tolist(),
         "value_mean": rounded(values.nanmean(1)),
         "value_max": rounded(values.nan_to_num(-math.inf).amax(1)),

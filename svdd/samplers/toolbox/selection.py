@@ -54,14 +54,14 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     return 1 / probabilities(log_w).square().sum(1)
 
 
-def choice_kl(values: Tensor, alpha: float) -> Tensor:
+def choice_kl(values: Tensor, alpha: float | Tensor) -> Tensor:
     """Bounds the divergence that selecting one of n independent rows at temperature alpha adds, in nats, [groups].
 
     The best of n: log n - (n - 1) / n (Beirami et al., 2024, arXiv 2401.01879). Drawn with probabilities p:
-    log n - H(p), the divergence of the joint law of rows and choice.
+    log n - H(p), the divergence of the joint law of rows and choice. alpha is a number or [groups, 1].
     """
     groups, n = values.shape
-    if alpha == 0:
+    if not isinstance(alpha, Tensor) and alpha == 0:
         return values.new_full((groups,), math.log(n) - (n - 1) / n, dtype=torch.float64)
     return math.log(n) - torch.special.entr(probabilities(values.double() / alpha)).sum(1)
 
@@ -101,11 +101,12 @@ def _ssp(log_w: Tensor, uniforms: Tensor) -> Tensor:
     used = 0
     while (pairs := fractions.shape[1] // 2) > 0:
         (a, i), (b, j) = ((fractions[:, first : 2 * pairs : 2], holders[:, first : 2 * pairs : 2]) for first in (0, 1))
-        total, full = a + b, a + b >= 1
+        total = a + b
+        full = total >= 1 - _ROUNDING  # the last pair sums to 1 but for rounding, which must not decide
         share = torch.where(full, (1 - b) / (2 - total).clamp(min=_ROUNDING), b / total.clamp(min=_ROUNDING))
         second_stays = uniforms[:, used : used + pairs] < share  # then its fraction stays open and the first is rounded
         copies = copies.scatter_add(1, torch.where(second_stays, i, j), full.to(copies))
-        fractions = torch.cat([torch.where(full, total - 1, total), fractions[:, 2 * pairs :]], 1)
+        fractions = torch.cat([torch.where(full, (total - 1).clamp(min=0), total), fractions[:, 2 * pairs :]], 1)
         holders = torch.cat([torch.where(second_stays, j, i), holders[:, 2 * pairs :]], 1)
         used += pairs
     copies = copies.scatter_add(1, holders, k - copies.sum(1, keepdim=True))  # the last one is 0 or 1 but for rounding

@@ -14,12 +14,13 @@ al., Inference for Levy-Driven Stochastic Volatility Models via Adaptive Sequent
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from svdd.samplers.toolbox.selection import RESAMPLERS, draw, effective_sample_size, top
+from svdd.samplers.toolbox.temperature import AUTO_START, Alpha, auto_alpha, require_alpha
 
 __all__ = ["POTENTIALS", "SCHEDULES", "Ends", "Potential", "Resampler", "Tempering", "Weighing", "Weights", "adapt"]
 
@@ -37,12 +38,14 @@ class Weights(NamedTuple):
     peak: Tensor  # largest tempered value along that path
     total: Tensor  # sum of the tempered values along it
     exponent: Tensor  # of the tempering, [images, 1]
+    alpha: Tensor  # temperature, [images, 1]; infinity until `auto` has found one
 
     @staticmethod
     def equal(images: int, particles: int, device: torch.device) -> "Weights":
         """Returns equal weights, before any potential."""
         zero = torch.zeros(images, particles, dtype=torch.float64, device=device)
-        return Weights(zero, zero, torch.full_like(zero, -math.inf), zero, zero[:, :1])
+        infinite = torch.full_like(zero, math.inf)
+        return Weights(zero, zero, -infinite, zero, zero[:, :1], infinite[:, :1])
 
     @property
     def log_normaliser(self) -> Tensor:
@@ -68,7 +71,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # i / T -> lambda
 class Weighing:
     """How `SMC` and `TwistedSMC` weigh, resample and return; their arguments, checked with ValueError."""
 
-    alpha: float
+    alpha: Alpha
     potential: Potential
     resampler: Resampler
     ess_threshold: float
@@ -76,13 +79,12 @@ class Weighing:
     returns: Ends = "best"
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be > 0, got {self.alpha}; for the limit of alpha = 0 use SVDD")
+        require_alpha(self.alpha, zero=False)
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in 0 .. 1 (never .. at every step), got {self.ess_threshold}")
         for field in fields(self):
             known, given = get_args(field.type), getattr(self, field.name)
-            if known and given not in known:
+            if get_origin(field.type) is Literal and given not in known:
                 raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {given!r}")
         if self.tempering == "adaptive" and self.potential != "difference":
             raise ValueError(f"adaptive tempering goes with potential 'difference' only, got {self.potential!r}")
@@ -92,9 +94,17 @@ class Weighing:
                 f"got {self.ess_threshold}"
             )
 
+    def weighs(self, progress: float) -> bool:
+        """Whether a guided state at progress = i / T is weighed; with `auto`, not before a third of the chain."""
+        return self.alpha != "auto" or progress >= AUTO_START
+
     def weigh(self, weights: Weights, values: Tensor, progress: float) -> Weights:
         """Multiplies by the potentials of values [images, particles] at progress = i / T; at 1 to exp(r / alpha)."""
-        scaled, potential = values.double() / self.alpha, self.potential
+        if self.alpha == "auto":
+            alpha = torch.where(weights.alpha.isinf(), auto_alpha(values), weights.alpha)
+        else:
+            alpha = torch.full_like(weights.alpha, self.alpha)
+        scaled, potential = values.double() / alpha, self.potential
         if progress == 1:
             exponent, potential = torch.ones_like(weights.exponent), "difference"
         elif self.tempering == "adaptive":
@@ -105,7 +115,7 @@ class Weighing:
         tempered = exponent * scaled
         log_g = POTENTIALS[potential](weights, tempered)
         peak, total = weights.peak.maximum(tempered), weights.total + tempered
-        return Weights(weights.log_w + log_g, weights.log_potentials + log_g, peak, total, exponent)
+        return Weights(weights.log_w + log_g, weights.log_potentials + log_g, peak, total, exponent, alpha)
 
     def resample(self, weights: Weights, uniforms: Tensor) -> tuple[Tensor, Weights]:
         """Resamples images of low effective sample size; index and uniforms in [0, 1) are [images, particles]."""
@@ -115,9 +125,9 @@ class Weighing:
         index = torch.arange(particles, device=poor.device).expand(images, -1)
         if poor.any():
             index = torch.where(poor, RESAMPLERS[self.resampler](weights.log_w, uniforms), index)
-        log_w, log_potentials, peak, total = (field.gather(1, index) for field in weights[:-1])
+        log_w, log_potentials, peak, total = (field.gather(1, index) for field in weights[:4])
         log_w = torch.where(poor, weights.log_normaliser[:, None], log_w)
-        return index, Weights(log_w, log_potentials, peak, total, weights.exponent)
+        return index, Weights(log_w, log_potentials, peak, total, weights.exponent, weights.alpha)
 
     def ends(self, weights: Weights, rewards: Tensor, uniforms: Callable[[int], Tensor]) -> Tensor:
         """Returns the index of the particles to return, int64 [images, 1 or particles]; rewards [images, particles]."""
