@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from svdd.values.screened import Screened
 from torch import Tensor
 
 from benchmarks.cells import Cells
@@ -64,11 +65,38 @@ class Recipe:
     channels_last: bool = False
 
 
+def _tiny(**settings: Any) -> Callable[[str], Value]:
+    return lambda guide: PosteriorMean("tiny", **settings)
+
+
+def _screened(keep: int, **settings: Any) -> Callable[[str], Value]:
+    return lambda guide: Screened(PosteriorMean("tiny", **settings), PosteriorMean(), keep)
+
+
+def _scheduled(counts: dict[float, int]) -> Callable[[str], Sampler]:
+    return lambda guide: SVDD(counts)
+
+
+_FEWER = {0.3: 16, 1.0: 8}  # M: the early steps decide most about CLIPScore, and all of them matter for the JPEG size
+_FASTER = {"dtype": "bfloat16", "channels_last": True}
 RECIPES: dict[str, Recipe] = {
     BASELINE: Recipe(),
-    "no CFG + tiny": Recipe(lambda guide: PosteriorMean("tiny", 1.0)),
-    "tiny": Recipe(lambda guide: PosteriorMean("tiny")),
-    "no CFG": Recipe(lambda guide: PosteriorMean(None, 1.0)),
+    "bf16, channels last": Recipe(**_FASTER),
+    "tiny": Recipe(_tiny()),
+    "no CFG": Recipe(lambda guide: PosteriorMean(guidance_scale=1.0)),
+    "no CFG + tiny": Recipe(_tiny(guidance_scale=1.0)),
+    "reuse": Recipe(lambda guide: PosteriorMean(reuse_guidance=True)),
+    "reuse + tiny": Recipe(_tiny(reuse_guidance=True)),
+    "reuse + tiny, bf16, channels last": Recipe(_tiny(reuse_guidance=True), **_FASTER),
+    "features": Recipe(lambda guide: PosteriorMean(feature_depth=2)),
+    "features + tiny": Recipe(_tiny(feature_depth=2)),
+    "features + reuse + tiny": Recipe(_tiny(feature_depth=2, reuse_guidance=True)),
+    "tiny > 3": Recipe(_screened(3)),
+    "reuse + tiny > 3": Recipe(_screened(3, reuse_guidance=True)),
+    "features + tiny > 3": Recipe(_screened(3, feature_depth=2)),
+    "tiny > 3, fewer": Recipe(_screened(3), _scheduled(_FEWER)),
+    "tiny > 3, fewer, channels last": Recipe(_screened(3), _scheduled(_FEWER), channels_last=True),
+    "tiny > 3, fewer, bf16, channels last": Recipe(_screened(3), _scheduled(_FEWER), **_FASTER),
 }
 
 

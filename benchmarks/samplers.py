@@ -26,9 +26,14 @@ from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import fit_budget
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.refinement import Refinement
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -39,7 +44,6 @@ from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
 STEPS, AT_ONCE = 25, 4
-ALPHA = {"Compressibility": 0.1, "CLIPScore": 0.01}  # about 1/2 and 1/3 of the spread within a prompt
 IMAGES = 2  # per prompt
 PLAIN, BASELINE, ON_THE_ODE = "Unguided", "BestOfN", ", eta 0"
 DATA = Path(__file__).parent / "data" / "samplers.jsonl"
@@ -55,24 +59,27 @@ def entries(guide: Reward, budget: int) -> dict[str, Callable[[], Sampler]]:
     """Returns the samplers by their name in the table; a budget sets their counts."""
     if budget == 0:
         return unbudgeted(guide)
-    alpha = ALPHA[guide.name]
+    neighbours = 7 if budget == 200 else 5  # with which the last move fits
     table: dict[str, Callable[[], Sampler]] = {
         BASELINE: BestOfN,
         "SVDD": SVDD,
         "BeamSearch, 4 beams": lambda: BeamSearch(num_beams=4),
+        "RolloverBudget": RolloverBudget,
+        "Refinement": Refinement,
         "BlockwiseBestOfN, blocks of 5": lambda: BlockwiseBestOfN(block_size=5),
-        f"SMC, alpha {alpha}": lambda: SMC(alpha=alpha),
+        "SMC": SMC,
         "ProgressivePruning": ProgressivePruning,
         "RandomSearch": RandomSearch,
-        **({"ZeroOrderSearch, 7 neighbours": lambda: ZeroOrderSearch(num_candidates=7)} if budget == 200 else {}),
-        **({"ZeroOrderSearch, 5 neighbours": lambda: ZeroOrderSearch(num_candidates=5)} if budget > 200 else {}),
+        f"ZeroOrderSearch, {neighbours} neighbours": lambda: ZeroOrderSearch(num_candidates=neighbours),
+        f"RandomSearch{ON_THE_ODE}": RandomSearch,
+        f"EvolutionarySearch{ON_THE_ODE}": EvolutionarySearch,
+        f"CrossEntropySearch{ON_THE_ODE}": CrossEntropySearch,
     }
     if budget == 200:  # a variant, omitted from the more expensive tables
-        table[f"SMC, alpha {alpha}, max, exponential"] = lambda: SMC(
-            alpha=alpha, potential="max", tempering="exponential"
-        )
+        table["SMC, max, exponential"] = lambda: SMC(potential="max", tempering="exponential")
     if guide.differentiable:
-        table[f"TwistedSMC, alpha {alpha}"] = lambda: TwistedSMC(alpha=alpha)
+        table["TwistedSMC"] = TwistedSMC
+        table[f"NoiseOptimisation{ON_THE_ODE}"] = NoiseOptimisation
     return table
 
 
@@ -173,7 +180,8 @@ def report(cells: Cells, guides: list[tuple[Reward, list[Reward]]], budgets: lis
         "# Samplers at equal compute",
         "",
         f"The embedded model, T = {STEPS}, guidance scale 3, eta 1, {IMAGES} images of each prompt, same prompts and "
-        "seeds; every count is the largest within the budget, in which a backward pass counts as two denoiser rows. "
+        "seeds; every count is the largest within the budget, in which a backward pass counts as two rows. Alpha "
+        "is `auto`. `eta 0`: the chain is deterministic, and the start alone is searched. "
         "Differences are paired by prompt, with 95 % intervals (Student's t), over the prompts that both samplers have "
         "drawn. `CLIPScore-judge` is held out: a second CLIP, trained separately. Diversity is the mean of 1 - cosine "
         "of the CLIP embeddings over pairs of images of a prompt. Seconds are CPU seconds on one thread divided by "
