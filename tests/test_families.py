@@ -23,6 +23,8 @@ from svdd.rewards.brightness import Brightness
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -155,6 +157,8 @@ def learned(diffusion):
         (SVDD(3), learned, NUM_STEPS, 0),
         (SMC(2), posterior_mean, 2 * NUM_STEPS, 0),
         (ZeroOrderSearch(1, 2), posterior_mean, (1 + 2) * NUM_STEPS, 0),
+        (Refinement(1, 0.4, sampler=BestOfN(2)), posterior_mean, 2 * (NUM_STEPS + round(0.4 * NUM_STEPS)), 0),
+        (NoiseOptimisation(2), posterior_mean, 2 * NUM_STEPS, 1),
         (DPS(), posterior_mean, NUM_STEPS, 1),
         (TwistedSMC(2), posterior_mean, 2 * NUM_STEPS, 2),
     ],

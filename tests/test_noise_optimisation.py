@@ -11,7 +11,7 @@ from svdd.samplers.budget import count
 from svdd.samplers.noise_optimisation import NoiseOptimisation, norm_log_density, norm_slope
 from svdd.samplers.unguided import Unguided
 from svdd.values.posterior_mean import PosteriorMean
-from tests.analytic import GaussianDiffusion, Linear, Quadratic, bound, run
+from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, Quadratic, bound, run
 from tests.test_samplers import value_of
 
 CENTRE = [1.0, -2.0, 0.5, 1.5]
@@ -96,8 +96,8 @@ def test_only_the_reward_needs_a_gradient():
     message = "NoiseOptimisation needs gradients, and reward Compressibility is not differentiable"
     with pytest.raises(UserError, match=message):
         NoiseOptimisation().check(diffusion, bound(PosteriorMean(), Compressibility()))
-    blind = bound(PosteriorMean(guidance_scale=1.0), Linear([1.0, 0.0]))
-    assert not blind.differentiable
+    blind = bound(ExactSoftValue(1.0), Linear([1.0, 0.0]))
+    blind.differentiable = False
     NoiseOptimisation().check(diffusion, blind)
     assert run(diffusion, NoiseOptimisation(2), blind, 2).done
 
@@ -105,5 +105,5 @@ def test_only_the_reward_needs_a_gradient():
         def forward(self, images, prompts):
             return super().forward(images, prompts).detach()
 
-    with pytest.raises(UserError, match="the reward has no gradient at the starting noise"):
+    with pytest.raises(UserError, match="the value has no gradient at x"):
         run(diffusion, NoiseOptimisation(2), bound(PosteriorMean(), Constant([1.0, 0.0])), 1)

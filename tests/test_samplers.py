@@ -390,6 +390,8 @@ def test_the_global_generator_is_left_alone(sampler):
         (SMC(5, guide_every=4), 5 * 2),
         (ProgressivePruning(4), 8 + 4 + 2),
         (ZeroOrderSearch(2, 3), 7),
+        (Refinement(2), 4 * 8 + 2 * 4 * 4),
+        (Refinement(2, 0.25, sampler=Unguided()), 1 + 2),
         (EvolutionarySearch(2, 3, num_elites=2), 4 + 2 * 3),
         (CrossEntropySearch(2, 3, num_starts=1), 1 + 2 * 3),
         (NoiseOptimisation(3), 3),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,8 +86,9 @@ def share(family: Any, depth: int) -> float:
         arguments = _arguments(family, network)
         try:
             _shares[key] = _count(_without_storage(network), depth, *tree_map(_to_meta, arguments))
-        except (NotImplementedError, RuntimeError):
-            _shares[key] = _count(network, depth, *arguments)
+        except (NotImplementedError, RuntimeError, TypeError):
+            with sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention is not counted
+                _shares[key] = _count(network, depth, *arguments)
     return _shares[key]
 
 
@@ -127,15 +129,15 @@ def _to_meta(part: Any) -> Any:
     return part.to("meta") if isinstance(part, Tensor) else part
 
 
-def _without_storage(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module whose weights have nothing but a shape."""
-    twin = copy.copy(module)
-    for hook in ("forward", "_hf_hook", "_old_forward"):  # of accelerate, which would move the weights
-        twin.__dict__.pop(hook, None)
-    for kind in ("_parameters", "_buffers"):
-        twin.__dict__[kind] = {name: _to_meta(tensor) for name, tensor in vars(module)[kind].items()}
-    twin.__dict__["_modules"] = {name: part and _without_storage(part) for name, part in module._modules.items()}
-    return twin
+def _without_storage(network: nn.Module) -> nn.Module:
+    """Returns a copy of a network whose weights have nothing but a shape."""
+    weights = {id(tensor): _to_meta(tensor) for tensor in (*network.parameters(), *network.buffers())}
+    hooks = {id(module._hf_hook): False for module in network.modules() if hasattr(module, "_hf_hook")}
+    copied = copy.deepcopy(network, weights | hooks)
+    for module in copied.modules():
+        if "_hf_hook" in vars(module):  # of accelerate, which would move the weights
+            del module.forward, module._hf_hook, module._old_forward
+    return copied
 
 
 def _plain(network: nn.Module) -> nn.Module:

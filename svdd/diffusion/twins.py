@@ -34,7 +34,8 @@ def twin_of(module: Any) -> Any:
     twin = copy.copy(module)
     for name in _OWN:
         twin.__dict__[name] = vars(module)[name].copy()
-    if "forward" in vars(module):
+    replaced = twin.__dict__.pop("forward", None)  # a removed hook leaves the class's own behind
+    if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
         if not hasattr(module, "_hf_hook"):
             what = f"a {type(module).__name__} whose forward has been replaced"
             raise UserError(f"{what} cannot reuse features; remove what replaced it, or leave out feature_depth")

@@ -15,6 +15,7 @@ from svdd.diffusion.base import per_row
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one
 from svdd.samplers.toolbox.selection import top
 from svdd.state.finite import require_finite
+from svdd.state.gradient import differentiate
 
 __all__ = ["NoiseOptimisation", "norm_log_density", "norm_slope"]
 
@@ -88,31 +89,29 @@ class NoiseOptimisation(Sampler):
             best, best_value = self.keep(best.join(ends), index, v), v.gather(1, index)
         return best
 
-    def _run(self, state: State, value: Value, differentiate: bool) -> tuple[State, Tensor, Tensor]:
-        """Runs all chains; returns the ends, the rewards, [images, 1], and their gradients at x, zero if not wanted."""
-        context, ledger = state.context, state.context.ledger
+    def _run(self, state: State, value: Value, gradient: bool) -> tuple[State, Tensor, Tensor]:
+        """Returns the ends of all chains, their rewards, [images, 1], and, if wanted, the gradients of these at x."""
+        context = state.context
 
         def run(x: Tensor, image: Tensor) -> dict[str, Tensor]:
-            with torch.set_grad_enabled(differentiate):
-                leaf, before = x.detach().requires_grad_(differentiate), ledger.denoiser_rows
-                own = context.of(image).replay()  # a chunk that runs out of memory is run again
-                end = self.finish(State(leaf, 0, state.row[image], state.origin[image], own))
-                values, slope = value(end), torch.zeros_like(x)
-                if differentiate:
-                    if not values.requires_grad:
-                        raise UserError("the reward has no gradient at the starting noise, on which it does not depend")
-                    (slope,) = torch.autograd.grad(values.sum(), leaf)
-                    ledger.gradient_rows += ledger.denoiser_rows - before
-            known = {"x": end.x, "images": end.images, "values": values, "slope": slope}
-            return {name: tensor.detach() for name, tensor in known.items()}
+            leaf, own = x.detach().requires_grad_(gradient), context.of(image).replay()  # a chunk may be run again
+            part, ends = State(leaf, 0, state.row[image], state.origin[image], own), []
+
+            def reward(part: State) -> Tensor:
+                ends.append(self.finish(part))
+                return value(ends[0])
+
+            found = differentiate(reward, part, leaf) if gradient else {"values": reward(part), "gradient": x}
+            known = {name: found[name] for name in ("values", "gradient")}
+            return known | {"x": ends[0].x.detach(), "images": ends[0].images.detach()}
 
         image = torch.arange(state.num_images, device=state.x.device)
         found = context.diffusion.chunker.map(run, state.num_images, state.x, image)  # which bounds the graph's memory
-        require_finite("reward's gradient", state.x, found["slope"])
+        require_finite("reward's gradient", state.x, found["gradient"])
         values = found["values"].view(-1, 1)
         context.report(state.num_steps, float(values.mean()))
-        cache = {"images": found["images"]}
-        return State(found["x"], state.num_steps, state.row, state.origin, context, cache), values, found["slope"]
+        ends = State(found["x"], state.num_steps, state.row, state.origin, context, {"images": found["images"]})
+        return ends, values, found["gradient"]
 
 
 def norm_log_density(noise: Tensor) -> Tensor:

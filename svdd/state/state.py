@@ -115,12 +115,16 @@ class State:
         self, reward: Scorer, x0: Tensor | None = None, decode: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """Returns the reward of each row's decoded x0, float32 [n]; a preview has another x0 or another decoder."""
-        context, own = self.context, x0 is None and decode is None
+        context, own, known = self.context, x0 is None and decode is None, ("scores", reward)
+        if own and known in self._cache:
+            return self._cache[known]
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
             groups = 1 if getattr(reward, "one_call", False) else self.num_images
             scores = context.diffusion.chunker.map(reward.score, groups, images, self.prompts)
         context.ledger.reward_calls += len(images)
+        if own:
+            self._cache[known] = scores
         return scores
 
     def preview(self, preview: Preview) -> Tensor:

@@ -1,0 +1,118 @@
+"""How well previews rank the candidates of a parent: rank correlation with the exact posterior-mean reward.
+
+Writes benchmarks/preview_ranks.md. At every fourth step of an unguided chain, each particle draws candidates; every
+preview and the exact prediction of the same candidates are decoded and scored, by two rewards.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.paired import PROMPTS
+from svdd.diffusion.latent import LatentDiffusion
+from svdd.diffusion.preview import Preview
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.jpeg import Compressibility
+from svdd.state.start import Start
+from svdd.state.state import State
+
+STEPS, EVERY, CANDIDATES = 25, 4, 16
+MODELS = {"emoji": (StableDiffusion, 3.0), "emoji-flow": (StableDiffusion3, 2.0)}
+PREVIEWS = {
+    "exact": None,
+    "guidance_scale 1": Preview(guidance_scale=1.0),
+    "reuse_guidance": Preview(reuse_guidance=True),
+    **{f"feature_depth {d}": Preview(feature_depth=d) for d in (1, 2, 3)},
+    **{f"feature_depth {d}, reuse_guidance": Preview(reuse_guidance=True, feature_depth=d) for d in (1, 2, 3)},
+}
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the rank correlation in each row, with equal ranks for ties, [g, k] to [g]; NaN for a constant row."""
+    ranks = [(x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] == x[:, None]).sum(2) / 2 for x in (a, b)]
+    centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
+    return (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
+
+
+def preview(diffusion: LatentDiffusion, parents: State, children: State, kind: Preview | None) -> Tensor:
+    """Returns the children's x0."""
+    conditioning = parents.context.conditioning
+    if kind is None:
+        return diffusion.denoise(children.x, children.i, conditioning, children.row).x0
+    recorded = diffusion.record(parents.x, parents.i, conditioning, parents.row, kind)
+    reused = {
+        name: part.repeat_interleave(CANDIDATES, 0) for name, part in recorded.items() if name not in ("x0", "mean")
+    }
+    return diffusion.preview(children.x, children.i, conditioning, children.row, kind, reused)
+
+
+def measure(name: str, prompts: list[str]) -> tuple[dict[tuple[str, ...], Tensor], dict[str, float]]:
+    """Returns correlations by reward, preview and decoder, [steps, prompts], and network rows of a preview."""
+    kind, scale = MODELS[name]
+    diffusion = kind(name, STEPS, guidance_scale=scale)
+    decoders = {"full": diffusion.decode, "tiny": diffusion.load_decoder("tiny").eval()}
+    rewards = {"JPEG": Compressibility(), "CLIPScore": CLIPScore()}
+    state, found = Start(diffusion, prompts, range(len(prompts)))(1), defaultdict(list)
+    for i in range(STEPS - 1):
+        if i % EVERY:
+            state = state.propose(1)
+            continue
+        children = state.propose(CANDIDATES)
+        scores = {}
+        for label, preview_kind in PREVIEWS.items():
+            x0 = preview(diffusion, state, children, preview_kind)
+            for decoder, decode in decoders.items():
+                images = decode(x0)
+                for reward, scorer in rewards.items():
+                    score = scorer.score(images, children.prompts).view(len(prompts), CANDIDATES)
+                    scores[reward, label, decoder] = score.double()
+        for key, score in scores.items():
+            found[key].append(spearman(score, scores[key[0], "exact", "full"]))
+        state = children.select(torch.zeros(len(prompts), 1, dtype=torch.int64))
+    rows = {
+        label: 2.0 if kind is None else diffusion.preview_rows(kind, STEPS // 2) for label, kind in PREVIEWS.items()
+    }
+    return {key: torch.stack(parts) for key, parts in found.items()}, rows
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measures, prints and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = [
+        "# Ranks of previews",
+        "",
+        f"Spearman's rank correlation with the exact posterior-mean reward among {CANDIDATES} candidates of a parent: "
+        f"mean over {options.prompts} prompts and the early / middle / late thirds of T = {STEPS} steps, at every "
+        "fourth step of an unguided chain, eta 1. Guidance scale 3 (`emoji`) and 2 (`emoji-flow`). Network rows are "
+        "those of one candidate's preview, by counted operations. Made by `python -m benchmarks.preview_ranks`.",
+    ]
+    for name in options.models:
+        found, rows = measure(name, list(PROMPTS[: options.prompts]))
+        head = (
+            "| preview | network rows | JPEG, full decoder | JPEG, tiny | CLIPScore, full decoder | CLIPScore, tiny |"
+        )
+        lines += ["", f"## {name}", "", head, "|---|---:|---|---|---|---|"]
+        for label in PREVIEWS:
+            cells = []
+            for key in ((reward, label, decoder) for reward in ("JPEG", "CLIPScore") for decoder in ("full", "tiny")):
+                thirds = [float(part.nanmean()) for part in found[key].chunk(3)]
+                cells.append("" if key[1:] == ("exact", "full") else " / ".join(f"{third:.2f}" for third in thirds))
+            lines.append(f"| {label} | {rows[label]:.2f} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
