@@ -120,8 +120,8 @@ class GuidedDiffusion(L.LightningModule):
         return {reward.name: reward for reward in (self.reward, *self.eval_rewards)}
 
     @property
-    def chosen(self) -> dict[str, float]:
-        """The sampler's count, by its name, and the rows that a returned image costs with it."""
+    def chosen(self) -> dict[str, Any]:
+        """The sampler's count or schedule, by its name, and the rows that a returned image costs with it."""
         cost = count(self.sampler, self.diffusion, self.value)
         gradients = {"gradient_rows": cost.gradient_rows} if cost.gradient_rows else {}
         whole = cost.network_rows

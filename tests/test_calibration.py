@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -19,8 +20,11 @@ from svdd.__main__ import main
 from svdd.commands.calibrate import CalibrateCLI
 from svdd.runs.prompts import Prompt
 from svdd.samplers.unguided import Unguided
+from svdd.values.base import Value
+from svdd.values.training.allocation import allocate, expected_maximum, reliability
 from svdd.values.training.calibration import Calibration, measure, plot, write
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, run
+from tests.test_samplers import largest_of
 
 
 def ranks(numbers) -> np.ndarray:
@@ -65,6 +69,77 @@ def test_an_exact_value_has_no_bias():
         assert row["bias"] == pytest.approx(0, abs=4 * (total / 2000) ** 0.5)
         assert row["explained_variance"] == pytest.approx(1 - diffusion.end(i)[2] / total, abs=0.05)
     assert [row["spearman"] for row in table] == sorted(row["spearman"] for row in table)
+
+
+# ---- candidates per step
+
+
+class Along(Value):
+    """The value b . x of the noisy latent."""
+
+    def __init__(self, b):
+        super().__init__()
+        self.b = torch.tensor(b, dtype=torch.float64)
+
+    def estimate(self, state):
+        return state.x.flatten(1) @ self.b
+
+
+@pytest.mark.parametrize("value", [ExactSoftValue(1e6), Along([1.4, -0.2]), Along([0.8, 0.6])])
+def test_spread_and_reliability_match_the_gaussian_chain(value):
+    """A value v = u . x has the spread |u| std among children, and the slope (A u . b) / |u|^2 of the final reward."""
+    diffusion, b = GaussianDiffusion(5), torch.tensor([0.6, -0.8], dtype=torch.float64)
+    model = Calibration(Linear(b.tolist()), diffusion, value, images_per_prompt=3, candidates=8, average_candidates=6)
+    model.test_step([Prompt(p, "", None, None, {}) for p in range(700)], 0)
+    torch.testing.assert_close(
+        model._seen[0][:, 6], run(diffusion, Unguided(), model.value, 2100).scores(model.reward).double()
+    )  # candidates do not change the chains
+    own, mean, std = model._seen[0][:, 2:].chunk(3, 1)
+    slopes = reliability(own, mean, std, 8, own[:, -1], model._seen[0][:, 0].long())
+    gain = torch.tensor([diffusion.end(i + 1)[0] for i in range(5)], dtype=torch.float64)
+    noise = torch.tensor([diffusion.std(i) for i in range(5)], dtype=torch.float64)
+    u = [value.b if isinstance(value, Along) else b * float(gain[i]) for i in range(4)] + [b]
+    size = torch.stack([each.norm() for each in u])
+    torch.testing.assert_close(std.square().mean(0).sqrt(), size * noise, rtol=0.05, atol=0)
+    covariance = gain * torch.stack([each @ b for each in u]) * noise**2
+    for i in range(5):
+        near = slice(max(0, i - 1), i + 2)  # pooled with both neighbours
+        expected = float(covariance[near].sum() / ((size * noise) ** 2)[near].sum())
+        assert float(slopes[i]) == pytest.approx(max(0, expected), abs=0.12)
+
+
+def test_candidates_are_allocated_as_by_exhaustive_search():
+    assert expected_maximum(1) == pytest.approx(0, abs=1e-9)
+    for n in (2, 3, 7, 40):
+        assert expected_maximum(n) == pytest.approx(largest_of(n), abs=1e-6)
+    for gains in ([1.0, 2.0, 0.4], [0.3, 0.0, 0.3], [1.0, 1.0, 1.0]):
+        found = allocate(gains, 9)
+        totals = {
+            counts: sum(gain * largest_of(m) for gain, m in zip(gains, counts, strict=True))
+            for counts in itertools.product(range(1, 8), repeat=3)
+            if sum(counts) == 9
+        }
+        assert totals[tuple(found)] == pytest.approx(max(totals.values()))
+    with pytest.raises(UserError, match="does not tell the candidates of a parent apart at any step"):
+        allocate([0.0, 0.0], 9)
+
+
+def test_the_command_fits_candidates_that_predict_takes(calibrate, tmp_path, capsys):
+    assert calibrate("--model.candidates", "3", "--model.average_candidates", "4") == 0
+    assert "reliability" in capsys.readouterr().out
+    fitted = tmp_path / "c" / "candidates.json"
+    counts = json.loads(fitted.read_text())["model"]["sampler"]["init_args"]["num_candidates"]
+    assert (len(counts), sum(counts)) == (4, 16)
+    words = [*calibrate.words[1:7], "--data.prompts", "[apple]", "--trainer.accelerator", "cpu"]
+    assert main(["predict", *words, "--config", str(fitted), "--output", str(tmp_path / "p")]) == 0
+    trace = json.loads((tmp_path / "p" / "trace.jsonl").read_text().splitlines()[0])
+    assert trace["candidates"] == [count for count in counts if count > 1]
+    (tmp_path / "c" / "candidates.json").unlink()
+    assert calibrate("--model.candidates", "3", "--model.average_candidates", "4", "--overwrite", "true") == 0
+    assert json.loads(fitted.read_text())["model"]["sampler"]["init_args"]["num_candidates"] == counts
+    screened = ["--model.value", "Screened", "--model.value.cheap", "PosteriorMean", "--model.value.exact"]
+    assert calibrate(*screened, "PosteriorMean", "--output", str(tmp_path / "s")) == 2
+    assert "calibrate measures one value: give one part of Screened" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -184,8 +259,8 @@ def test_settings_of_predict_are_accepted_and_reported_as_unused(calibrate, tmp_
         "svdd: calibrate draws unguided chains and does not use model.budget, model.eval_rewards, model.sampler"
         in error
     )
-    assert calibrate("--model.candidates", "3") == 2
-    assert "model.candidates" in capsys.readouterr().err
+    assert calibrate("--model.candidate", "3") == 2
+    assert "model.candidate" in capsys.readouterr().err
 
 
 def test_another_calibration_needs_overwrite(calibrate, tmp_path, capsys):

@@ -16,7 +16,7 @@ from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import HARMLESS_IF_REPRODUCIBLE
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.prompts import PromptDataModule, PromptWarning
-from svdd.values.training.calibration import FILES, Calibration, require_chains, write
+from svdd.values.training.calibration import FILES, Calibration, require_chains, write, write_schedule
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
 
@@ -72,8 +72,13 @@ class CalibrateCLI(ModelCLI):
             return
         name, reward = type(self.model.value).__name__, self.model.reward.name
         about = {"value": name, "reward": reward, "chains": self.chains}
+        if self.model.schedule:  # before the file that is the sign that all are whole
+            counts = write_schedule(self.folder, self.model.schedule)
         text, plotted = write(self.folder, self.model.table, about, f"{name} for {reward}, {self.chains} chains")
         say(text)
         say(f"wrote {self.folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
         if not plotted:
             say("no plot: it needs matplotlib (pip install 'svdd[plot]')")
+        if self.model.schedule:
+            say(counts)
+            say(f"wrote {self.folder}/candidates.json: svdd predict ... --config {self.folder}/candidates.json")

@@ -1,6 +1,8 @@
 """The base class of all samplers, the types in its signatures, and checks that several samplers share."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +41,7 @@ class Sampler(ABC):
 
     budget_argument: ClassVar[str | None] = None  # the constructor argument, a count, that a budget may choose
     needs_gradient: bool = False  # whether `sample` differentiates the value
+    num_kept: int | None = None  # most rows of an image that a selection keeps; None: `sample` needs every row's value
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Sampler":
@@ -74,6 +77,17 @@ class Sampler(ABC):
                 f"{type(self).__name__} needs gradients, and {value.describe()} is not differentiable; use a "
                 "differentiable reward such as CLIPScore, or a sampler that needs none, such as SVDD or SMC"
             )
+        own, given = type(self).__name__, type(value).__name__
+        if value.keep is not None and self.num_kept is None:
+            raise UserError(
+                f"{own} needs the value of every row, and {given} leaves rows out; use another value, or a sampler "
+                "that only compares them: SVDD, BeamSearch or BlockwiseBestOfN"
+            )
+        if value.keep is not None and self.num_kept is not None and value.keep < self.num_kept:
+            raise UserError(
+                f"{own} keeps {self.num_kept} rows of an image, and {given} scores only keep={value.keep}; set keep to "
+                f"{self.num_kept} or more"
+            )
 
     @staticmethod
     def finish(state: State) -> State:
@@ -86,7 +100,7 @@ class Sampler(ABC):
     def evaluate(value: Value, state: State) -> Tensor:
         """Returns the values of a state's rows, [images, rows per image]."""
         values = value(state).view(state.num_images, -1)
-        state.context.report(state.i, float(values.detach().mean()))
+        state.context.report(state.i, float(values[values.isfinite()].detach().mean()))
         return values
 
     @staticmethod
@@ -104,7 +118,7 @@ class Sampler(ABC):
         Args:
             state: The candidate rows.
             index: The rows to keep, int64 [images, k].
-            values: The values that decided, [images, rows].
+            values: The values that decided, [images, rows]; -inf where a row has none.
             log_w: Log-weights, if any, [images, rows]; the trace records their effective sample size.
             log_normaliser: Increment of the estimate of log Z, if any, [images].
             kl: Bound on the divergence that the selection adds, if known, in nats, [images].
@@ -113,10 +127,11 @@ class Sampler(ABC):
         kept = state.select(index, kl)
         ancestors = count_distinct(kept.origin.view(state.num_images, -1))
         ess = None if log_w is None else effective_sample_size(log_w)
+        known = values.masked_fill(values.isneginf(), math.nan)
         temperatures = (
             None if alpha is None else torch.as_tensor(alpha, dtype=torch.float64).flatten().expand(len(index))
         )
-        found = Selection(state.i, values, index, ancestors, ess, log_normaliser, temperatures, state.done)
+        found = Selection(state.i, known, index, ancestors, ess, log_normaliser, temperatures, state.done)
         state.context.trace.selections.append(found)
         return kept
 
@@ -128,7 +143,13 @@ class Sampler(ABC):
         return self.keep(ends, top(v), v, kl=choice_kl(v, alpha=0))
 
 
-def require_noise(diffusion: Diffusion, name: str, count: int, window: Window | None = None) -> None:
+def require_noise(
+    diffusion: Diffusion,
+    name: str,
+    count: int,
+    window: Window | None = None,
+    guides: Callable[[int, int], bool] | None = None,
+) -> None:
     """Raises UserError if a count above 1 would only make copies, because no step (of the window) draws noise."""
     if count > 1 and not diffusion.stochastic:
         raise UserError(
@@ -137,13 +158,13 @@ def require_noise(diffusion: Diffusion, name: str, count: int, window: Window | 
             "set eta above 0 (1.0 as in the paper) and more than one step, or use BestOfN"
         )
     if count > 1 and window is not None:
-        require_window(diffusion, window)
+        require_window(diffusion, window, guides)
 
 
-def require_window(diffusion: Diffusion, window: Window) -> None:
-    """Raises UserError if no step of the window draws noise."""
+def require_window(diffusion: Diffusion, window: Window, guides: Callable[[int, int], bool] | None = None) -> None:
+    """Raises UserError if no step of the window, or none where `guides(i, T)` is true, draws noise."""
     steps = diffusion.num_inference_steps
-    if not any(window.guides(i, steps) and diffusion.std(i) > 0 for i in range(steps)):
+    if not any((guides or window.guides)(i, steps) and diffusion.std(i) > 0 for i in range(steps)):
         raise UserError(
             f"no step would be guided: guide_start={window.start}, guide_stop={window.stop} and guide_every="
             f"{window.every} leave no step with noise at num_inference_steps={steps} (with eta=0 there is none; set "

@@ -16,6 +16,7 @@ class BestOfN(Sampler):
     """
 
     budget_argument = "num_particles"
+    num_kept = 1
 
     def __init__(self, num_particles: int = 20) -> None:
         require_at_least_one(num_particles=num_particles)

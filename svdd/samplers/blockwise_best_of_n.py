@@ -5,7 +5,8 @@ Source: Singh et al., CoDe: Blockwise Control for Denoising Diffusion Models, 20
 """
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
-from svdd.samplers.toolbox.selection import choice_kl, draw, top
+from svdd.samplers.toolbox.schedule import Counts, Schedule, expand
+from svdd.samplers.toolbox.selection import choice_kl, draw, tempered, top
 from svdd.samplers.toolbox.temperature import Alpha, require_alpha, temperature
 from svdd.samplers.toolbox.window import Window
 
@@ -24,7 +25,8 @@ class BlockwiseBestOfN(Sampler):
     image; B + M (T - B) for B blocks with `score_parent` or a learned value. choose_start adds M - 1.
 
     Args:
-        num_candidates: M, candidates of each block.
+        num_candidates: M, candidates of each block. Or where a stretch of the chain ends, as a fraction of it, and the
+            M of the blocks that begin in it, as in {0.3: 4, 1.0: 32}; or a list with the M of each of the T steps.
         block_size: Steps of a block; the first one is shorter where they do not divide the chain.
         alpha: Temperature in units of the reward; 0 takes the best; `auto`, at every selection, is half of the
             standard deviation of the values that compete.
@@ -35,10 +37,11 @@ class BlockwiseBestOfN(Sampler):
     """
 
     budget_argument = "num_candidates"
+    num_kept = 1
 
     def __init__(
         self,
-        num_candidates: int = 8,
+        num_candidates: Counts = 8,
         block_size: int = 5,
         alpha: Alpha = 0.0,
         score_parent: bool = False,
@@ -46,33 +49,35 @@ class BlockwiseBestOfN(Sampler):
         guide_stop: float = 1.0,
         choose_start: bool = False,
     ) -> None:
-        require_at_least_one(num_candidates=num_candidates, block_size=block_size)
+        require_at_least_one(block_size=block_size)
         require_alpha(alpha, zero=True)
         if score_parent and block_size == 1:
             raise ValueError("score_parent needs block_size > 1: candidates would score the same after one step")
         self.num_candidates, self.alpha, self.score_parent = num_candidates, alpha, score_parent
         self.choose_start = choose_start
-        self._inside = Window(guide_start, guide_stop)
+        self._window = Window(guide_start, guide_stop)
+        self._schedule = Schedule(num_candidates, self._window)
         self._ends = Window(guide_start, guide_stop, block_size)  # the last step of each block
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if all candidates would be the same."""
+        super().check(diffusion, value)
+        expand(self.num_candidates, diffusion.num_inference_steps)
         if not self.choose_start:
-            require_noise(diffusion, "num_candidates", self.num_candidates, self._inside)
+            require_noise(diffusion, "num_candidates", self._schedule.most, self._window, self._schedule.guides)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the selected end of the chain for each image."""
-        state = start(self.num_candidates if self.choose_start else 1)
+        state = start(self._schedule.first if self.choose_start else 1)
         while not state.done:
             parents, steps = state, state.num_steps
             alone = len(state.x) == state.num_images
-            branches = alone and state.std > 0 and self._inside.guides(state.i, steps)
-            state = state.propose(self.num_candidates if branches else 1)
+            state = state.propose(self._schedule(state.i, steps) if alone and state.std > 0 else 1)
             if not (self._ends.guides(parents.i, steps) or state.done) or len(state.x) == state.num_images:
                 continue
             v = self.evaluate(value, parents if self.score_parent and not alone and not state.done else state)
             alpha = temperature(self.alpha, v)
-            log_w = v.double() / alpha if self.alpha else None
+            log_w = tempered(v, alpha) if self.alpha else None
             index = top(v) if log_w is None else draw(log_w, state.uniforms(1))
             state = self.keep(state, index, v, log_w, kl=choice_kl(v, alpha), alpha=alpha)
         return state

@@ -16,9 +16,11 @@ from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.preview import Preview
 from svdd.samplers.base import Sampler
+from svdd.samplers.toolbox.schedule import scaled
 from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.values.base import Value
+from svdd.values.screened import Screened
 
 __all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget"]
 
@@ -59,7 +61,7 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
     with torch.inference_mode(False), torch.no_grad():
         try:
             chain = _OneNumber(diffusion, limit)
-            final = sampler(Start(chain, [""], [0]), _Counted(value))
+            final = sampler(Start(chain, [""], [0]), _counted(value))
         except UserError:
             raise
         except Exception as error:
@@ -76,14 +78,16 @@ def count(sampler: Sampler, diffusion: Diffusion, value: Value, limit: float = m
     return Cost(len(final.x), **work, together=chain.squares / max(chain.rows, 1))
 
 
-def current_count(sampler: Sampler) -> dict[str, int]:
-    """Returns {name: number} of the argument that a budget may choose; {} if there is none."""
+def current_count(sampler: Sampler) -> dict[str, Any]:
+    """Returns {name: number, or schedule} of the argument that a budget may choose; {} if there is none."""
     name = sampler.budget_argument
-    return {} if name is None else {name: int(_arguments(sampler, name).arguments[name])}
+    return {} if name is None else {name: _arguments(sampler, name).arguments[name]}
 
 
 def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value) -> Sampler:
     """Returns the same sampler with the largest count whose cost, as `Cost.rows`, does not exceed the budget.
+
+    Where the count is a schedule, its counts are scaled, each at least 1.
 
     Raises:
         UserError: If even a count of 1 exceeds the budget, or the count does not change the cost.
@@ -92,9 +96,10 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
     if name is None:
         raise UserError(f"budget={budget}: {kind} has no count that a budget could choose; leave the budget out")
     bound, cannot = _arguments(sampler, name), f"budget={budget} cannot choose {kind}'s {name}:"
+    given, steps = bound.arguments[name], diffusion.num_inference_steps
 
     def build(number: int) -> Sampler:
-        bound.arguments[name] = number
+        bound.arguments[name] = number if isinstance(given, int) else scaled(given, number, steps)
         return type(sampler)(*bound.args, **bound.kwargs)
 
     least = count(build(1), diffusion, value)
@@ -120,12 +125,16 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
         return cost.rows
 
     slope = rows_of(2, math.inf) - least.rows
-    best = min(1 + int((budget - least.rows) / slope), budget) if slope > 0 else 1  # right if the cost is linear
+    best = min(1 + int((budget - least.rows) / slope), 8 * budget) if slope > 0 else 1  # right if the cost is linear
     if not rows_of(best) <= budget < rows_of(best + 1):
-        best = 1 + bisect_left(range(2, budget + 1), True, key=lambda number: not rows_of(number) <= budget)
-    if not (slope > 0 or max(rows_of(best), rows_of(best + 1)) > least.rows):
+        most = budget
+        while most < 8 * budget and rows_of(most) <= budget:  # previews cost parts of rows, the last step none
+            most *= 2
+        best = 1 + bisect_left(range(2, most + 1), True, key=lambda number: not rows_of(number) <= budget)
+    following = rows_of(best + 1)
+    if following <= budget or not (slope > 0 or max(rows_of(best), following) > least.rows):
         raise UserError(
-            f"{cannot} with {type(value).__name__} it does not change the cost of {least.rows:g} denoiser rows per "
+            f"{cannot} with {type(value).__name__} it does not change the cost of {rows_of(best):g} denoiser rows per "
             "image; set it yourself and leave the budget out"
         )
     return build(best)
@@ -184,6 +193,17 @@ class _OneNumber(Diffusion):
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0.reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+
+
+def _counted(value: Value) -> Value:
+    """Returns a value of the same cost on the chain of one number, bound to itself as its reward."""
+    if not isinstance(value, Screened):
+        return _Counted(value)
+    return _CountedScreened(_Counted(value.cheap), _Counted(value.exact), value.keep)
+
+
+class _CountedScreened(Screened):
+    reward = property(lambda self: self.exact)
 
 
 class _Counted(Value):

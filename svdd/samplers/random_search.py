@@ -23,6 +23,7 @@ class RandomSearch(Sampler):
     """
 
     budget_argument = "num_candidates"
+    num_kept = 1
 
     def __init__(self, num_candidates: int = 8) -> None:
         require_at_least_one(num_candidates=num_candidates)

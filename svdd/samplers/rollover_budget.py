@@ -44,7 +44,8 @@ class RolloverBudget(Sampler):
         self.num_candidates, self.batch_size, self.num_starts = num_candidates, batch_size, num_starts
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if all candidates would be the same."""
+        """Raises UserError if all candidates would be the same, or the value leaves rows out."""
+        super().check(diffusion, value)
         require_noise(diffusion, "num_candidates", self.num_candidates)
 
     def sample(self, start: Start, value: Value) -> State:

@@ -59,7 +59,8 @@ class SMC(Sampler):
         self.weighing = Weighing(alpha, potential, resampler, ess_threshold, tempering, returns)
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if copies of a particle would stay identical."""
+        """Raises UserError if copies of a particle would stay identical, or the value leaves rows out."""
+        super().check(diffusion, value)
         require_noise(diffusion, "num_particles", self.num_particles if self.weighing.ess_threshold else 1)
 
     def sample(self, start: Start, value: Value) -> State:

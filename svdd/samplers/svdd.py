@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_noise
-from svdd.samplers.toolbox.selection import choice_kl, draw, top
+from svdd.samplers.toolbox.schedule import Counts, Schedule, expand
+from svdd.samplers.toolbox.selection import choice_kl, draw, tempered, top
 from svdd.samplers.toolbox.temperature import Alpha, require_alpha, temperature
 from svdd.samplers.toolbox.window import Window
 
@@ -34,7 +35,8 @@ class SVDD(Sampler):
     value.
 
     Args:
-        num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code).
+        num_candidates: M, children of a particle at every guided step (`duplicate_size` in the paper's code). Or where
+            a stretch of the chain ends, as a fraction of it, and its M, as in {0.3: 4, 1.0: 32}; or a list of T counts.
         alpha: Temperature in units of the reward; 0 takes the best; `auto`, at every selection, is half of the
             standard deviation of the values that compete.
         num_particles: b, particles kept per image; more than one makes a beam search.
@@ -50,7 +52,7 @@ class SVDD(Sampler):
 
     def __init__(
         self,
-        num_candidates: int = 20,
+        num_candidates: Counts = 20,
         alpha: Alpha = 0.0,
         num_particles: int = 1,
         score_parent: bool = False,
@@ -59,32 +61,35 @@ class SVDD(Sampler):
         guide_every: int = 1,
         choose_start: bool = False,
     ) -> None:
-        require_at_least_one(num_candidates=num_candidates, num_particles=num_particles)
+        require_at_least_one(num_particles=num_particles)
+        self.window = Window(guide_start, guide_stop, guide_every)
+        self._schedule = Schedule(num_candidates, self.window)
         require_alpha(alpha, zero=True)
         if score_parent and num_particles == 1:
             raise ValueError("score_parent needs num_particles > 1: candidates of one particle would score the same")
-        if score_parent and alpha == 0 and num_candidates >= num_particles:
+        if score_parent and alpha == 0 and self._schedule.most >= num_particles:
             raise ValueError(
                 "score_parent needs num_candidates < num_particles at alpha = 0: those of the best particle would fill "
                 f"every place; got {num_candidates} and {num_particles}"
             )
         self.num_candidates, self.alpha, self.num_particles = num_candidates, alpha, num_particles
-        self.score_parent, self.window = score_parent, Window(guide_start, guide_stop, guide_every)
-        self.choose_start = choose_start
+        self.score_parent, self.choose_start, self.num_kept = score_parent, choose_start, num_particles
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
-        """Raises UserError if all candidates would be the same."""
+        """Raises UserError if all candidates would be the same, or the value scores too few of them."""
+        super().check(diffusion, value)
+        expand(self.num_candidates, diffusion.num_inference_steps)
         if not self.choose_start:
-            require_noise(diffusion, "num_candidates", self.num_candidates, self.window)
+            require_noise(diffusion, "num_candidates", self._schedule.most, self.window, self._schedule.guides)
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the selected end of the chain for each image."""
-        state = start(self.num_particles * (self.num_candidates if self.choose_start else 1))
+        state = start(self.num_particles * (self._schedule.first if self.choose_start else 1))
         log_potentials = torch.zeros(state.num_images, self.num_particles, dtype=torch.float64, device=state.x.device)
         if len(state.x) > self.num_particles * state.num_images:
             state, log_potentials = self._select(state, self.evaluate(value, state), log_potentials)
         while not state.done:
-            m = self.num_candidates if state.std > 0 and self.window.guides(state.i, state.num_steps) else 1
+            m = self._schedule(state.i, state.num_steps) if state.std > 0 else 1
             parents, state = state, state.propose(m)
             by_parent = self.score_parent and not state.done
             if len(state.x) == (1 if state.done else self.num_particles) * state.num_images:
@@ -100,7 +105,7 @@ class SVDD(Sampler):
         kl = choice_kl(v, alpha) if self.num_particles == 1 else None
         if self.alpha == 0:
             return self.keep(state, top(v, kept), v, kl=kl), log_potentials
-        scaled = v.double() / alpha
+        scaled = tempered(v, alpha)
         log_w = scaled - log_potentials.repeat_interleave(v.shape[1] // self.num_particles, 1)
         index = draw(log_w, state.uniforms(kept))
         return self.keep(state, index, v, log_w, kl=kl, alpha=alpha), scaled.gather(1, index)

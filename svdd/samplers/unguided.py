@@ -12,6 +12,8 @@ class Unguided(Sampler):
     2. at each step x_{i+1} ~ N(mean_i(x_i), std_i^2 I)
     """
 
+    num_kept = 0
+
     def sample(self, start: Start, value: Value) -> State:
         """Returns the end of the chain; the value is not used."""
         return self.finish(start())

@@ -34,6 +34,7 @@ class ZeroOrderSearch(Sampler):
     """
 
     budget_argument = "num_iterations"
+    num_kept = 1
 
     def __init__(
         self, num_iterations: int = 4, num_candidates: int = 4, radius: float = 0.5, decay: float = 0.7

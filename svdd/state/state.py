@@ -36,6 +36,7 @@ class State:
     _cache: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)  # one entry per row in each
     # What evaluations of the parents recorded for previews, one entry per parent in each, and each row's parent, [n].
     _parents: tuple[dict[str, Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
+    _parts: list[tuple[Tensor, "State"]] = field(default_factory=list, repr=False, compare=False)  # see `part`
 
     @staticmethod
     def start(
@@ -193,9 +194,19 @@ class State:
         self.context.trace.diverge(kl)
         flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
         cache = {name: known[flat] for name, known in self._cache.items()}
+        for places, part in self._parts:
+            if bool((places[flat] >= 0).all()):
+                cache |= {name: known[places[flat]] for name, known in part._cache.items()}
         parents = None if self._parents is None else (self._parents[0], self._parents[1][flat])
         x, row, origin = self.x[flat], self.row[flat], self.origin[flat]
-        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=parents)
+        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=parents, _parts=[])
+
+    def part(self, index: Tensor) -> "State":
+        """Returns distinct rows of every group as `select` does; what will be computed for them is kept for them."""
+        part, order = self.select(index, kl=0.0), torch.arange(index.numel(), device=index.device).view_as(index)
+        places = torch.full_like(self.row, -1).view(len(index), -1).scatter(1, index, order)
+        self._parts.append((places.flatten(), part))
+        return part
 
     def join(self, other: "State") -> "State":
         """Returns the rows of both states, at the same step, with every image's rows of `other` after its own."""
@@ -207,7 +218,7 @@ class State:
 
         x, row, origin = joined(self.x, other.x), joined(self.row, other.row), joined(self.origin, other.origin)
         cache = {name: joined(known, other._cache[name]) for name, known in self._cache.items() if name in other._cache}
-        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=None)
+        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=None, _parts=[])
 
     def replay(self, x: Tensor) -> "State":
         """Starts the same chain from other latents x at i = 0, [images * k, *latent_shape].
@@ -238,7 +249,13 @@ class State:
                 leaf = (known[0] if known else x).detach().requires_grad_()
                 cache = {"x0": leaf, "mean": known[1]} if known else {}
                 part = replace(
-                    self, x=x.detach() if known else leaf, row=row, origin=origin, _cache=cache, _parents=None
+                    self,
+                    x=x.detach() if known else leaf,
+                    row=row,
+                    origin=origin,
+                    _cache=cache,
+                    _parents=None,
+                    _parts=[],
                 )
                 return differentiate(value, part, leaf)
 

@@ -16,7 +16,7 @@ class Selection(NamedTuple):
     """One selection, for all images of a batch."""
 
     i: int  # step index of the candidate rows
-    values: Tensor  # float [images, rows]; NaN fills up the images that had fewer candidates than others
+    values: Tensor  # float [images, rows]; NaN for a row without a value, and to fill up images with fewer candidates
     kept: Tensor  # the rows that were kept, int64 [images, k]
     ancestors: Tensor  # distinct starting particles among the kept rows, int64 [images]
     ess: Tensor | None = None  # effective sample size of the weights, [images]; None without weights

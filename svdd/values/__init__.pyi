@@ -8,3 +8,4 @@ from .losses import SoftLoss as SoftLoss
 from .losses import ValueLoss as ValueLoss
 from .posterior_mean import PosteriorMean as PosteriorMean
 from .pretrained import load_value as load_value
+from .screened import Screened as Screened

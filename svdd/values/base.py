@@ -22,11 +22,13 @@ class Value(nn.Module, ABC):
         most_rows: Maximum denoiser rows per evaluation of one row.
         preview: How the prediction of x0 that the value scores is cheaper than the model's own; None if it is not.
         differentiable: Whether gradients flow from the estimate to the latents.
+        keep: How many rows of an image an estimate scores at most; the others get -inf. None: all rows.
     """
 
     most_rows: int = 1
     preview: Preview | None = None
     differentiable: bool = False
+    keep: int | None = None
     _bound: tuple[Reward, ...] = ()  # a tuple, so that the reward is not registered a second time
 
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:

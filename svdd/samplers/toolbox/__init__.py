@@ -1,1 +1,1 @@
-"""What several samplers share: selection, resampling, weights, tempering, guidance windows."""
+"""What several samplers share: selection, resampling, weights, tempering, guidance windows, candidates per step."""

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["RESAMPLERS", "choice_kl", "draw", "effective_sample_size", "probabilities", "top"]
+__all__ = ["RESAMPLERS", "choice_kl", "draw", "effective_sample_size", "probabilities", "tempered", "top"]
 
 _ROUNDING = 1e-9  # largest error of softmax and cumsum at an integer
 
@@ -49,6 +49,11 @@ def probabilities(log_w: Tensor) -> Tensor:
     return log_w.double().softmax(1)
 
 
+def tempered(values: Tensor, alpha: float | Tensor) -> Tensor:
+    """Returns the log-weights values / alpha, float64; -inf, for a row without a value, at infinite alpha too."""
+    return (values.double() / alpha).masked_fill(values.isneginf(), -math.inf)
+
+
 def effective_sample_size(log_w: Tensor) -> Tensor:
     """Returns (sum w)^2 / sum w^2 of every group, 1 .. rows, float64 [groups] (Kong, Liu and Wong, 1994)."""
     return 1 / probabilities(log_w).square().sum(1)
@@ -59,11 +64,13 @@ def choice_kl(values: Tensor, alpha: float | Tensor) -> Tensor:
 
     The best of n: log n - (n - 1) / n (Beirami et al., 2024, arXiv 2401.01879). Drawn with probabilities p:
     log n - H(p), the divergence of the joint law of rows and choice. alpha is a number or [groups, 1].
+    Both also bound a choice after screening, where the other rows have the value -inf: no rule for one of n rows
+    diverges more than the best of n.
     """
     groups, n = values.shape
     if not isinstance(alpha, Tensor) and alpha == 0:
         return values.new_full((groups,), math.log(n) - (n - 1) / n, dtype=torch.float64)
-    return math.log(n) - torch.special.entr(probabilities(values.double() / alpha)).sum(1)
+    return math.log(n) - torch.special.entr(probabilities(tempered(values, alpha))).sum(1)
 
 
 def _stratified(log_w: Tensor, uniforms: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from svdd.runs.bounds import check_images
 from svdd.runs.config import plain
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.rows import Prompt
+from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.training.allocation import allocate, expected_maximum, reliability
 from svdd.values.training.rollouts import draw_rollouts
 
-__all__ = ["FILES", "Calibration", "measure", "plot", "require_chains", "write"]
+__all__ = ["FILES", "Calibration", "measure", "plot", "require_chains", "schedule", "write", "write_schedule"]
 
-FILES = ("calibration.json", "calibration.csv", "calibration.png")
+SCHEDULE = "candidates.json"
+FILES = ("calibration.json", "calibration.csv", "calibration.png", SCHEDULE)
 
 Table = list[dict[str, float]]
 
@@ -40,6 +44,8 @@ class Calibration(L.LightningModule):
         value: The value to measure; by default `PosteriorMean`.
         images_per_prompt: Chains for each prompt, >= 1.
         seed: As in `svdd predict`, >= 0: the chains are those of its unguided images.
+        candidates: Candidates per state, >= 2, from which the number of candidates of each step is fitted; 0 for none.
+        average_candidates: The average of the fitted numbers over the steps, >= 2.
     """
 
     def __init__(
@@ -49,18 +55,28 @@ class Calibration(L.LightningModule):
         value: Value | None = None,
         images_per_prompt: int = 1,
         seed: int = 0,
+        candidates: int = 0,
+        average_candidates: int = 20,
     ) -> None:
         super().__init__()
         require_at_least(1, images_per_prompt=images_per_prompt)
+        require_at_least(2 if candidates else 0, candidates=candidates)
+        require_at_least(2, average_candidates=average_candidates)
         check_images(1, images_per_prompt)
         require_at_least(0, seed=seed)
         self.reward, self.diffusion, self.value = reward, diffusion or AutoDiffusion(), value or PosteriorMean()
         if self.diffusion.num_inference_steps < 2:
             raise UserError("num_inference_steps=1 has no step between noise and image to evaluate at; use at least 2")
+        if self.value.keep is not None:
+            raise UserError(
+                f"calibrate measures one value: give one part of {type(self.value).__name__} as model.value"
+            )
         self.value.bind(reward, self.diffusion)
         reward.load()
         self.images_per_prompt, self.seed = images_per_prompt, seed
+        self.candidates, self.average_candidates = candidates, average_candidates
         self.table: Table = []
+        self.schedule: Table = []
         self._seen: list[Tensor] = []
 
     @torch.no_grad()
@@ -68,19 +84,38 @@ class Calibration(L.LightningModule):
         """Runs `images_per_prompt` chains for each prompt of the batch."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
-        steps = range(1, self.diffusion.num_inference_steps)
-        values, end = draw_rollouts(self.diffusion, [prompt for prompt, _ in jobs], seeds, steps, self.value)
+        steps = range(self.diffusion.num_inference_steps)
+        prompts, preview = [prompt for prompt, _ in jobs], self.value.preview
+        read, end = draw_rollouts(self.diffusion, prompts, seeds, steps, self._read, preview)
+        values, mean, std = read.unbind(2)
         keys = torch.tensor([[prompt.index, k] for prompt, k in jobs])
-        columns = keys, values, end.scores(self.reward)[:, None].cpu()
+        columns = keys, values[:, 1:], end.scores(self.reward)[:, None].cpu(), *([mean, std] if self.candidates else [])
         self._seen.append(torch.cat([column.double() for column in columns], 1))
+
+    def _read(self, state: State) -> Tensor:
+        """Returns each row's value, and mean and standard deviation of its candidates' values, [n, 3]."""
+        unknown = torch.full((len(state.x), 3), torch.nan, dtype=torch.float64)
+        if state.i:
+            unknown[:, 0] = self.value(state).double()
+        if self.candidates:  # with noise of their own, so that the chain stays that of an unguided image
+            context = replace(state.context, generators=state.context.choosers)
+            v = self.value(replace(state, context=context).propose(self.candidates)).double().view(-1, self.candidates)
+            unknown[:, 1], unknown[:, 2] = v.mean(1), v.std(1)
+        return unknown
 
     def on_test_epoch_end(self) -> None:
         """Gathers the chains of all processes, some of which may have none, orders them by prompt, and measures."""
-        none = torch.empty(0, 2 + self.diffusion.num_inference_steps, dtype=torch.float64)
+        steps = self.diffusion.num_inference_steps
+        none = torch.empty(0, 2 + (3 if self.candidates else 1) * steps, dtype=torch.float64)
         own, self._seen = torch.cat([none, *self._seen]).to(self.device), []
         chains = torch.cat(gather_all_tensors(own) if self.trainer.world_size > 1 else [own]).cpu()
         chains = chains[(chains[:, 0] * self.images_per_prompt + chains[:, 1]).argsort()]
-        self.table = measure(chains[:, 2:-1], chains[:, -1], chains[:, 0].long())
+        prompts, own = chains[:, 0].long(), chains[:, 2 : 2 + steps]  # at the last step the reward
+        self.table = measure(own[:, :-1], own[:, -1], prompts)
+        if self.candidates:
+            mean, std = chains[:, 2 + steps :].chunk(2, 1)
+            slopes = reliability(own, mean, std, self.candidates, own[:, -1], prompts)
+            self.schedule = schedule(std.mean(0), slopes, self.average_candidates)
 
 
 def require_chains(num_chains: int) -> None:
@@ -114,6 +149,37 @@ def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
     ]
 
 
+def schedule(spread: Tensor, slopes: Tensor, average: int) -> Table:
+    """Returns, for each step, spread, reliability, fitted candidates and their gain; `allocation` explains them."""
+    gains = (spread * slopes).tolist()
+    counts = allocate(gains, average * len(gains))
+    return [
+        {
+            "step": i,
+            "spread": float(spread[i]),
+            "reliability": float(slopes[i]),
+            "candidates": count,
+            "gain": gain * expected_maximum(count),
+        }
+        for i, (gain, count) in enumerate(zip(gains, counts, strict=True))
+    ]
+
+
+def write_schedule(folder: Path, table: Table) -> str:
+    """Writes `candidates.json`, a configuration with the fitted numbers of candidates; returns a text table."""
+    counts = [row["candidates"] for row in table]
+    text = json.dumps({"model": {"sampler": {"init_args": {"num_candidates": counts}}}})
+    with os_errors_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / SCHEDULE, f"{text}\n".encode())
+    return _text(table)
+
+
+def _text(table: Table) -> str:
+    cells = ([str(v) if isinstance(v, int) else f"{v:.4f}" for v in row.values()] for row in table)
+    return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *cells))
+
+
 def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
     """Returns each number's deviation from the mean of its prompt."""
     counts = torch.bincount(prompts).clamp(min=1)
@@ -128,7 +194,7 @@ def write(folder: Path, table: Table, about: dict[str, Any], title: str) -> tupl
     """
     lines = "".join(",".join(map(str, cells)) + "\r\n" for cells in ([*table[0]], *(row.values() for row in table)))
     record = json.dumps({**about, "steps": plain(table, finite=True)}, indent=2)
-    summary, numbers, picture = (folder / name for name in FILES)
+    summary, numbers, picture = (folder / name for name in FILES[:3])
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for path in (summary, picture):
@@ -136,8 +202,7 @@ def write(folder: Path, table: Table, about: dict[str, Any], title: str) -> tupl
         write_atomically(numbers, lines.encode())
         plotted = plot(picture, {about["value"]: table}, title)
         write_atomically(summary, f"{record}\n".encode())
-    cells = ([f"{row['step']:.0f}", *(f"{number:.4f}" for number in [*row.values()][1:])] for row in table)
-    return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *cells)), plotted
+    return _text(table), plotted
 
 
 def plot(path: Path, tables: dict[str, Table], title: str) -> bool:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
+from svdd.diffusion.preview import Preview
 from svdd.runs.files import lock, os_errors_explained, write_atomically
 from svdd.runs.rows import Prompt
 from svdd.state.state import State
@@ -24,11 +25,20 @@ _OPTION = "--data.cache"
 
 
 def draw_rollouts(
-    diffusion: Diffusion, prompts: list[Prompt], seeds: list[int], steps: Sequence[int], read: Callable[[State], Tensor]
+    diffusion: Diffusion,
+    prompts: list[Prompt],
+    seeds: list[int],
+    steps: Sequence[int],
+    read: Callable[[State], Tensor],
+    preview: Preview | None = None,
 ) -> tuple[Tensor, State]:
-    """Draws unguided chains; returns what `read` returns at the steps, [n, steps, ...] on the CPU, and their end."""
+    """Draws unguided chains; returns what `read` returns at the steps, [n, steps, ...] on the CPU, and their end.
+
+    `preview` is that of the value, if any, which `read` evaluates.
+    """
     negatives = [prompt.negative_prompt for prompt in prompts]
     state, kept = State.start(diffusion, [prompt.text for prompt in prompts], seeds, 1, negatives), []
+    state.context.preview = preview
     while not state.done:
         if state.i in steps:
             kept.append(read(state).cpu())
