@@ -23,11 +23,10 @@ from svdd.rewards.jpeg import Compressibility
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.samplers.base import Sampler
 from svdd.samplers.best_of_n import BestOfN
-from svdd.samplers.budget import current_count
 from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 
-STEPS, IMAGES = 20, 3
+STEPS, IMAGES = 8, 2
 STATISTICS = {"ess": ".2f", "resamplings": ".1f", "alpha": ".3g"}
 
 
@@ -58,7 +57,7 @@ def mean(result: dict[str, Any], name: str) -> float | None:
 
 
 def line(name: str, result: dict[str, Any], best: dict[str, Any] | None, sampler: Sampler) -> str:
-    """Returns a sampler's row of a table; `best` is best-of-N with the sampler's count and the same seeds."""
+    """Returns a sampler's row of a table; `best` is best-of-N at equal rows with the same seeds."""
     if "refused" in result:
         return f"| {name} | refused: {result['refused'].partition(';')[0].partition(',')[0]} |" + " |" * 6
     known = {each: number for each in (*STATISTICS, "choices") if (number := mean(result, each)) is not None}
@@ -66,7 +65,7 @@ def line(name: str, result: dict[str, Any], best: dict[str, Any] | None, sampler
     warned = "warned" if idle(sampler, known | {"spread": mean(result, "spread")}) else ""
     cells = [f"{sum(result['scores']) / IMAGES:.4g}", f"{sum(result['rows']) / IMAGES:.0f}"]
     cells += [format(known[each], form) if each in known else "" for each, form in STATISTICS.items()]
-    cells += ["" if equal is None or name == "BestOfN" else f"{equal} of {IMAGES}", warned]
+    cells += ["" if equal is None else f"{equal} of {IMAGES}", warned]
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -95,15 +94,16 @@ def main() -> None:
         "",
         f"Every sampler with its default settings; the embedded model, T = {STEPS}, guidance scale 3, eta 1, one image "
         f"of each of {IMAGES} prompts. ESS: effective sample size as a share of the rows, averaged over the selections "
-        "with weights. Equal: images whose bytes equal those of best-of-N with the sampler's own count and the "
-        "same seeds. Made by `python -m benchmarks.default_settings`.",
+        "with weights. Equal: images whose bytes equal those of best-of-N with the same denoiser rows and seeds."
+        " Made by `python -m benchmarks.default_settings`.",
     ]
     for reward in rewards:
         lines += ["", f"## {reward}", ""]
         lines += ["| sampler | reward | denoiser rows | ESS | resamplings | alpha | equal | |", "|---|" + "---:|" * 7]
         for name, sampler in samplers.items():
-            result, (count, *_) = found(sampler, name, reward), (*current_count(sampler).values(), 0)
-            best = found(BestOfN(count), f"BestOfN({count})", reward) if count and "refused" not in result else None
+            result, best = found(sampler, name, reward), None
+            if "refused" not in result and (n := round(sum(result["rows"]) / IMAGES / STEPS)) > 1 and name != "BestOfN":
+                best = found(BestOfN(n), f"BestOfN({n})", reward)
             lines.append(line(name, result, best, sampler))
     text = "\n".join(lines) + "\n"
     print(text)

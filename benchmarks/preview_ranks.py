@@ -6,6 +6,7 @@ preview and the exact prediction of the same candidates are decoded and scored, 
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +33,9 @@ PREVIEWS = {
 }
 
 
+Found = tuple[dict[tuple[str, str, str], list[tuple[int, Tensor]]], dict[str, float]]
+
+
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """Returns the rank correlation in each row, with equal ranks for ties, [g, k] to [g]; NaN for a constant row."""
     ranks = [(x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] == x[:, None]).sum(2) / 2 for x in (a, b)]
@@ -51,33 +55,44 @@ def preview(diffusion: LatentDiffusion, parents: State, children: State, kind: P
     return diffusion.preview(children.x, children.i, conditioning, children.row, kind, reused)
 
 
-def measure(name: str, prompts: list[str]) -> tuple[dict[tuple[str, ...], Tensor], dict[str, float]]:
-    """Returns correlations by reward, preview and decoder, [steps, prompts], and network rows of a preview."""
+def measure(name: str, prompts: list[str]) -> Iterator[Found]:
+    """Yields after each step what has been measured so far: correlations, [prompts], by reward, preview and decoder."""
     kind, scale = MODELS[name]
     diffusion = kind(name, STEPS, guidance_scale=scale)
     decoders = {"full": diffusion.decode, "tiny": diffusion.load_decoder("tiny").eval()}
     rewards = {"JPEG": Compressibility(), "CLIPScore": CLIPScore()}
+    rows = {label: diffusion.preview_rows(part or Preview(), STEPS // 2) for label, part in PREVIEWS.items()}
     state, found = Start(diffusion, prompts, range(len(prompts)))(1), defaultdict(list)
     for i in range(STEPS - 1):
         if i % EVERY:
             state = state.propose(1)
             continue
-        children = state.propose(CANDIDATES)
-        scores = {}
-        for label, preview_kind in PREVIEWS.items():
-            x0 = preview(diffusion, state, children, preview_kind)
+        children, scores = state.propose(CANDIDATES), {}
+        for label, part in PREVIEWS.items():
+            x0 = preview(diffusion, state, children, part)
             for decoder, decode in decoders.items():
                 images = decode(x0)
                 for reward, scorer in rewards.items():
                     score = scorer.score(images, children.prompts).view(len(prompts), CANDIDATES)
                     scores[reward, label, decoder] = score.double()
         for key, score in scores.items():
-            found[key].append(spearman(score, scores[key[0], "exact", "full"]))
+            found[key].append((3 * i // (STEPS - 1), spearman(score, scores[key[0], "exact", "full"])))
         state = children.select(torch.zeros(len(prompts), 1, dtype=torch.int64))
-    rows = {
-        label: 2.0 if kind is None else diffusion.preview_rows(kind, STEPS // 2) for label, kind in PREVIEWS.items()
-    }
-    return {key: torch.stack(parts) for key, parts in found.items()}, rows
+        yield found, rows
+
+
+def table(name: str, found: dict[tuple[str, str, str], list[tuple[int, Tensor]]], rows: dict[str, float]) -> list[str]:
+    """Returns the lines of a model's table."""
+    head = "| preview | network rows | JPEG, full decoder | JPEG, tiny | CLIPScore, full decoder | CLIPScore, tiny |"
+    lines = ["", f"## {name}", "", head, "|---|---:|---|---|---|---|"]
+    for label in PREVIEWS:
+        cells = []
+        for key in ((reward, label, decoder) for reward in ("JPEG", "CLIPScore") for decoder in ("full", "tiny")):
+            thirds = [[part for third, part in found[key] if third == k] for k in range(3)]
+            means = [f"{float(torch.cat(parts).nanmean()):.2f}" for parts in thirds if parts]
+            cells.append("" if key[1:] == ("exact", "full") else " / ".join(means))
+        lines.append(f"| {label} | {rows[label]:.2f} | {' | '.join(cells)} |")
+    return lines
 
 
 @torch.no_grad()
@@ -98,20 +113,12 @@ def main() -> None:
         "those of one candidate's preview, by counted operations. Made by `python -m benchmarks.preview_ranks`.",
     ]
     for name in options.models:
-        found, rows = measure(name, list(PROMPTS[: options.prompts]))
-        head = (
-            "| preview | network rows | JPEG, full decoder | JPEG, tiny | CLIPScore, full decoder | CLIPScore, tiny |"
-        )
-        lines += ["", f"## {name}", "", head, "|---|---:|---|---|---|---|"]
-        for label in PREVIEWS:
-            cells = []
-            for key in ((reward, label, decoder) for reward in ("JPEG", "CLIPScore") for decoder in ("full", "tiny")):
-                thirds = [float(part.nanmean()) for part in found[key].chunk(3)]
-                cells.append("" if key[1:] == ("exact", "full") else " / ".join(f"{third:.2f}" for third in thirds))
-            lines.append(f"| {label} | {rows[label]:.2f} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    options.output.write_text(text)
+        own: list[str] = []
+        for found, rows in measure(name, list(PROMPTS[: options.prompts])):
+            own = table(name, found, rows)
+            options.output.write_text("\n".join(lines + own) + "\n")
+        lines += own
+    print(options.output.read_text())
 
 
 if __name__ == "__main__":

@@ -173,6 +173,7 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         ),
         (["--model.sampler.num_candidates", "many"], "expected int, list or dict, got many"),
         (["--model.sampler.num_candidates", "0"], "num_candidates must be >= 1, got 0"),
+        (["--model.sampler.alpha", "cool"], "alpha: expected float or one of auto, got cool"),
         (["--model.sampler.alpha", "-1"], "alpha must be >= 0 or auto, got -1.0"),
         (["--model.diffusion.num_inference_steps", "0"], "num_inference_steps must be an integer >= 1, got 0"),
         (["--model.diffusion.eta", "0"], "eta=0 every step is deterministic"),

@@ -235,10 +235,11 @@ def explain(message: str, command: str | None = None) -> str:
     if inner := re.search(r'Parser key "([^"]+)":?\s*(.*)', rest):
         return f"{name}.{inner[1]}: {_plain(inner[2])}"
     reasons = [line.strip(" -") for line in rest.splitlines() if line.strip(" -") and not _NOISE.search(line)]
-    kinds = [kind[1] for line in reasons if (kind := re.fullmatch(r"Expected a <class '(\w+)'>", line))]
+    kinds = [_plain(line) for line in reasons if line.startswith("Expected a ") and "Got value" not in line]
     if len(kinds) > 1:  # of a union
         if len(kinds) == len(reasons):
-            return f"{key}expected {', '.join(kinds[:-1])} or {kinds[-1]}{_got(rest)}"
+            names = [kind.removeprefix("expected ") for kind in kinds]
+            return f"{key}expected {', '.join(names[:-1])} or {names[-1]}{_got(rest)}"
         reasons = [line for line in reasons if "Got value" in line] or reasons
     return key + _plain(" ".join(reasons) or rest)
 

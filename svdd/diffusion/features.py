@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from svdd.assets.hub import quiet
 from svdd.diffusion.twins import cut_unet, is_unet, record_runs, record_state, replace_runs, twin_of
 
 __all__ = ["check", "recording", "reusing", "share"]
 
-_EXAMPLE = "a photo of an astronaut riding a horse on the moon"
+_EXAMPLE = "a photo of a red apple"
 _shares: dict[Any, float] = {}
 
 
@@ -113,7 +114,8 @@ def _arguments(family: Any, network: nn.Module) -> tuple[tuple[Any, ...], dict[s
     other = copy.copy(family)
     other.__dict__["_modules"] = {name: part for name, part in family._modules.items() if name != family.backbone}
     other.__dict__[family.backbone] = probe
-    texts = family.encode_texts([_EXAMPLE])
+    with quiet("diffusers", "transformers"):
+        texts = family.encode_texts([_EXAMPLE])
     family.release()
     x = torch.zeros(1, *family.latent_shape, dtype=family.dtype, device=family.device)
     with suppress(_Noted):

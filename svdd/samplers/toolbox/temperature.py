@@ -37,7 +37,7 @@ def _alpha(values: list[float]) -> float:
     """Returns the temperature of one image; exactly rounded sums do not depend on the batch, as a tensor's may."""
     values = [value for value in values if value != -math.inf]  # rows without a value do not compete
     n, mean = len(values), math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1))
+    spread = math.sqrt(math.fsum((value - mean) * (value - mean) for value in values) / max(n - 1, 1))
     return AUTO_MULTIPLE * spread if spread > _SMALLEST * max(map(abs, values)) else math.inf
 
 
