@@ -33,13 +33,11 @@ from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 
 BUDGETS = (200, 400, 800)
-CHAINS: dict[str, tuple[Callable[[], LatentDiffusion], int]] = {  # and the largest budget measured on it
-    "emoji-sd, T = 10": (lambda: StableDiffusion("emoji", num_inference_steps=10, guidance_scale=3.0, eta=0.0), 800),
-    "emoji-sd, T = 25": (lambda: StableDiffusion("emoji", num_inference_steps=25, guidance_scale=3.0, eta=0.0), 800),
-    "emoji-flow, T = 10": (
-        lambda: StableDiffusion3("emoji-flow", num_inference_steps=10, guidance_scale=2.0, eta=0.0),
-        400,
-    ),
+CHAINS: dict[str, Callable[[], LatentDiffusion]] = {
+    "emoji-sd, T = 5": lambda: StableDiffusion("emoji", num_inference_steps=5, guidance_scale=3.0, eta=0.0),
+    "emoji-sd, T = 10": lambda: StableDiffusion("emoji", num_inference_steps=10, guidance_scale=3.0, eta=0.0),
+    "emoji-sd, T = 25": lambda: StableDiffusion("emoji", num_inference_steps=25, guidance_scale=3.0, eta=0.0),
+    "emoji-flow, T = 10": lambda: StableDiffusion3("emoji-flow", num_inference_steps=10, guidance_scale=2.0, eta=0.0),
 }
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "RandomSearch": RandomSearch,
@@ -63,10 +61,11 @@ def progress(sampler: Sampler, final: State) -> tuple[list[int], Tensor]:
 
 
 @torch.no_grad()
-def measure(chain: str, guide: Reward, others: list[Reward], name: str, prompts: tuple[str, ...]) -> dict[str, Any]:
-    """Runs one search with its largest budget; returns the best rewards by budget, [prompts], and held-out ones."""
-    build, most = CHAINS[chain]
-    diffusion, value = build(), PosteriorMean()
+def measure(
+    chain: str, guide: Reward, others: list[Reward], name: str, most: int, prompts: tuple[str, ...] = PROMPTS
+) -> dict[str, Any]:
+    """Runs one search with `most` rows per image; returns the best rewards by budget, [prompts], and held-out ones."""
+    diffusion, value = CHAINS[chain](), PosteriorMean()
     value.bind(guide, diffusion)
     sampler, steps = fit_budget(SAMPLERS[name](), most, diffusion, value), diffusion.num_inference_steps
     began = time.process_time()
@@ -92,17 +91,18 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         "for the largest budget: held-out scores as differences from `RandomSearch`, and CPU seconds per image on one "
         "thread of a shared machine. Made by `python -m benchmarks.starts`.",
     ]
-    for chain, (_, most) in CHAINS.items():
+    for chain in CHAINS:
         for guide in ("Compressibility", "CLIPScore"):
             found = {name: results[key] for name in SAMPLERS if (key := f"{chain}/{guide}/{name}") in results}
             if RANDOM in found:
-                lines += table(f"## {chain}, guide {guide}", found, [b for b in BUDGETS if b <= most])
+                lines += table(f"## {chain}, guide {guide}", found)
     return "\n".join(lines) + "\n"
 
 
-def table(title: str, found: dict[str, dict[str, Any]], budgets: list[int]) -> list[str]:
-    """Returns the lines of one chain and guide."""
+def table(title: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the lines of one chain and guide, with the budgets that all of its samplers have."""
     others = list(found[RANDOM]["held_out"])
+    budgets = [budget for budget in BUDGETS if all(str(budget) in entry["scores"] for entry in found.values())]
     heads = ["rows", "sampler", "reward", f"- {RANDOM}", f"- {CLIMB}", *others, "seconds"]
     lines = ["", title, "", f"| {' | '.join(heads)} |", "|---:|---|" + "---:|" * (len(heads) - 2)]
 
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--chains", nargs="+", default=list(CHAINS))
     parser.add_argument("--guides", nargs="+", default=["Compressibility", "CLIPScore"])
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS))
+    parser.add_argument("--rows", type=int, default=max(BUDGETS), choices=BUDGETS, help="largest budget")
     parser.add_argument("--kept", type=Path, default=Path("build/starts"), help="folder of finished entries")
     options = parser.parse_args()
     options.kept.mkdir(parents=True, exist_ok=True)
@@ -146,9 +147,9 @@ def main() -> None:
     keys = [f"{c}/{g}/{s}" for c in options.chains for g in options.guides for s in options.samplers]
     for key in keys:
         path = options.kept / (key.replace("/", "--") + ".json")
-        if not path.exists():
+        if not path.exists() or str(options.rows) not in json.loads(path.read_text())["scores"]:
             chain, guide, name = key.split("/")
-            path.write_text(json.dumps(measure(chain, *guides[guide], name, PROMPTS)))
+            path.write_text(json.dumps(measure(chain, *guides[guide], name, options.rows)))
             print(key, flush=True)
     results = {}
     for key in (f"{c}/{g}/{s}" for c in CHAINS for g in guides for s in SAMPLERS):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from svdd import UserError
@@ -73,6 +74,8 @@ class LatentDiffusion(PipelineParts):
             are encoded, or `model`: one part at a time. It saves memory, not time.
         vae_slicing: Decode one image at a time.
         vae_tiling: Decode images above the autoencoder's own size in tiles, which can leave faint seams.
+        vae_channels_last: Keep the weights of the decoders in the order in which a CPU convolves faster; the last bits
+            of pictures change.
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
@@ -109,6 +112,7 @@ class LatentDiffusion(PipelineParts):
         offload: OffloadMode = "none",
         vae_slicing: bool = False,
         vae_tiling: bool = False,
+        vae_channels_last: bool = False,
         local_files_only: bool = False,
     ) -> None:
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
@@ -144,6 +148,8 @@ class LatentDiffusion(PipelineParts):
         if lora is not None:
             fuse_lora(self.pipe, lora, lora_scale)
         self.save_memory(offload, vae_slicing, vae_tiling)
+        self.vae_channels_last = vae_channels_last
+        self.order_weights(self.vae)
         self.latent_shape = self._latent_shape(height, width)
         settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
         self.kernel = kernel(settings, steps, self.transition, self.timestep_options(settings))
@@ -236,7 +242,15 @@ class LatentDiffusion(PipelineParts):
             if self.tiny is None:
                 raise UserError(f"there is no small decoder for {type(self).__name__}; give a folder or a hub name")
             source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
-        return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only)
+        return self.order_weights(TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only))
+
+    def order_weights(self, decoder: nn.Module) -> nn.Module:
+        """Applies `vae_channels_last` to a decoder and returns it; UserError if it has other than flat convolutions."""
+        if self.vae_channels_last:
+            if any(weight.ndim == 5 for weight in decoder.parameters()):
+                raise UserError(f"vae_channels_last: a {type(decoder).__name__} convolves in time too; leave it out")
+            decoder.to(memory_format=torch.channels_last)
+        return decoder
 
     def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, tokenizer in self.tokenizers.items():

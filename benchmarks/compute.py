@@ -1,0 +1,269 @@
+"""How much of SVDD's compute its reward needs: previews, screening, schedules and precision on the embedded model.
+
+Draws 24 prompts x 2 images with every recipe, guided by the JPEG size and by CLIPScore, M = 20, T = 50, in the
+reproducible chunks that `svdd predict` uses on a CPU, on one thread. Every finished image is a file, so a run can be
+killed and continued, and recipes added. The first image of all prompts comes first; recipes alternate, so that
+background load affects all alike. `--timing` draws once more, for the CPU seconds alone.
+`benchmarks/data/compute.jsonl` holds the finished cells; `--only-report` makes benchmarks/compute.md from it.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from svdd.values.screened import Screened
+from torch import Tensor
+
+from benchmarks.cells import Cells
+from benchmarks.flops import SHAPES, flops
+from benchmarks.paired import PROMPTS, interval
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.guided_diffusion import GuidedDiffusion
+from svdd.rewards.base import Reward
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.base import Sampler
+from svdd.samplers.svdd import SVDD
+from svdd.values.base import Value
+from svdd.values.posterior_mean import PosteriorMean
+
+STEPS, CANDIDATES, IMAGES = 50, 20, 2
+BASELINE = "exact"
+GUIDES: dict[str, Callable[[], Reward]] = {"Compressibility": Compressibility, "CLIPScore": CLIPScore}
+OUTER_LEVEL = {"sd15": 3, "sdxl": 3}  # depth of the features that leaves the outer resolution to each candidate
+ABOUT = (
+    f"SVDD at alpha 0 on the embedded model, M = {CANDIDATES}, T = {STEPS}, guidance scale 3, eta 1, {len(PROMPTS)} "
+    "prompts x 2 images, same seeds; `images` says how many are measured so far. Differences to the exact posterior "
+    "mean are paired by prompt, with 95 % intervals (Student's t); other rewards than the guide are held out "
+    "(`CLIPScore-judge`: a second CLIP, trained separately). Network rows are equivalents of rows without guidance; "
+    "`decoded` and `tiny` are images of the full and the small decoder, `scored` those that the reward has seen. CPU "
+    "seconds are those of one thread relative to exact, from a separate run in which recipes alternate, on the "
+    "prompts of `--timing`; in parentheses from the runs that gave the rewards, on a loaded machine. SD 1.5 (512 px) "
+    "and SDXL (1024 px): counted floating-point operations relative to exact, if the same counts of rows and images "
+    "went through those models ([flops.md](flops.md)); features then leave out all but the outer resolution, and "
+    "CLIPScore reads ViT-L/14. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
+)
+DATA = Path(__file__).parent / "data" / "compute.jsonl"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A value, a sampler and a precision.
+
+    `guide` is the name of the reward, on which fitted schedules depend.
+    """
+
+    value: Callable[[str], Value] = lambda guide: PosteriorMean()
+    sampler: Callable[[str], Sampler] = lambda guide: SVDD(CANDIDATES)
+    dtype: str = "float32"
+    channels_last: bool = False
+
+
+def _tiny(**settings: Any) -> Callable[[str], Value]:
+    return lambda guide: PosteriorMean("tiny", **settings)
+
+
+def _screened(keep: int, **settings: Any) -> Callable[[str], Value]:
+    return lambda guide: Screened(PosteriorMean("tiny", **settings), PosteriorMean(), keep)
+
+
+def _scheduled(counts: dict[float, int]) -> Callable[[str], Sampler]:
+    return lambda guide: SVDD(counts)
+
+
+_FEWER = {0.3: 16, 1.0: 8}  # M: the early steps decide most about CLIPScore, and all of them matter for the JPEG size
+_FASTER = {"dtype": "bfloat16", "channels_last": True}
+RECIPES: dict[str, Recipe] = {
+    BASELINE: Recipe(),
+    "bf16, channels last": Recipe(**_FASTER),
+    "tiny": Recipe(_tiny()),
+    "no CFG": Recipe(lambda guide: PosteriorMean(guidance_scale=1.0)),
+    "no CFG + tiny": Recipe(_tiny(guidance_scale=1.0)),
+    "reuse": Recipe(lambda guide: PosteriorMean(reuse_guidance=True)),
+    "reuse + tiny": Recipe(_tiny(reuse_guidance=True)),
+    "reuse + tiny, bf16, channels last": Recipe(_tiny(reuse_guidance=True), **_FASTER),
+    "features": Recipe(lambda guide: PosteriorMean(feature_depth=2)),
+    "features + tiny": Recipe(_tiny(feature_depth=2)),
+    "features + reuse + tiny": Recipe(_tiny(feature_depth=2, reuse_guidance=True)),
+    "tiny > 3": Recipe(_screened(3)),
+    "reuse + tiny > 3": Recipe(_screened(3, reuse_guidance=True)),
+    "features + tiny > 3": Recipe(_screened(3, feature_depth=2)),
+    "tiny > 3, fewer": Recipe(_screened(3), _scheduled(_FEWER)),
+    "tiny > 3, fewer, channels last": Recipe(_screened(3), _scheduled(_FEWER), channels_last=True),
+    "tiny > 3, fewer, bf16, channels last": Recipe(_screened(3), _scheduled(_FEWER), **_FASTER),
+}
+
+
+class Counted(StableDiffusion):
+    """The embedded model, which counts the rows of each kind of call."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__("emoji", STEPS, guidance_scale=3.0, eta=1.0, reproducible=True, **settings)
+        self.rows: Counter[str] = Counter()
+
+    def denoise(self, x: Tensor, *arguments: Any, **settings: Any) -> Any:
+        """Counts rows with guidance."""
+        self.rows["full"] += len(x)
+        return super().denoise(x, *arguments, **settings)
+
+    def record(self, x: Tensor, *arguments: Any, **settings: Any) -> Any:
+        """Counts rows with guidance whose children reuse them."""
+        self.rows["full"] += len(x)
+        return super().record(x, *arguments, **settings)
+
+    def preview(self, x: Tensor, *arguments: Any, **settings: Any) -> Any:
+        """Counts rows of a preview."""
+        self.rows["preview"] += len(x)
+        return super().preview(x, *arguments, **settings)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Counts images of the full decoder."""
+        self.rows["decoded"] += len(x0)
+        return super().decode(x0)
+
+
+def build(recipe: Recipe, guide: str) -> GuidedDiffusion:
+    """Returns the model that draws with a recipe."""
+    diffusion = Counted(dtype=recipe.dtype, vae_channels_last=recipe.channels_last)
+    return GuidedDiffusion(GUIDES[guide](), diffusion, recipe.sampler(guide), recipe.value(guide)).eval()
+
+
+@torch.no_grad()
+def draw(model: GuidedDiffusion, prompt: int, image: int, scorers: list[Reward]) -> dict[str, Any]:
+    """Draws the k-th image of a prompt; returns scores by all rewards, counts and CPU seconds."""
+    texts = [PROMPTS[prompt]]
+    model.diffusion.rows.clear()
+    began = time.process_time()
+    final = model.draw(texts, [1000 * prompt + image])
+    seconds = time.process_time() - began
+    ledger, rows = asdict(final.context.ledger), dict(model.diffusion.rows)
+    counts = {name: ledger[name] for name in ("denoiser_rows", "network_rows", "reward_calls")} | rows
+    counts["tiny"] = ledger["decoded_images"] - rows["decoded"]
+    return {
+        "scores": {reward.name: round(float(reward.score(final.images.float(), texts)), 6) for reward in scorers},
+        "counts": counts,
+        "seconds": round(seconds, 3),
+    }
+
+
+def main() -> None:
+    """Measures the missing cells and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rewards", nargs="+", default=list(GUIDES), choices=list(GUIDES))
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--prompts", type=int, nargs=2, default=[0, len(PROMPTS)], help="first prompt, and the end")
+    parser.add_argument("--images", type=int, default=IMAGES, help="per prompt")
+    parser.add_argument("--timing", action="store_true", help="keep CPU seconds only, apart from the other cells")
+    parser.add_argument("--only-report", action="store_true", help="write the page from benchmarks/data")
+    parser.add_argument("--kept", type=Path, default=Path("build/compute"), help="folder of finished cells")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = Cells(DATA, options.kept)
+    if not options.only_report:
+        measure(cells, options)
+    cells.commit()
+    text = report(cells)
+    print(text)
+    Path(__file__).with_suffix(".md").write_text(text)
+
+
+def measure(cells: Cells, options: argparse.Namespace) -> None:
+    """Measures the missing cells."""
+    scorers = [CLIPScore(), CLIPScore("emoji-judge"), Compressibility()]
+    models: dict[tuple[str, str], GuidedDiffusion] = {}
+    for image, prompt in product(range(options.images), range(*options.prompts)):
+        for guide, name in product(options.rewards, options.recipes):
+            kind = "timing" if options.timing else "scores"
+            key = {"kind": kind, "guide": guide, "recipe": name, "prompt": prompt, "image": image}
+            if key in cells:
+                continue
+            if (guide, name) not in models:
+                models[guide, name] = build(RECIPES[name], guide)
+            found = draw(models[guide, name], prompt, image, scorers)
+            cells.add(key, found)
+            print(*key.values(), f"{found['scores'][guide]:.3f}, {found['seconds']:.1f} s", flush=True)
+
+
+def report(cells: Cells) -> str:
+    """Returns the page."""
+    lines = ["# Reward against compute", "", *ABOUT]
+    for guide in GUIDES:
+        kept = {
+            name: {_place(cell): cell for cell in cells.select(kind="scores", guide=guide, recipe=name)}
+            for name in RECIPES
+        }
+        timed = {
+            name: {_place(cell): cell for cell in cells.select(kind="timing", guide=guide, recipe=name)}
+            for name in RECIPES
+        }
+        kept = {name: found for name, found in kept.items() if found}
+        if BASELINE not in kept:
+            continue
+        held_out = [name for name in ("CLIPScore", "CLIPScore-judge", "Compressibility") if name != guide]
+        heads = ["recipe", "images", guide, "- exact", *(f"{name} - exact" for name in held_out)]
+        heads += ["network rows", "decoded", "tiny", "scored", "CPU seconds", "SD 1.5", "SDXL"]
+        lines += ["", f"## Guide {guide}", "", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+        exact, exact_work = kept[BASELINE], _work(kept[BASELINE], BASELINE, guide)
+        for name, found in kept.items():
+            own = sum(cell["scores"][guide] for cell in found.values()) / len(found)
+            entry = [name, str(len(found)), f"{own:.3f}", *(_minus(found, exact, each) for each in (guide, *held_out))]
+            work = _work(found, name, guide)
+            entry += [f"{work[kind]:.0f}" for kind in ("network_rows", "decoded", "tiny", "reward_calls")]
+            seconds = _ratio(timed[name], timed[BASELINE]) or f"({_ratio(found, exact)})"
+            entry += [seconds, *(f"{work[shape] / exact_work[shape]:.2f}" for shape in SHAPES)]
+            lines.append(f"| {' | '.join(entry)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _place(cell: dict[str, Any]) -> tuple[int, int]:
+    return cell["key"]["prompt"], cell["key"]["image"]
+
+
+def _minus(found: dict[Any, Any], exact: dict[Any, Any], reward: str) -> str:
+    """Returns the difference to exact with its 95 % interval, paired by prompt over the images that both have."""
+    if found is exact:
+        return ""
+    differences: dict[int, list[float]] = {}
+    for place in sorted(found.keys() & exact.keys()):
+        difference = found[place]["scores"][reward] - exact[place]["scores"][reward]
+        differences.setdefault(place[0], []).append(difference)
+    means = torch.tensor([[sum(each) / len(each)] for each in differences.values()])
+    return interval(means, torch.zeros_like(means)) if len(means) > 1 else ""
+
+
+def _ratio(found: dict[Any, Any], exact: dict[Any, Any]) -> str:
+    """Returns the CPU seconds of a recipe divided by those of exact, over the images that both have."""
+    both = found.keys() & exact.keys()
+    if not both:
+        return ""
+    return f"{sum(found[place]['seconds'] for place in both) / sum(exact[place]['seconds'] for place in both):.2f}"
+
+
+def _work(found: dict[Any, Any], name: str, guide: str) -> dict[str, float]:
+    """Returns the mean counts of a recipe's images, and the operations that they would take on larger models."""
+    totals: Counter[str] = Counter()
+    for cell in found.values():
+        totals.update(cell["counts"])
+    work: dict[str, float] = {kind: total / len(found) for kind, total in totals.items()}
+    preview = RECIPES[name].value(guide).preview
+    for shape in SHAPES:
+        counted = flops(shape)
+        halves = 2 if preview is None or (preview.guidance_scale is None and not preview.reuse_guidance) else 1
+        share = 1.0 if preview is None or preview.feature_depth is None else counted["share"][OUTER_LEVEL[shape]]
+        work[shape] = (
+            (2 * work["full"] + halves * share * work.get("preview", 0)) * counted["network_row"]
+            + work["decoded"] * counted["decode"]
+            + work["tiny"] * counted["tiny_decode"]
+            + work["reward_calls"] * (counted["reward_clip"] if guide == "CLIPScore" else 0)
+        )
+    return work
+
+
+if __name__ == "__main__":
+    main()
