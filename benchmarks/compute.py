@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from svdd.values.screened import Screened
 from torch import Tensor
 
 from benchmarks.cells import Cells
@@ -32,6 +31,7 @@ from svdd.samplers.base import Sampler
 from svdd.samplers.svdd import SVDD
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.screened import Screened
 
 STEPS, CANDIDATES, IMAGES = 50, 20, 2
 BASELINE = "exact"
