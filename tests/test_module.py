@@ -403,7 +403,7 @@ def test_the_summary_holds_what_the_selections_came_to(sampler):
         (SMC(), {"b": (0.0, 0.0)}, "SMC never had a choice: an image's rows had equal values"),
         (TwistedSMC(alpha=100.0), {}, "TwistedSMC never resampled: alpha=100 is large"),
     ],
-    ids=str,
+    ids=["never", "at random", "threshold 0", "one candidate", "equal values", "twisted"],
 )
 def test_selections_without_effect_are_reported(sampler, options, words):
     model, _ = summary_of(sampler, **options)

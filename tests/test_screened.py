@@ -18,6 +18,7 @@ from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
 from svdd.samplers.progressive_pruning import ProgressivePruning
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -181,7 +182,7 @@ def test_a_budget_counts_both_values():
 # ---- what is refused
 
 
-@pytest.mark.parametrize("sampler", [SMC(), TwistedSMC(), DPS(), ProgressivePruning()], ids=label)
+@pytest.mark.parametrize("sampler", [SMC(), TwistedSMC(), DPS(), ProgressivePruning(), RolloverBudget()], ids=label)
 def test_samplers_that_need_every_value_refuse_it(sampler):
     name = type(sampler).__name__
     message = (

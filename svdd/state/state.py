@@ -1,7 +1,7 @@
 """A batch of particles at one step of the reverse chain."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -198,8 +198,7 @@ class State:
             if bool((places[flat] >= 0).all()):
                 cache |= {name: known[places[flat]] for name, known in part._cache.items()}
         parents = None if self._parents is None else (self._parents[0], self._parents[1][flat])
-        x, row, origin = self.x[flat], self.row[flat], self.origin[flat]
-        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=parents, _parts=[])
+        return State(self.x[flat], self.i, self.row[flat], self.origin[flat], self.context, cache, parents)
 
     def part(self, index: Tensor) -> "State":
         """Returns distinct rows of every group as `select` does; what will be computed for them is kept for them."""
@@ -218,7 +217,7 @@ class State:
 
         x, row, origin = joined(self.x, other.x), joined(self.row, other.row), joined(self.origin, other.origin)
         cache = {name: joined(known, other._cache[name]) for name, known in self._cache.items() if name in other._cache}
-        return replace(self, x=x, row=row, origin=origin, _cache=cache, _parents=None, _parts=[])
+        return State(x, self.i, row, origin, self.context, cache)
 
     def replay(self, x: Tensor) -> "State":
         """Starts the same chain from other latents x at i = 0, [images * k, *latent_shape].
@@ -248,15 +247,7 @@ class State:
             def differentiated(x: Tensor, row: Tensor, origin: Tensor, *known: Tensor) -> dict[str, Tensor]:
                 leaf = (known[0] if known else x).detach().requires_grad_()
                 cache = {"x0": leaf, "mean": known[1]} if known else {}
-                part = replace(
-                    self,
-                    x=x.detach() if known else leaf,
-                    row=row,
-                    origin=origin,
-                    _cache=cache,
-                    _parents=None,
-                    _parts=[],
-                )
+                part = State(x.detach() if known else leaf, self.i, row, origin, self.context, cache)
                 return differentiate(value, part, leaf)
 
             rows = (self.x, self.row, self.origin, *known)  # in chunks, which bounds the memory of the graph
