@@ -28,7 +28,7 @@ STEPS, PARTICLES = 25, 16  # of the spreads
 SHOWN = (1, 3, 5, 7, 9, 11, 13, 15, 19, 23)
 FIXED = {"Compressibility": 0.1, "CLIPScore": 0.01}  # tuned by hand for these rewards
 CHOSEN_ON = 8  # the first prompts served to choose the multiple and the start; the table has the others
-PROMPTS_OF = {8: 20, 16: 16}  # number of particles: the last prompt of its table
+PROMPTS_OF = {8: 16}  # number of particles: the last prompt of its table
 
 
 @torch.no_grad()
