@@ -6,6 +6,7 @@ Keeps every finished entry in a JSON file, continues after the last one, and wri
 import argparse
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def line(name: str, result: dict[str, Any], best: dict[str, Any] | None, sampler
         return f"| {name} | refused: {result['refused'].partition(';')[0].partition(',')[0]} |" + " |" * 6
     known = {each: number for each in (*STATISTICS, "choices") if (number := mean(result, each)) is not None}
     equal = sum(one == other for one, other in zip(result["digests"], best["digests"], strict=True)) if best else None
-    warned = "warned" if idle(sampler, known | {"spread": mean(result, "spread")}) else ""
+    summary = known | {"spread": mean(result, "spread"), "alpha": {"mean": known.get("alpha", math.inf)}}
+    warned = "warned" if idle(sampler, summary) else ""
     cells = [f"{sum(result['scores']) / IMAGES:.4g}", f"{sum(result['rows']) / IMAGES:.0f}"]
     cells += [format(known[each], form) if each in known else "" for each, form in STATISTICS.items()]
     cells += ["" if equal is None else f"{equal} of {IMAGES}", warned]
@@ -72,6 +74,7 @@ def line(name: str, result: dict[str, Any], best: dict[str, Any] | None, sampler
 def main() -> None:
     """Measures what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only-report", action="store_true", help="write the page from the finished entries")
     parser.add_argument("--kept", type=Path, default=Path("build/default_settings"), help="folder of finished entries")
     options = parser.parse_args()
     clip = CLIPScore()
@@ -85,6 +88,8 @@ def main() -> None:
     def found(sampler: Sampler, label: str, reward: str) -> dict[str, Any]:
         path = options.kept / f"{reward}-{label}.json"
         if not path.exists():
+            if options.only_report:
+                return {}
             path.write_text(json.dumps(draw(diffusion, sampler, rewards[reward])))
             print(path.stem, flush=True)
         return json.loads(path.read_text())
@@ -95,16 +100,17 @@ def main() -> None:
         f"Every sampler with its default settings; the embedded model, T = {STEPS}, guidance scale 3, eta 1, one image "
         f"of each of {IMAGES} prompts. ESS: effective sample size as a share of the rows, averaged over the selections "
         "with weights. Equal: images whose bytes equal those of best-of-N with the same denoiser rows and seeds."
-        " Made by `python -m benchmarks.default_settings`.",
+        " A sampler without a row was not measured on that reward. Made by `python -m benchmarks.default_settings`.",
     ]
     for reward in rewards:
         lines += ["", f"## {reward}", ""]
         lines += ["| sampler | reward | denoiser rows | ESS | resamplings | alpha | equal | |", "|---|" + "---:|" * 7]
         for name, sampler in samplers.items():
             result, best = found(sampler, name, reward), None
-            if "refused" not in result and (n := round(sum(result["rows"]) / IMAGES / STEPS)) > 1 and name != "BestOfN":
+            if "rows" in result and (n := round(sum(result["rows"]) / IMAGES / STEPS)) > 1 and name != "BestOfN":
                 best = found(BestOfN(n), f"BestOfN({n})", reward)
-            lines.append(line(name, result, best, sampler))
+            if result:  # else it is not measured yet
+                lines.append(line(name, result, best, sampler))
     text = "\n".join(lines) + "\n"
     print(text)
     Path(__file__).with_suffix(".md").write_text(text)

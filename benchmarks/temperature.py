@@ -28,7 +28,7 @@ STEPS, PARTICLES = 25, 16  # of the spreads
 SHOWN = (1, 3, 5, 7, 9, 11, 13, 15, 19, 23)
 FIXED = {"Compressibility": 0.1, "CLIPScore": 0.01}  # tuned by hand for these rewards
 CHOSEN_ON = 8  # the first prompts served to choose the multiple and the start; the table has the others
-PROMPTS_OF = {8: 20, 16: 16}  # number of particles: the last prompt of its table
+PROMPTS_OF = {8: 16}  # number of particles: the last prompt of its table
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def main() -> None:
         "",
         f"`auto` is {AUTO_MULTIPLE:g} standard deviations of the values of an image's own particles, at the first step "
         f"at or after {AUTO_START:.2f} T. Both numbers were chosen on the first {CHOSEN_ON} prompts "
-        "([experiments.md](../docs/experiments.md)); the comparison has others.",
+        "([experiments.md](../docs/experiments.md)).",
         "",
         "## Spread of the values along the chain",
         "",

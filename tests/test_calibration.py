@@ -134,9 +134,6 @@ def test_the_command_fits_candidates_that_predict_takes(calibrate, tmp_path, cap
     assert main(["predict", *words, "--config", str(fitted), "--output", str(tmp_path / "p")]) == 0
     trace = json.loads((tmp_path / "p" / "trace.jsonl").read_text().splitlines()[0])
     assert trace["candidates"] == [count for count in counts if count > 1]
-    (tmp_path / "c" / "candidates.json").unlink()
-    assert calibrate("--model.candidates", "3", "--model.average_candidates", "4", "--overwrite", "true") == 0
-    assert json.loads(fitted.read_text())["model"]["sampler"]["init_args"]["num_candidates"] == counts
     screened = ["--model.value", "Screened", "--model.value.cheap", "PosteriorMean", "--model.value.exact"]
     assert calibrate(*screened, "PosteriorMean", "--output", str(tmp_path / "s")) == 2
     assert "calibrate measures one value: give one part of Screened" in capsys.readouterr().err

@@ -746,6 +746,7 @@ def test_two_processes_fit_a_value(config, tmp_path):
 def test_two_processes_draw_the_same_images(config, tmp_path, read_rows):
     """One thread each, since the number of threads affects the last bit of a sum."""
     base = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
+    base += ["--model.sampler.alpha", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     (tmp_path / "json.py").write_text("raise SystemExit('from the working directory')")
     for name, options in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
@@ -757,5 +758,6 @@ def test_two_processes_draw_the_same_images(config, tmp_path, read_rows):
     one, two = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
     assert [row["sha256"] for row in one] == [row["sha256"] for row in two]
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
-    assert summaries[0]["rewards"] == summaries[1]["rewards"]
+    for name in ("rewards", "choices", "resamplings", "spread", "ess", "alpha"):
+        assert summaries[0][name] == summaries[1][name]
     assert summaries[0]["ledger"]["denoiser_rows"] == summaries[1]["ledger"]["denoiser_rows"]

@@ -1,10 +1,10 @@
 """Counts of candidates per step: their meaning, their special cases bit for bit, their gain, cost and budgets."""
 
+import json
 import math
 
 import pytest
 import torch
-import yaml
 
 from svdd import UserError
 from svdd.__main__ import main
@@ -119,22 +119,22 @@ def test_a_schedule_must_fit_the_chain(sampler):
         SVDD([1, 4], num_particles=4, score_parent=True)
 
 
-def test_the_command_line_and_a_second_configuration_give_schedules(sd15, tmp_path, capsys):
-    fitted = tmp_path / "fitted.json"
-    fitted.write_text('{"model": {"sampler": {"init_args": {"num_candidates": [2, 3, 1]}}}}')
+def test_the_command_line_and_a_recorded_configuration_give_schedules(sd15, tmp_path, capsys):
     words = ["predict", "--model.reward", "Compressibility", "--model.diffusion.pretrained", sd15]
     words += ["--model.diffusion.num_inference_steps", "3", "--data.prompts", "[apple]", "--trainer.accelerator", "cpu"]
-    for name, more in {"a": ["--model.sampler.num_candidates", "{0.5: 2, 1.0: 3}"], "b": ["--config", fitted]}.items():
-        folder = tmp_path / name
-        assert main([*words, *map(str, more), "--output", str(folder)]) == 0
-        assert main([*words, *map(str, more), "--output", str(folder)]) == 0  # the recorded settings are the same
-        recorded = yaml.safe_load((folder / "config.yaml").read_text())["model"]["sampler"]["init_args"]
-        assert recorded["num_candidates"] == ({0.5: 2, 1.0: 3} if name == "a" else [2, 3, 1])
+    schedule = ["--model.sampler.num_candidates", "{0.5: 2, 1.0: 3}", "--output", str(tmp_path / "a")]
+    assert main([*words, *schedule]) == 0
+    trace = json.loads((tmp_path / "a" / "trace.jsonl").read_text())
+    assert trace["candidates"] == [2, 2, 3]
+    assert main(["predict", "--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "a")]) == 0
     capsys.readouterr()
-    assert main([*words, "--model.sampler.num_candidates", "[2, 3]", "--output", str(tmp_path / "c")]) == 2
-    assert "num_candidates has 2 counts, one per step" in capsys.readouterr().err
-    assert main([*words, "--model.sampler.num_candidates", "many", "--output", str(tmp_path / "c")]) == 2
-    assert "expected int, list or dict, got many" in capsys.readouterr().err
+    for given, message in {
+        "[2, 3]": "num_candidates has 2 counts, one per step",
+        "many": "expected int, list or dict, got many",
+        "{x: 2}": "expected fractions of the chain as keys, got ['x']",
+    }.items():
+        assert main([*words, "--model.sampler.num_candidates", given, "--output", str(tmp_path / "b")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_states_the_schedule_that_a_budget_chose():

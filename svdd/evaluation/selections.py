@@ -26,11 +26,12 @@ def idle(sampler: Sampler, summary: dict[str, Any]) -> str:
         alone = " and ".join(f"{key}=1" for key, number in count.items() if number == 1)
         cause = f"{alone} leaves nothing to choose from; raise it" if alone else "an image's rows had equal values"
         return f"{name} never had a choice: {cause}" if alone or spread is not None else ""
-    if weighted is None or spread is None or (summary["resamplings"] and weighted < _RANDOM):
+    moved = summary["resamplings"] or sampler.needs_gradient  # by selections, or by gradients
+    if weighted is None or spread is None or (moved and weighted < _RANDOM):
         return ""
     effect = f"{name} chose almost at random" if summary["resamplings"] else f"{name} never resampled"
     alpha = summary["alpha"]["mean"] if "alpha" in summary else math.inf
-    if alpha < spread:
+    if alpha < spread or getattr(getattr(sampler, "weighing", sampler), "alpha", None) == "auto":
         return f"{effect}: its particles met at the end only, as in BestOfN; raise ess_threshold or widen the window"
     cause = f"alpha={alpha:.3g} is large against the spread of an image's values, {spread:.2g}"
     met = "" if summary["resamplings"] else ", so its particles met at the end only, as in BestOfN"

@@ -129,7 +129,9 @@ class Sampler(ABC):
         ess = None if log_w is None else effective_sample_size(log_w)
         known = values.masked_fill(values.isneginf(), math.nan)
         temperatures = (
-            None if alpha is None else torch.as_tensor(alpha, dtype=torch.float64).flatten().expand(len(index))
+            None
+            if alpha is None or log_w is None
+            else torch.as_tensor(alpha, dtype=torch.float64).flatten().expand(len(index))
         )
         found = Selection(state.i, known, index, ancestors, ess, log_normaliser, temperatures, state.done)
         state.context.trace.selections.append(found)

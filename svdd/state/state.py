@@ -198,8 +198,7 @@ class State:
             if bool((places[flat] >= 0).all()):
                 cache |= {name: known[places[flat]] for name, known in part._cache.items()}
         parents = None if self._parents is None else (self._parents[0], self._parents[1][flat])
-        x, row, origin = self.x[flat], self.row[flat], self.origin[flat]
-        return State(x, self.i, row, origin, self.context, cache, parents)
+        return State(self.x[flat], self.i, self.row[flat], self.origin[flat], self.context, cache, parents)
 
     def part(self, index: Tensor) -> "State":
         """Returns distinct rows of every group as `select` does; what will be computed for them is kept for them."""
@@ -226,8 +225,8 @@ class State:
         Every row of an image will receive the same noise, so the end of a row depends on its start alone.
         """
         if self.i != 0:
-            what = f"only a start at i = 0 can be replayed, got a state at step {self.i}"
-            raise UserError(f"{what}; use another sampler inside Refinement")
+            help = "use another sampler inside Refinement"
+            raise UserError(f"only a start at i = 0 can be replayed, got a state at step {self.i}; {help}")
         if x is not self.x:
             self.context.trace.diverge(None)  # these latents need not follow the pretrained law
         k = len(x) // self.num_images
@@ -248,8 +247,8 @@ class State:
             def differentiated(x: Tensor, row: Tensor, origin: Tensor, *known: Tensor) -> dict[str, Tensor]:
                 leaf = (known[0] if known else x).detach().requires_grad_()
                 cache = {"x0": leaf, "mean": known[1]} if known else {}
-                latents = x.detach() if known else leaf
-                return differentiate(value, State(latents, self.i, row, origin, self.context, cache), leaf)
+                part = State(x.detach() if known else leaf, self.i, row, origin, self.context, cache)
+                return differentiate(value, part, leaf)
 
             rows = (self.x, self.row, self.origin, *known)  # in chunks, which bounds the memory of the graph
             found = self.context.diffusion.chunker.map(differentiated, self.num_images, *rows)

@@ -23,10 +23,11 @@ class Schedule:
 
     def __init__(self, counts: Counts, window: Window) -> None:
         self._counts, self._window = counts, window
-        if isinstance(counts, dict) and not ([*counts][-1:] == [1] and all(a < b for a, b in pairwise([0, *counts]))):
+        fractions = _fractions(counts) if isinstance(counts, dict) else [1.0]
+        if fractions[-1:] != [1] or not all(a < b for a, b in pairwise([0, *fractions])):
             raise ValueError(
                 "num_candidates: the fractions where its stretches end must rise from above 0 to 1, as in "
-                f"{{0.3: 4, 1.0: 32}}, got {[*counts]}"
+                f"{{0.3: 4, 1.0: 32}}, got {[*fractions]}"
             )
         each = [counts] if isinstance(counts, int) else [*counts.values()] if isinstance(counts, dict) else counts
         if not each:
@@ -56,7 +57,7 @@ def expand(counts: Counts, num_inference_steps: int) -> list[int]:
                 f"{num_inference_steps}; give as many, or fractions of the chain as in {{0.3: 4, 1.0: 32}}"
             )
         return counts
-    ends = [math.ceil(round(fraction * num_inference_steps, 9)) for fraction in counts]
+    ends = [math.ceil(round(fraction * num_inference_steps, 9)) for fraction in _fractions(counts)]
     stretches = list(zip(ends, counts.values(), strict=True))
     return [next(count for end, count in stretches if i < end) for i in range(num_inference_steps)]
 
@@ -65,3 +66,11 @@ def scaled(counts: Counts, total: int, num_inference_steps: int) -> list[int]:
     """Returns counts of the same proportions that sum to about `total`, each at least 1."""
     given = expand(counts, num_inference_steps)
     return [max(1, round(count * total / sum(given))) for count in given]
+
+
+def _fractions(counts: dict[float, int]) -> list[float]:
+    """Returns the keys, which a recorded configuration holds as text; ValueError if one is no number."""
+    try:
+        return [float(fraction) for fraction in counts]
+    except ValueError:
+        raise ValueError(f"num_candidates: expected fractions of the chain as keys, got {[*counts]}") from None
