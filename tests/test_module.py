@@ -18,7 +18,9 @@ from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility, Incompressibility
 from svdd.runs.prompts import Prompt, PromptDataModule
 from svdd.samplers.best_of_n import BestOfN
+from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.dps import DPS
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -402,12 +404,27 @@ def test_the_summary_holds_what_the_selections_came_to(sampler):
         (SVDD(1), {}, "SVDD never had a choice: num_candidates=1 leaves nothing to choose from; raise it"),
         (SMC(), {"b": (0.0, 0.0)}, "SMC never had a choice: an image's rows had equal values"),
         (TwistedSMC(alpha=100.0), {}, "TwistedSMC never resampled: alpha=100 is large"),
+        (SVDD({0.5: 1, 1.0: 1}), {}, "SVDD never had a choice: num_candidates=1 leaves nothing to choose from"),
+        (
+            Refinement(alpha=100.0, sampler=Unguided()),
+            {},
+            "Refinement chose almost at random: alpha=100 .*; lower alpha$",
+        ),
     ],
-    ids=["never", "at random", "threshold 0", "one candidate", "equal values", "twisted"],
+    ids=["never", "at random", "threshold 0", "one candidate", "equal values", "twisted", "schedule", "acceptance"],
 )
 def test_selections_without_effect_are_reported(sampler, options, words):
     model, _ = summary_of(sampler, **options)
     assert re.search(words, idle(model.sampler, model.summary))
+
+
+@pytest.mark.parametrize(
+    "sampler", [Refinement(1, alpha=0.05, sampler=Unguided()), BlockwiseBestOfN(4, 6, alpha="auto")], ids=label
+)
+def test_one_selection_among_finished_images_is_no_lack_of_resampling(sampler):
+    model, _ = summary_of(sampler)
+    assert model.summary["choices"] == 1
+    assert idle(model.sampler, model.summary) == ""
 
 
 def test_no_sampler_with_default_settings_is_reported_as_idle():

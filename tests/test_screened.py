@@ -10,13 +10,16 @@ import torch
 from svdd import UserError
 from svdd.__main__ import main
 from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.evaluation.selections import idle
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import count
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
@@ -137,6 +140,15 @@ def test_the_trace_is_finite_and_an_image_does_not_depend_on_its_neighbours(samp
         assert alone.context.trace.per_image(lineage=True) == traces[k : k + 1]
 
 
+@pytest.mark.parametrize("sampler", [SVDD(5), SVDD(5, "auto"), SVDD(3, num_particles=3), BeamSearch(3, 2)], ids=label)
+def test_what_the_cheap_value_alone_decides_counts_as_a_choice(sampler):
+    value = Screened(Along(ACROSS), PosteriorMean(), sampler.num_kept)
+    model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), sampler, value)
+    for found in model.draw([""] * 3, range(3)).context.trace.statistics(3):
+        assert (found["choices"], found["resamplings"]) == (4, 3)
+        assert idle(model.sampler, {**found, "alpha": {"mean": found.get("alpha")}}) == ""
+
+
 # ---- the cost
 
 
@@ -198,7 +210,9 @@ def test_more_rows_than_are_scored_cannot_be_kept(sampler):
         GuidedDiffusion(Linear(B), GaussianDiffusion(4), sampler, Screened(Along(B), PosteriorMean()))
 
 
-@pytest.mark.parametrize("sampler", [BestOfN(3), Unguided()], ids=label)
+@pytest.mark.parametrize(
+    "sampler", [BestOfN(3), Unguided(), EvolutionarySearch(1, num_elites=2), CrossEntropySearch(1)], ids=label
+)
 def test_samplers_that_select_finished_images_only_take_it(sampler):
     value = Screened(Along(B), PosteriorMean(), 1)
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), sampler, value)

@@ -1,10 +1,12 @@
 """Whether a run's sampler made use of its candidates."""
 
+import inspect
 import math
 from typing import Any
 
 from svdd.samplers.base import Sampler
 from svdd.samplers.budget import current_count
+from svdd.samplers.toolbox.temperature import Alpha
 
 __all__ = ["idle"]
 
@@ -23,16 +25,26 @@ def idle(sampler: Sampler, summary: dict[str, Any]) -> str:
         return ""  # a sampler without candidates
     spread, weighted = summary.get("spread"), summary.get("ess")
     if not summary["choices"]:
-        alone = " and ".join(f"{key}=1" for key, number in count.items() if number == 1)
+        alone = " and ".join(f"{key}=1" for key, number in count.items() if _numbers(number) == {1})
         cause = f"{alone} leaves nothing to choose from; raise it" if alone else "an image's rows had equal values"
         return f"{name} never had a choice: {cause}" if alone or spread is not None else ""
-    moved = summary["resamplings"] or sampler.needs_gradient  # by selections, or by gradients
-    if weighted is None or spread is None or (moved and weighted < _RANDOM):
+    weighing = getattr(sampler, "weighing", None)  # of a population, which can also move by gradients
+    apart = weighing is not None and not summary["resamplings"]
+    if weighted is None or spread is None or (weighted < _RANDOM and not (apart and not sampler.needs_gradient)):
         return ""
-    effect = f"{name} chose almost at random" if summary["resamplings"] else f"{name} never resampled"
+    effect = f"{name} never resampled" if apart else f"{name} chose almost at random"
     alpha = summary["alpha"]["mean"] if "alpha" in summary else math.inf
-    if alpha < spread or getattr(getattr(sampler, "weighing", sampler), "alpha", None) == "auto":
+    if alpha < spread or getattr(weighing or sampler, "alpha", None) == "auto":
+        if weighing is None:
+            return f"{effect}: an image's values were equal at most selections"
         return f"{effect}: its particles met at the end only, as in BestOfN; raise ess_threshold or widen the window"
     cause = f"alpha={alpha:.3g} is large against the spread of an image's values, {spread:.2g}"
-    met = "" if summary["resamplings"] else ", so its particles met at the end only, as in BestOfN"
-    return f"{effect}: {cause}{met}; use alpha: auto"
+    met = ", so its particles met at the end only, as in BestOfN" if apart else ""
+    parameter = inspect.signature(type(sampler)).parameters.get("alpha")
+    help = "use alpha: auto" if parameter is not None and parameter.annotation == Alpha else "lower alpha"
+    return f"{effect}: {cause}{met}; {help}"
+
+
+def _numbers(count: Any) -> set[int]:
+    """Returns the numbers of a count, which may be a schedule."""
+    return set(count.values() if isinstance(count, dict) else count if isinstance(count, list) else [count])

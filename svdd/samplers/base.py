@@ -133,7 +133,8 @@ class Sampler(ABC):
             if alpha is None or log_w is None
             else torch.as_tensor(alpha, dtype=torch.float64).flatten().expand(len(index))
         )
-        found = Selection(state.i, known, index, ancestors, ess, log_normaliser, temperatures, state.done)
+        without = values.isneginf().sum(1)
+        found = Selection(state.i, known, index, ancestors, ess, log_normaliser, temperatures, state.done, without)
         state.context.trace.selections.append(found)
         return kept
 

@@ -23,23 +23,31 @@ class Selection(NamedTuple):
     log_normaliser: Tensor | None = None  # increment of the estimate of log Z, [images], if the sampler makes one
     alpha: Tensor | None = None  # temperature of the weights, [images]; None without weights
     among_ends: bool = False  # whether the rows are ends of the chain
+    screened_out: Tensor | int = 0  # rows without a value that could not be kept, [images]
 
     @property
     def choice(self) -> Tensor:
-        """Whether the values of an image's rows differ, bool [images]."""
-        return (self.values.nan_to_num(-math.inf).amax(1) > self.values.nan_to_num(math.inf).amin(1)).cpu()
+        """Whether an image's values differ, or a screening alone decided which rows stay, bool [images]."""
+        differ = self.values.nan_to_num(-math.inf).amax(1) > self.values.nan_to_num(math.inf).amin(1)
+        by_screening = (self._known <= self.kept.shape[1]) & (self.screened_out > 0)
+        return (differ | by_screening).cpu()
 
     @property
     def change(self) -> Tensor:
         """Whether some rows of an image were dropped, bool [images]."""
-        return (count_distinct(self.kept) < self.values.isnan().logical_not().sum(1)).cpu()
+        return (count_distinct(self.kept) < self._known + self.screened_out).cpu()
 
     @property
     def spread(self) -> Tensor:
         """Standard deviation of the values of an image's rows, float64 [images]; NaN if there is one row."""
         values = self.values.double()
         squares = (values - values.nanmean(1, keepdim=True)).square()
-        return (squares.nansum(1) / (values.isnan().logical_not().sum(1) - 1)).sqrt().cpu()
+        return (squares.nansum(1) / (self._known - 1)).sqrt().cpu()
+
+    @property
+    def _known(self) -> Tensor:
+        """Rows with a value, int64 [images]."""
+        return self.values.isnan().logical_not().sum(1)
 
 
 @dataclass
@@ -71,7 +79,7 @@ class Trace:
     def statistics(self, images: int) -> list[dict[str, float]]:
         """Returns what the selections came to, for each of so many images; unknown numbers are left out.
 
-        - `choices`: selections among rows of different values
+        - `choices`: selections among rows of different values, or of the rows that a screening left
         - `resamplings`: choices that dropped rows, other than the last one among ends of the chain
         - `spread`: standard deviation of the values at the last selection among several rows
         - `ess`: effective sample size as a share of the rows, averaged over the selections with weights
