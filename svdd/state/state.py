@@ -133,7 +133,8 @@ class State:
         diffusion = self.context.diffusion
         if self.done or not diffusion.has_preview(preview, self.i) or (preview.reuses and self._parents is None):
             return self.x0
-        recorded, parents = {}, torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        parents = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        recorded: dict[str, Tensor] = {}
         if preview.reuses and self._parents is not None:
             recorded, parents = self._parents
 
