@@ -48,7 +48,13 @@ ABOUT = (
     "prompts of `--timing`; in parentheses from the runs that gave the rewards, on a loaded machine. SD 1.5 (512 px) "
     "and SDXL (1024 px): counted floating-point operations relative to exact, if the same counts of rows and images "
     "went through those models ([flops.md](flops.md)); features then leave out all but the outer resolution, and "
-    "CLIPScore reads ViT-L/14. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
+    "CLIPScore reads ViT-L/14.",
+    "",
+    "Recipes: `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes the "
+    "effect of guidance from the parent; `features` recompute the outer resolution only; `A > 3`: A screens, the exact "
+    "value decides among the best 3; `fewer`: M = 15 up to 0.3 of the chain, then 8, and 15 starts; `bf16`: network "
+    "and decoders in bfloat16; `channels last`: `vae_channels_last`. Made by `python -m benchmarks.compute`, which "
+    "continues where cells are missing.",
 )
 DATA = Path(__file__).parent / "data" / "compute.jsonl"
 
