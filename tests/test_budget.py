@@ -108,7 +108,8 @@ def formula(sampler: Sampler, steps: int, free: bool) -> tuple[int, int]:
         case DPS():
             return steps, len(guided) if given["through_denoiser"] and not free else 0
         case TwistedSMC():
-            return n * steps, 0 if free else n * len(guided)
+            weighed = [i for i in guided if given["alpha"] != "auto" or 3 * i >= steps]
+            return n * steps, 0 if free else n * len(weighed)
     raise AssertionError(sampler)
 
 
@@ -179,8 +180,8 @@ def test_the_counted_cost_is_the_formula_and_the_ledger(sampler, steps, rows):
         (DPS(1.0), 8 + 2 * 8),
         (DPS(1.0, through_denoiser=False), 8),
         (DPS(1.0, guide_start=0.5), 8 + 2 * 4),
-        (TwistedSMC(4), 4 * (8 + 2 * 8)),
-        (TwistedSMC(4, returns="all"), 8 + 2 * 8),
+        (TwistedSMC(4), 4 * (8 + 2 * 5)),  # alpha auto: from a third of the chain on
+        (TwistedSMC(4, alpha=0.1, returns="all"), 8 + 2 * 8),
     ],
     ids=name_of,
 )
@@ -219,8 +220,8 @@ def test_a_lookahead_value_is_counted_at_its_maximum(sampler, ahead):
         (BestOfN(), 109, 10),
         (BlockwiseBestOfN(), 100, 11),
         (SMC(alpha=2.0), 99, 9),
-        (TwistedSMC(), 130, 4),  # 4 (10 + 2 * 10)
-        (TwistedSMC(guide_stop=0.5), 130, 6),  # 6 (10 + 2 * 5)
+        (TwistedSMC(), 130, 5),  # 5 (10 + 2 * 6)
+        (TwistedSMC(alpha=0.1, guide_stop=0.5), 130, 6),  # 6 (10 + 2 * 5)
         (RandomSearch(), 10, 1),
         (EvolutionarySearch(), 100, 3),  # 10 (4 + 2 * 3)
         (ZeroOrderSearch(num_candidates=2), 100, 4),  # 10 (1 + 2 * 4)
@@ -284,7 +285,12 @@ def test_a_budget_needs_few_counts(sampler, monkeypatch):
     ("sampler", "value_rows", "budget", "message"),
     [
         (SVDD(), 1, 9, "budget=9 is too small: SVDD with num_candidates=1 costs 10 denoiser rows per image"),
-        (TwistedSMC(), 1, 29, r"TwistedSMC with num_particles=1 costs 30 .* \(a backward pass counts as 2 more\)"),
+        (
+            TwistedSMC(alpha=0.1),
+            1,
+            29,
+            r"TwistedSMC with num_particles=1 costs 30 .* \(a backward pass counts as 2 more\)",
+        ),
         (ProgressivePruning(), 2, 14, "ProgressivePruning with num_particles=1 costs 15 denoiser rows"),
         (Unguided(), 1, 99, "budget=99: Unguided has no count that a budget could choose; leave the budget out"),
         (DPS(), 1, 99, "budget=99: DPS has no count that a budget could choose; leave the budget out"),

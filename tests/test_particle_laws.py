@@ -341,6 +341,8 @@ def test_auto_leaves_chains_alone_where_nothing_differs(sampler):
     )
     with pytest.raises(UserError, match="num_particles=1 is one; set alpha to a number"):
         TwistedSMC(1).check(diffusion, value_of())
+    with pytest.raises(UserError, match=r"guides from a third of the chain on, and guide_stop=0.25 .* no such step"):
+        TwistedSMC(guide_stop=0.25).check(GaussianDiffusion(8), value_of())
 
 
 def test_auto_is_half_the_standard_deviation_of_the_first_values_that_are_weighed():
@@ -502,7 +504,7 @@ def test_every_sampler_beats_plain_sampling():
         RandomSearch(),
         ZeroOrderSearch(),
         EvolutionarySearch(),
-        CrossEntropySearch(),
+        CrossEntropySearch(frequencies=1.0),  # of latents of two numbers
         Refinement(),
         NoiseOptimisation(5),
         RolloverBudget(),

@@ -17,7 +17,7 @@ __all__ = ["Refinement"]
 
 
 class Refinement(Sampler):
-    """Reward-guided refinement: rounds of partial noising and guided denoising, where an image must earn its place.
+    """Reward-guided refinement: rounds of partial noising and guided denoising; the better image is kept.
 
     1. run the sampler from the start to the end of the chain: the image x_0
     2. `rounds` times: draw x_i = alpha_i x_0 + sigma_i noise, where i = T - round(strength T), and run the sampler from

@@ -78,6 +78,12 @@ class TwistedSMC(Sampler):
             raise UserError(
                 "alpha: auto is measured among particles, and num_particles=1 is one; set alpha to a number"
             )
+        steps, std = diffusion.num_inference_steps, diffusion.std
+        if not any(self._guides(i, steps) and std(i) > 0 for i in range(steps)):
+            raise UserError(
+                f"alpha: auto guides from a third of the chain on, and guide_stop={self.window.stop} at "
+                f"num_inference_steps={steps} leaves no such step with noise; set alpha to a number"
+            )
 
     def sample(self, start: Start, value: Value) -> State:
         """Returns the ends that `returns` selects for each image."""
@@ -86,7 +92,7 @@ class TwistedSMC(Sampler):
         log_z, n = weights.log_normaliser, self.num_particles
         while not state.done:
             progress = state.i / state.num_steps
-            if not (self.window.guides(state.i, state.num_steps) and self.weighing.weighs(progress)):
+            if not self._guides(state.i, state.num_steps):
                 state = state.propose()
                 continue
             v = state.gradient(value)[0].view(state.num_images, -1)
@@ -111,3 +117,6 @@ class TwistedSMC(Sampler):
         if self.weighing.returns == "all":
             state.context.trace.weights = probabilities(weights.log_w)
         return state
+
+    def _guides(self, i: int, steps: int) -> bool:
+        return self.window.guides(i, steps) and self.weighing.weighs(i / steps)

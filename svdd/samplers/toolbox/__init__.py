@@ -1,1 +1,1 @@
-"""What several samplers share: selection, resampling, weights, tempering, candidates per step."""
+"""What several samplers share: selection, resampling, weights, temperature, candidates per step."""
