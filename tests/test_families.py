@@ -160,7 +160,7 @@ def learned(diffusion):
         (Refinement(1, 0.4, sampler=BestOfN(2)), posterior_mean, 2 * (NUM_STEPS + round(0.4 * NUM_STEPS)), 0),
         (NoiseOptimisation(2), posterior_mean, 2 * NUM_STEPS, 1),
         (DPS(), posterior_mean, NUM_STEPS, 1),
-        (TwistedSMC(2), posterior_mean, 2 * NUM_STEPS, 2),
+        (TwistedSMC(2, alpha=0.1), posterior_mean, 2 * NUM_STEPS, 2),
     ],
     ids=lambda each: type(each).__name__ if hasattr(each, "sample") else getattr(each, "__name__", None),
 )

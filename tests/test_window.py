@@ -74,6 +74,7 @@ def test_a_trace_has_one_entry_per_selection():
         "step": [1, 4],
         "ess": [None, 2.0],
         "log_normaliser": [None, 0.1],
+        "alpha": [None, None],
         "candidates": [2, 2],
         "value_mean": [2.0, 2.0],
         "value_max": [3.0, 3.0],
