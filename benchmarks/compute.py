@@ -28,13 +28,14 @@ from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.base import Sampler
+from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.svdd import SVDD
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.screened import Screened
 
 STEPS, CANDIDATES, IMAGES = 50, 20, 2
-BASELINE = "exact"
+BASELINE, FAST = "exact", "tiny > 3, fewer, bf16, channels last"  # the second is configs/fast.yaml
 GUIDES: dict[str, Callable[[], Reward]] = {"Compressibility": Compressibility, "CLIPScore": CLIPScore}
 OUTER_LEVEL = {"sd15": 3, "sdxl": 3}  # depth of the features that leaves the outer resolution to each candidate
 ABOUT = (
@@ -47,7 +48,13 @@ ABOUT = (
     "prompts of `--timing`; in parentheses from the runs that gave the rewards, on a loaded machine. SD 1.5 (512 px) "
     "and SDXL (1024 px): counted floating-point operations relative to exact, if the same counts of rows and images "
     "went through those models ([flops.md](flops.md)); features then leave out all but the outer resolution, and "
-    "CLIPScore reads ViT-L/14. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
+    "CLIPScore reads ViT-L/14.",
+    "",
+    "Recipes: `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes the "
+    "effect of guidance from the parent; `features` recompute the outer resolution only; `A > 3`: A screens, the exact "
+    "value decides among the best 3; `fewer`: M = 15 up to 0.3 of the chain, then 8, and 15 starts; `bf16`: network "
+    "and decoders in bfloat16; `channels last`: `vae_channels_last`. Made by `python -m benchmarks.compute`, which "
+    "continues where cells are missing.",
 )
 DATA = Path(__file__).parent / "data" / "compute.jsonl"
 
@@ -73,12 +80,11 @@ def _screened(keep: int, **settings: Any) -> Callable[[str], Value]:
     return lambda guide: Screened(PosteriorMean("tiny", **settings), PosteriorMean(), keep)
 
 
-def _scheduled(counts: dict[float, int]) -> Callable[[str], Sampler]:
-    return lambda guide: SVDD(counts)
+def _fewer(guide: str) -> Sampler:
+    return SVDD({0.3: 15, 1.0: 8}, choose_start=True)
 
 
-_FEWER = {0.3: 16, 1.0: 8}  # M: the early steps decide most about CLIPScore, and all of them matter for the JPEG size
-_FASTER = {"dtype": "bfloat16", "channels_last": True}
+_FASTER: dict[str, Any] = {"dtype": "bfloat16", "channels_last": True}
 RECIPES: dict[str, Recipe] = {
     BASELINE: Recipe(),
     "bf16, channels last": Recipe(**_FASTER),
@@ -94,9 +100,10 @@ RECIPES: dict[str, Recipe] = {
     "tiny > 3": Recipe(_screened(3)),
     "reuse + tiny > 3": Recipe(_screened(3, reuse_guidance=True)),
     "features + tiny > 3": Recipe(_screened(3, feature_depth=2)),
-    "tiny > 3, fewer": Recipe(_screened(3), _scheduled(_FEWER)),
-    "tiny > 3, fewer, channels last": Recipe(_screened(3), _scheduled(_FEWER), channels_last=True),
-    "tiny > 3, fewer, bf16, channels last": Recipe(_screened(3), _scheduled(_FEWER), **_FASTER),
+    "tiny > 3, fewer": Recipe(_screened(3), _fewer),
+    "tiny > 3, fewer, channels last": Recipe(_screened(3), _fewer, channels_last=True),
+    FAST: Recipe(_screened(3), _fewer, **_FASTER),
+    "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES)),
 }
 
 
@@ -194,14 +201,8 @@ def report(cells: Cells) -> str:
     """Returns the page."""
     lines = ["# Reward against compute", "", *ABOUT]
     for guide in GUIDES:
-        kept = {
-            name: {_place(cell): cell for cell in cells.select(kind="scores", guide=guide, recipe=name)}
-            for name in RECIPES
-        }
-        timed = {
-            name: {_place(cell): cell for cell in cells.select(kind="timing", guide=guide, recipe=name)}
-            for name in RECIPES
-        }
+        timed = {name: _cells(cells, "timing", guide, name) for name in RECIPES}
+        kept = {name: timed[name] | _cells(cells, "scores", guide, name) for name in RECIPES}
         kept = {name: found for name, found in kept.items() if found}
         if BASELINE not in kept:
             continue
@@ -221,8 +222,10 @@ def report(cells: Cells) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _place(cell: dict[str, Any]) -> tuple[int, int]:
-    return cell["key"]["prompt"], cell["key"]["image"]
+def _cells(cells: Cells, kind: str, guide: str, recipe: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """Returns the cells of a recipe by prompt and image; those of a timing are the same images."""
+    found = cells.select(kind=kind, guide=guide, recipe=recipe)
+    return {(cell["key"]["prompt"], cell["key"]["image"]): cell for cell in found}
 
 
 def _minus(found: dict[Any, Any], exact: dict[Any, Any], reward: str) -> str:

@@ -398,20 +398,24 @@ def test_the_summary_holds_what_the_selections_came_to(sampler):
 @pytest.mark.parametrize(
     ("sampler", "options", "words"),
     [
-        (SMC(alpha=100.0), {}, r"SMC never resampled: alpha=100 is large against .* 0\.\d+, .*; use alpha: auto"),
-        (SVDD(4, alpha=100.0), {}, r"SVDD chose almost at random: alpha=100 is large against .*; use alpha: auto"),
+        (
+            SMC(alpha=100.0),
+            {},
+            r"SMC never resampled: alpha=100 is large against .* 0\.\d+, .*; use a lower one, or alpha: auto",
+        ),
+        (
+            SVDD(4, alpha=100.0),
+            {},
+            r"SVDD chose almost at random: alpha=100 is large against .*; use a lower one, or alpha: auto",
+        ),
         (SMC(ess_threshold=0), {}, r"SMC never resampled: its particles met at the end only.* raise ess_threshold"),
         (SVDD(1), {}, "SVDD never had a choice: num_candidates=1 leaves nothing to choose from; raise it"),
         (SMC(), {"b": (0.0, 0.0)}, "SMC never had a choice: an image's rows had equal values"),
         (TwistedSMC(alpha=100.0), {}, "TwistedSMC never resampled: alpha=100 is large"),
         (SVDD({0.5: 1, 1.0: 1}), {}, "SVDD never had a choice: num_candidates=1 leaves nothing to choose from"),
-        (
-            Refinement(alpha=100.0, sampler=Unguided()),
-            {},
-            "Refinement chose almost at random: alpha=100 .*; lower alpha$",
-        ),
+        (Refinement(alpha=100.0, sampler=Unguided()), {}, "Refinement chose almost at random: alpha=100 is large"),
     ],
-    ids=["never", "at random", "threshold 0", "one candidate", "equal values", "twisted", "schedule", "acceptance"],
+    ids=["never", "at random", "threshold 0", "one candidate", "equal values", "twisted", "schedule", "rounds"],
 )
 def test_selections_without_effect_are_reported(sampler, options, words):
     model, _ = summary_of(sampler, **options)

@@ -1,12 +1,10 @@
 """Whether a run's sampler made use of its candidates."""
 
-import inspect
 import math
 from typing import Any
 
 from svdd.samplers.base import Sampler
 from svdd.samplers.budget import current_count
-from svdd.samplers.toolbox.temperature import Alpha
 
 __all__ = ["idle"]
 
@@ -40,9 +38,7 @@ def idle(sampler: Sampler, summary: dict[str, Any]) -> str:
         return f"{effect}: its particles met at the end only, as in BestOfN; raise ess_threshold or widen the window"
     cause = f"alpha={alpha:.3g} is large against the spread of an image's values, {spread:.2g}"
     met = ", so its particles met at the end only, as in BestOfN" if apart else ""
-    parameter = inspect.signature(type(sampler)).parameters.get("alpha")
-    help = "use alpha: auto" if parameter is not None and parameter.annotation == Alpha else "lower alpha"
-    return f"{effect}: {cause}{met}; {help}"
+    return f"{effect}: {cause}{met}; use a lower one, or alpha: auto if {name} takes it"
 
 
 def _numbers(count: Any) -> set[int]:
