@@ -137,6 +137,8 @@ def test_the_command_fits_candidates_that_predict_takes(calibrate, tmp_path, cap
     screened = ["--model.value", "Screened", "--model.value.cheap", "PosteriorMean", "--model.value.exact"]
     assert calibrate(*screened, "PosteriorMean", "--output", str(tmp_path / "s")) == 2
     assert "calibrate measures one value: give one part of Screened" in capsys.readouterr().err
+    assert calibrate("--model.candidates", "3", "--model.diffusion.eta", "0", "--output", str(tmp_path / "s")) == 2
+    assert "candidates=3 needs a chain with noise" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -383,7 +383,11 @@ def save_run(run, rewards: dict[str, float], count: int = len(PROMPTS)):
         Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(run / file)
         row = {"prompt_index": k, "image_index": 0, "num_images": 1, "prompt": prompt, "file": file}
         rows.append(
-            row | {"rewards": {name: score + k for name, score in rewards.items()}, "ledger": {"denoiser_rows": 5}}
+            row
+            | {
+                "rewards": {name: score + k for name, score in rewards.items()},
+                "ledger": {"denoiser_rows": 5, "network_rows": 7.4},
+            }
         )
     (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "summary.json").write_text(json.dumps({"sampler": "Unguided"}))
@@ -413,7 +417,7 @@ def test_compare_shows_what_runs_have_in_common(tmp_path, monkeypatch, capsys):
     assert main(["compare", str(one), str(other)]) == 0
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert said[0] == ["means", "over", "3", "images"]
-    assert said[2:4] == [["one", "2.0000", "3.0000", "-", "5"], ["other", "-", "4.0000", "5.0000", "-"]]
+    assert said[2:4] == [["one", "2.0000", "3.0000", "-", "5", "7"], ["other", "-", "4.0000", "5.0000", "-", "-"]]
     for run in (one, other):
         edit(run, lambda row: row.update(rewards={}))
     assert main(["compare", str(one), str(other), "--limit", "1"]) == 0  # replaces its own picture
@@ -427,7 +431,7 @@ def test_compare_weighs_particles(tmp_path, monkeypatch, capsys):
     edit(run, lambda row: row.update(particle_weight=shares[k := row["prompt_index"]], particle=k, image_index=k))
     edit(run, lambda row: row.update(prompt_index=0, prompt=PROMPTS[0]))
     assert main(["compare", str(plain), str(run)]) == 0
-    assert capsys.readouterr().out.splitlines()[3].split() == ["run", "0.7500", "5"]
+    assert capsys.readouterr().out.splitlines()[3].split() == ["run", "0.7500", "5", "7"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import svdd.diffusion
 from svdd import UserError
 from svdd.diffusion.auto import AutoDiffusion
+from svdd.diffusion.preview import Preview
 from svdd.samplers.unguided import Unguided
 from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
@@ -81,8 +82,11 @@ def test_pictures_in_half_precision_equal_the_pipelines(kind, folders):
 )
 def test_z_image_truncates_and_normalises_guidance_as_its_pipeline(options, rows, folders):
     expected = reference("ZImage", folders["ZImage"], 5, (64, 96), **options)
-    found, ledger = draw(ours("ZImage", folders["ZImage"], 5, (64, 96), **options))
+    diffusion = ours("ZImage", folders["ZImage"], 5, (64, 96), **options)
+    found, ledger = draw(diffusion)
     assert np.array_equal(found, expected)
+    previews = [[diffusion.has_preview(each, i) for i in range(5)] for each in (Preview(0.0), Preview(None, True))]
+    assert [5 + sum(each) for each in previews] == [rows] * 2  # one where there is guidance
     assert ledger.network_rows == 2 * rows
     assert not np.array_equal(found, draw(ours("ZImage", folders["ZImage"], 5, (64, 96)))[0])
 

@@ -19,6 +19,7 @@ from svdd.rewards.jpeg import Compressibility, Incompressibility
 from svdd.runs.prompts import Prompt, PromptDataModule
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.dps import DPS
+from svdd.samplers.refinement import Refinement
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.twisted_smc import TwistedSMC
@@ -396,14 +397,23 @@ def test_the_summary_holds_what_the_selections_came_to(sampler):
 @pytest.mark.parametrize(
     ("sampler", "options", "words"),
     [
-        (SMC(alpha=100.0), {}, r"SMC never resampled: alpha=100 is large against .* 0\.\d+, .*; use alpha: auto"),
-        (SVDD(4, alpha=100.0), {}, r"SVDD chose almost at random: alpha=100 is large against .*; use alpha: auto"),
+        (
+            SMC(alpha=100.0),
+            {},
+            r"SMC never resampled: alpha=100 is large against .* 0\.\d+, .*; use a lower one, or alpha: auto",
+        ),
+        (
+            SVDD(4, alpha=100.0),
+            {},
+            r"SVDD chose almost at random: alpha=100 is large against .*; use a lower one, or alpha: auto",
+        ),
         (SMC(ess_threshold=0), {}, r"SMC never resampled: its particles met at the end only.* raise ess_threshold"),
         (SVDD(1), {}, "SVDD never had a choice: num_candidates=1 leaves nothing to choose from; raise it"),
         (SMC(), {"b": (0.0, 0.0)}, "SMC never had a choice: an image's rows had equal values"),
         (TwistedSMC(alpha=100.0), {}, "TwistedSMC never resampled: alpha=100 is large"),
+        (Refinement(2, alpha=100.0, sampler=Unguided()), {}, "Refinement chose almost at random: alpha=100 is large"),
     ],
-    ids=["never", "at random", "threshold 0", "one candidate", "equal values", "twisted"],
+    ids=["never", "at random", "threshold 0", "one candidate", "equal values", "twisted", "rounds"],
 )
 def test_selections_without_effect_are_reported(sampler, options, words):
     model, _ = summary_of(sampler, **options)

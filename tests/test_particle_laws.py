@@ -345,6 +345,20 @@ def test_auto_leaves_chains_alone_where_nothing_differs(sampler):
         TwistedSMC(guide_stop=0.25).check(GaussianDiffusion(8), value_of())
 
 
+@pytest.mark.parametrize(
+    "options", [*((name, "ssp", 0.5, "none") for name in POTENTIALS), ("difference", "ssp", 0.5, "adaptive")]
+)
+def test_equal_values_leave_no_trace_in_the_weights_of_auto(options):
+    """As with a reward that is the same for all early predictions."""
+    weighing, equal = Weighing("auto", *options), Weights.equal(1, 4, torch.device("cpu"))
+    later = torch.tensor([[-2.0, -3.0, -4.0, -5.0]])
+    after, fresh = (
+        weighing.weigh(weighing.weigh(equal, torch.full((1, 4), -2.0), 0.4), later, 0.6),
+        weighing.weigh(equal, later, 0.6),
+    )
+    torch.testing.assert_close(after, fresh)
+
+
 def test_auto_is_half_the_standard_deviation_of_the_first_values_that_are_weighed():
     diffusion, b = GaussianDiffusion(8), torch.tensor(B, dtype=torch.float64)
     state = State.start(diffusion, [""], [0], 6)

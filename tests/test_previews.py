@@ -15,6 +15,7 @@ from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.budget import count
 from svdd.samplers.dps import DPS
 from svdd.samplers.svdd import SVDD
@@ -281,6 +282,7 @@ def test_a_preview_that_reuses_all_of_its_parent_is_exact_where_nothing_changed(
     assert torch.equal(found.pop("x0"), exact.x0)
     assert torch.equal(found.pop("mean"), exact.mean)
     assert all(len(part) == 6 for part in found.values())
+    assert any(name.startswith("unconditional") for name in found) == (preview == Preview(feature_depth=1))
     order = torch.tensor([4, 0, 0, 5])  # rows in another order, one of them twice
     reused = {name: part[order] for name, part in found.items()}
     same = diffusion.preview(x[order], i, conditioning, row[order], preview, reused)
@@ -289,6 +291,9 @@ def test_a_preview_that_reuses_all_of_its_parent_is_exact_where_nothing_changed(
     else:
         unguided = diffusion.preview(x[order], i, conditioning, row[order], Preview(preview.guidance_scale), {})
         torch.testing.assert_close(same, unguided, rtol=1e-4, atol=1e-4)
+    conditional = Preview(guidance_scale=1.0)  # takes nothing of the parent
+    own, others = (diffusion.preview(x, i, conditioning, row, conditional, parts) for parts in ({}, found))
+    assert torch.equal(own, others)
     moved = diffusion.preview(x[order] + 0.3, i, conditioning, row[order], preview, reused)
     assert (moved - same).flatten(1).abs().amax(1).min() > 1e-2
     first = {name: part[:1] for name, part in reused.items()}
@@ -311,6 +316,13 @@ def test_the_cost_of_a_preview_is_its_share_and_the_winner_is_evaluated_in_full(
     assert count(model.sampler, diffusion, value).rows == pytest.approx(steps + m * share / 2 * (steps - 1))
     alone = model.draw(["blue car"], [1])
     assert torch.equal(alone.x, final.x[1:])  # in the reproducible mode
+
+
+def test_chains_without_values_keep_nothing_for_previews(emoji):
+    model = GuidedDiffusion(Compressibility(), emoji["emoji"], BestOfN(2), PosteriorMean(feature_depth=1))
+    final = model.draw(["apple"], [0])
+    assert final._parents is None
+    assert torch.equal(final.x, GuidedDiffusion(Compressibility(), emoji["emoji"], BestOfN(2)).draw(["apple"], [0]).x)
 
 
 def test_a_budget_counts_a_preview_by_its_share(emoji):

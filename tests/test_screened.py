@@ -16,7 +16,9 @@ from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.blockwise_best_of_n import BlockwiseBestOfN
 from svdd.samplers.budget import count
+from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.dps import DPS
+from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.progressive_pruning import ProgressivePruning
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
@@ -198,7 +200,7 @@ def test_more_rows_than_are_scored_cannot_be_kept(sampler):
         GuidedDiffusion(Linear(B), GaussianDiffusion(4), sampler, Screened(Along(B), PosteriorMean()))
 
 
-@pytest.mark.parametrize("sampler", [BestOfN(3), Unguided()], ids=label)
+@pytest.mark.parametrize("sampler", [BestOfN(3), Unguided(), EvolutionarySearch(1), CrossEntropySearch(1)], ids=label)
 def test_samplers_that_select_finished_images_only_take_it(sampler):
     value = Screened(Along(B), PosteriorMean(), 1)
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(4), sampler, value)

@@ -66,10 +66,15 @@ def compare(words: list[str]) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {output}: {reason}; choose another --output") from error
     say(f"means over {len(shared)} images")
-    say("".join(f"{name:>24}" for name in ("run", *map(_one_line, rewards), "denoiser rows/image")))
+    say(
+        "".join(
+            f"{name:>24}" for name in ("run", *map(_one_line, rewards), "denoiser rows/image", "network rows/image")
+        )
+    )
     for run, images in rows:
         means = "".join(_mean([image.rewards.get(reward) for image in images], ".4f") for reward in rewards)
-        say(f"{_one_line(run.name):>24}{means}{_mean([image.denoiser_rows for image in images], '.0f')}")
+        counts = ([image.denoiser_rows for image in images], [image.network_rows for image in images])
+        say(f"{_one_line(run.name):>24}{means}{''.join(_mean(each, '.0f') for each in counts)}")
     say(f"wrote {output}")
 
 

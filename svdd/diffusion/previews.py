@@ -41,10 +41,10 @@ class PreviewFamily(ModelFamily):
         """Whether a preview at step i differs from the model's own prediction."""
         if preview.feature_depth is not None:
             return True
-        if preview.reuse_guidance:
-            return self.network_rows(self.guidance_scale, i) > 1
-        scale, least = preview.guidance_scale, self.guides_above
-        return scale is not None and max(scale, least) != max(self.guidance_scale, least)
+        guided, scale, least = self.network_rows(self.guidance_scale, i) > 1, preview.guidance_scale, self.guides_above
+        if preview.reuse_guidance or scale is None:
+            return preview.reuse_guidance and guided
+        return (guided or self.distilled) and max(scale, least) != max(self.guidance_scale, least)
 
     def preview_rows(self, preview: Preview, i: int) -> float:
         """Returns the network-row equivalents of one preview at step i; a part of the network counts by its FLOPs."""
@@ -59,7 +59,8 @@ class PreviewFamily(ModelFamily):
         output, found = self.guide(outputs, scale, t), {}
         if preview.reuse_guidance and len(outputs) > 1:
             found["guidance"] = output - outputs[0]
-        for half, parts in zip(_HALVES, self._split(store, len(outputs)), strict=False):
+        halves = _HALVES[: self._num_halves(preview, i)]
+        for half, parts in zip(halves, self._split(store, len(outputs)), strict=False):
             found |= {f"{half} {k}": part for k, part in enumerate(parts)}
         return self.kernel.predict(x, output, i)._asdict() | found
 
@@ -84,7 +85,9 @@ class PreviewFamily(ModelFamily):
             texts = {name: part[row] for name, part in (inputs or {}).items()}
             outputs.append(self._with_network(network).network(scaled, t, texts, scale))
         output = self.guide(tuple(outputs), scale, t)
-        return self.kernel.predict(x, output + recorded["guidance"] if "guidance" in recorded else output, i).x0
+        if preview.reuse_guidance and self.network_rows(self.guidance_scale, i) > 1:
+            output = output + recorded["guidance"]
+        return self.kernel.predict(x, output, i).x0
 
     def _num_halves(self, preview: Preview, i: int) -> int:
         scale = self.guidance_scale if preview.guidance_scale is None else preview.guidance_scale

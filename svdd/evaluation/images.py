@@ -16,7 +16,8 @@ class RunImage(NamedTuple):
     prompt: str
     file: str
     rewards: dict[str, float]
-    denoiser_rows: float | None  # per picture; None if it is not recorded
+    denoiser_rows: float | None  # this and the next per picture; None if it is not recorded
+    network_rows: float | None
 
 
 class _Row(NamedTuple):
@@ -32,8 +33,9 @@ def read_images(run: Path) -> dict[tuple[int, int], RunImage]:
     rows: dict[tuple[int, int], dict[int, _Row]] = defaultdict(dict)
     for row in RunFolder(run).rows(checked=True):
         particle = row.get("particle", 0)
-        spent = row.get("ledger", {}).get("denoiser_rows")
-        image = RunImage(row["prompt"], row["file"], row["rewards"], spent)
+        spent = row.get("ledger", {})
+        counts = spent.get("denoiser_rows"), spent.get("network_rows")
+        image = RunImage(row["prompt"], row["file"], row["rewards"], *counts)
         first = row["image_index"] - particle
         rows[row["prompt_index"], first][particle] = _Row(row.get("particle_weight", 1.0), image)
     return {

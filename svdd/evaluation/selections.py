@@ -35,4 +35,4 @@ def idle(sampler: Sampler, summary: dict[str, Any]) -> str:
         return f"{effect}: its particles met at the end only, as in BestOfN; raise ess_threshold or widen the window"
     cause = f"alpha={alpha:.3g} is large against the spread of an image's values, {spread:.2g}"
     met = "" if summary["resamplings"] else ", so its particles met at the end only, as in BestOfN"
-    return f"{effect}: {cause}{met}; use alpha: auto"
+    return f"{effect}: {cause}{met}; use a lower one, or alpha: auto if {name} takes it"

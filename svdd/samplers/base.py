@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -91,7 +92,8 @@ class Sampler(ABC):
 
     @staticmethod
     def finish(state: State) -> State:
-        """Samples plainly to the end of the chain, one child per row."""
+        """Samples plainly to the end of the chain, one child per row; nothing is kept for previews on the way."""
+        state = replace(state, context=replace(state.context, preview=None))
         while not state.done:
             state = state.propose()
         return state

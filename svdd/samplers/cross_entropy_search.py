@@ -59,10 +59,11 @@ class CrossEntropySearch(StartSearch):
     def children(self, elites: Tensor, failures: Tensor, state: State) -> Tensor:
         """Returns starts whose low frequencies are drawn from the Gaussian, the others those of the best elite."""
         n, context = self.num_candidates, state.context
-        coefficients = to_frequencies(elites)
+        coefficients = torch.stack([to_frequencies(image) for image in elites])  # apart, as in `low_pass`
         spread = coefficients.std(1, keepdim=True, unbiased=False)
         noise = context.perturbations(n).to(coefficients).unflatten(0, (len(elites), n))
-        drawn = from_frequencies(coefficients.mean(1, keepdim=True) + spread * noise).to(elites)
+        drawn = coefficients.mean(1, keepdim=True) + spread * noise
+        drawn = torch.stack([from_frequencies(image) for image in drawn]).to(elites)
         fresh = context.diffusion.initial(context.perturbations(n).to(elites)).view_as(drawn)
         best = elites[:, :1]
         share = torch.full_like(failures, self.shrinkage**0.5)

@@ -122,4 +122,4 @@ def norm_log_density(noise: Tensor) -> Tensor:
 
 def norm_slope(noise: Tensor) -> Tensor:
     """Returns the gradient of `norm_log_density`, ((d - 1) / |z|^2 - 1) z, [n, ...]."""
-    return per_row((noise[0].numel() - 1) / noise.flatten(1).square().sum(1) - 1, noise) * noise
+    return per_row((noise[0].numel() - 1) / noise.flatten(1).norm(dim=1).square() - 1, noise) * noise

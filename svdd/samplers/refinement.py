@@ -76,7 +76,7 @@ class Refinement(Sampler):
             v = torch.cat([best_value, self.evaluate(value, ends)], 1)
             log_w = v.double() / self.alpha if self.alpha else None
             index = top(v) if log_w is None else draw(log_w, ends.uniforms(1))
-            best, best_value = self.keep(best.join(ends), index, v, log_w), v.gather(1, index)
+            best, best_value = self.keep(best.join(ends), index, v, log_w, alpha=self.alpha), v.gather(1, index)
         return best
 
 

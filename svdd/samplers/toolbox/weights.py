@@ -112,9 +112,10 @@ class Weighing:
             exponent = adapt(weights, scaled, max(self.ess_threshold, 1 / n) * n)
         else:
             exponent = torch.full_like(weights.exponent, SCHEDULES[self.tempering](progress))
-        tempered = exponent * scaled
+        tempered, none = exponent * scaled, alpha.isinf()  # none: equal values, which leave no trace
         log_g = POTENTIALS[potential](weights, tempered)
-        peak, total = weights.peak.maximum(tempered), weights.total + tempered
+        exponent = torch.where(none, weights.exponent, exponent)
+        peak, total = torch.where(none, weights.peak, weights.peak.maximum(tempered)), weights.total + tempered
         return Weights(weights.log_w + log_g, weights.log_potentials + log_g, peak, total, exponent, alpha)
 
     def resample(self, weights: Weights, uniforms: Tensor) -> tuple[Tensor, Weights]:

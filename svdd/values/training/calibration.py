@@ -21,6 +21,7 @@ from svdd.runs.bounds import check_images
 from svdd.runs.config import plain
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.rows import Prompt
+from svdd.samplers.base import require_noise
 from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
@@ -65,6 +66,7 @@ class Calibration(L.LightningModule):
         check_images(1, images_per_prompt)
         require_at_least(0, seed=seed)
         self.reward, self.diffusion, self.value = reward, diffusion or AutoDiffusion(), value or PosteriorMean()
+        require_noise(self.diffusion, "candidates", candidates)
         if self.diffusion.num_inference_steps < 2:
             raise UserError("num_inference_steps=1 has no step between noise and image to evaluate at; use at least 2")
         if self.value.keep is not None:
