@@ -179,7 +179,7 @@ def test_a_preview_is_the_x0_of_a_model_with_that_scale(sd15):
         torch.testing.assert_close(states[0].preview(Preview(7.5)), states[0].x0)
     with pytest.raises(UserError, match=r"needs a model with guidance; its own scale is 1.0"):
         PosteriorMean(guidance_scale=3.0).bind(Compressibility(), other)
-    with pytest.raises(UserError, match="GaussianDiffusion has no classifier-free guidance"):
+    with pytest.raises(UserError, match="GaussianDiffusion computes no cheaper previews; leave out"):
         run(GaussianDiffusion(3), SVDD(2), bound(PosteriorMean(guidance_scale=1.0), Linear(B)), 1)
 
 

@@ -142,7 +142,8 @@ class Diffusion(nn.Module, ABC):
     def check_preview(self, preview: Preview) -> None:
         """Raises UserError if the model cannot compute previews of this kind."""
         if preview.changes:
-            raise UserError(f"{type(self).__name__} has no classifier-free guidance, so a preview cannot leave it out")
+            settings = "guidance_scale, reuse_guidance and feature_depth"
+            raise UserError(f"{type(self).__name__} computes no cheaper previews; leave out {settings} of the value")
 
     def has_preview(self, preview: Preview, i: int) -> bool:
         """Whether a preview at step i differs from the model's own prediction."""

@@ -67,5 +67,5 @@ class StartSearch(Sampler):
 
 def blend(x: Tensor, other: Tensor, share: Tensor) -> Tensor:
     """Returns sqrt(1 - share^2) x + share other, one share per row: standard normal if both are, and independent."""
-    share = per_row(share, x).to(x)
-    return (1 - share**2).sqrt() * x + share * other
+    share = per_row(share, x).to(torch.promote_types(x.dtype, torch.float32))  # half precision would change the spread
+    return ((1 - share**2).sqrt() * x + share * other).to(x.dtype)

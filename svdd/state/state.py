@@ -133,10 +133,7 @@ class State:
         diffusion = self.context.diffusion
         if self.done or not diffusion.has_preview(preview, self.i) or (preview.reuses and self._parents is None):
             return self.x0
-        parents = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
-        recorded: dict[str, Tensor] = {}
-        if preview.reuses and self._parents is not None:
-            recorded, parents = self._parents
+        recorded, parents = (self._parents if preview.reuses else None) or ({}, self.row)
 
         def evaluate(x: Tensor, parent: Tensor, i: int, conditioning: Any, row: Tensor) -> Tensor:
             reused = {name: kept[parent] for name, kept in recorded.items()}
