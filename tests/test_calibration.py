@@ -139,6 +139,8 @@ def test_the_command_fits_candidates_that_predict_takes(calibrate, tmp_path, cap
     assert "calibrate measures one value: give one part of Screened" in capsys.readouterr().err
     assert calibrate("--model.candidates", "3", "--model.diffusion.eta", "0", "--output", str(tmp_path / "s")) == 2
     assert "candidates=3 needs a chain with noise" in capsys.readouterr().err
+    assert calibrate("--model.average_candidates", "1000000000", "--output", str(tmp_path / "s")) == 2
+    assert "average_candidates: 1000000000 is above the limit of 10000" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -92,6 +92,15 @@ def test_a_budget_scales_a_schedule(counts, budget):
         assert all(abs(c / sum(chosen) - g / sum(given)) < 1 / sum(chosen) for c, g in zip(chosen, given, strict=True))
 
 
+@pytest.mark.parametrize("budget", [20, 400])
+def test_a_budget_scales_a_schedule_with_most_candidates_in_the_last_step_which_costs_no_rows(budget):
+    fitted = fit_budget(SVDD({0.9: 1, 1.0: 200}), budget, GaussianDiffusion(10), value_of())
+    *chosen, last = current_count(fitted)["num_candidates"]
+    m = (budget - 1) // 9
+    assert chosen == [m] * 9
+    assert 200 * (m - 0.5) <= last <= 200 * (m + 0.5) + 1
+
+
 @pytest.mark.parametrize(
     ("counts", "message"),
     [

@@ -16,7 +16,7 @@ from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.preview import Preview
 from svdd.samplers.base import Sampler
-from svdd.samplers.toolbox.schedule import scaled
+from svdd.samplers.toolbox.schedule import expand, scaled
 from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.values.base import Value
@@ -124,11 +124,13 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
             raise UserError(f"{cannot} every particle is returned, so the cost is the same; set it yourself")
         return cost.rows
 
+    counts = [1] if isinstance(given, int) else expand(given, steps)
+    ceiling = 8 * budget * sum(counts) // min(counts)  # at every step of a schedule at least 8 times the budget
     slope = rows_of(2, math.inf) - least.rows
-    best = min(1 + int((budget - least.rows) / slope), 8 * budget) if slope > 0 else 1  # right if the cost is linear
+    best = min(1 + int((budget - least.rows) / slope), ceiling) if slope > 0 else 1  # right if the cost is linear
     if not rows_of(best) <= budget < rows_of(best + 1):
         most = budget
-        while most < 8 * budget and rows_of(most) <= budget:  # previews cost parts of rows, the last step none
+        while most < ceiling and rows_of(most) <= budget:  # previews cost parts of rows, the last step none
             most *= 2
         best = 1 + bisect_left(range(2, most + 1), True, key=lambda number: not rows_of(number) <= budget)
     following = rows_of(best + 1)

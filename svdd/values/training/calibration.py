@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import explained_variance, pearson_corrcoef, spearman_corrcoef
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from svdd import UserError, require_at_least
+from svdd import UserError, check_bound, require_at_least
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
 from svdd.rewards.base import Reward
@@ -31,6 +31,7 @@ from svdd.values.training.rollouts import draw_rollouts
 __all__ = ["FILES", "Calibration", "measure", "plot", "require_chains", "schedule", "write", "write_schedule"]
 
 SCHEDULE = "candidates.json"
+_MOST = 10**4  # candidates of a step
 FILES = ("calibration.json", "calibration.csv", "calibration.png", SCHEDULE)
 
 Table = list[dict[str, float]]
@@ -63,6 +64,8 @@ class Calibration(L.LightningModule):
         require_at_least(1, images_per_prompt=images_per_prompt)
         require_at_least(2 if candidates else 0, candidates=candidates)
         require_at_least(2, average_candidates=average_candidates)
+        for name, number in {"candidates": candidates, "average_candidates": average_candidates}.items():
+            check_bound(name, number, _MOST, "each is a row of the network")
         check_images(1, images_per_prompt)
         require_at_least(0, seed=seed)
         self.reward, self.diffusion, self.value = reward, diffusion or AutoDiffusion(), value or PosteriorMean()
