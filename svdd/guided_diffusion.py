@@ -251,9 +251,10 @@ class GuidedDiffusion(L.LightningModule):
         if divergence["count"]:
             self.summary["path_kl_bound"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
         self.summary |= _selections({name: metric.compute() for name, metric in self.selection.items()})
+        rounded_totals = {name: round(total, 3) for name, total in totals.items()}
         self.summary["ledger"] = {
-            name: int(total) if total.is_integer() and not name.endswith("seconds") else round(total, 3)
-            for name, total in totals.items()
+            name: int(total) if total.is_integer() and not name.endswith("seconds") else total
+            for name, total in rounded_totals.items()
         }
         for name in ("denoiser_rows", "network_rows"):
             self.summary[f"{name}_per_image"] = totals[name] / images if images else None
