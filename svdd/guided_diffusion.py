@@ -251,9 +251,13 @@ class GuidedDiffusion(L.LightningModule):
         if divergence["count"]:
             self.summary["path_kl_bound"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
         self.summary |= _selections({name: metric.compute() for name, metric in self.selection.items()})
-        decimals = {name: 3 if name.endswith("seconds") else None for name in totals}
-        self.summary["ledger"] = {name: round(total, decimals[name]) for name, total in totals.items()}
-        self.summary["denoiser_rows_per_image"] = totals["denoiser_rows"] / images if images else None
+        rounded_totals = {name: round(total, 3) for name, total in totals.items()}
+        self.summary["ledger"] = {
+            name: int(total) if total.is_integer() and not name.endswith("seconds") else total
+            for name, total in rounded_totals.items()
+        }
+        for name in ("denoiser_rows", "network_rows"):
+            self.summary[f"{name}_per_image"] = totals[name] / images if images else None
         self._reset()
         for logger in self.loggers:
             logger.log_metrics(

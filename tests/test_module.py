@@ -279,6 +279,7 @@ def test_the_summary_is_that_of_the_rows(sd15, tiny_clip, prompts, tmp_path):
     assert totals["network_rows"] == 2 * totals["denoiser_rows"]
     assert totals["decoded_images"] == totals["reward_calls"] == 12
     assert model.summary["denoiser_rows_per_image"] == 4
+    assert model.summary["network_rows_per_image"] == 8
     json.dumps(model.summary)
 
 

@@ -103,7 +103,8 @@ class PredictCLI(ModelCLI):
         for name, entry in summary["rewards"].items():
             known = math.isfinite(error := entry["standard_error"])
             say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
-        say(f"denoiser rows per image: {summary['denoiser_rows_per_image']:.0f}")
+        rows, network_rows = (summary[f"{name}_per_image"] for name in ("denoiser_rows", "network_rows"))
+        say(f"denoiser rows per image: {rows:.0f}, network rows: {network_rows:.0f}")
         if said := idle(self.model.sampler, summary):
             say(f"svdd: warning: {said}", error=True)
         self._evaluate(summary)
