@@ -99,6 +99,8 @@ def test_a_budget_scales_a_schedule_with_most_candidates_in_the_last_step_which_
     m = (budget - 1) // 9
     assert chosen == [m] * 9
     assert 200 * (m - 0.5) <= last <= 200 * (m + 0.5) + 1
+    with pytest.raises(UserError, match="it does not change the cost of 10 denoiser rows"):
+        fit_budget(SVDD([4] * 9 + [9000], guide_start=0.9), budget, GaussianDiffusion(10), value_of())
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
         return cost.rows
 
     counts = [1] if isinstance(given, int) else expand(given, steps)
-    ceiling = 8 * budget * sum(counts) // min(counts)  # at every step of a schedule at least 8 times the budget
+    ceiling = max(8 * budget, min(8 * budget * sum(counts) // min(counts), 10**5))  # of a schedule, for all steps
     slope = rows_of(2, math.inf) - least.rows
     best = min(1 + int((budget - least.rows) / slope), ceiling) if slope > 0 else 1  # right if the cost is linear
     if not rows_of(best) <= budget < rows_of(best + 1):
