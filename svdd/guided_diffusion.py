@@ -286,7 +286,7 @@ def _columns(rows: Sequence[ResultRow], numbers: Sequence[float | None]) -> tupl
 
 
 def _selections(statistics: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """Returns the means over images of what is known of the sampler's selections, and the range of the temperatures."""
+    """Returns the mean over images of each selection statistic that is known, and the range of alpha."""
     known = {name: entry for name, entry in statistics.items() if entry["count"]}
     ranges = {name: {key: known[name][key].item() for key in ("mean", "min", "max")} for name in known}
     return {name: entry if name == "alpha" else entry["mean"] for name, entry in ranges.items()}

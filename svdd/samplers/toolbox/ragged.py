@@ -26,7 +26,7 @@ def proposals(parents: State, counts: Tensor) -> Iterator[tuple[Tensor, State]]:
 
 
 def stack(parts: Sequence[State], context: Context) -> State:
-    """Returns the rows of all parts, one part after the other, with what is known of all of them."""
+    """Concatenates the rows of all parts, and the cached results that every part has."""
     x, row, origin = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "row", "origin"))
     known = [name for name in parts[0]._cache if all(name in part._cache for part in parts)]
     cache = {name: torch.cat([part._cache[name] for part in parts]) for name in known}
