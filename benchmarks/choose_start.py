@@ -35,16 +35,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    clip, value, prompts = CLIPScore(), PosteriorMean(), PROMPTS[: options.prompts]
-    guides: list[tuple[Reward, list[Reward]]] = [(Compressibility(), [clip]), (clip, [])]
+    value, prompts = PosteriorMean(), range(options.prompts)
+    guides: list[Reward] = [Compressibility(), CLIPScore()]
     page = HEADER.format(steps=STEPS, prompts=len(prompts), images=IMAGES, budget=BUDGET)
     for eta in options.etas:
         diffusion = StableDiffusion("emoji", num_inference_steps=STEPS, guidance_scale=3.0, eta=eta)
-        for guide, others in guides:
+        for guide in guides:
             scores = []
             for sampler in (BestOfN(), SVDD(), SVDD(choose_start=True)):
                 chosen = fit_budget(sampler, BUDGET, diffusion, value)
-                scores.append(torch.tensor(draw(diffusion, chosen, guide, others, prompts)["scores"][guide.name]))
+                scores.append(torch.tensor(draw(diffusion, chosen, guide, guides, prompts)["scores"][guide.name]))
             best_of_n, plain, with_start = scores
             means = " | ".join(f"{float(each.mean()):.3f}" for each in scores)
             gains = f"{interval(with_start, plain)} | {interval(with_start, best_of_n)}"

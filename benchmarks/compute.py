@@ -11,7 +11,8 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from benchmarks.cells import Cells
 from benchmarks.flops import SHAPES, flops
 from benchmarks.paired import PROMPTS, interval
+from benchmarks.workers import add_arguments, spread
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
@@ -35,6 +37,7 @@ from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.screened import Screened
 
 STEPS, CANDIDATES, IMAGES = 50, 20, 2
+TIMING = "timing"
 BASELINE, FAST = "exact", "tiny > 3, fewer, bf16, channels last"  # the second is configs/fast.yaml
 GUIDES: dict[str, Callable[[], Reward]] = {"Compressibility": Compressibility, "CLIPScore": CLIPScore}
 OUTER_LEVEL = {"sd15": 3, "sdxl": 3}  # depth of the features that leaves the outer resolution to each candidate
@@ -111,7 +114,7 @@ class Counted(StableDiffusion):
     """The embedded model, which counts the rows of each kind of call."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__("emoji", STEPS, guidance_scale=3.0, eta=1.0, reproducible=True, **settings)
+        super().__init__("emoji", STEPS, guidance_scale=3.0, eta=1.0, **settings)
         self.rows: Counter[str] = Counter()
 
     def denoise(self, x: Tensor, *arguments: Any, **settings: Any) -> Any:
@@ -135,28 +138,55 @@ class Counted(StableDiffusion):
         return super().decode(x0)
 
 
-def build(recipe: Recipe, guide: str) -> GuidedDiffusion:
+@cache
+def build(name: str, guide: str, device: str) -> GuidedDiffusion:
     """Returns the model that draws with a recipe."""
-    diffusion = Counted(dtype=recipe.dtype, vae_channels_last=recipe.channels_last)
-    return GuidedDiffusion(GUIDES[guide](), diffusion, recipe.sampler(guide), recipe.value(guide)).eval()
+    recipe = RECIPES[name]
+    on_the_cpu = device == "cpu"
+    diffusion = Counted(
+        reproducible=on_the_cpu, dtype=recipe.dtype, vae_channels_last=recipe.channels_last and on_the_cpu
+    )
+    return GuidedDiffusion(GUIDES[guide](), diffusion, recipe.sampler(guide), recipe.value(guide)).eval().to(device)
+
+
+@cache
+def scorers(device: str) -> list[Reward]:
+    """Returns the guides and the held-out reward."""
+    return [CLIPScore().to(device), CLIPScore("emoji-judge").to(device), Compressibility()]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images that are drawn in one batch: their prompts' numbers, and their own among those of the prompt."""
+
+    kind: str
+    guide: str
+    recipe: str
+    places: tuple[tuple[int, int], ...]
+
+    def keys(self) -> list[dict[str, str | int]]:
+        """Returns the key of each image's cell."""
+        start = {"kind": self.kind, "guide": self.guide, "recipe": self.recipe}
+        return [start | {"prompt": prompt, "image": image} for prompt, image in self.places]
 
 
 @torch.no_grad()
-def draw(model: GuidedDiffusion, prompt: int, image: int, scorers: list[Reward]) -> dict[str, Any]:
-    """Draws the k-th image of a prompt; returns scores by all rewards, counts and CPU seconds."""
-    texts = [PROMPTS[prompt]]
+def draw(job: Job, device: str) -> list[dict[str, Any]]:
+    """Returns, for each image, scores by all rewards, counts (means over the batch) and, on a CPU, CPU seconds."""
+    model = build(job.recipe, job.guide, device)
+    texts = [PROMPTS[prompt] for prompt, _ in job.places]
     model.diffusion.rows.clear()
     began = time.process_time()
-    final = model.draw(texts, [1000 * prompt + image])
-    seconds = time.process_time() - began
-    ledger, rows = asdict(final.context.ledger), dict(model.diffusion.rows)
-    counts = {name: ledger[name] for name in ("denoiser_rows", "network_rows", "reward_calls")} | rows
-    counts["tiny"] = ledger["decoded_images"] - rows["decoded"]
-    return {
-        "scores": {reward.name: round(float(reward.score(final.images.float(), texts)), 6) for reward in scorers},
-        "counts": counts,
-        "seconds": round(seconds, 3),
-    }
+    final = model.draw(texts, [1000 * prompt + image for prompt, image in job.places])
+    seconds, images = (time.process_time() - began) / len(texts), final.images.float()
+    ledger, rows = asdict(final.context.ledger), model.diffusion.rows
+    totals = {name: ledger[name] for name in ("denoiser_rows", "network_rows", "reward_calls")} | rows
+    totals["tiny"] = ledger["decoded_images"] - rows["decoded"]
+    shared: dict[str, Any] = {"counts": {name: round(total / len(texts), 3) for name, total in totals.items()}}
+    if job.kind == TIMING:
+        shared["seconds"] = round(seconds, 3)
+    scores = {reward.name: reward.score(images, texts).tolist() for reward in scorers(device)}
+    return [shared | {"scores": {name: round(each[k], 6) for name, each in scores.items()}} for k in range(len(texts))]
 
 
 def main() -> None:
@@ -165,44 +195,45 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=list(GUIDES), choices=list(GUIDES))
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--prompts", type=int, nargs=2, default=[0, len(PROMPTS)], help="first prompt, and the end")
-    parser.add_argument("--images", type=int, default=IMAGES, help="per prompt")
-    parser.add_argument("--timing", action="store_true", help="keep CPU seconds only, apart from the other cells")
+    parser.add_argument("--images", type=int, nargs=2, default=[0, IMAGES], help="first image of a prompt, and the end")
+    parser.add_argument("--at-once", type=int, default=1, help="images in a batch; many on a GPU")
+    parser.add_argument("--timing", action="store_true", help="keep CPU seconds too, apart from the other cells")
     parser.add_argument("--only-report", action="store_true", help="write the page from benchmarks/data")
     parser.add_argument("--kept", type=Path, default=Path("build/compute"), help="folder of finished cells")
+    add_arguments(parser)
     options = parser.parse_args()
-    torch.set_num_threads(1)
     cells = Cells(DATA, options.kept)
     if not options.only_report:
-        measure(cells, options)
+        for job, found in spread(draw, missing(cells, options), options):
+            for key, cell in zip(job.keys(), found, strict=True):
+                cells.add(key, cell)
+            mean = sum(cell["scores"][job.guide] for cell in found) / len(found)
+            print(job.guide, job.recipe, len(found), f"{mean:.3f}, {found[0].get('seconds', 0):.1f} s", flush=True)
     cells.commit()
     text = report(cells)
     print(text)
     Path(__file__).with_suffix(".md").write_text(text)
 
 
-def measure(cells: Cells, options: argparse.Namespace) -> None:
-    """Measures the missing cells."""
-    scorers = [CLIPScore(), CLIPScore("emoji-judge"), Compressibility()]
-    models: dict[tuple[str, str], GuidedDiffusion] = {}
-    for image, prompt in product(range(options.images), range(*options.prompts)):
+def missing(cells: Cells, options: argparse.Namespace) -> list[Job]:
+    """Returns the images that are not drawn yet, in batches of one recipe; recipes alternate."""
+    kind, jobs = TIMING if options.timing else "scores", []
+    places = [(prompt, image) for image in range(*options.images) for prompt in range(*options.prompts)]
+    for start in range(0, len(places), options.at_once):
         for guide, name in product(options.rewards, options.recipes):
-            kind = "timing" if options.timing else "scores"
-            key = {"kind": kind, "guide": guide, "recipe": name, "prompt": prompt, "image": image}
-            if key in cells:
-                continue
-            if (guide, name) not in models:
-                models[guide, name] = build(RECIPES[name], guide)
-            found = draw(models[guide, name], prompt, image, scorers)
-            cells.add(key, found)
-            print(*key.values(), f"{found['scores'][guide]:.3f}, {found['seconds']:.1f} s", flush=True)
+            whole = Job(kind, guide, name, tuple(places[start : start + options.at_once]))
+            new = [place for place, key in zip(whole.places, whole.keys(), strict=True) if key not in cells]
+            if new:
+                jobs.append(replace(whole, places=tuple(new)))
+    return jobs
 
 
 def report(cells: Cells) -> str:
     """Returns the page."""
     lines = ["# Reward against compute", "", *ABOUT]
     for guide in GUIDES:
-        timed = {name: _cells(cells, "timing", guide, name) for name in RECIPES}
-        kept = {name: timed[name] | _cells(cells, "scores", guide, name) for name in RECIPES}
+        timed = {name: _cells(cells, TIMING, guide, name) for name in RECIPES}
+        kept = {name: _cells(cells, "scores", guide, name) for name in RECIPES}
         kept = {name: found for name, found in kept.items() if found}
         if BASELINE not in kept:
             continue
@@ -216,8 +247,8 @@ def report(cells: Cells) -> str:
             entry = [name, str(len(found)), f"{own:.3f}", *(_minus(found, exact, each) for each in (guide, *held_out))]
             work = _work(found, name, guide)
             entry += [f"{work[kind]:.0f}" for kind in ("network_rows", "decoded", "tiny", "reward_calls")]
-            seconds = _ratio(timed[name], timed[BASELINE]) or f"({_ratio(found, exact)})"
-            entry += [seconds, *(f"{work[shape] / exact_work[shape]:.2f}" for shape in SHAPES)]
+            entry.append(_ratio(timed[name], timed[BASELINE]))
+            entry += [f"{work[shape] / exact_work[shape]:.2f}" for shape in SHAPES]
             lines.append(f"| {' | '.join(entry)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,19 +1,23 @@
 """Every sampler with its default settings on rewards of three scales: does it select, or is it silently best-of-N?
 
-Keeps every finished entry in a JSON file, continues after the last one, and writes benchmarks/default_settings.md.
+`benchmarks/data/default_settings.jsonl` holds the finished entries, from which `--only-report` makes
+benchmarks/default_settings.md.
 """
 
 import argparse
 import hashlib
-import json
 import math
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import svdd.samplers
+from benchmarks.cells import Cells
 from benchmarks.paired import PROMPTS
+from benchmarks.workers import add_arguments, spread
 from svdd import UserError
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
@@ -27,28 +31,54 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.state.start import Start
 from svdd.values.posterior_mean import PosteriorMean
 
-STEPS, IMAGES = 8, 2
+STEPS, IMAGES = 20, 4
+REWARDS = ("Compressibility", "CLIPScore", "1000 CLIPScore")
+DATA = Path(__file__).parent / "data" / "default_settings.jsonl"
 STATISTICS = {"ess": ".2f", "resamplings": ".1f", "alpha": ".3g"}
 
 
-def draw(diffusion: LatentDiffusion, sampler: Sampler, reward: Reward) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """A sampler, with its default settings or, for BestOfN(n), with n particles, on a reward."""
+
+    reward: str
+    sampler: str
+    particles: int = 0
+
+
+@cache
+def model(device: str) -> tuple[LatentDiffusion, dict[str, Reward]]:
+    """Returns the chain, and the rewards by name."""
+    diffusion = StableDiffusion("emoji", num_inference_steps=STEPS, guidance_scale=3.0, eta=1.0)
+    clip = CLIPScore()
+    found = (Compressibility(), clip, WeightedSum([clip], [1000.0]))
+    return diffusion.to(device), dict(zip(REWARDS, (reward.to(device) for reward in found), strict=True))
+
+
+@torch.no_grad()
+def draw(job: Job, device: str) -> dict[str, Any]:
     """Returns, for an image of each of the first prompts, reward, digest, rows and what the selections came to."""
-    value = PosteriorMean()
+    diffusion, rewards = model(device)
+    value, reward = PosteriorMean(), rewards[job.reward]
     value.bind(reward, diffusion)
+    sampler = BestOfN(job.particles) if job.particles else getattr(svdd.samplers, job.sampler)()
     try:
         sampler.check(diffusion, value)
     except UserError as error:
         return {"refused": str(error)}
-    found: dict[str, Any] = {"scores": [], "digests": [], "selection": [], "rows": []}
-    for k in range(IMAGES):
-        with torch.no_grad():
-            final = sampler(Start(diffusion, [PROMPTS[k]], [1000 * k]), value)
-            images = (final.images * 255).round().to(torch.uint8)
-            found["scores"] += reward.score(final.images, final.prompts).tolist()
-        found["digests"].append(hashlib.sha256(images.numpy().tobytes()).hexdigest())
-        found["selection"] += final.context.trace.statistics(1)
-        found["rows"].append(final.context.ledger.denoiser_rows)
-    return found
+    final = sampler(Start(diffusion, PROMPTS[:IMAGES], [1000 * k for k in range(IMAGES)]), value)
+    images = (final.images * 255).round().to(torch.uint8).cpu()
+    return {
+        "scores": reward.score(final.images, final.prompts).tolist(),
+        "digests": [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images],
+        "selection": final.context.trace.statistics(IMAGES),
+        "rows": final.context.ledger.denoiser_rows / IMAGES,
+    }
+
+
+def equal_rows(result: dict[str, Any]) -> int:
+    """Returns the particles with which best-of-N costs as much."""
+    return round(result["rows"] / STEPS)
 
 
 def mean(result: dict[str, Any], name: str) -> float | None:
@@ -65,7 +95,7 @@ def line(name: str, result: dict[str, Any], best: dict[str, Any] | None, sampler
     equal = sum(one == other for one, other in zip(result["digests"], best["digests"], strict=True)) if best else None
     summary = known | {"spread": mean(result, "spread"), "alpha": {"mean": known.get("alpha", math.inf)}}
     warned = "warned" if idle(sampler, summary) else ""
-    cells = [f"{sum(result['scores']) / IMAGES:.4g}", f"{sum(result['rows']) / IMAGES:.0f}"]
+    cells = [f"{sum(result['scores']) / IMAGES:.4g}", f"{result['rows']:.0f}"]
     cells += [format(known[each], form) if each in known else "" for each, form in STATISTICS.items()]
     cells += ["" if equal is None else f"{equal} of {IMAGES}", warned]
     return f"| {name} | {' | '.join(cells)} |"
@@ -75,25 +105,27 @@ def main() -> None:
     """Measures what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only-report", action="store_true", help="write the page from the finished entries")
-    parser.add_argument("--kept", type=Path, default=Path("build/default_settings"), help="folder of finished entries")
+    parser.add_argument("--kept", type=Path, default=Path("build/default_settings"), help="folder of new entries")
+    add_arguments(parser)
     options = parser.parse_args()
-    clip = CLIPScore()
-    rewards = {"Compressibility": Compressibility(), "CLIPScore": clip, "1000 CLIPScore": WeightedSum([clip], [1000.0])}
-    diffusion = StableDiffusion("emoji", num_inference_steps=STEPS, guidance_scale=3.0, eta=1.0)
     names = sorted(name for name in svdd.samplers.__all__ if name != "Sampler")
-    samplers: dict[str, Sampler] = {name: getattr(svdd.samplers, name)() for name in names}
-    options.kept.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    cells = Cells(DATA, options.kept)
 
-    def found(sampler: Sampler, label: str, reward: str) -> dict[str, Any]:
-        path = options.kept / f"{reward}-{label}.json"
-        if not path.exists():
-            if options.only_report:
-                return {}
-            path.write_text(json.dumps(draw(diffusion, sampler, rewards[reward])))
-            print(path.stem, flush=True)
-        return json.loads(path.read_text())
+    def measure(jobs: list[Job]) -> None:
+        for job, found in spread(draw, [job for job in jobs if asdict(job) not in cells], options):
+            cells.add(asdict(job), found)
+            print(*asdict(job).values(), flush=True)
 
+    def results(reward: str) -> dict[str, dict[str, Any]]:
+        return {cell["key"]["sampler"]: cell for cell in cells.select(reward=reward, particles=0)}
+
+    if not options.only_report:
+        measure([Job(reward, name) for reward in REWARDS for name in names])
+        counts = {
+            (reward, equal_rows(cell)) for reward in REWARDS for cell in results(reward).values() if "rows" in cell
+        }
+        measure([Job(reward, "BestOfN", n) for reward, n in sorted(counts) if n > 1])
+    cells.commit()
     lines = [
         "# Default settings on rewards of three scales",
         "",
@@ -102,15 +134,15 @@ def main() -> None:
         "with weights. Equal: images whose bytes equal those of best-of-N with the same denoiser rows and seeds."
         " A sampler without a row was not measured on that reward. Made by `python -m benchmarks.default_settings`.",
     ]
-    for reward in rewards:
+    for reward in REWARDS:
         lines += ["", f"## {reward}", ""]
         lines += ["| sampler | reward | denoiser rows | ESS | resamplings | alpha | equal | |", "|---|" + "---:|" * 7]
-        for name, sampler in samplers.items():
-            result, best = found(sampler, name, reward), None
-            if "rows" in result and (n := round(sum(result["rows"]) / IMAGES / STEPS)) > 1 and name != "BestOfN":
-                best = found(BestOfN(n), f"BestOfN({n})", reward)
-            if result:  # else it is not measured yet
-                lines.append(line(name, result, best, sampler))
+        for name, result in sorted(results(reward).items()):
+            best = None
+            if "rows" in result and name != "BestOfN":
+                same = cells.select(reward=reward, sampler="BestOfN", particles=equal_rows(result))
+                best = same[0] if same else None
+            lines.append(line(name, result, best, getattr(svdd.samplers, name)()))
     text = "\n".join(lines) + "\n"
     print(text)
     Path(__file__).with_suffix(".md").write_text(text)

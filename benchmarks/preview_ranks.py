@@ -55,12 +55,12 @@ def preview(diffusion: LatentDiffusion, parents: State, children: State, kind: P
     return diffusion.preview(children.x, children.i, conditioning, children.row, kind, reused)
 
 
-def measure(name: str, prompts: list[str]) -> Iterator[Found]:
+def measure(name: str, prompts: list[str], device: str) -> Iterator[Found]:
     """Yields after each step what has been measured so far: correlations, [prompts], by reward, preview and decoder."""
     kind, scale = MODELS[name]
-    diffusion = kind(name, STEPS, guidance_scale=scale)
-    decoders = {"full": diffusion.decode, "tiny": diffusion.load_decoder("tiny").eval()}
-    rewards = {"JPEG": Compressibility(), "CLIPScore": CLIPScore()}
+    diffusion = kind(name, STEPS, guidance_scale=scale).to(device)
+    decoders = {"full": diffusion.decode, "tiny": diffusion.load_decoder("tiny").eval().to(device)}
+    rewards = {"JPEG": Compressibility(), "CLIPScore": CLIPScore().to(device)}
     rows = {label: diffusion.preview_rows(part or Preview(), STEPS // 2) for label, part in PREVIEWS.items()}
     state, found = Start(diffusion, prompts, range(len(prompts)))(1), defaultdict(list)
     for i in range(STEPS - 1):
@@ -74,7 +74,7 @@ def measure(name: str, prompts: list[str]) -> Iterator[Found]:
                 images = decode(x0)
                 for reward, scorer in rewards.items():
                     score = scorer.score(images, children.prompts).view(len(prompts), CANDIDATES)
-                    scores[reward, label, decoder] = score.double()
+                    scores[reward, label, decoder] = score.double().cpu()
         for key, score in scores.items():
             found[key].append((3 * i // (STEPS - 1), spearman(score, scores[key[0], "exact", "full"])))
         state = children.select(torch.zeros(len(prompts), 1, dtype=torch.int64))
@@ -99,8 +99,9 @@ def table(name: str, found: dict[tuple[str, str, str], list[tuple[int, Tensor]]]
 def main() -> None:
     """Measures, prints and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -114,7 +115,7 @@ def main() -> None:
     ]
     for name in options.models:
         own: list[str] = []
-        for found, rows in measure(name, list(PROMPTS[: options.prompts])):
+        for found, rows in measure(name, list(PROMPTS[: options.prompts]), options.device):
             own = table(name, found, rows)
             options.output.write_text("\n".join(lines + own) + "\n")
         lines += own

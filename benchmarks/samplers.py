@@ -6,8 +6,8 @@ benchmarks/samplers.md.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.cells import Cells
 from benchmarks.paired import PROMPTS, interval
+from benchmarks.workers import add_arguments, spread
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.rewards.base import Reward
@@ -43,16 +44,23 @@ from svdd.state.start import Start
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
-STEPS, AT_ONCE = 25, 4
-IMAGES = 2  # per prompt
+STEPS, IMAGES = 25, 2  # images per prompt
+BUDGETS, GUIDES = (200, 400, 800), ("Compressibility", "CLIPScore")
 PLAIN, BASELINE, ON_THE_ODE = "Unguided", "BestOfN", ", eta 0"
 DATA = Path(__file__).parent / "data" / "samplers.jsonl"
 
 
 @cache
-def chain(eta: float) -> StableDiffusion:
+def chain(eta: float, device: str) -> StableDiffusion:
     """Returns the embedded model with as much noise in its steps."""
-    return StableDiffusion("emoji", num_inference_steps=STEPS, guidance_scale=3.0, eta=eta)
+    return StableDiffusion("emoji", num_inference_steps=STEPS, guidance_scale=3.0, eta=eta).to(device)
+
+
+@cache
+def rewards(device: str) -> dict[str, Reward]:
+    """Returns the guides and the held-out reward by name."""
+    found = (Compressibility(), CLIPScore(), CLIPScore("emoji-judge"))
+    return {reward.name: reward.to(device) for reward in found}
 
 
 def entries(guide: Reward, budget: int) -> dict[str, Callable[[], Sampler]]:
@@ -92,40 +100,61 @@ def unbudgeted(guide: Reward) -> dict[str, Callable[[], Sampler]]:
     return table
 
 
+@dataclass(frozen=True)
+class Job:
+    """Prompts, by their numbers, that one sampler draws in one batch, IMAGES images of each."""
+
+    guide: str
+    budget: int
+    sampler: str
+    prompts: tuple[int, ...]
+
+    def keys(self) -> list[dict[str, str | int]]:
+        """Returns the key of each prompt's cell."""
+        return [
+            {"guide": self.guide, "budget": self.budget, "sampler": self.sampler, "prompt": prompt}
+            for prompt in self.prompts
+        ]
+
+
 @torch.no_grad()
 def draw(
     diffusion: LatentDiffusion,
     sampler: Sampler,
     guide: Reward,
-    others: list[Reward],
-    prompts: Any = PROMPTS,
+    scorers: Iterable[Reward],
+    prompts: Sequence[int],
     value: Value | None = None,
-    first: int = 0,
 ) -> dict[str, Any]:
-    """Samples IMAGES images of every prompt; returns scores [prompts][images], cost and diversity.
-
-    `first` is the number of the first prompt, which determines the seeds.
-    """
-    value, clip = value or PosteriorMean(), next(r for r in (guide, *others) if r.name == "CLIPScore")
+    """Draws IMAGES images of each prompt, given by its number; returns scores [prompts][images], diversity, counts."""
+    value, clip = value or PosteriorMean(), next(reward for reward in scorers if reward.name == "CLIPScore")
     value.bind(guide, diffusion)
-    rewards = (guide, *others)
-    result: dict[str, Any] = {"scores": {reward.name: [] for reward in rewards}, "diversity": []}
-    rows, seconds = 0.0, 0.0
-    for start in range(0, len(prompts), AT_ONCE // IMAGES):
-        texts = [prompt for prompt in prompts[start : start + AT_ONCE // IMAGES] for _ in range(IMAGES)]
-        seeds = [1000 * (first + start + k // IMAGES) + k % IMAGES for k in range(len(texts))]
-        begin = Start(diffusion, texts, seeds)
-        began = time.process_time()
-        final = sampler(begin, value)
-        pictures = final.images
-        seconds += time.process_time() - began
-        rows += final.context.ledger.denoiser_rows + 2 * final.context.ledger.gradient_rows
-        for reward in rewards:
-            result["scores"][reward.name] += reward.score(pictures, texts).view(-1, IMAGES).tolist()
-        features = clip.image_features(pictures)
-        result["diversity"] += distances(features.view(-1, IMAGES, features.shape[-1])).tolist()
-    count = len(prompts) * IMAGES
-    return result | {"rows": rows / count, "seconds": seconds / count}
+    places = [(prompt, image) for prompt in prompts for image in range(IMAGES)]
+    texts = [PROMPTS[prompt] for prompt, _ in places]
+    final = sampler(Start(diffusion, texts, [1000 * prompt + image for prompt, image in places]), value)
+    images, ledger = final.images, final.context.ledger
+    features = clip.image_features(images)  # type: ignore[operator]
+    return {
+        "scores": {reward.name: reward.score(images, texts).view(-1, IMAGES).tolist() for reward in scorers},
+        "diversity": distances(features.view(-1, IMAGES, features.shape[-1])).tolist(),
+        "rows": (ledger.denoiser_rows + 2 * ledger.gradient_rows) / len(texts),
+        "decoded": ledger.decoded_images / len(texts),
+    }
+
+
+def draw_cells(job: Job, device: str) -> list[dict[str, Any]]:
+    """Returns the cell of each prompt of a job."""
+    diffusion, guide = chain(0.0 if job.sampler.endswith(ON_THE_ODE) else 1.0, device), rewards(device)[job.guide]
+    sampler, value = entries(guide, job.budget)[job.sampler](), PosteriorMean()
+    value.bind(guide, diffusion)
+    if job.budget:
+        sampler = fit_budget(sampler, job.budget, diffusion, value)
+    found, cells = draw(diffusion, sampler, guide, list(rewards(device).values()), job.prompts), []
+    shared = {kind: round(found[kind], 3) for kind in ("rows", "decoded")}
+    for k in range(len(job.prompts)):
+        own = {name: [round(score, 6) for score in scores[k]] for name, scores in found["scores"].items()}
+        cells.append({"scores": own, "diversity": round(found["diversity"][k], 6), **shared})
+    return cells
 
 
 def distances(features: torch.Tensor) -> torch.Tensor:
@@ -135,17 +164,16 @@ def distances(features: torch.Tensor) -> torch.Tensor:
     return 1 - total / (n * (n - 1))
 
 
-def table(guide: Reward, others: list[Reward], budget: int, cells: Cells) -> list[str]:
+def table(guide: Reward, others: list[str], budget: int, cells: Cells) -> list[str]:
     """Returns the lines of one table: means, paired differences to best-of-N and held-out ones to plain sampling."""
     parts: dict[str, dict[int, dict[str, Any]]] = {}
     for cell in [*cells.select(guide=guide.name, budget=0), *cells.select(guide=guide.name, budget=budget)]:
         parts.setdefault(cell["key"]["sampler"], {})[cell["key"]["prompt"]] = cell
     if PLAIN not in parts or BASELINE not in parts:
         return []
-    held_out = [reward.name for reward in others]
-    heads = ["sampler", "prompts", guide.name, "- BestOfN", *(f"{key} - unguided" for key in held_out)]
+    heads = ["sampler", "prompts", guide.name, "- BestOfN", *(f"{key} - unguided" for key in others)]
     lines = ["", f"## Guide {guide.name}, {budget} denoiser rows per image", ""]
-    lines += [f"| {' | '.join([*heads, 'diversity', 'rows', 'seconds'])} |", "|---|" + "---:|" * (6 + len(held_out))]
+    lines += [f"| {' | '.join([*heads, 'diversity', 'rows', 'decoded'])} |", "|---|" + "---:|" * (6 + len(others))]
 
     def mean(name: str, entry: Callable[[dict[str, Any]], float], prompts: Iterable[int]) -> float:
         found = [entry(parts[name][prompt]) for prompt in prompts]
@@ -159,13 +187,13 @@ def table(guide: Reward, others: list[Reward], budget: int, cells: Cells) -> lis
 
     order = [*entries(guide, 0), *entries(guide, budget)]
     for name in (name for name in order if name in parts):
-        own, both = parts[name], parts[name].keys() & parts[BASELINE].keys()
+        own = parts[name]
         entry = [str(len(own)), f"{mean(name, lambda cell: average(cell['scores'][guide.name]), own):.3f}"]
-        entry += [minus(name, BASELINE, guide.name), *(minus(name, PLAIN, reward) for reward in held_out)]
+        entry += [minus(name, BASELINE, guide.name), *(minus(name, PLAIN, reward) for reward in others)]
         entry.append(f"{mean(name, lambda cell: cell['diversity'], own):.3f}")
         entry.append(f"{mean(name, lambda cell: cell['rows'], own):.0f}")
-        slower = mean(name, lambda cell: cell["seconds"], both) / mean(BASELINE, lambda cell: cell["seconds"], both)
-        lines.append(f"| {name} | {' | '.join(entry)} | {slower:.2f} |")
+        entry.append(f"{mean(name, lambda cell: cell['decoded'], own):.0f}")
+        lines.append(f"| {name} | {' | '.join(entry)} |")
     return lines
 
 
@@ -174,7 +202,7 @@ def average(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def report(cells: Cells, guides: list[tuple[Reward, list[Reward]]], budgets: list[int]) -> str:
+def report(cells: Cells) -> str:
     """Returns the page."""
     lines = [
         "# Samplers at equal compute",
@@ -184,61 +212,55 @@ def report(cells: Cells, guides: list[tuple[Reward, list[Reward]]], budgets: lis
         "is `auto`. `eta 0`: the chain is deterministic, and the start alone is searched. "
         "Differences are paired by prompt, with 95 % intervals (Student's t), over the prompts that both samplers have "
         "drawn. `CLIPScore-judge` is held out: a second CLIP, trained separately. Diversity is the mean of 1 - cosine "
-        "of the CLIP embeddings over pairs of images of a prompt. Seconds are CPU seconds on one thread divided by "
-        "those of BestOfN. Samplers with 25 rows do not scale with a budget and appear in each table. Made by "
+        "of the CLIP embeddings over pairs of images of a prompt. `decoded` counts the images that the decoder made. "
+        "Samplers with 25 rows do not scale with a budget and appear in each table. Made by "
         "`python -m benchmarks.samplers`, which continues where prompts are missing.",
     ]
-    for guide, others in guides:
-        for budget in budgets:
-            lines += table(guide, others, budget, cells)
+    known = rewards("cpu")
+    for guide in GUIDES:
+        for budget in BUDGETS:
+            lines += table(known[guide], [name for name in known if name != guide], budget, cells)
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measures the missing parts and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--guides", nargs="+", default=["Compressibility", "CLIPScore"])
-    parser.add_argument("--budgets", nargs="+", type=int, default=[200, 400, 800])
-    parser.add_argument("--prompts", type=int, default=12, help=f"how many, at most {len(PROMPTS)}")
+    parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=GUIDES)
+    parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"how many, at most {len(PROMPTS)}")
+    parser.add_argument("--at-once", type=int, default=1, help="prompts in a batch; many on a GPU")
     parser.add_argument("--samplers", nargs="+", help="names in the table; by default all")
     parser.add_argument("--only-report", action="store_true", help="write the page from the finished parts")
     parser.add_argument("--kept", type=Path, default=Path("build/samplers"), help="folder of new parts")
+    add_arguments(parser)
     options = parser.parse_args()
-    clip, judge, jpeg = CLIPScore(), CLIPScore("emoji-judge"), Compressibility()
-    guides: list[tuple[Reward, list[Reward]]] = [(jpeg, [clip, judge]), (clip, [judge, jpeg])]
-    torch.set_num_threads(1)  # so that CPU seconds are comparable
     cells = Cells(DATA, options.kept)
     if not options.only_report:
-        chosen = [(guide, others) for guide, others in guides if guide.name in options.guides]
-        for budget in (0, *options.budgets):
-            measure(cells, chosen, budget, options)
+        for job, found in spread(draw_cells, missing(cells, options), options):
+            for key, cell in zip(job.keys(), found, strict=True):
+                cells.add(key, cell)
+            mean = average([average(cell["scores"][job.guide]) for cell in found])
+            print(job.guide, job.budget, job.sampler, len(found), f"{mean:.3f}", found[0]["rows"], flush=True)
     cells.commit()
-    text = report(cells, guides, [200, 400, 800])
+    text = report(cells)
     print(text)
     Path(__file__).with_suffix(".md").write_text(text)
 
 
-def measure(cells: Cells, guides: list[tuple[Reward, list[Reward]]], budget: int, options: argparse.Namespace) -> None:
-    """Measures the missing parts of one budget; samplers alternate, so that background load affects all alike."""
-    fitted: dict[tuple[str, str], Sampler] = {}
-    for prompt in range(options.prompts):
-        for guide, others in guides:
-            for name, sampler in entries(guide, budget).items():
-                key = {"guide": guide.name, "budget": budget, "sampler": name, "prompt": prompt}
-                if key in cells or name not in (options.samplers or [name]):
-                    continue
-                diffusion = chain(0.0 if name.endswith(ON_THE_ODE) else 1.0)
-                if (guide.name, name) not in fitted:
-                    value = PosteriorMean()
-                    value.bind(guide, diffusion)
-                    fitted[guide.name, name] = fit_budget(sampler(), budget, diffusion, value) if budget else sampler()
-                found = draw(
-                    diffusion, fitted[guide.name, name], guide, others, PROMPTS[prompt : prompt + 1], first=prompt
-                )
-                scores = {reward: [round(score, 6) for score in own[0]] for reward, own in found["scores"].items()}
-                kept = {"scores": scores, "diversity": round(found["diversity"][0], 6)}
-                cells.add(key, kept | {kind: round(found[kind], 3) for kind in ("rows", "seconds")})
-                print(*key.values(), f"{scores[guide.name]}, {found['rows']:.0f} rows", flush=True)
+def missing(cells: Cells, options: argparse.Namespace) -> list[Job]:
+    """Returns the prompts that are not drawn yet, in batches of one sampler; samplers alternate."""
+    jobs, known = [], rewards("cpu")
+    for budget in (0, *options.budgets):
+        for start in range(0, options.prompts, options.at_once):
+            prompts = tuple(range(start, min(start + options.at_once, options.prompts)))
+            for guide in options.guides:
+                for name in entries(known[guide], budget):
+                    whole = Job(guide, budget, name, prompts)
+                    new = [prompt for prompt, key in zip(prompts, whole.keys(), strict=True) if key not in cells]
+                    if new and name in (options.samplers or [name]):
+                        jobs.append(replace(whole, prompts=tuple(new)))
+    return jobs
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """Searches over starts on the ODE (eta = 0), at equal denoiser rows, on the embedded models.
 
 A run with many rows contains the run with fewer: the trace states the best value after every generation. So every
-sampler runs once per chain and guide, with the largest budget. Keeps every finished entry in a JSON file,
-continues after the last one, and writes benchmarks/starts.md from the finished entries.
+sampler runs once per chain and guide, with the largest budget. `benchmarks/data/starts.jsonl` holds the finished runs,
+from which `--only-report` makes benchmarks/starts.md.
 """
 
 import argparse
-import json
-import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.cells import Cells
 from benchmarks.paired import PROMPTS, interval
+from benchmarks.workers import add_arguments, spread
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
@@ -32,7 +35,9 @@ from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 
-BUDGETS = (200, 400, 800)
+BUDGETS, IMAGES = (200, 400, 800), 2  # images of each prompt
+GUIDES = ("Compressibility", "CLIPScore")
+DATA = Path(__file__).parent / "data" / "starts.jsonl"
 CHAINS: dict[str, Callable[[], LatentDiffusion]] = {
     "emoji-sd, T = 5": lambda: StableDiffusion("emoji", num_inference_steps=5, guidance_scale=3.0, eta=0.0),
     "emoji-sd, T = 10": lambda: StableDiffusion("emoji", num_inference_steps=10, guidance_scale=3.0, eta=0.0),
@@ -60,102 +65,104 @@ def progress(sampler: Sampler, final: State) -> tuple[list[int], Tensor]:
     return evaluated, torch.stack([selection.values.amax(1) for selection in selections], 1)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A search."""
+
+    chain: str
+    guide: str
+    sampler: str
+
+
+@cache
+def rewards(device: str) -> dict[str, Reward]:
+    """Returns the guides and the held-out reward by name."""
+    found = (Compressibility(), CLIPScore(), CLIPScore("emoji-judge"))
+    return {reward.name: reward.to(device) for reward in found}
+
+
 @torch.no_grad()
-def measure(
-    chain: str, guide: Reward, others: list[Reward], name: str, most: int, prompts: tuple[str, ...] = PROMPTS
-) -> dict[str, Any]:
-    """Runs one search with `most` rows per image; returns the best rewards by budget, [prompts], and held-out ones."""
-    diffusion, value = CHAINS[chain](), PosteriorMean()
+def measure(job: Job, device: str) -> dict[str, Any]:
+    """Returns the best rewards by budget, [prompts][images], and those of the held-out ones for the largest budget."""
+    diffusion, value, guide = CHAINS[job.chain]().to(device), PosteriorMean(), rewards(device)[job.guide]
     value.bind(guide, diffusion)
-    sampler, steps = fit_budget(SAMPLERS[name](), most, diffusion, value), diffusion.num_inference_steps
-    began = time.process_time()
-    final = sampler(Start(diffusion, prompts, range(len(prompts))), value)
-    seconds = time.process_time() - began
+    sampler = fit_budget(SAMPLERS[job.sampler](), max(BUDGETS), diffusion, value)
+    places = [(prompt, image) for prompt in range(len(PROMPTS)) for image in range(IMAGES)]
+    texts = [PROMPTS[prompt] for prompt, _ in places]
+    final = sampler(Start(diffusion, texts, [1000 * prompt + image for prompt, image in places]), value)
     evaluated, best = progress(sampler, final)
     scores, rows = {}, {}
-    for budget in (budget for budget in BUDGETS if budget <= most):
-        last = max(k for k, count in enumerate(evaluated) if count * steps <= budget)
-        scores[budget], rows[budget] = best[:, last].tolist(), evaluated[last] * steps
-    held_out = {other.name: other.score(final.images, list(prompts)).tolist() for other in others}
-    return {"scores": scores, "rows": rows, "held_out": held_out, "seconds": seconds / len(prompts)}
+    for budget in BUDGETS:
+        last = max(k for k, count in enumerate(evaluated) if count * diffusion.num_inference_steps <= budget)
+        scores[str(budget)] = _rounded(best[:, last])
+        rows[str(budget)] = evaluated[last] * diffusion.num_inference_steps
+    others = [reward for name, reward in rewards(device).items() if name != job.guide]
+    held_out = {other.name: _rounded(other.score(final.images, texts)) for other in others}
+    return {"scores": scores, "rows": rows, "held_out": held_out}
 
 
-def report(results: dict[str, dict[str, Any]]) -> str:
+def _rounded(scores: Tensor) -> list[list[float]]:
+    return [[round(score, 6) for score in own] for own in scores.view(-1, IMAGES).tolist()]
+
+
+def report(cells: Cells) -> str:
     """Returns the page."""
     lines = [
         "# Searches over starts on the ODE",
         "",
-        f"eta = 0, {len(PROMPTS)} prompts, one image of each, same seeds, default settings; the count of generations "
+        f"eta = 0, {len(PROMPTS)} prompts x {IMAGES} images, same seeds, default settings; the count of generations "
         "(of starts for `RandomSearch`) is the largest within the budget of denoiser rows per image. Guidance scale 3 "
         "(`emoji-flow`: 2). Differences are paired by prompt, with 95 % intervals (Student's t). The last columns are "
-        "for the largest budget: held-out scores as differences from `RandomSearch`, and CPU seconds per image on one "
-        "thread of a shared machine. Made by `python -m benchmarks.starts`.",
+        "held-out rewards for the largest budget, as differences from `RandomSearch`. Made by "
+        "`python -m benchmarks.starts`.",
     ]
     for chain in CHAINS:
-        for guide in ("Compressibility", "CLIPScore"):
-            found = {name: results[key] for name in SAMPLERS if (key := f"{chain}/{guide}/{name}") in results}
+        for guide in GUIDES:
+            found = {cell["key"]["sampler"]: cell for cell in cells.select(chain=chain, guide=guide)}
             if RANDOM in found:
-                lines += table(f"## {chain}, guide {guide}", found)
+                order = {name: found[name] for name in SAMPLERS if name in found}
+                lines += table(f"## {chain}, guide {guide}", order)
     return "\n".join(lines) + "\n"
 
 
 def table(title: str, found: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns the lines of one chain and guide, with the budgets that all of its samplers have."""
+    """Returns the lines of one chain and guide."""
     others = list(found[RANDOM]["held_out"])
-    budgets = [budget for budget in BUDGETS if all(str(budget) in entry["scores"] for entry in found.values())]
-    heads = ["rows", "sampler", "reward", f"- {RANDOM}", f"- {CLIMB}", *others, "seconds"]
+    heads = ["rows", "sampler", "reward", f"- {RANDOM}", f"- {CLIMB}", *others]
     lines = ["", title, "", f"| {' | '.join(heads)} |", "|---:|---|" + "---:|" * (len(heads) - 2)]
-
-    def scores(name: str, *path: str) -> Tensor:
-        entry: Any = found[name]
-        for key in path:
-            entry = entry[key]
-        return torch.tensor(entry)[:, None]
-
-    for budget in budgets:
-        for name, result in found.items():
-            own = scores(name, "scores", str(budget))
-            cells = [f"{result['rows'][str(budget)]}", f"`{name}`", f"{float(own.mean()):.3f}"]
+    for budget in map(str, BUDGETS):
+        scores = {name: torch.tensor(cell["scores"][budget]) for name, cell in found.items()}
+        for name, cell in found.items():
+            entry = [f"{cell['rows'][budget]}", f"`{name}`", f"{float(scores[name].mean()):.3f}"]
             for base in (RANDOM, CLIMB):
                 known = base in found and name != base
-                cells.append(interval(own, scores(base, "scores", str(budget))) if known else "")
+                entry.append(interval(scores[name], scores[base]) if known else "")
             for other in others:
-                known = name != RANDOM and budget == budgets[-1]
-                held_out = (scores(each, "held_out", other) for each in (name, RANDOM))
-                cells.append(interval(*held_out) if known else "")
-            cells.append(f"{result['seconds']:.1f}" if budget == budgets[-1] else "")
-            lines.append(f"| {' | '.join(cells)} |")
+                known = name != RANDOM and budget == str(BUDGETS[-1])
+                own, plain = (torch.tensor(found[each]["held_out"][other]) for each in (name, RANDOM))
+                entry.append(interval(own, plain) if known else "")
+            lines.append(f"| {' | '.join(entry)} |")
     return lines
 
 
 def main() -> None:
-    """Measures the missing entries and writes the page."""
+    """Measures the missing runs and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chains", nargs="+", default=list(CHAINS))
-    parser.add_argument("--guides", nargs="+", default=["Compressibility", "CLIPScore"])
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS))
-    parser.add_argument("--rows", type=int, default=max(BUDGETS), choices=BUDGETS, help="largest budget")
-    parser.add_argument("--kept", type=Path, default=Path("build/starts"), help="folder of finished entries")
+    parser.add_argument("--chains", nargs="+", default=list(CHAINS), choices=list(CHAINS))
+    parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=GUIDES)
+    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
+    parser.add_argument("--only-report", action="store_true", help="write the page from the finished runs")
+    parser.add_argument("--kept", type=Path, default=Path("build/starts"), help="folder of new runs")
+    add_arguments(parser)
     options = parser.parse_args()
-    options.kept.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # so that CPU seconds are comparable
-    clip, judge, jpeg = CLIPScore(), CLIPScore("emoji-judge"), Compressibility()
-    guides: dict[str, tuple[Reward, list[Reward]]] = {
-        jpeg.name: (jpeg, [clip, judge]),
-        clip.name: (clip, [judge, jpeg]),
-    }
-    keys = [f"{c}/{g}/{s}" for c in options.chains for g in options.guides for s in options.samplers]
-    for key in keys:
-        path = options.kept / (key.replace("/", "--") + ".json")
-        if not path.exists() or str(options.rows) not in json.loads(path.read_text())["scores"]:
-            chain, guide, name = key.split("/")
-            path.write_text(json.dumps(measure(chain, *guides[guide], name, options.rows)))
-            print(key, flush=True)
-    results = {}
-    for key in (f"{c}/{g}/{s}" for c in CHAINS for g in guides for s in SAMPLERS):
-        if (path := options.kept / (key.replace("/", "--") + ".json")).exists():
-            results[key] = json.loads(path.read_text())
-    page = report(results)
+    cells = Cells(DATA, options.kept)
+    jobs = [Job(*each) for each in product(options.chains, options.guides, options.samplers)]
+    if not options.only_report:
+        for job, found in spread(measure, [job for job in jobs if asdict(job) not in cells], options):
+            cells.add(asdict(job), found)
+            print(*asdict(job).values(), flush=True)
+    cells.commit()
+    page = report(cells)
     print(page)
     Path(__file__).with_suffix(".md").write_text(page)
 

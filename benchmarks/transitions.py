@@ -6,7 +6,7 @@ benchmarks/transitions.md from the finished entries.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def entries() -> dict[str, Callable[[int], Sampler]]:
     return table | {f"SVDD/{chain}": lambda _: SVDD() for chain in noisy}
 
 
-def measure(key: str, prompts: tuple[str, ...] = PROMPTS) -> dict[str, Any]:
+def measure(key: str, prompts: Sequence[int] = range(len(PROMPTS))) -> dict[str, Any]:
     """Samples one cell; returns scores, cost and diversity."""
     options = {"num_inference_steps": 25} | CHAINS[key.split("/")[1]]
     diffusion = StableDiffusion3("emoji-flow", guidance_scale=GUIDANCE, **options)
@@ -56,7 +56,7 @@ def measure(key: str, prompts: tuple[str, ...] = PROMPTS) -> dict[str, Any]:
     sampler = entries()[key](options["num_inference_steps"])
     if not isinstance(sampler, Unguided):
         sampler = fit_budget(sampler, ROWS // 2, diffusion, preview)
-    return draw(diffusion, sampler, guide, [CLIPScore("emoji-judge")], prompts, preview)
+    return draw(diffusion, sampler, guide, [guide, CLIPScore("emoji-judge")], prompts, preview)
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:
