@@ -30,6 +30,7 @@ from svdd.samplers.budget import fit_budget
 from svdd.samplers.cross_entropy_search import CrossEntropySearch
 from svdd.samplers.evolutionary_search import EvolutionarySearch
 from svdd.samplers.random_search import RandomSearch
+from svdd.samplers.start_search import StartSearch
 from svdd.samplers.zero_order_search import ZeroOrderSearch
 from svdd.state.start import Start
 from svdd.state.state import State
@@ -59,9 +60,8 @@ def progress(sampler: Sampler, final: State) -> tuple[list[int], Tensor]:
     if isinstance(sampler, RandomSearch):
         best = selections[0].values.cummax(1).values
         return list(range(1, best.shape[1] + 1)), best
-    first = 1 if isinstance(sampler, ZeroOrderSearch) else 0  # it records no selection of its only first start
-    count = getattr(sampler, "num_starts", 1)
-    evaluated = [count + (k + first) * sampler.num_candidates for k in range(len(selections))]  # type: ignore[attr-defined]
+    assert isinstance(sampler, StartSearch)
+    evaluated = [sampler.num_starts + k * sampler.num_candidates for k in range(len(selections))]
     return evaluated, torch.stack([selection.values.amax(1) for selection in selections], 1)
 
 

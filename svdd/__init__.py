@@ -12,8 +12,10 @@ if _AS_MODULE or os.path.basename("".join(sys.argv[:1])) in ("svdd", "svdd.exe")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the command without a traceback, until `main` listens
 
 import re
+import reprlib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import lazy_loader
@@ -106,11 +108,35 @@ def did_you_mean(name: str, known: Iterable[str], separator: str = "; ") -> str:
     return f"{separator}did you mean {lowered[match[0]]!r}?" if match else ""
 
 
-def require_at_least(least: int, **numbers: int | None) -> None:
-    """Raises ValueError for the first number below `least`; None is not checked."""
+def is_integer(number: object) -> bool:
+    """Whether a number is an integer by its type; numpy's are, True and 8.0 are not."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def is_number(number: object) -> bool:
+    """Whether a number is real by its type, NaN and infinity included; True is not."""
+    return isinstance(number, Real) and not isinstance(number, bool)
+
+
+def require_at_least(least: int, **numbers: int) -> None:
+    """Raises ValueError for the first that is no integer, or below `least`."""
     for name, number in numbers.items():
-        if number is not None and number < least:
+        if not is_integer(number):
+            raise ValueError(f"{name} must be an integer >= {least}, got {described(number)}")
+        if number < least:
             raise ValueError(f"{name} must be >= {least}, got {number}")
+
+
+def require_numbers(**numbers: float) -> None:
+    """Raises ValueError for the first that `is_number` refuses."""
+    for name, number in numbers.items():
+        if not is_number(number):
+            raise ValueError(f"{name} must be a number, got {described(number)}")
+
+
+def described(argument: object) -> str:
+    """Returns an argument of the wrong type as text, with its type."""
+    return f"{reprlib.repr(argument)} ({type(argument).__name__})"
 
 
 def check_bound(what: str, number: int, most: int, advice: str, error: type[UserError] = UserError) -> None:

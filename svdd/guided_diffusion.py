@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
-from svdd import UserError
+from svdd import UserError, is_integer, require_at_least
 from svdd.assets.content import digest, sources
 from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
@@ -80,10 +80,9 @@ class GuidedDiffusion(L.LightningModule):
         super().__init__()
         require_at_least_one(images_per_prompt=images_per_prompt)
         check_images(1, images_per_prompt)
-        if budget is not None and budget < 1:
-            raise ValueError(f"budget must be >= 1 denoiser rows per image, got {budget}")
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+        if budget is not None and (not is_integer(budget) or budget < 1):
+            raise ValueError(f"budget must be >= 1 denoiser rows per image, got {budget!r}")
+        require_at_least(0, seed=seed)
         self.reward, self.eval_rewards = reward, nn.ModuleList(eval_rewards or [])
         if diffusion is not None and not isinstance(diffusion, Diffusion):
             diffusion = from_pipeline(diffusion)

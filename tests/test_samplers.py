@@ -2,12 +2,15 @@
 
 import math
 from functools import cache
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+import svdd.samplers
 from svdd import UserError
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.base import Sampler
 from svdd.samplers.beam_search import BeamSearch
@@ -24,13 +27,18 @@ from svdd.samplers.refinement import Refinement
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
+from svdd.samplers.toolbox.schedule import Counts
+from svdd.samplers.toolbox.temperature import Alpha
 from svdd.samplers.toolbox.window import Window
 from svdd.samplers.twisted_smc import TwistedSMC
 from svdd.samplers.unguided import Unguided
 from svdd.samplers.zero_order_search import ZeroOrderSearch
 from svdd.state.start import Start
 from svdd.state.state import State
+from svdd.values.lookahead import Lookahead
+from svdd.values.losses import SoftLoss
 from svdd.values.posterior_mean import PosteriorMean
+from svdd.values.screened import Screened
 from tests.analytic import (
     ExactSoftValue,
     GaussianDiffusion,
@@ -507,7 +515,7 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
         (lambda: BlockwiseBestOfN(alpha=-0.1), "alpha must be >= 0 or auto, got -0.1"),
         (lambda: BlockwiseBestOfN(block_size=1, score_parent=True), "score_parent needs block_size > 1"),
         (lambda: SMC(num_particles=0), "num_particles must be >= 1, got 0"),
-        (lambda: SMC(alpha="own"), "alpha must be > 0 or auto, got own"),
+        (lambda: SMC(alpha="own"), r"alpha must be > 0 or auto, got 'own' \(str\)"),
         (lambda: SMC(alpha=0), "alpha must be > 0 or auto, got 0; for the limit of alpha = 0 use SVDD"),
         (lambda: SMC(ess_threshold=1.5), "ess_threshold must lie in 0 .. 1"),
         (lambda: SMC(potential="min"), "potential must be one of difference, max, sum, immediate, got 'min'"),
@@ -549,6 +557,24 @@ def test_a_reward_without_gradient_is_refused_by_name(sampler):
 def test_arguments_out_of_range_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+COUNT, NUMBER = [8.0, 2.5, True, None, "4", [4], math.nan], [True, None, "x", [0.5]]
+WRONG = {int: COUNT, int | None: [each for each in COUNT if each is not None], Counts: [*COUNT[:5], (4, 2)]}
+WRONG |= {float: NUMBER, float | None: NUMBER[:1], Alpha: [*NUMBER, "Auto", math.nan]}
+CLASSES = [getattr(svdd.samplers, name) for name in svdd.samplers.__all__ if name != "Sampler"]
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, PosteriorMean, Lookahead, Screened, SoftLoss, GuidedDiffusion])
+def test_arguments_of_a_wrong_type_are_named_with_what_came(kind):
+    given = {Screened: {"cheap": PosteriorMean(), "exact": PosteriorMean()}, GuidedDiffusion: {"reward": Linear(B)}}
+    for name, hint in get_type_hints(kind.__init__).items():
+        wrong = [*WRONG.get(hint, ()), *(["auto"] if (kind, name) == (Refinement, "alpha") else ())]
+        for each in wrong:
+            with pytest.raises(ValueError, match=rf"^{name} must be .*, got .*\w") as caught:
+                kind(**given.get(kind, {}), **{name: each})
+            assert str(each) in str(caught.value) or repr(each) in str(caught.value)
+    assert kind is Unguided or any(hint in WRONG for hint in get_type_hints(kind.__init__).values())
 
 
 def test_a_value_without_a_reward_has_an_actionable_error():

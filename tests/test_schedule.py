@@ -112,6 +112,15 @@ def test_a_budget_scales_a_schedule_with_most_candidates_in_the_last_step_which_
         ({}, r"must rise .* got \[\]"),
         ([], "num_candidates must have one count per step, got an empty list"),
         ([2, 0, 3], "num_candidates must be >= 1, got 0"),
+        ([2, True], r"num_candidates must be an integer >= 1, got True \(bool\)"),
+        ([2, [4]], r"num_candidates must be an integer >= 1, got \[4\] \(list\)"),
+        ({1.0: "many"}, r"num_candidates must be an integer >= 1, got 'many' \(str\)"),
+        ({0.5: 2.0, 1.0: 3}, r"num_candidates must be an integer >= 1, got 2.0 \(float\)"),
+        ({None: 2}, r"expected fractions of the chain as keys, got \[None\]"),
+        *(
+            (given, rf"an integer, a list .* or a dict .*, got .* \({type(given).__name__}\)")
+            for given in (8.0, 2.5, (4, 2), True, None, "4")
+        ),
     ],
 )
 @pytest.mark.parametrize("sampler", [SVDD, BlockwiseBestOfN, lambda counts: BeamSearch(2, counts)])
@@ -124,7 +133,9 @@ def test_impossible_schedules_are_refused(sampler, counts, message):
 def test_a_schedule_must_fit_the_chain(sampler):
     with pytest.raises(UserError, match=r"num_candidates has 10 counts, one per step, and the chain has num_inf.*=4; "):
         sampler(COUNTS).check(GaussianDiffusion(4), value_of())
-    with pytest.raises(UserError, match="no step would be guided"):
+    with pytest.raises(UserError, match="needs a chain with noise"):
+        sampler(4).check(GaussianDiffusion(4, eta=0.0), value_of())
+    with pytest.raises(UserError, match=r"num_candidates is 1, which leaves no choice, .* 0 to 2 of 0 to 3; set"):
         sampler([1, 1, 1, 5]).check(GaussianDiffusion(4, last=1.0), value_of())  # the last step has no noise
     with pytest.raises(ValueError, match="score_parent needs num_candidates < num_particles"):
         SVDD([1, 4], num_particles=4, score_parent=True)

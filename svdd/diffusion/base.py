@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svdd import UserError
+from svdd import UserError, is_integer
 from svdd.assets.content import digest
 from svdd.diffusion.chunking import Chunker, Reproducible
 from svdd.diffusion.preview import Preview
@@ -54,7 +54,7 @@ class Diffusion(nn.Module, ABC):
         self, num_inference_steps: int, chunk_size: int | str = "auto", reproducible: Reproducible = "auto"
     ) -> None:
         super().__init__()
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        if not is_integer(num_inference_steps) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
         self.num_inference_steps, self.chunker = num_inference_steps, Chunker(chunk_size, reproducible)
         # A buffer follows the module to its device and precision.

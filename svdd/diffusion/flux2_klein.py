@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svdd import require_at_least
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import FLOW_KERNELS
 from svdd.diffusion.latent import LatentDiffusion
@@ -38,8 +39,7 @@ class Flux2Klein(LatentDiffusion):
     text_encoder: Any
 
     def __init__(self, *args: Any, max_sequence_length: int = 512, **kwargs: Any) -> None:
-        if max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be >= 1, got {max_sequence_length}")
+        require_at_least(1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length
         super().__init__(*args, **kwargs)
 

@@ -8,6 +8,8 @@ between a parent and its candidates is an addition.
 import math
 from dataclasses import dataclass
 
+from svdd import require_at_least, require_numbers
+
 __all__ = ["Preview"]
 
 
@@ -29,12 +31,14 @@ class Preview:
 
     def __post_init__(self) -> None:
         scale, depth = self.guidance_scale, self.feature_depth
+        if scale is not None:
+            require_numbers(guidance_scale=scale)
         if scale is not None and not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be a finite number, got {scale}")
         if scale is not None and self.reuse_guidance:
             raise ValueError(f"reuse_guidance keeps the model's own guidance; leave out guidance_scale={scale}")
-        if depth is not None and depth < 1:
-            raise ValueError(f"feature_depth must be >= 1 (None recomputes the whole network), got {depth}")
+        if depth is not None:
+            require_at_least(1, feature_depth=depth)
 
     @property
     def reuses(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from svdd import UserError
+from svdd import UserError, require_at_least
 from svdd.evaluation.baseline import by_prompt, shared_prompts
 from svdd.evaluation.metrics import CMMD, Diversity
 from svdd.rewards.clip import CLIPScore
@@ -55,8 +55,7 @@ class Evaluation:
         distance_features: Literal["inception", "clip"] = "inception",
         batch_size: int = 64,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        require_at_least(1, batch_size=batch_size)
         if distances and reference is None and baseline is None:
             raise ValueError(f"distances={distances} need a reference or a baseline to measure to")
         if features is None and ("cmmd" in (distances or []) or (distances and distance_features == "clip")):

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from svdd import check_bound
+from svdd import check_bound, require_at_least
 from svdd.runs.bounds import MAX_WORKERS
 from svdd.runs.prompt_files import open_source
 from svdd.runs.prompt_rows import PromptError, RowReader, key, located, shorten
@@ -157,8 +157,8 @@ class PromptDataModule(LightningDataModule):
         numbers = {"batch_size": batch_size, "limit": limit, "max_prompt_length": max_prompt_length}
         for name, number in {**numbers, "num_workers": num_workers}.items():
             least = 0 if name == "num_workers" else 1
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be >= {least}, got {number}")
+            if number is not None:
+                require_at_least(least, **{name: number})
         check_bound("num_workers", num_workers, MAX_WORKERS, "0 is fast enough")
         if key(prompt_column) in map(key, ("negative_prompt", "seed")):
             raise ValueError(f"prompt_column must name the column of the prompts, got {prompt_column!r}")

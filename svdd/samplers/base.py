@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svdd import UserError, check_bound, missing_methods
+from svdd import UserError, check_bound, missing_methods, require_at_least, require_numbers
 from svdd.diffusion.base import Diffusion
 from svdd.samplers.toolbox.selection import choice_kl, effective_sample_size, top
 from svdd.samplers.toolbox.window import Window
@@ -27,6 +27,7 @@ __all__ = [
     "require_at_least_one",
     "require_gaussian_steps",
     "require_noise",
+    "require_shares",
     "require_window",
 ]
 
@@ -155,7 +156,10 @@ def require_noise(
     window: Window | None = None,
     guides: Callable[[int, int], bool] | None = None,
 ) -> None:
-    """Raises UserError if a count above 1 would only make copies, because no step (of the window) draws noise."""
+    """Raises UserError if a count above 1 would only make copies, because no step (of the window) draws noise.
+
+    Or if no step with noise is one where `guides(i, T)` is true, the steps where a schedule has several candidates.
+    """
     if count > 1 and not diffusion.stochastic:
         raise UserError(
             f"{name}={count} needs a chain with noise: with eta=0 every step is deterministic, with rho=1 too, "
@@ -163,18 +167,25 @@ def require_noise(
             "set eta above 0 (1.0 as in the paper) and more than one step, or use BestOfN"
         )
     if count > 1 and window is not None:
-        require_window(diffusion, window, guides)
+        noisy, steps = require_window(diffusion, window), diffusion.num_inference_steps
+        if guides is not None and not any(guides(i, steps) for i in noisy):
+            raise UserError(
+                f"no step would be guided: {name} is 1, which leaves no choice, at all steps with noise that "
+                f"guide_start={window.start}, guide_stop={window.stop} and guide_every={window.every} include, "
+                f"{noisy[0]} to {noisy[-1]} of 0 to {steps - 1}; set it above 1 at one of them, or widen the window"
+            )
 
 
-def require_window(diffusion: Diffusion, window: Window, guides: Callable[[int, int], bool] | None = None) -> None:
-    """Raises UserError if no step of the window, or none where `guides(i, T)` is true, draws noise."""
+def require_window(diffusion: Diffusion, window: Window) -> list[int]:
+    """Returns the steps of the window that draw noise; UserError if there is none."""
     steps = diffusion.num_inference_steps
-    if not any((guides or window.guides)(i, steps) and diffusion.std(i) > 0 for i in range(steps)):
+    if not (noisy := [i for i in range(steps) if window.guides(i, steps) and diffusion.std(i) > 0]):
         raise UserError(
             f"no step would be guided: guide_start={window.start}, guide_stop={window.stop} and guide_every="
             f"{window.every} leave no step with noise at num_inference_steps={steps} (with eta=0 there is none; set "
             "eta above 0; the last step of ddpm and euler_ancestral has none: widen the window)"
         )
+    return noisy
 
 
 def require_gaussian_steps(diffusion: Diffusion, sampler: Sampler) -> None:
@@ -187,8 +198,15 @@ def require_gaussian_steps(diffusion: Diffusion, sampler: Sampler) -> None:
 
 
 def require_at_least_one(**counts: int) -> None:
-    """Raises ValueError for the first count below 1, or far above what memory holds."""
+    """Raises ValueError for the first count that is no integer, below 1, or far above what memory holds."""
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be >= 1, got {count}")
+        require_at_least(1, **{name: count})
         check_bound(name, count, _MAX_COUNT, "each is a row of the network")
+
+
+def require_shares(**shares: float) -> None:
+    """Raises ValueError for the first share that does not lie above 0 and at most at 1."""
+    require_numbers(**shares)
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} must lie above 0 and be at most 1, got {share}")

@@ -99,7 +99,7 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
     given, steps = bound.arguments[name], diffusion.num_inference_steps
 
     def build(number: int) -> Sampler:
-        bound.arguments[name] = number if isinstance(given, int) else scaled(given, number, steps)
+        bound.arguments[name] = scaled(given, number, steps) if isinstance(given, list | dict) else number
         return type(sampler)(*bound.args, **bound.kwargs)
 
     least = count(build(1), diffusion, value)
@@ -124,7 +124,7 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
             raise UserError(f"{cannot} every particle is returned, so the cost is the same; set it yourself")
         return cost.rows
 
-    counts = [1] if isinstance(given, int) else expand(given, steps)
+    counts = expand(given, steps) if isinstance(given, list | dict) else [1]
     ceiling = max(8 * budget, min(8 * budget * sum(counts) // min(counts), 10**5))  # of a schedule, for all steps
     slope = rows_of(2, math.inf) - least.rows
     best = min(1 + int((budget - least.rows) / slope), ceiling) if slope > 0 else 1  # right if the cost is linear

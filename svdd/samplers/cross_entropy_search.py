@@ -9,7 +9,8 @@ DiffSynth-Studio (low frequencies of the start).
 import torch
 from torch import Tensor
 
-from svdd.samplers.base import State
+from svdd import require_numbers
+from svdd.samplers.base import State, require_shares
 from svdd.samplers.start_search import StartSearch, blend
 from svdd.samplers.toolbox.frequencies import from_frequencies, low_pass, to_frequencies
 
@@ -50,10 +51,10 @@ class CrossEntropySearch(StartSearch):
         frequencies: float = 0.375,
     ) -> None:
         super().__init__(num_generations, num_candidates, num_starts, num_elites)
+        require_numbers(shrinkage=shrinkage)
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in 0 .. 1, got {shrinkage}")
-        if not 0 < frequencies <= 1:
-            raise ValueError(f"frequencies must lie above 0 and be at most 1, got {frequencies}")
+        require_shares(frequencies=frequencies)
         self.shrinkage, self.frequencies = shrinkage, frequencies
 
     def children(self, elites: Tensor, failures: Tensor, state: State) -> Tensor:

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from svdd import UserError
+from svdd import UserError, require_numbers
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_gaussian_steps, require_window
 from svdd.samplers.toolbox.window import Window
 
@@ -42,6 +42,7 @@ class DPS(Sampler):
         guide_stop: float = 1.0,
         guide_every: int = 1,
     ) -> None:
+        require_numbers(scale=scale)
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"scale must be a finite number >= 0, got {scale}")
         self.scale, self.through_denoiser = scale, through_denoiser

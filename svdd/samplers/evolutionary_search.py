@@ -8,7 +8,7 @@ Sources: He et al., Scaling Image and Video Generation via Test-Time Evolutionar
 import torch
 from torch import Tensor
 
-from svdd.samplers.base import State
+from svdd.samplers.base import State, require_shares
 from svdd.samplers.start_search import StartSearch, blend
 from svdd.samplers.toolbox.frequencies import low_pass
 
@@ -49,9 +49,7 @@ class EvolutionarySearch(StartSearch):
         frequencies: float = 1.0,
     ) -> None:
         super().__init__(num_generations, num_candidates, num_starts, num_elites)
-        for name, share in (("radius", radius), ("decay", decay), ("frequencies", frequencies)):
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must lie above 0 and be at most 1, got {share}")
+        require_shares(radius=radius, decay=decay, frequencies=frequencies)
         self.radius, self.decay, self.frequencies = radius, decay, frequencies
 
     def children(self, elites: Tensor, failures: Tensor, state: State) -> Tensor:

@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from svdd import UserError
+from svdd import UserError, require_numbers
 from svdd.diffusion.base import per_row
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one
 from svdd.samplers.toolbox.selection import top
-from svdd.state.finite import require_finite
 from svdd.state.gradient import differentiate
 
 __all__ = ["NoiseOptimisation", "norm_log_density", "norm_slope"]
@@ -53,6 +52,7 @@ class NoiseOptimisation(Sampler):
         regularisation: float = 0.01,
     ) -> None:
         require_at_least_one(num_iterations=num_iterations)
+        require_numbers(learning_rate=learning_rate, momentum=momentum, clip=clip, regularisation=regularisation)
         for name, factor in (("learning_rate", learning_rate), ("clip", clip)):
             if not factor > 0:
                 raise ValueError(f"{name} must be > 0, got {factor}")
@@ -107,7 +107,7 @@ class NoiseOptimisation(Sampler):
 
         image = torch.arange(state.num_images, device=state.x.device)
         found = context.diffusion.chunker.map(run, state.num_images, state.x, image)  # which bounds the graph's memory
-        require_finite("reward's gradient", state.x, found["gradient"])
+        state.require_finite("reward's gradient", state.x, found["gradient"])
         values = found["values"].view(-1, 1)
         context.report(state.num_steps, float(values.mean()))
         ends = State(found["x"], state.num_steps, state.row, state.origin, context, {"images": found["images"]})

@@ -9,9 +9,10 @@ arXiv 2108.01073. Acceptance: Barker, Monte Carlo Calculations of the Radial Dis
 import torch
 
 from svdd import UserError
-from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one
+from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_shares
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.selection import draw, top
+from svdd.samplers.toolbox.temperature import require_alpha
 
 __all__ = ["Refinement"]
 
@@ -48,10 +49,8 @@ class Refinement(Sampler):
         self, rounds: int = 4, strength: float = 0.5, alpha: float = 0.0, sampler: Sampler | None = None
     ) -> None:
         require_at_least_one(rounds=rounds)
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength must lie above 0 and be at most 1, got {strength}")
-        if not alpha >= 0:
-            raise ValueError(f"alpha must be >= 0, got {alpha}")
+        require_shares(strength=strength)
+        require_alpha(alpha, zero=True, auto=False)
         self.rounds, self.strength, self.alpha = rounds, strength, alpha
         self.sampler = SVDD(num_candidates=4) if sampler is None else sampler
         self.needs_gradient = self.sampler.needs_gradient

@@ -4,16 +4,19 @@ Target: the start whose chain ends in the highest reward.
 Source: Ma et al., Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, 2025, arXiv 2501.09732.
 """
 
-import torch
+from itertools import accumulate
+from operator import mul
 
-from svdd.diffusion.base import per_row
-from svdd.samplers.base import Sampler, Start, State, Value, require_at_least_one
-from svdd.samplers.toolbox.selection import top
+import torch
+from torch import Tensor
+
+from svdd.samplers.base import State, require_at_least_one, require_shares
+from svdd.samplers.start_search import StartSearch, blend
 
 __all__ = ["ZeroOrderSearch"]
 
 
-class ZeroOrderSearch(Sampler):
+class ZeroOrderSearch(StartSearch):
     """Zero-order search over the initial noise: neighbours of the best start so far, the best of them next.
 
     1. run the first start to its end: the incumbent
@@ -34,33 +37,19 @@ class ZeroOrderSearch(Sampler):
     """
 
     budget_argument = "num_iterations"
-    num_kept = 1
 
     def __init__(
         self, num_iterations: int = 4, num_candidates: int = 4, radius: float = 0.5, decay: float = 0.7
     ) -> None:
-        require_at_least_one(num_iterations=num_iterations, num_candidates=num_candidates)
-        for name, share in (("radius", radius), ("decay", decay)):
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must lie above 0 and be at most 1, got {share}")
-        self.num_iterations, self.num_candidates = num_iterations, num_candidates
+        require_at_least_one(num_iterations=num_iterations)
+        super().__init__(num_iterations, num_candidates, num_starts=1, num_elites=1)
+        require_shares(radius=radius, decay=decay)
         self.radius, self.decay = radius, decay
 
-    def sample(self, start: Start, value: Value) -> State:
-        """Returns the end of the best start found for each image."""
-        state = start()
-        images, n = state.num_images, self.num_candidates
-        best_start, best = state.x, self.finish(state.replay(state.x))
-        best_value = self.evaluate(value, best)
-        radius = per_row(state.x.new_full((images,), self.radius), state.x)
-        for _ in range(self.num_iterations):
-            new = state.context.diffusion.initial(state.context.perturbations(n).to(state.x))
-            near = ((1 - radius**2).sqrt() * best_start).repeat_interleave(n, 0) + radius.repeat_interleave(n, 0) * new
-            ends = self.finish(state.replay(near))
-            v = torch.cat([best_value, self.evaluate(value, ends)], 1)
-            index = top(v)
-            starts = torch.cat([best_start[:, None], near.unflatten(0, (images, n))], 1)
-            best_start = starts[torch.arange(images, device=index.device), index[:, 0]]
-            best, best_value = self.keep(best.join(ends), index, v), v.gather(1, index)
-            radius = torch.where(per_row(index[:, 0], radius) == 0, radius * self.decay, radius)
-        return best
+    def children(self, elites: Tensor, failures: Tensor, state: State) -> Tensor:
+        """Returns neighbours of the best start."""
+        context = state.context
+        noise = context.diffusion.initial(context.perturbations(self.num_candidates).to(elites))
+        noise = noise.unflatten(0, (len(elites), -1))
+        radii = accumulate([self.decay] * self.num_generations, mul, initial=elites.new_tensor(self.radius))
+        return blend(elites, noise, torch.stack([*radii])[failures.long()]).flatten(0, 1)

@@ -252,7 +252,7 @@ class State:
 
             rows = (self.x, self.row, self.origin, *known)  # in chunks, which bounds the memory of the graph
             found = self.context.diffusion.chunker.map(differentiated, self.num_images, *rows)
-            self._require_finite("value's gradient", self.x, found["gradient"])
+            self.require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
         return self._cache[values], self._cache[slope]
 
@@ -261,7 +261,7 @@ class State:
         drawn = [torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.context.choosers]
         return torch.stack(drawn).to(self.x.device)
 
-    def _require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
+    def require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
         """Raises NotFinite with the step and the first failing row's prompt."""
 
         def prompt(k: int) -> str:
@@ -272,7 +272,7 @@ class State:
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
             images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True)
-            self._require_finite("decoder", x0, images)
+            self.require_finite("decoder", x0, images)
         self.context.ledger.decoded_images += len(x0)
         return images
 
@@ -289,7 +289,7 @@ class State:
         with ledger.timed("denoiser_seconds", self.x.device):
             result = context.diffusion.chunker.map(evaluate, self.num_images, self.row, self.x, *known, parallel=True)
             found = result.values() if isinstance(result, dict) else result if isinstance(result, tuple) else (result,)
-            self._require_finite("denoiser", self.x, *found)
+            self.require_finite("denoiser", self.x, *found)
         ledger.denoiser_rows += n
         ledger.network_rows += n * rows
         return result

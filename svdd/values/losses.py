@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from svdd import require_numbers
+
 __all__ = ["MeanLoss", "SoftLoss", "ValueLoss"]
 
 _LARGEST_EXPONENT = 12.0  # the loss continues along its tangent beyond: a state weighs at most 160,000 times another
@@ -50,6 +52,7 @@ class SoftLoss(ValueLoss):
 
     def __init__(self, alpha: float, bootstrap: bool = False) -> None:
         super().__init__(bootstrap)
+        require_numbers(alpha=alpha)
         if not alpha > 0:
             raise ValueError(f"alpha must be > 0, got {alpha}; the limit of a high alpha is MeanLoss")
         self.alpha = alpha

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from svdd import is_integer, is_number
+
 __all__ = ["Noise", "Transition"]
 
 Noise = Literal["posterior", "cps", "fresh"]
@@ -38,11 +40,11 @@ class Transition:
         """Checks the arguments."""
         if self.noise not in get_args(Noise):
             raise ValueError(f"noise must be one of {', '.join(get_args(Noise))}, got {self.noise!r}")
-        if not _is_number(self.eta) or not 0 <= self.eta <= 1:
+        if not is_number(self.eta) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in 0 .. 1, got {self.eta}")
-        if self.rho is not None and (not _is_number(self.rho) or not 0 <= self.rho <= 1):
+        if self.rho is not None and (not is_number(self.rho) or not 0 <= self.rho <= 1):
             raise ValueError(f"rho must lie in 0 .. 1, got {self.rho}")
-        if not isinstance(self.inner_steps, int) or isinstance(self.inner_steps, bool) or self.inner_steps < 1:
+        if not is_integer(self.inner_steps) or self.inner_steps < 1:
             raise ValueError(f"inner_steps must be an integer >= 1, got {self.inner_steps}")
         if self.rho is not None and (self.noise, self.eta) != ("posterior", 1):
             raise ValueError(
@@ -69,7 +71,3 @@ class Transition:
             return 0.0
         ratio = alpha * sigma_next / (alpha_next * sigma) if sigma > 0 else 1.0
         return math.sqrt(min(max(1 - self.eta**2 * (1 - ratio**2), 0.0), 1.0))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

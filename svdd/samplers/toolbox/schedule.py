@@ -3,7 +3,7 @@
 import math
 from itertools import pairwise
 
-from svdd import UserError
+from svdd import UserError, described, is_integer
 from svdd.samplers.base import require_at_least_one
 from svdd.samplers.toolbox.window import Window
 
@@ -22,6 +22,11 @@ class Schedule:
     """
 
     def __init__(self, counts: Counts, window: Window) -> None:
+        if not (is_integer(counts) or isinstance(counts, list | dict)):
+            raise ValueError(
+                "num_candidates must be an integer, a list with one integer per step, or a dict as in "
+                f"{{0.3: 4, 1.0: 32}}, got {described(counts)}"
+            )
         self._counts, self._window = counts, window
         fractions = _fractions(counts) if isinstance(counts, dict) else [1.0]
         if fractions[-1:] != [1] or not all(a < b for a, b in pairwise([0, *fractions])):
@@ -29,7 +34,7 @@ class Schedule:
                 "num_candidates: the fractions where its stretches end must rise from above 0 to 1, as in "
                 f"{{0.3: 4, 1.0: 32}}, got {[*fractions]}"
             )
-        each = [counts] if isinstance(counts, int) else [*counts.values()] if isinstance(counts, dict) else counts
+        each = counts if isinstance(counts, list) else [*counts.values()] if isinstance(counts, dict) else [counts]
         if not each:
             raise ValueError("num_candidates must have one count per step, got an empty list")
         for count in each:
@@ -48,8 +53,6 @@ class Schedule:
 
 def expand(counts: Counts, num_inference_steps: int) -> list[int]:
     """Returns the count of each step; UserError if a list is for another number of steps."""
-    if isinstance(counts, int):
-        return [counts] * num_inference_steps
     if isinstance(counts, list):
         if len(counts) != num_inference_steps:
             raise UserError(
@@ -57,6 +60,8 @@ def expand(counts: Counts, num_inference_steps: int) -> list[int]:
                 f"{num_inference_steps}; give as many, or fractions of the chain as in {{0.3: 4, 1.0: 32}}"
             )
         return counts
+    if not isinstance(counts, dict):
+        return [counts] * num_inference_steps
     ends = [math.ceil(round(fraction * num_inference_steps, 9)) for fraction in _fractions(counts)]
     stretches = list(zip(ends, counts.values(), strict=True))
     return [next(count for end, count in stretches if i < end) for i in range(num_inference_steps)]
@@ -72,5 +77,5 @@ def _fractions(counts: dict[float, int]) -> list[float]:
     """Returns the keys, which a recorded configuration holds as text; ValueError if one is no number."""
     try:
         return [float(fraction) for fraction in counts]
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"num_candidates: expected fractions of the chain as keys, got {[*counts]}") from None

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from svdd import described, is_number
+
 __all__ = ["AUTO_MULTIPLE", "AUTO_START", "Alpha", "auto_alpha", "require_alpha", "temperature"]
 
 Alpha = float | Literal["auto"]
@@ -20,11 +22,17 @@ AUTO_START = 1 / 3  # of the chain: earlier the spread of the values differs mos
 _SMALLEST = 1e-6  # of the largest value: a smaller spread is the rounding of float32
 
 
-def require_alpha(alpha: Alpha, zero: bool) -> None:
-    """Raises ValueError unless alpha is `auto` or a positive number, or with `zero` also 0."""
-    if alpha != "auto" and (isinstance(alpha, str) or not (alpha >= 0 if zero else alpha > 0)):
+def require_alpha(alpha: Alpha, zero: bool, auto: bool = True) -> None:
+    """Raises ValueError unless alpha is a positive number, or with `zero` 0, or with `auto` the word `auto`."""
+    expected = f"alpha must be {'>= 0' if zero else '> 0'}{' or auto' if auto else ''}"
+    if isinstance(alpha, str) and alpha == "auto":
+        if not auto:
+            raise ValueError(f"{expected}, got auto, which needs more than two values to compare; give a number")
+    elif not is_number(alpha):
+        raise ValueError(f"{expected}, got {described(alpha)}")
+    elif not (alpha >= 0 if zero else alpha > 0):
         hint = "" if zero else "; for the limit of alpha = 0 use SVDD"
-        raise ValueError(f"alpha must be {'>= 0' if zero else '> 0'} or auto, got {alpha}{hint}")
+        raise ValueError(f"{expected}, got {alpha}{hint}")
 
 
 def auto_alpha(values: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import torch
 from torch import Tensor
 
+from svdd import require_numbers
 from svdd.samplers.toolbox.selection import RESAMPLERS, draw, effective_sample_size, top
 from svdd.samplers.toolbox.temperature import AUTO_START, Alpha, auto_alpha, require_alpha
 
@@ -80,6 +81,7 @@ class Weighing:
 
     def __post_init__(self) -> None:
         require_alpha(self.alpha, zero=False)
+        require_numbers(ess_threshold=self.ess_threshold)
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold must lie in 0 .. 1 (never .. at every step), got {self.ess_threshold}")
         for field in fields(self):

@@ -2,6 +2,8 @@
 
 import math
 
+from svdd import require_at_least, require_numbers
+
 __all__ = ["Window"]
 
 
@@ -15,10 +17,10 @@ class Window:
     """
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, every: int = 1) -> None:
+        require_numbers(guide_start=start, guide_stop=stop)
         if not 0 <= start < stop <= 1:
             raise ValueError(f"guide_start and guide_stop must satisfy 0 <= start < stop <= 1, got {start} and {stop}")
-        if every < 1:
-            raise ValueError(f"guide_every must be >= 1, got {every}")
+        require_at_least(1, guide_every=every)
         self.start, self.stop, self.every = start, stop, every
 
     def guides(self, i: int, num_inference_steps: int) -> bool:
