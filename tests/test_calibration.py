@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,23 @@ def test_the_command_fits_candidates_that_predict_takes(calibrate, tmp_path, cap
     assert "candidates=3 needs a chain with noise" in capsys.readouterr().err
     assert calibrate("--model.average_candidates", "1000000000", "--output", str(tmp_path / "s")) == 2
     assert "average_candidates: 1000000000 is above the limit of 10000" in capsys.readouterr().err
+
+
+class ByPrompt(Value):
+    """A number of the prompt: it does not tell the candidates of a parent apart."""
+
+    def estimate(self, state):
+        return state.row.float()
+
+
+def test_a_table_is_written_before_the_fit_of_candidates_fails(calibrate, tmp_path, capsys):
+    words = ["--model.value", "tests.test_calibration.ByPrompt", "--model.candidates", "2"]
+    assert calibrate(*words, "--model.diffusion.scheduler", "ddpm") == 2  # whose last step has no noise
+    told, folder = capsys.readouterr(), tmp_path / "c"
+    assert re.search("not tell the candidates .* draw more chains; the table .* to .*/c, without cand", told.err)
+    assert "spearman" in told.out
+    assert {*folder.iterdir()} >= {folder / f"calibration.{kind}" for kind in ("json", "csv", "png")}
+    assert not (folder / "candidates.json").exists()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from svdd.rewards.function import FunctionReward
 from svdd.rewards.jpeg import Compressibility
 from svdd.runs.rows import Prompt
 from svdd.samplers.dps import DPS
+from svdd.samplers.noise_optimisation import NoiseOptimisation
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
 from svdd.state.state import State
@@ -78,12 +79,15 @@ def root(images, prompts):
     return (images.flatten(1).sum(1) * 0).sqrt()  # finite, with an infinite slope
 
 
-@pytest.mark.parametrize("through_denoiser", [True, False])
-def test_a_gradient_that_is_not_finite_is_refused(sd15, through_denoiser):
-    reward = FunctionReward(root, differentiable=True)
-    model = GuidedDiffusion(reward, StableDiffusion(sd15, 2), DPS(through_denoiser=through_denoiser))
-    with pytest.raises(NotFinite, match="the value's gradient returned NaN or infinity for 1 of 1 rows at step 0 of 2"):
-        model.sample("red apple")
+@pytest.mark.parametrize(
+    ("sampler", "part"),
+    [(DPS(), "value"), (DPS(through_denoiser=False), "value"), (NoiseOptimisation(2), "reward")],
+)
+def test_a_gradient_that_is_not_finite_is_refused(sd15, sampler, part):
+    model = GuidedDiffusion(FunctionReward(root, differentiable=True), StableDiffusion(sd15, 2), sampler)
+    message = f"the {part}'s gradient returned NaN or infinity for 2 of 2 rows at step 0 of 2, first for .*'red apple'"
+    with pytest.raises(NotFinite, match=message):
+        model.sample(PROMPTS)
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ import torch
 from svdd import UserError
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.budget import count
+from svdd.samplers.dps import DPS
 from svdd.samplers.noise_optimisation import NoiseOptimisation, norm_log_density, norm_slope
 from svdd.samplers.unguided import Unguided
 from svdd.values.posterior_mean import PosteriorMean
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, Quadratic, bound, run
-from tests.test_samplers import value_of
+from tests.test_samplers import B, value_of
 
 CENTRE = [1.0, -2.0, 0.5, 1.5]
 
@@ -53,6 +54,20 @@ def test_it_converges_to_the_optimum_of_the_reward_and_the_regulariser(eta, weig
         assert float(found[k]) == pytest.approx(-((gain * rho - q) ** 2) / 2, abs=1e-5)
     rewards = value.reward.score(final.images, final.prompts)
     assert (rewards >= found - 1e-6).all()  # the best of all iterates is returned
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rescaled"),
+    [
+        (NoiseOptimisation(6, 0.8, 0.7, 0.5, 0.3), lambda c: NoiseOptimisation(6, 0.8 / c, 0.7, 0.5 * c, 0.3 * c)),
+        (DPS(0.7), lambda c: DPS(0.7 / c)),
+    ],
+)
+def test_settings_that_follow_the_unit_of_the_reward_give_the_same_images(sampler, rescaled):
+    diffusion, c, images = GaussianDiffusion(3), 1000.0, {"prompts": ["", "0.5"], "seeds": [3, 1]}
+    plain = run(diffusion, sampler, value_of(), **images).x
+    torch.testing.assert_close(run(diffusion, rescaled(c), value_of([c * b for b in B]), **images).x, plain)
+    assert (run(diffusion, sampler, value_of([c * b for b in B]), **images).x - plain).abs().max() > 0.1
 
 
 def test_one_iteration_written_out_and_one_run_is_the_plain_chain():

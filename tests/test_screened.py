@@ -149,6 +149,12 @@ def test_what_the_cheap_value_alone_decides_counts_as_a_choice(sampler):
         assert idle(model.sampler, {**found, "alpha": {"mean": found.get("alpha")}}) == ""
 
 
+@pytest.mark.parametrize("keep", [3, 6])
+def test_equal_weights_have_the_whole_effective_sample_size_of_the_kept(keep):
+    final = run(GaussianDiffusion(4), SVDD(6, math.inf), screened(Along(ACROSS), PosteriorMean(), keep), 3)
+    assert [found["ess"] for found in final.context.trace.statistics(3)] == [1.0] * 3
+
+
 # ---- the cost
 
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
-from svdd import say
+from svdd import UserError, say
 from svdd.commands.base import ModelCLI
 from svdd.commands.parser import as_user_errors
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import HARMLESS_IF_REPRODUCIBLE
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.prompts import PromptDataModule, PromptWarning
-from svdd.values.training.calibration import FILES, Calibration, require_chains, write, write_schedule
+from svdd.values.training.calibration import FILES, SCHEDULE, Calibration, require_chains, write, write_schedule
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
 
@@ -72,13 +72,16 @@ class CalibrateCLI(ModelCLI):
             return
         name, reward = type(self.model.value).__name__, self.model.reward.name
         about = {"value": name, "reward": reward, "chains": self.chains}
-        if self.model.schedule:  # before the file that is the sign that all are whole
-            counts = write_schedule(self.folder, self.model.schedule)
         text, plotted = write(self.folder, self.model.table, about, f"{name} for {reward}, {self.chains} chains")
         say(text)
         say(f"wrote {self.folder}/calibration.csv, calibration.json{' and calibration.png' if plotted else ''}")
         if not plotted:
             say("no plot: it needs matplotlib (pip install 'svdd[plot]')")
-        if self.model.schedule:
-            say(counts)
-            say(f"wrote {self.folder}/candidates.json: svdd predict ... --config {self.folder}/candidates.json")
+        if self.model.fit_schedule is not None:
+            try:
+                schedule = self.model.fit_schedule()
+            except UserError as error:
+                wrote = f"the table of the value is written to {self.folder}, without {SCHEDULE}"
+                raise UserError(f"{error}; {wrote}") from None
+            say(write_schedule(self.folder, schedule))
+            say(f"wrote {self.folder}/{SCHEDULE}: svdd predict ... --config {self.folder}/{SCHEDULE}")

@@ -22,10 +22,11 @@ class DPS(Sampler):
     1. v = value(x_i) and its gradient with respect to x_i, for each row by itself
     2. x_{i+1} ~ N(mean_i(x_i) + scale std_i^2 grad v, std_i^2 I)
 
-    Needs a differentiable value. Costs T denoiser rows per image, and a backward pass for each guided one.
+    The shift grows with the unit of the reward: for c r in place of r use scale / c. A scale far too large ruins the
+    images. Needs a differentiable value. Costs T denoiser rows per image, and a backward pass for each guided one.
 
     Args:
-        scale: Strength in units of 1 / reward, at least 0; 1 / alpha of the other samplers.
+        scale: Strength in units of 1 / reward, at least 0; 1 / alpha of the other samplers. No default fits all rewards.
         through_denoiser: Differentiate through the network; else at x0, without a backward pass and less exact.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.

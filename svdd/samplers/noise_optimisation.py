@@ -29,8 +29,9 @@ class NoiseOptimisation(Sampler):
     The regulariser is the log-density of the norm of d standard normal numbers, up to a constant. All norms are those
     of one image. As published for one step and for few; the last run needs no gradient. Noise in the steps (eta > 0)
     is the same in all runs, as there. For distilled models and short chains: the graph of T denoiser evaluations and a
-    decode is kept for as many images as the chunk size says. Costs K T denoiser rows per image, (K - 1) T of them with
-    a backward pass.
+    decode is kept for as many images as the chunk size says. The settings depend on the reward's unit: for c r in place
+    of r, learning_rate / c, c clip and c regularisation give the same images. Costs K T denoiser rows per image,
+    (K - 1) T of them with a backward pass.
 
     Args:
         num_iterations: K, runs of the chain.

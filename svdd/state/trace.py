@@ -45,6 +45,11 @@ class Selection(NamedTuple):
         return (squares.nansum(1) / (self._known - 1)).sqrt().cpu()
 
     @property
+    def competing(self) -> Tensor:
+        """Rows with a value, float64 [images]; NaN if there is one, so that weights decide nothing."""
+        return torch.where(self._known > 1, self._known.double(), math.nan)
+
+    @property
     def _known(self) -> Tensor:
         """Rows with a value, int64 [images]."""
         return self.values.isnan().logical_not().sum(1)
@@ -82,7 +87,8 @@ class Trace:
         - `choices`: selections among rows of different values, or of the rows that a screening left
         - `resamplings`: choices that dropped rows, other than the last one among ends of the chain
         - `spread`: standard deviation of the values at the last selection among several rows
-        - `ess`: effective sample size as a share of the rows, averaged over the selections with weights
+        - `ess`: effective sample size as a share of the rows with a value, averaged over the selections with weights
+          among several such rows
         - `alpha`: temperature of these weights, averaged over the selections where it is finite
         """
         every, none = self.selections, torch.zeros(images, dtype=torch.int64)
@@ -92,7 +98,7 @@ class Trace:
             "choices": sum((each.choice for each in every), none).tolist(),
             "resamplings": sum((each.choice & each.change for each in inner), none).tolist(),
             "spread": _mean(several[-1:], images),
-            "ess": _mean([each.ess / each.values.shape[1] for each in every if each.ess is not None], images),
+            "ess": _mean([each.ess / each.competing for each in every if each.ess is not None], images),
             "alpha": _mean([each.alpha for each in every if each.alpha is not None], images),
         }
         return [

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,17 @@ from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.training.allocation import allocate, expected_maximum, reliability
 from svdd.values.training.rollouts import draw_rollouts
 
-__all__ = ["FILES", "Calibration", "measure", "plot", "require_chains", "schedule", "write", "write_schedule"]
+__all__ = [
+    "FILES",
+    "SCHEDULE",
+    "Calibration",
+    "measure",
+    "plot",
+    "require_chains",
+    "schedule",
+    "write",
+    "write_schedule",
+]
 
 SCHEDULE = "candidates.json"
 _MOST = 10**4  # candidates of a step
@@ -81,7 +93,7 @@ class Calibration(L.LightningModule):
         self.images_per_prompt, self.seed = images_per_prompt, seed
         self.candidates, self.average_candidates = candidates, average_candidates
         self.table: Table = []
-        self.schedule: Table = []
+        self.fit_schedule: Callable[[], Table] | None = None  # of the candidates per step, once they are drawn
         self._seen: list[Tensor] = []
 
     @torch.no_grad()
@@ -120,7 +132,7 @@ class Calibration(L.LightningModule):
         if self.candidates:
             mean, std = chains[:, 2 + steps :].chunk(2, 1)
             slopes = reliability(own, mean, std, self.candidates, own[:, -1], prompts)
-            self.schedule = schedule(std.mean(0), slopes, self.average_candidates)
+            self.fit_schedule = partial(schedule, std.mean(0), slopes, self.average_candidates)
 
 
 def require_chains(num_chains: int) -> None:
