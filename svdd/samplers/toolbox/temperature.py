@@ -31,7 +31,7 @@ def require_alpha(alpha: Alpha, zero: bool, auto: bool = True) -> None:
     elif not is_number(alpha):
         raise ValueError(f"{expected}, got {described(alpha)}")
     elif not (alpha >= 0 if zero else alpha > 0):
-        hint = "" if zero else "; for the limit of alpha = 0 use SVDD"
+        hint = "" if zero or alpha != 0 else "; for the limit of alpha = 0 use SVDD"
         raise ValueError(f"{expected}, got {alpha}{hint}")
 
 
