@@ -188,6 +188,18 @@ def test_a_preview_screens_and_only_kept_rows_cost_the_whole_network(sd15, setti
     assert (2 * cost.denoiser_rows, 4 * cost.network_rows) == pytest.approx((ledger.denoiser_rows, ledger.network_rows))
 
 
+def test_two_decoders_share_a_preview():
+    """The kept row alone passes the whole network, and the exact value decodes the best rows' previews."""
+    steps, m, keep, settings = 4, 5, 2, {"feature_depth": 2, "reuse_guidance": True}
+    value = Screened(PosteriorMean("tiny", **settings), PosteriorMean(**settings), keep)
+    model = GuidedDiffusion(Compressibility(), StableDiffusion("emoji", steps), SVDD(m), value)
+    ledger = model.draw(["panda", "car"], [0, 1]).context.ledger
+    share = model.diffusion.preview_rows(value.preview, 1)
+    assert ledger.network_rows == pytest.approx(2 * (2 * steps + share * m * (steps - 1)))
+    assert ledger.decoded_images == 2 * ((m + keep) * (steps - 1) + m)  # the reward itself chooses the last image
+    assert 2 * count(SVDD(m), model.diffusion, value).network_rows == pytest.approx(ledger.network_rows / 2)
+
+
 def test_a_budget_counts_both_values():
     value = Screened(PosteriorMean(), PosteriorMean(), 3)
     model = GuidedDiffusion(Linear(B), GaussianDiffusion(8), SVDD(), value, budget=100)

@@ -130,16 +130,19 @@ class State:
 
     def preview(self, preview: Preview) -> Tensor:
         """Returns a cheaper prediction of x0, [n, *latent_shape]; x0 itself if there is nothing to save or to reuse."""
-        diffusion = self.context.diffusion
+        diffusion, known = self.context.diffusion, ("preview", preview)
         if self.done or not diffusion.has_preview(preview, self.i) or (preview.reuses and self._parents is None):
             return self.x0
+        if known in self._cache:
+            return self._cache[known]
         recorded, parents = (self._parents if preview.reuses else None) or ({}, self.row)
 
         def evaluate(x: Tensor, parent: Tensor, i: int, conditioning: Any, row: Tensor) -> Tensor:
             reused = {name: kept[parent] for name, kept in recorded.items()}
             return diffusion.preview(x, i, conditioning, row, preview, reused)
 
-        return self._evaluate(evaluate, diffusion.preview_rows(preview, self.i), parents)
+        self._cache[known] = self._evaluate(evaluate, diffusion.preview_rows(preview, self.i), parents)
+        return self._cache[known]
 
     def flow(self) -> "State":
         """Returns each row's noise-free successor (a DDIM step with eta = 0); ValueError at the end of the chain."""

@@ -81,15 +81,18 @@ class TinyDecoderTraining(L.LightningModule):
     def __init__(self, steps: int = STEPS, perceptual: float = 0.5) -> None:
         super().__init__()
         self.steps, self.perceptual = steps, perceptual
-        self.tiny, self.clip = make_tiny(), CLIPScore()
+        self.tiny, clip = make_tiny(), CLIPScore()
+        clip.load()
+        self.clip = (clip,)  # not in checkpoints
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of one batch of latents and images."""
         latents, target = batch
+        self.clip[0].to(latents.device)
         drawn = self.tiny.decode(latents).sample.float() / 2 + 0.5
         error = drawn - target
         gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        own, wanted = (self.clip.image_features(images.clamp(0, 1)) for images in (drawn, target))
+        own, wanted = (self.clip[0].image_features(images.clamp(0, 1)) for images in (drawn, target))
         far = (1 - (own * wanted).sum(-1)).mean()
         self.log("psnr", -10 * torch.log10(error.square().mean()))
         self.log("embedding", far)
