@@ -8,14 +8,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import SumMetric
 
 from svdd import UserError, is_integer, require_at_least
 from svdd.assets.content import digest, sources
 from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
-from svdd.evaluation.metrics import RewardStatistics
+from svdd.evaluation.metrics.run_statistics import RunStatistics
 from svdd.rewards.base import Reward, is_device_failure
 from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
@@ -105,11 +104,8 @@ class GuidedDiffusion(L.LightningModule):
         names = [each.name for each in (reward, *self.eval_rewards)]
         if len(set(names)) < len(names):
             raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate")
-        # Lists in the order of `rewards`: the name of a reward need not be one that a module may have.
-        self.statistics: Any = nn.ModuleList(RewardStatistics(each.higher_is_better) for each in self.rewards.values())
-        self.path_kl = RewardStatistics()
-        self.selection: Any = nn.ModuleDict({name: RewardStatistics() for name in STATISTICS})
-        self.spent: Any = nn.ModuleDict({each.name: SumMetric().set_dtype(torch.float64) for each in fields(Ledger)})
+        best = {name: reward.higher_is_better for name, reward in self.rewards.items()}
+        self.statistics = RunStatistics(best, STATISTICS, [each.name for each in fields(Ledger)])
         self.summary: dict[str, Any] = {}
         self.on_step: Callable[[int, float | None], None] | None = None
 
@@ -205,16 +201,9 @@ class GuidedDiffusion(L.LightningModule):
         groups = 1 if reward.one_call else final.num_images
         return self.diffusion.chunker.map(reward.score, groups, final.images, final.prompts)
 
-    @torch.inference_mode(False)  # a metric that was filled in inference mode could not be used outside of it
     def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""
-        for name, metric in zip(self.rewards, self.statistics, strict=True):
-            metric.update(*_columns(rows, [row["rewards"][name] for row in rows]))
-        self.path_kl.update(*_columns(rows, [row.get("path_kl_sample") for row in rows]))
-        for name, metric in self.selection.items():
-            metric.update(*_columns(rows, [row.get("selection", {}).get(name) for row in rows]))
-        for name, metric in self.spent.items():
-            metric.update(torch.tensor([row["ledger"][name] for row in rows], dtype=torch.float64))
+        self.statistics.update(rows)
 
     def fingerprints(self) -> dict[str, str]:
         """Returns digests of all weights, files and user's code that images and scores depend on, by what they are."""
@@ -233,59 +222,26 @@ class GuidedDiffusion(L.LightningModule):
     def on_predict_start(self) -> None:
         """Resets the statistics of an earlier prediction; callbacks add those of a resumed run after this."""
         self.summary = {}
-        self._reset()
+        self.statistics.reset()
         self._resolve()
 
     def on_predict_epoch_end(self) -> None:
         """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
-        statistics = {}
-        for name, metric in zip(self.rewards, self.statistics, strict=True):
-            statistics[name] = {key: value.item() for key, value in metric.compute().items()}
-        totals = {name: metric.compute().item() for name, metric in self.spent.items()}
-        divergence, images = self.path_kl.compute(), statistics[self.reward.name]["count"]
+        statistics = self.statistics.compute()
         self.summary = {"guide": self.reward.name, "sampler": type(self.sampler).__name__}
         if self.budget is not None:
             self.summary["budget"] = {"denoiser_rows": self.budget, "chosen": self.chosen}
-        self.summary["rewards"] = statistics
-        if divergence["count"]:
-            self.summary["path_kl_bound"] = {key: divergence[key].item() for key in ("mean", "standard_error")}
-        self.summary |= _selections({name: metric.compute() for name, metric in self.selection.items()})
-        rounded_totals = {name: round(total, 3) for name, total in totals.items()}
-        self.summary["ledger"] = {
-            name: int(total) if total.is_integer() and not name.endswith("seconds") else total
-            for name, total in rounded_totals.items()
-        }
-        for name in ("denoiser_rows", "network_rows"):
-            self.summary[f"{name}_per_image"] = totals[name] / images if images else None
-        self._reset()
+        self.summary |= statistics
+        self.statistics.reset()
         for logger in self.loggers:
             logger.log_metrics(
-                {f"{name}/{key}": entries[key] for name, entries in statistics.items() for key in entries}
+                {
+                    f"{name}/{key}": number
+                    for name, found in statistics["rewards"].items()
+                    for key, number in found.items()
+                }
             )
 
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""
         self.diffusion.chunker.resolve(self._costs_nothing and self.diffusion.device.type == "cpu")
-
-    @torch.inference_mode(False)
-    def _reset(self) -> None:
-        for metric in (*self.statistics, self.path_kl, *self.selection.values(), *self.spent.values()):
-            metric.reset()
-
-
-def _columns(rows: Sequence[ResultRow], numbers: Sequence[float | None]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the numbers that are known, their prompts and their particles' weights, [n] each."""
-    known = [
-        (number, row["prompt_index"], row.get("particle_weight", 1.0))
-        for number, row in zip(numbers, rows, strict=True)
-        if number is not None
-    ]
-    found, prompts, weights = torch.tensor(known, dtype=torch.float64).view(-1, 3).unbind(1)
-    return found, prompts.long(), weights
-
-
-def _selections(statistics: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """Returns the mean over images of each selection statistic that is known, and the range of alpha."""
-    known = {name: entry for name, entry in statistics.items() if entry["count"]}
-    ranges = {name: {key: known[name][key].item() for key in ("mean", "min", "max")} for name in known}
-    return {name: entry if name == "alpha" else entry["mean"] for name, entry in ranges.items()}

@@ -326,7 +326,7 @@ def test_a_second_prediction_starts_anew(sd15, prompts, tmp_path):
     first = model.summary["rewards"]
     with torch.inference_mode():  # as in an interrupted prediction
         row = {"prompt_index": 0, "rewards": {"Compressibility": 5.0}, "path_kl_sample": 0.0}
-        model.record([row | {"ledger": dict.fromkeys(model.spent, 1.0)}])
+        model.record([row | {"ledger": dict.fromkeys(model.statistics.work, 1.0)}])
     predict(model, prompts, tmp_path)
     assert model.summary["rewards"] == first
 
