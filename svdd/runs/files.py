@@ -1,6 +1,7 @@
 """Atomic writes, locks, and file system errors as messages that a user can act on."""
 
 import errno
+import json
 import os
 import socket
 import stat
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -20,6 +21,7 @@ __all__ = [
     "append",
     "lock",
     "os_errors_explained",
+    "read_object",
     "regular_only",
     "replacing",
     "sync_folder",
@@ -42,6 +44,14 @@ def regular_only(path: str, flags: int) -> int:
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
         raise OSError(errno.EINVAL, f"expected a regular file, found {kind}", path)
     return descriptor
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; {} if there is none or the file is damaged."""
+    with suppress(FileNotFoundError, ValueError, RecursionError):
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 @contextmanager

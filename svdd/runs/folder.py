@@ -18,7 +18,16 @@ from filelock import FileLock
 
 from svdd import SUMMARY_FILE, UserError
 from svdd.runs.config import CONFIG, ROWS_AT_ONCE, about_batches, differences, read_config, rows_at_once, write_config
-from svdd.runs.files import RunError, lock, os_errors_explained, regular_only, sync_folder, write_atomically
+from svdd.runs.files import (
+    RunError,
+    lock,
+    os_errors_explained,
+    read_object,
+    regular_only,
+    sync_folder,
+    write_atomically,
+)
+from svdd.runs.fingerprints import compare
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import hold
@@ -184,34 +193,12 @@ class RunFolder:
         return len({prompt for prompt, _ in rows}), len(rows), len(failures)
 
     def fingerprint(self, found: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
-        """Records what the images depend on beyond the settings, and returns the versions that have changed since.
-
-        Raises:
-            RunError: If the rest has changed since the run began.
-        """
-        with os_errors_explained(self._fingerprints):
-            recorded = _read_json(self._fingerprints)
-            parts, known = recorded.get("parts"), recorded.get("versions")
-            parts, known = (entry if isinstance(entry, dict) else {} for entry in (parts, known))
-            changed = [name for name in parts if parts[name] != found.get(name, "")]
-            changed += [f"{name} (new)" for name in found if parts and name not in parts]
-            newer = [
-                f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new
-            ]
-            if changed:
-                began = "; ".join([f"other contents of {', '.join(changed)}", *newer])
-                raise RunError(
-                    f"{self.path} was begun with {began}: restore what was there, choose another --output, or remove "
-                    "the old run with --overwrite true"
-                )
-            if not parts and found:
-                record = {"parts": dict(found), "versions": dict(versions)}
-                write_atomically(self._fingerprints, encode(record, indent=2) + b"\n")
-        return newer
+        """Records or compares what the images depend on beyond the settings: see `compare`."""
+        return compare(self._fingerprints, found, versions)
 
     def has_summary(self) -> bool:
         """Whether there is a whole summary."""
-        return bool(_read_json(self.summary))
+        return bool(read_object(self.summary))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary; numbers that are not finite become null."""
@@ -281,14 +268,6 @@ class RunFolder:
             self._traces.remove()
         elif self._traces.shards() or lines > len(traces):
             self._traces.merge(traces)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; {} if there is none or the file is damaged."""
-    with suppress(FileNotFoundError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _finished(rows: RowIndex) -> set[int]:
