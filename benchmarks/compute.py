@@ -30,6 +30,7 @@ from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.base import Sampler
+from svdd.samplers.beam_search import BeamSearch
 from svdd.samplers.rollover_budget import RolloverBudget
 from svdd.samplers.svdd import SVDD
 from svdd.values.base import Value
@@ -38,9 +39,9 @@ from svdd.values.screened import Screened
 
 STEPS, CANDIDATES, IMAGES = 50, 20, 2
 TIMING = "timing"
-BASELINE, FAST = "exact", "tiny > 3, fewer, bf16, channels last"  # the second is configs/fast.yaml
+BASELINE, FAST = "exact", "features + reuse + tiny > 3, fewer"  # the second is configs/fast.yaml
 GUIDES: dict[str, Callable[[], Reward]] = {"Compressibility": Compressibility, "CLIPScore": CLIPScore}
-OUTER_LEVEL = {"sd15": 3, "sdxl": 3}  # depth of the features that leaves the outer resolution to each candidate
+SAME_DEPTH = {1: 1, 2: 3}  # feature_depth here, and on SD 1.5 and SDXL: outermost layers, outer resolution
 ABOUT = (
     f"SVDD at alpha 0 on the embedded model, M = {CANDIDATES}, T = {STEPS}, guidance scale 3, eta 1, {len(PROMPTS)} "
     "prompts x 2 images, same seeds; `images` says how many are measured so far. Differences to the exact posterior "
@@ -53,11 +54,13 @@ ABOUT = (
     "went through those models ([flops.md](flops.md)); features then leave out all but the outer resolution, and "
     "CLIPScore reads ViT-L/14.",
     "",
-    "Recipes: `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes the "
-    "effect of guidance from the parent; `features` recompute the outer resolution only; `A > 3`: A screens, the exact "
-    "value decides among the best 3; `fewer`: M = 15 up to 0.3 of the chain, then 8, and 15 starts; `bf16`: network "
-    "and decoders in bfloat16; `channels last`: `vae_channels_last`. Made by `python -m benchmarks.compute`, which "
-    "continues where cells are missing.",
+    "Recipes: all but `exact` compute network and decoders in bfloat16, on a CPU with `vae_channels_last`; `bf16` does "
+    "nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes the "
+    "effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first and the "
+    "last layers only); `A > 3`: A screens, the exact value decides among the best 3; `fewer`: M = 3 up to 0.2 of the "
+    "chain, 12 up to 0.5, then 20; `fitted`: M of each step from `svdd calibrate`, 20 on average; `RBF`: rollover "
+    "budget forcing. Recipes without the small decoder, and part of `exact` and `bf16`, were drawn on an H100, the "
+    "others on CPUs. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
 )
 DATA = Path(__file__).parent / "data" / "compute.jsonl"
 
@@ -83,30 +86,26 @@ def _screened(keep: int, **settings: Any) -> Callable[[str], Value]:
     return lambda guide: Screened(PosteriorMean("tiny", **settings), PosteriorMean(), keep)
 
 
-def _fewer(guide: str) -> Sampler:
-    return SVDD({0.3: 15, 1.0: 8}, choose_start=True)
-
-
+FITTED: dict[str, list[int]] = {}
 _FASTER: dict[str, Any] = {"dtype": "bfloat16", "channels_last": True}
+_PARENT: dict[str, Any] = {"feature_depth": 2, "reuse_guidance": True}
 RECIPES: dict[str, Recipe] = {
     BASELINE: Recipe(),
-    "bf16, channels last": Recipe(**_FASTER),
-    "tiny": Recipe(_tiny()),
-    "no CFG": Recipe(lambda guide: PosteriorMean(guidance_scale=1.0)),
-    "no CFG + tiny": Recipe(_tiny(guidance_scale=1.0)),
-    "reuse": Recipe(lambda guide: PosteriorMean(reuse_guidance=True)),
-    "reuse + tiny": Recipe(_tiny(reuse_guidance=True)),
-    "reuse + tiny, bf16, channels last": Recipe(_tiny(reuse_guidance=True), **_FASTER),
-    "features": Recipe(lambda guide: PosteriorMean(feature_depth=2)),
-    "features + tiny": Recipe(_tiny(feature_depth=2)),
-    "features + reuse + tiny": Recipe(_tiny(feature_depth=2, reuse_guidance=True)),
-    "tiny > 3": Recipe(_screened(3)),
-    "reuse + tiny > 3": Recipe(_screened(3, reuse_guidance=True)),
-    "features + tiny > 3": Recipe(_screened(3, feature_depth=2)),
-    "tiny > 3, fewer": Recipe(_screened(3), _fewer),
-    "tiny > 3, fewer, channels last": Recipe(_screened(3), _fewer, channels_last=True),
-    FAST: Recipe(_screened(3), _fewer, **_FASTER),
-    "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES)),
+    "bf16": Recipe(**_FASTER),
+    "tiny": Recipe(_tiny(), **_FASTER),
+    "no CFG + tiny": Recipe(_tiny(guidance_scale=1.0), **_FASTER),
+    "reuse": Recipe(lambda guide: PosteriorMean(reuse_guidance=True), **_FASTER),
+    "reuse + tiny": Recipe(_tiny(reuse_guidance=True), **_FASTER),
+    "features": Recipe(lambda guide: PosteriorMean(feature_depth=2), **_FASTER),
+    "features, depth 1": Recipe(lambda guide: PosteriorMean(feature_depth=1), **_FASTER),
+    "features + reuse": Recipe(lambda guide: PosteriorMean(**_PARENT), **_FASTER),
+    "features + reuse + tiny": Recipe(_tiny(**_PARENT), **_FASTER),
+    "tiny > 3": Recipe(_screened(3), **_FASTER),
+    "features + reuse + tiny > 3": Recipe(_screened(3, **_PARENT), **_FASTER),
+    FAST: Recipe(_screened(3, **_PARENT), lambda guide: SVDD({0.2: 3, 0.5: 12, 1.0: 20}), **_FASTER),
+    "fitted": Recipe(sampler=lambda guide: SVDD(FITTED[guide]), **_FASTER),
+    "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES), **_FASTER),
+    "4 beams": Recipe(sampler=lambda guide: BeamSearch(4, CANDIDATES // 4), **_FASTER),
 }
 
 
@@ -289,7 +288,8 @@ def _work(found: dict[Any, Any], name: str, guide: str) -> dict[str, float]:
     for shape in SHAPES:
         counted = flops(shape)
         halves = 2 if preview is None or (preview.guidance_scale is None and not preview.reuse_guidance) else 1
-        share = 1.0 if preview is None or preview.feature_depth is None else counted["share"][OUTER_LEVEL[shape]]
+        depth = None if preview is None else preview.feature_depth
+        share = 1.0 if depth is None else counted["share"][SAME_DEPTH[depth]]
         work[shape] = (
             (2 * work["full"] + halves * share * work.get("preview", 0)) * counted["network_row"]
             + work["decoded"] * counted["decode"]
