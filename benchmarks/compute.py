@@ -55,9 +55,9 @@ ABOUT = (
     "CLIPScore reads ViT-L/14.",
     "",
     "Recipes: all but `exact` compute network and decoders in bfloat16, on a CPU with `vae_channels_last`; `bf16` does "
-    "nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes the "
-    "effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first and the "
-    "last layers only); `A > 3`: A screens, the exact value decides among the best 3; `fewer`: M = 3 up to 0.2 of the "
+    "nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes "
+    "the effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first "
+    "and the last layers only); `A > 3`: A screens, the exact value decides among the best 3; `fewer`: M = 3 up to 0.2 of the "
     "chain, 12 up to 0.5, then 20; `fitted`: M of each step from `svdd calibrate`, 20 on average; `RBF`: rollover "
     "budget forcing. Recipes without the small decoder, and part of `exact` and `bf16`, were drawn on an H100, the "
     "others on CPUs. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
