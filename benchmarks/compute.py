@@ -8,6 +8,7 @@ background load affects all alike. `--timing` draws once more, for the CPU secon
 """
 
 import argparse
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,7 +40,7 @@ from svdd.values.screened import Screened
 
 STEPS, CANDIDATES, IMAGES = 50, 20, 2
 TIMING = "timing"
-BASELINE, FAST = "exact", "features + reuse + tiny > 3, fewer"  # the second is configs/fast.yaml
+BASELINE, FAST = "exact", "features + reuse + tiny > 3, fitted"  # the second is configs/fast.yaml
 GUIDES: dict[str, Callable[[], Reward]] = {"Compressibility": Compressibility, "CLIPScore": CLIPScore}
 SAME_DEPTH = {1: 1, 2: 3}  # feature_depth here, and on SD 1.5 and SDXL: outermost layers, outer resolution
 ABOUT = (
@@ -56,13 +57,15 @@ ABOUT = (
     "",
     "Recipes: all but `exact` compute network and decoders in bfloat16, on a CPU with `vae_channels_last`; `bf16` does "
     "nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes "
-    "the effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first "
-    "and the last layers only); `A > 3`: A screens, the exact value decides among the best 3; `fewer`: M = 3 up to 0.2 of the "
-    "chain, 12 up to 0.5, then 20; `fitted`: M of each step from `svdd calibrate`, 20 on average; `RBF`: rollover "
-    "budget forcing. Recipes without the small decoder, and part of `exact` and `bf16`, were drawn on an H100, the "
+    "the effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first and "
+    "the last layers only); `A > 3`: A screens, the exact value decides among the best 3; `fitted`: M of each step "
+    "from `svdd calibrate --model.candidates 8 --model.average_candidates 16` on 24 prompts that are not among these; "
+    "`fewer`: M = 3 up to 0.2 of the chain, 12 up to 0.5, then 20; `RBF`: rollover budget forcing. Recipes without the "
+    "small decoder, and a part of `exact` and `bf16`, were drawn on an H100, the "
     "others on CPUs. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
 )
 DATA = Path(__file__).parent / "data" / "compute.jsonl"
+FITTED: dict[str, list[int]] = json.loads((DATA.parent / "schedules.json").read_text())  # M of each step by guide
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ def _screened(keep: int, **settings: Any) -> Callable[[str], Value]:
     return lambda guide: Screened(PosteriorMean("tiny", **settings), PosteriorMean(), keep)
 
 
-FITTED: dict[str, list[int]] = {}
+def _fewer(guide: str) -> Sampler:
+    return SVDD({0.2: 3, 0.5: 12, 1.0: 20})
+
+
 _FASTER: dict[str, Any] = {"dtype": "bfloat16", "channels_last": True}
 _PARENT: dict[str, Any] = {"feature_depth": 2, "reuse_guidance": True}
 RECIPES: dict[str, Recipe] = {
@@ -102,7 +108,8 @@ RECIPES: dict[str, Recipe] = {
     "features + reuse + tiny": Recipe(_tiny(**_PARENT), **_FASTER),
     "tiny > 3": Recipe(_screened(3), **_FASTER),
     "features + reuse + tiny > 3": Recipe(_screened(3, **_PARENT), **_FASTER),
-    FAST: Recipe(_screened(3, **_PARENT), lambda guide: SVDD({0.2: 3, 0.5: 12, 1.0: 20}), **_FASTER),
+    "features + reuse + tiny > 3, fewer": Recipe(_screened(3, **_PARENT), _fewer, **_FASTER),
+    FAST: Recipe(_screened(3, **_PARENT), lambda guide: SVDD(FITTED[guide]), **_FASTER),
     "fitted": Recipe(sampler=lambda guide: SVDD(FITTED[guide]), **_FASTER),
     "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES), **_FASTER),
     "4 beams": Recipe(sampler=lambda guide: BeamSearch(4, CANDIDATES // 4), **_FASTER),
