@@ -22,7 +22,7 @@ from svdd.commands.calibrate import CalibrateCLI
 from svdd.runs.prompts import Prompt
 from svdd.samplers.unguided import Unguided
 from svdd.values.base import Value
-from svdd.values.training.allocation import allocate, expected_maximum, reliability
+from svdd.values.training.allocation import allocate, expected_maximum, reliability, shrink
 from svdd.values.training.calibration import Calibration, measure, plot, write
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, run
 from tests.test_samplers import largest_of
@@ -96,7 +96,7 @@ def test_spread_and_reliability_match_the_gaussian_chain(value):
         model._seen[0][:, 6], run(diffusion, Unguided(), model.value, 2100).scores(model.reward).double()
     )  # candidates do not change the chains
     own, mean, std = model._seen[0][:, 2:].chunk(3, 1)
-    slopes = reliability(own, mean, std, 8, own[:, -1], model._seen[0][:, 0].long())
+    slopes, errors = reliability(own, mean, std, 8, own[:, -1], model._seen[0][:, 0].long())
     gain = torch.tensor([diffusion.end(i + 1)[0] for i in range(5)], dtype=torch.float64)
     noise = torch.tensor([diffusion.std(i) for i in range(5)], dtype=torch.float64)
     u = [value.b if isinstance(value, Along) else b * float(gain[i]) for i in range(4)] + [b]
@@ -106,7 +106,20 @@ def test_spread_and_reliability_match_the_gaussian_chain(value):
     for i in range(5):
         near = slice(max(0, i - 1), i + 2)  # pooled with both neighbours
         expected = float(covariance[near].sum() / ((size * noise) ** 2)[near].sum())
-        assert float(slopes[i]) == pytest.approx(max(0, expected), abs=0.12)
+        assert float(slopes[i]) == pytest.approx(expected, abs=4 * float(errors[i]))
+    parts = [part.chunk(30) for part in (own, mean, std, own[:, -1], model._seen[0][:, 0].long())]
+    few = [reliability(o, m, s, 8, r, p - p.min()) for o, m, s, r, p in zip(*parts, strict=True)]
+    seen, stated = torch.stack([each[0] for each in few]).std(0), torch.stack([each[1] for each in few]).mean(0)
+    torch.testing.assert_close(stated, seen, rtol=0.5, atol=0)  # of 70 chains, over 30 samples
+
+
+def test_gains_shrink_towards_their_mean_by_their_share_of_error():
+    gains, none = torch.tensor([4.0, 1.0, 2.5, 0.0], dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    assert shrink(gains, none).tolist() == gains.tolist()
+    errors = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    assert shrink(gains, errors).tolist() == pytest.approx([3.0, 2.0, 2.5, 0.0])  # between = 1.5 - 1, so 2 / 3 is error
+    assert shrink(gains, 5 * errors).tolist() == pytest.approx([2.5, 2.5, 2.5, 0.0])  # no evidence
+    assert min(shrink(gains - 3, errors / 9).tolist()) == 0.0
 
 
 def test_candidates_are_allocated_as_by_exhaustive_search():

@@ -12,6 +12,10 @@ maximises the sum. That sum ignores that earlier selections change the states, a
 The reference of the slope is the chain's own final reward. Its own child is one of the parent's possible candidates, so
 over chains the product of the child's deviation from its siblings and the final reward has the covariance of value and
 final reward as its mean: unbiased, and no candidate's chain has to be finished. One chain costs T M rows.
+
+Few chains determine the slopes badly. The gains are therefore pulled towards their mean over the steps, the more the
+larger their standard errors, as an empirical Bayes estimate (Efron and Morris, Stein's estimation rule and its
+competitors, 1973): without evidence all steps have the same number of candidates.
 """
 
 import heapq
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from svdd import UserError
 
-__all__ = ["allocate", "expected_maximum", "reliability"]
+__all__ = ["allocate", "expected_maximum", "reliability", "shrink"]
 
 
 @cache
@@ -51,11 +55,27 @@ def allocate(gains: list[float], total: int) -> list[int]:
     return counts
 
 
-def reliability(own: Tensor, mean: Tensor, std: Tensor, m: int, rewards: Tensor, prompts: Tensor) -> Tensor:
-    """Returns the slope of the final reward on the value among the candidates of one parent, >= 0, float64 [T].
+def shrink(gains: Tensor, errors: Tensor) -> Tensor:
+    """Pulls gains with standard errors, float64 [T] each, towards their mean; returns them >= 0.
 
-    Entry i belongs to the step from i to i + 1. Slopes are pooled over a fifth of the chain, weighted by the
-    variance of the value. Rewards and means are compared within prompts, which leaves less noise.
+    A gain moves by the share of error in its variance, which is that of the other gains around their mean, less their
+    errors, plus its own error. Steps with neither gain nor error, which have no noise, stay out.
+    """
+    known = (gains != 0) | (errors > 0)
+    centre = gains[known].mean()
+    between = ((gains[known] - centre).square() - errors[known].square()).mean().clamp(min=0)
+    error = errors.square() / (between + errors.square()).clamp(min=torch.finfo(gains.dtype).tiny)
+    return torch.where(known, gains + error * (centre - gains), 0.0).clamp(min=0)
+
+
+def reliability(
+    own: Tensor, mean: Tensor, std: Tensor, m: int, rewards: Tensor, prompts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the slope of the final reward on the value among the candidates of one parent, and its standard error.
+
+    Both are float64 [T]; entry i belongs to the step from i to i + 1. Slopes are pooled over a fifth of the chain,
+    weighted by the variance of the value. Rewards and means are compared within prompts, which leaves less noise.
+    Standard errors are those of the jackknife over chains.
 
     Args:
         own: The value of each chain's own state i + 1, at the end its reward, float64 [n, T].
@@ -68,13 +88,17 @@ def reliability(own: Tensor, mean: Tensor, std: Tensor, m: int, rewards: Tensor,
     deviation, error = own - mean, std.square() / m  # of the means
     y, z = _from_others(rewards[:, None], prompts), _from_others(mean, prompts)
     slope = (y * z).mean(0) / z.square().mean(0).clamp(min=torch.finfo(z.dtype).tiny)  # of a baseline, against noise
-    covariance = (deviation * (y - slope * z) - slope * error).mean(0)
-    variance = (deviation.square() - error).mean(0)
-    steps = len(covariance)
+    covariance, variance = deviation * (y - slope * z) - slope * error, deviation.square() - error
+    n, steps = covariance.shape
     half = max(1, steps // 10)
-    around = [slice(max(0, i - half), i + half + 1) for i in range(steps)]
-    pooled = [covariance[near].sum() / variance[near].sum().clamp(min=1e-300) for near in around]
-    return torch.stack(pooled).clamp(min=0)
+    slopes, errors = [], []
+    for i in range(steps):
+        near = slice(max(0, i - half), i + half + 1)
+        above, below = (part[:, near].sum(1) for part in (covariance, variance))
+        slopes.append(above.sum() / below.sum().clamp(min=1e-300))
+        without = (above.sum() - above) / (below.sum() - below).clamp(min=1e-300)
+        errors.append(without.std(correction=0) * (n - 1) ** 0.5)
+    return torch.stack(slopes), torch.stack(errors)
 
 
 def _from_others(numbers: Tensor, prompts: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from svdd.samplers.base import require_noise
 from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
-from svdd.values.training.allocation import allocate, expected_maximum, reliability
+from svdd.values.training.allocation import allocate, expected_maximum, reliability, shrink
 from svdd.values.training.rollouts import draw_rollouts
 
 __all__ = [
@@ -131,8 +131,8 @@ class Calibration(L.LightningModule):
         self.table = measure(own[:, :-1], own[:, -1], prompts)
         if self.candidates:
             mean, std = chains[:, 2 + steps :].chunk(2, 1)
-            slopes = reliability(own, mean, std, self.candidates, own[:, -1], prompts)
-            self.fit_schedule = partial(schedule, std.mean(0), slopes, self.average_candidates)
+            found = reliability(own, mean, std, self.candidates, own[:, -1], prompts)
+            self.fit_schedule = partial(schedule, std.mean(0), *found, self.average_candidates)
 
 
 def require_chains(num_chains: int) -> None:
@@ -166,15 +166,20 @@ def measure(values: Tensor, rewards: Tensor, prompts: Tensor) -> Table:
     ]
 
 
-def schedule(spread: Tensor, slopes: Tensor, average: int) -> Table:
-    """Returns, for each step, spread, reliability, fitted candidates and their gain; `allocation` explains them."""
-    gains = (spread * slopes).tolist()
+def schedule(spread: Tensor, slopes: Tensor, errors: Tensor, average: int) -> Table:
+    """Returns, for each step, spread, reliability, its standard error, fitted candidates and their gain.
+
+    `allocation` explains them. A spread below 1e-9 of the largest is rounding, of a step without noise.
+    """
+    spread = torch.where(spread > 1e-9 * spread.max(), spread, 0.0)
+    gains = shrink(spread * slopes, spread * errors).tolist()
     counts = allocate(gains, average * len(gains))
     return [
         {
             "step": i,
             "spread": float(spread[i]),
             "reliability": float(slopes[i]),
+            "standard_error": float(errors[i]),
             "candidates": count,
             "gain": gain * expected_maximum(count),
         }
