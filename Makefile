@@ -43,7 +43,7 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (hours on 2 cores; the samplers continue where they stopped)
+benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (a day on 2 cores; --processes and --device cuda shorten it; continued where it stopped)
 	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.memory
@@ -53,6 +53,11 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (hours on 2 
 	$(BIN)/python -m benchmarks.values
 	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.transitions
+	$(BIN)/python -m benchmarks.compute
+	$(BIN)/python -m benchmarks.starts
+	$(BIN)/python -m benchmarks.temperature
+	$(BIN)/python -m benchmarks.default_settings
+	$(BIN)/python -m benchmarks.preview_ranks
 	$(BIN)/python -m benchmarks.choose_start
 	$(BIN)/python -m benchmarks.scale --processes 26
 
