@@ -122,7 +122,7 @@ def draw(
     diffusion: LatentDiffusion,
     sampler: Sampler,
     guide: Reward,
-    scorers: Iterable[Reward],
+    scorers: Sequence[Reward],
     prompts: Sequence[int],
     value: Value | None = None,
 ) -> dict[str, Any]:

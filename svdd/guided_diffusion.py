@@ -80,7 +80,7 @@ class GuidedDiffusion(L.LightningModule):
         require_at_least_one(images_per_prompt=images_per_prompt)
         check_images(1, images_per_prompt)
         if budget is not None and (not is_integer(budget) or budget < 1):
-            raise ValueError(f"budget must be >= 1 denoiser rows per image, got {budget!r}")
+            raise ValueError(f"budget must be an integer >= 1, in denoiser rows per image, got {budget!r}")
         require_at_least(0, seed=seed)
         self.reward, self.eval_rewards = reward, nn.ModuleList(eval_rewards or [])
         if diffusion is not None and not isinstance(diffusion, Diffusion):

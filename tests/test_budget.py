@@ -311,7 +311,7 @@ def test_a_budget_that_cannot_choose_a_count_is_refused(sampler, value_rows, bud
 
 
 def test_a_budget_below_one_is_refused():
-    with pytest.raises(ValueError, match="budget must be >= 1 denoiser rows per image, got 0"):
+    with pytest.raises(ValueError, match="budget must be an integer >= 1, in denoiser rows per image, got 0"):
         GuidedDiffusion(Linear(B), GaussianDiffusion(10), SVDD(), budget=0)
 
 

@@ -113,6 +113,17 @@ def test_spread_and_reliability_match_the_gaussian_chain(value):
     torch.testing.assert_close(stated, seen, rtol=0.5, atol=0)  # of 70 chains, over 30 samples
 
 
+def test_few_chains_leave_gains_bounded():
+    """Where the chains' own values hardly deviate from their siblings' mean, what is left of their variance is < 0."""
+    draw, prompts = torch.Generator().manual_seed(0), torch.arange(3)
+    mean, rewards, near = (torch.randn(3, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+    std, rewards = torch.ones_like(mean), rewards[:, 0]
+    for own in (mean + 0.1 * near, mean + 0.8 * near):
+        slopes, errors = reliability(own, mean, std, 2, rewards, prompts)
+        assert torch.stack([slopes, errors]).abs().max() < 100
+        assert shrink(slopes, errors).isfinite().all()
+
+
 def test_gains_shrink_towards_their_mean_by_their_share_of_error():
     gains, none = torch.tensor([4.0, 1.0, 2.5, 0.0], dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     assert shrink(gains, none).tolist() == gains.tolist()

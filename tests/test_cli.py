@@ -188,7 +188,7 @@ def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts
         ),
         (["--model.sampler", "DPS"], "DPS needs gradients, and reward Compressibility is not differentiable"),
         (["--model.budget", "2"], "budget=2 is too small: SVDD with num_candidates=1 costs 3 denoiser rows"),
-        (["--model.budget", "0"], "budget must be >= 1 denoiser rows per image, got 0"),
+        (["--model.budget", "0"], "budget must be an integer >= 1, in denoiser rows per image, got 0"),
         (["--model.images_per_prompt", "0"], "images_per_prompt must be >= 1, got 0"),
         (["--data.batch_size", "0"], "batch_size must be >= 1, got 0"),
         (["--data.prompts", "/no/such/prompts.txt"], "no such file"),

@@ -59,8 +59,8 @@ def test_other_models_in_the_same_format_are_refused(kind, configs, message):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (StableDiffusion3, {"max_sequence_length": 513}, r"must lie in 0 \.\. 512, got 513"),
-        (Flux, {"max_sequence_length": 0}, r"must lie in 1 \.\. 512, got 0"),
+        (StableDiffusion3, {"max_sequence_length": 513}, r"must be an integer in 0 \.\. 512, got 513"),
+        (Flux, {"max_sequence_length": 0}, r"must be an integer in 1 \.\. 512, got 0"),
         (Flux, {"true_cfg_scale": float("nan")}, "true_cfg_scale must be a finite number, got nan"),
         (Flux2Klein, {"max_sequence_length": 0}, "must be >= 1, got 0"),
     ],

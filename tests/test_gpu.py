@@ -1,4 +1,4 @@
-"""Every model family, sampler and preview on a CUDA device draws what it draws on the CPU."""
+"""Every model family, most samplers, and previews draw on a CUDA device what they draw on the CPU."""
 
 import numpy as np
 import pytest

@@ -363,6 +363,8 @@ def test_rollout_settings_out_of_range_are_refused(options, message):
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"num_blocks": 0}, "num_blocks must be >= 1, got 0"),
         ({"learning_rate": 0}, "learning_rate must be > 0, got 0"),
+        ({"dropout": "0.1"}, r"dropout must be a number, got '0.1' \(str\)"),
+        ({"learning_rate": "1e-3"}, r"learning_rate must be a number, got '1e-3' \(str\)"),
     ],
 )
 def test_network_settings_out_of_range_are_refused(options, message):

@@ -388,6 +388,8 @@ def test_what_is_no_folder_of_a_pipeline_is_refused_with_what_it_is(sd15, tmp_pa
         ({"height": 50}, "height must be a positive multiple of 8, got 50"),
         ({"width": 0}, "width must be a positive multiple of 8, got 0"),
         ({"width": -64}, "width must be a positive multiple of 8, got -64"),
+        ({"height": 64.0}, "height must be a positive multiple of 8, got 64.0"),
+        ({"eta": "1"}, r"eta must lie in 0 \.\. 1, got '1'"),
         ({"eta": 1.5}, r"eta must lie in 0 \.\. 1, got 1.5"),
         ({"eta": -0.1}, r"eta must lie in 0 \.\. 1, got -0.1"),
         ({"eta": float("nan")}, r"eta must lie in 0 \.\. 1, got nan"),
@@ -399,6 +401,7 @@ def test_what_is_no_folder_of_a_pipeline_is_refused_with_what_it_is(sd15, tmp_pa
         ({"scheduler": "DDIM"}, "did you mean 'ddim'"),
         ({"chunk_size": 0}, "chunk_size must be 'auto' or an integer >= 1, got 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+        ({"guidance_scale": "3"}, r"guidance_scale must be a number, got '3' \(str\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused(sd15, options, message):

@@ -55,7 +55,7 @@ class Diffusion(nn.Module, ABC):
     ) -> None:
         super().__init__()
         if not is_integer(num_inference_steps) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps!r}")
         self.num_inference_steps, self.chunker = num_inference_steps, Chunker(chunk_size, reproducible)
         # A buffer follows the module to its device and precision.
         self.register_buffer("anchor", torch.zeros((), dtype=torch.float32), persistent=False)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svdd import is_integer, require_numbers
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import FLOW_KERNELS
 from svdd.diffusion.latent import LatentDiffusion
@@ -38,10 +39,11 @@ class Flux(LatentDiffusion):
     transformer: Any
 
     def __init__(self, *args: Any, true_cfg_scale: float = 1.0, max_sequence_length: int = 512, **kwargs: Any) -> None:
+        require_numbers(true_cfg_scale=true_cfg_scale)
         if not math.isfinite(true_cfg_scale):
             raise ValueError(f"true_cfg_scale must be a finite number, got {true_cfg_scale}")
-        if not 1 <= max_sequence_length <= 512:
-            raise ValueError(f"max_sequence_length must lie in 1 .. 512, got {max_sequence_length}")
+        if not is_integer(max_sequence_length) or not 1 <= max_sequence_length <= 512:
+            raise ValueError(f"max_sequence_length must be an integer in 1 .. 512, got {max_sequence_length!r}")
         self.true_cfg_scale, self.max_sequence_length = true_cfg_scale, max_sequence_length
         super().__init__(*args, **kwargs)
 

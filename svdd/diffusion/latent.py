@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdd import UserError
+from svdd import UserError, is_integer, require_numbers
 from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
@@ -122,6 +122,7 @@ class LatentDiffusion(PipelineParts):
         self.guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
         self.transition, self.inner_steps = Transition(noise, eta, rho, inner_steps), inner_steps
         for name, number in {"guidance_scale": self.guidance_scale, "lora_scale": lora_scale}.items():
+            require_numbers(**{name: number})
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be a finite number, got {number}")
         if not isinstance(negative_prompt, str):
@@ -162,8 +163,8 @@ class LatentDiffusion(PipelineParts):
         if native is None and None in (height, width):
             raise UserError(f"pretrained={self.pretrained!r} states no image size; give height and width")
         for name, pixels in {"height": height, "width": width}.items():
-            if pixels is not None and (pixels < multiple or pixels % multiple):
-                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {pixels}")
+            if pixels is not None and (not is_integer(pixels) or pixels < multiple or pixels % multiple):
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {pixels!r}")
         default_height, default_width = native or (multiple, multiple)
         return self.shape(height or default_height, width or default_width)
 

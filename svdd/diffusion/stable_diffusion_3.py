@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from svdd import UserError
+from svdd import UserError, is_integer
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import FLOW_KERNELS
 from svdd.diffusion.latent import LatentDiffusion
@@ -37,9 +37,10 @@ class StableDiffusion3(LatentDiffusion):
     text_encoder_2: Any
 
     def __init__(self, *args: Any, max_sequence_length: int | None = None, **kwargs: Any) -> None:
-        if max_sequence_length is not None and not 0 <= max_sequence_length <= 512:
-            raise ValueError(f"max_sequence_length must lie in 0 .. 512, got {max_sequence_length}")
-        self.max_sequence_length = 256 if max_sequence_length is None else max_sequence_length
+        length = 256 if max_sequence_length is None else max_sequence_length
+        if not is_integer(length) or not 0 <= length <= 512:
+            raise ValueError(f"max_sequence_length must be an integer in 0 .. 512, got {length!r}")
+        self.max_sequence_length = length
         super().__init__(*args, **kwargs)
         if self.pipe.text_encoder_3 is not None:
             if self.max_sequence_length == 0:

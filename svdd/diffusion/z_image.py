@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from svdd import require_numbers
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels import FLOW_KERNELS
 from svdd.diffusion.latent import LatentDiffusion
@@ -46,6 +47,7 @@ class ZImage(LatentDiffusion):
     def __init__(self, *args: Any, cfg_normalization: float = 0.0, cfg_truncation: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name, number in {"cfg_normalization": cfg_normalization, "cfg_truncation": cfg_truncation}.items():
+            require_numbers(**{name: number})
             if not number >= 0:
                 raise ValueError(f"{name} must be >= 0, got {number}")
         if cfg_truncation < 1 and self.inner_steps > 1:  # whose noise levels lie beyond their step's

@@ -26,7 +26,7 @@ class DPS(Sampler):
     images. Needs a differentiable value. Costs T denoiser rows per image, and a backward pass for each guided one.
 
     Args:
-        scale: Strength in units of 1 / reward, at least 0; 1 / alpha of other samplers; no default fits all.
+        scale: Strength in units of 1 / reward, at least 0; 1 / alpha of other samplers; no default fits all rewards.
         through_denoiser: Differentiate through the network; else at x0, without a backward pass and less exact.
         guide_start: Where guidance begins, as a fraction of the chain, 0 .. 1.
         guide_stop: Where it ends, as a fraction of the chain.

@@ -46,7 +46,7 @@ class Selection(NamedTuple):
 
     @property
     def competing(self) -> Tensor:
-        """Rows with a value, float64 [images]; NaN if there is one, so that weights decide nothing."""
+        """Rows with a value, float64 [images]; NaN if there is only one, where weights decide nothing."""
         return torch.where(self._known > 1, self._known.double(), math.nan)
 
     @property

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from svdd import UserError
+from svdd import UserError, require_numbers
 from svdd.diffusion.base import Diffusion, per_row
 from svdd.rewards.base import Reward
 from svdd.state.state import State
@@ -54,6 +54,7 @@ class LearnedValue(Value):
         self, loss: ValueLoss | None = None, learning_rate: float = 1e-3, pretrained: str | None = None
     ) -> None:
         super().__init__()
+        require_numbers(learning_rate=learning_rate)
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, got {learning_rate}")
         self.loss, self.learning_rate, self.pretrained = loss or MeanLoss(), learning_rate, pretrained

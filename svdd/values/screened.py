@@ -25,7 +25,8 @@ class Screened(Value):
     At each step the cheap value scores an image's candidates, and the exact one scores the K best of them again. With
     at most K candidates, the cheap value is not evaluated. At the end of the chain every candidate is scored by the
     reward itself. Costs the cheap value for all candidates and the exact one for K; a kept row's prediction is reused.
-    Two values with the same preview and different decoders compute it once, so K images more are decoded and scored.
+    If both parts have the same preview and differ in their decoders, it is computed once: the exact value then costs K
+    more decoded and scored images.
 
     At alpha > 0 the selection is in proportion to exp(v / alpha) among these K candidates, not among all.
 

@@ -42,7 +42,7 @@ def collect(prompts: list[str], device: str, at_once: int = 128) -> tuple[Tensor
     """Draws the prompts with both embedded models; returns the predictions of x0 at every step, and their images.
 
     Returns:
-        Latents, float16 [n, 16, 8, 8], and the full decoder's images, float16 [n, 3, 64, 64] in [0, 1]; `device`.
+        Latents, float16 [n, 16, 8, 8], and the full decoder's images, float16 [n, 3, 64, 64] in [0, 1], on `device`.
     """
     latents, images = [], []
     for name, (kind, scale) in MODELS.items():
@@ -66,7 +66,7 @@ class PredictionBatches(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             order = torch.randperm(len(self.latents), device=self.latents.device)
-            for chosen in order.split(self.batch_size)[: len(order) // self.batch_size]:
+            for chosen in order.split(self.batch_size):
                 yield self.latents[chosen].float(), self.images[chosen].float()
 
 
@@ -75,7 +75,7 @@ class TinyDecoderTraining(L.LightningModule):
 
     Args:
         steps: Optimiser steps in all.
-        perceptual: Weight of the third.
+        perceptual: Weight of 1 - cosine.
     """
 
     def __init__(self, steps: int = STEPS, perceptual: float = 0.5) -> None:

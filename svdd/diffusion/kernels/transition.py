@@ -41,11 +41,11 @@ class Transition:
         if self.noise not in get_args(Noise):
             raise ValueError(f"noise must be one of {', '.join(get_args(Noise))}, got {self.noise!r}")
         if not is_number(self.eta) or not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must lie in 0 .. 1, got {self.eta}")
+            raise ValueError(f"eta must lie in 0 .. 1, got {self.eta!r}")
         if self.rho is not None and (not is_number(self.rho) or not 0 <= self.rho <= 1):
-            raise ValueError(f"rho must lie in 0 .. 1, got {self.rho}")
+            raise ValueError(f"rho must lie in 0 .. 1, got {self.rho!r}")
         if not is_integer(self.inner_steps) or self.inner_steps < 1:
-            raise ValueError(f"inner_steps must be an integer >= 1, got {self.inner_steps}")
+            raise ValueError(f"inner_steps must be an integer >= 1, got {self.inner_steps!r}")
         if self.rho is not None and (self.noise, self.eta) != ("posterior", 1):
             raise ValueError(
                 f"rho={self.rho} replaces the rule; leave out noise and eta, got noise={self.noise}, eta={self.eta}"

@@ -25,7 +25,7 @@ class RunStatistics(nn.Module):
 
     def __init__(self, higher_is_better: Mapping[str, bool], selections: Sequence[str], work: Sequence[str]) -> None:
         super().__init__()
-        self.names = list(higher_is_better)  # those of rewards need not be names that a module may have
+        self.names = list(higher_is_better)  # a reward's name need not be a valid name of a submodule
         self.rewards: Any = nn.ModuleList(RewardStatistics(best) for best in higher_is_better.values())
         self.path_kl = RewardStatistics()
         self.selections: Any = nn.ModuleDict({name: RewardStatistics() for name in selections})

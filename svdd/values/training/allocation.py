@@ -58,8 +58,8 @@ def allocate(gains: list[float], total: int) -> list[int]:
 def shrink(gains: Tensor, errors: Tensor) -> Tensor:
     """Pulls gains with standard errors, float64 [T] each, towards their mean; returns them >= 0.
 
-    A gain moves by the share of error in its variance, which is that of the other gains around their mean, less their
-    errors, plus its own error. Steps with neither gain nor error, which have no noise, stay out.
+    Each moves by the share error^2 / (between + error^2) of its distance from the mean, where `between`, at least 0, is
+    the mean of the squared distances less that of error^2. Steps with neither gain nor error have no noise and stay 0.
     """
     known = (gains != 0) | (errors > 0)
     centre = gains[known].mean()
@@ -75,7 +75,8 @@ def reliability(
 
     Both are float64 [T]; entry i belongs to the step from i to i + 1. Slopes are pooled over a fifth of the chain,
     weighted by the variance of the value. Rewards and means are compared within prompts, which leaves less noise.
-    Standard errors are those of the jackknife over chains.
+    Standard errors are those of the jackknife over chains. From few chains, the variance of the value that `own` shows
+    may be near 0 or negative; it counts as at least a tenth of that which `std` shows.
 
     Args:
         own: The value of each chain's own state i + 1, at the end its reward, float64 [n, T].
@@ -95,8 +96,9 @@ def reliability(
     for i in range(steps):
         near = slice(max(0, i - half), i + half + 1)
         above, below = (part[:, near].sum(1) for part in (covariance, variance))
-        slopes.append(above.sum() / below.sum().clamp(min=1e-300))
-        without = (above.sum() - above) / (below.sum() - below).clamp(min=1e-300)
+        least = max(float(std[:, near].square().sum()) / 10, 1e-300)
+        slopes.append(above.sum() / below.sum().clamp(min=least))
+        without = (above.sum() - above) / (below.sum() - below).clamp(min=least)
         errors.append(without.std(correction=0) * (n - 1) ** 0.5)
     return torch.stack(slopes), torch.stack(errors)
 

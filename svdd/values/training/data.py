@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_convert
 from tqdm import tqdm
 
-from svdd import UserError, require_at_least
+from svdd import UserError, require_at_least, require_numbers
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache, draw_rollouts
@@ -98,6 +98,7 @@ class RolloutDataModule(L.LightningDataModule):
         require_at_least(4, num_rollouts=num_rollouts)
         require_at_least(1, keep_every=keep_every, batch_size=batch_size, rollout_batch_size=rollout_batch_size)
         require_at_least(0, seed=seed)
+        require_numbers(validation=validation)
         if not 0 < validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {validation}")
         self.num_rollouts, self.keep_every, self.validation = num_rollouts, keep_every, validation
