@@ -40,7 +40,7 @@ from svdd.values.screened import Screened
 
 STEPS, CANDIDATES, IMAGES = 50, 20, 2
 TIMING = "timing"
-BASELINE, FAST = "exact", "features + reuse + tiny > 3, fitted"  # the second is configs/fast.yaml
+BASELINE = "exact"
 GUIDES: dict[str, Callable[[], Reward]] = {"Compressibility": Compressibility, "CLIPScore": CLIPScore}
 SAME_DEPTH = {1: 1, 2: 3}  # feature_depth here, and on SD 1.5 and SDXL: outermost layers, outer resolution
 ABOUT = (
@@ -50,7 +50,7 @@ ABOUT = (
     "(`CLIPScore-judge`: a second CLIP, trained separately). Network rows are equivalents of rows without guidance; "
     "`decoded` and `tiny` are images of the full and the small decoder, `scored` those that the reward has seen. CPU "
     "seconds are those of one thread relative to exact, from a separate run in which recipes alternate, on the "
-    "prompts of `--timing`; in parentheses from the runs that gave the rewards, on a loaded machine. SD 1.5 (512 px) "
+    "prompts of `--timing`. SD 1.5 (512 px) "
     "and SDXL (1024 px): counted floating-point operations relative to exact, if the same counts of rows and images "
     "went through those models ([flops.md](flops.md)); features then leave out all but the outer resolution, and "
     "CLIPScore reads ViT-L/14.",
@@ -58,14 +58,13 @@ ABOUT = (
     "Recipes: all but `exact` compute network and decoders in bfloat16, on a CPU with `vae_channels_last`; `bf16` does "
     "nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes "
     "the effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first and "
-    "the last layers only); `A > 3`: A screens, the exact value decides among the best 3; `fitted`: M of each step "
-    "from `svdd calibrate --model.candidates 8 --model.average_candidates 16` on 24 prompts that are not among these; "
-    "`fewer`: M = 3 up to 0.2 of the chain, 12 up to 0.5, then 20; `RBF`: rollover budget forcing. Recipes without the "
-    "small decoder, and a part of `exact` and `bf16`, were drawn on an H100, the "
-    "others on CPUs. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
+    "the last layers only); `A > 3`: A screens, the exact value decides among the best 3; `M = 6, 20`: up to 0.4 of "
+    "the chain, and after it; `M = 3, 12, 20`: up to 0.2, up to 0.5, and after it; `fitted`: the M of each step that "
+    "`svdd calibrate` chose from 24 chains, 16 on average, without regard to the errors of its estimates (with regard to "
+    "them it chooses 16 in every step, from 96 chains too); `RBF`: rollover budget forcing. Recipes without the small "
+    "decoder, and a part of `exact` and `bf16`, were drawn on an H100, the others on CPUs. Made by `python -m benchmarks.compute`, which continues where cells are missing.",
 )
 DATA = Path(__file__).parent / "data" / "compute.jsonl"
-FITTED: dict[str, list[int]] = json.loads((DATA.parent / "schedules.json").read_text())  # M of each step by guide
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,8 @@ def _screened(keep: int, **settings: Any) -> Callable[[str], Value]:
     return lambda guide: Screened(PosteriorMean("tiny", **settings), PosteriorMean(), keep)
 
 
-def _fewer(guide: str) -> Sampler:
-    return SVDD({0.2: 3, 0.5: 12, 1.0: 20})
-
-
+# M of each step: `svdd calibrate`, 16 on average, from 24 chains and without regard to the errors of its estimates.
+FITTED: dict[str, list[int]] = json.loads((DATA.parent / "schedules.json").read_text())
 _FASTER: dict[str, Any] = {"dtype": "bfloat16", "channels_last": True}
 _PARENT: dict[str, Any] = {"feature_depth": 2, "reuse_guidance": True}
 RECIPES: dict[str, Recipe] = {
@@ -108,9 +105,15 @@ RECIPES: dict[str, Recipe] = {
     "features + reuse + tiny": Recipe(_tiny(**_PARENT), **_FASTER),
     "tiny > 3": Recipe(_screened(3), **_FASTER),
     "features + reuse + tiny > 3": Recipe(_screened(3, **_PARENT), **_FASTER),
-    "features + reuse + tiny > 3, fewer": Recipe(_screened(3, **_PARENT), _fewer, **_FASTER),
-    FAST: Recipe(_screened(3, **_PARENT), lambda guide: SVDD(FITTED[guide]), **_FASTER),
-    "fitted": Recipe(sampler=lambda guide: SVDD(FITTED[guide]), **_FASTER),
+    "features + reuse + tiny > 3, M = 3, 12, 20": Recipe(
+        _screened(3, **_PARENT), lambda guide: SVDD({0.2: 3, 0.5: 12, 1.0: 20}), **_FASTER
+    ),
+    "features + reuse + tiny > 3, M = 6, 20": Recipe(
+        _screened(3, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20}), **_FASTER
+    ),
+    "features + reuse + tiny > 3, fitted to 24 chains": Recipe(
+        _screened(3, **_PARENT), lambda guide: SVDD(FITTED[guide]), **_FASTER
+    ),
     "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES), **_FASTER),
     "4 beams": Recipe(sampler=lambda guide: BeamSearch(4, CANDIDATES // 4), **_FASTER),
 }
