@@ -48,8 +48,8 @@ class Along(Value):
         return state.x.flatten(1) @ self.b
 
 
-def screened(cheap: Value, exact: Value, keep: int) -> Value:
-    return bound(Screened(cheap, exact, keep), Linear(B))
+def screened(cheap: Value, exact: Value, keep: int, start: float = 0.0) -> Value:
+    return bound(Screened(cheap, exact, keep, start), Linear(B))
 
 
 # ---- the law
@@ -198,6 +198,24 @@ def test_two_decoders_share_a_preview():
     assert ledger.network_rows == pytest.approx(2 * (2 * steps + share * m * (steps - 1)))
     assert ledger.decoded_images == 2 * ((m + keep) * (steps - 1) + m)  # the reward itself chooses the last image
     assert 2 * count(SVDD(m), model.diffusion, value).network_rows == pytest.approx(ledger.network_rows / 2)
+
+
+def test_early_steps_are_not_screened():
+    """Up to `start` the selections and the cost are those of the exact value, after it those of screening."""
+    m, keep, diffusion = 6, 2, GaussianDiffusion(8)
+    sampler, value = SVDD(m), screened(Along(ACROSS), PosteriorMean(), keep, start=0.5)
+    final = run(diffusion, sampler, value, 3)
+    exact, always = (
+        run(diffusion, sampler, each, 3)
+        for each in (bound(PosteriorMean(), Linear(B)), screened(Along(ACROSS), PosteriorMean(), keep))
+    )
+    chosen, first, last = (each.context.trace.selections for each in (final, exact, always))
+    for k in range(4):  # of the steps that leave 0 .. 3
+        torch.testing.assert_close(chosen[k].values, first[k].values)
+    assert [bool(each.values.isnan().any()) for each in chosen] == [False] * 4 + [True] * 3 + [False]
+    assert all(each.values.isnan().any() for each in last[:7])
+    assert final.context.ledger.denoiser_rows == 3 * (1 + 4 * m + 3 * keep)
+    assert count(sampler, GaussianDiffusion(8), value).denoiser_rows == 1 + 4 * m + 3 * keep
 
 
 def test_a_budget_counts_both_values():

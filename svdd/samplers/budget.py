@@ -201,7 +201,7 @@ def _counted(value: Value) -> Value:
     """Returns a value of the same cost on the chain of one number, bound to itself as its reward."""
     if not isinstance(value, Screened):
         return _Counted(value)
-    return _CountedScreened(_Counted(value.cheap), _Counted(value.exact), value.keep)
+    return _CountedScreened(_Counted(value.cheap), _Counted(value.exact), value.keep, value.start)
 
 
 class _CountedScreened(Screened):
