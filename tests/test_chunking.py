@@ -135,7 +135,7 @@ def test_a_run_does_not_depend_on_the_size(chunk_size):
 
 
 @pytest.mark.parametrize(
-    ("rows", "parts"), [(1, [1, 1]), (16, [16, 16]), (17, [8, 9] * 2), (20, [10] * 4), (33, [11] * 6)]
+    ("rows", "parts"), [(1, [1, 1]), (20, [20, 20]), (21, [10, 11] * 2), (24, [12] * 4), (45, [15] * 6)]
 )
 def test_a_call_holds_equal_parts_of_one_image(rows, parts):
     chunker, tried = Chunker(7, reproducible=True), []
