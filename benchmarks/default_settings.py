@@ -131,7 +131,8 @@ def main() -> None:
         f"Every sampler with its default settings; the embedded model, T = {STEPS}, guidance scale 3, eta 1, one image "
         f"of each of {IMAGES} prompts. ESS: effective sample size as a share of the rows, averaged over the selections "
         "with weights. Equal: images whose reward is that of best-of-N with the same denoiser rows and seeds, to "
-        f"{SAME:g}; rounding differs with the number of rows. Made by `python -m benchmarks.default_settings`.",
+        f"{SAME:g}; rounding differs with the number of rows. Float32 on an H100. Made by "
+        "`python -m benchmarks.default_settings`.",
     ]
     for reward in REWARDS:
         lines += ["", f"## {reward}", ""]

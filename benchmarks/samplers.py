@@ -213,7 +213,8 @@ def report(cells: Cells) -> str:
         "Differences are paired by prompt, with 95 % intervals (Student's t), over the prompts that both samplers have "
         "drawn. `CLIPScore-judge` is held out: a second CLIP, trained separately. Diversity is the mean of 1 - cosine "
         "of the CLIP embeddings over pairs of images of a prompt. `decoded` counts the images that the decoder made. "
-        "Samplers with 25 rows do not scale with a budget and appear in each table. Made by "
+        "Samplers with 25 rows do not scale with a budget and appear in each table. Drawn in float32, most of it on an "
+        "H100, a part of 800 rows on a CPU. Made by "
         "`python -m benchmarks.samplers`, which continues where prompts are missing.",
     ]
     known = rewards("cpu")

@@ -113,7 +113,8 @@ def report(cells: Cells) -> str:
         f"eta = 0, {len(PROMPTS)} prompts x {IMAGES} images, same seeds, default settings; the count of generations "
         "(of starts for `RandomSearch`) is the largest within the budget of denoiser rows per image. Guidance scale 3 "
         "(`emoji-flow`: 2). Differences are paired by prompt, with 95 % intervals (Student's t). The last columns are "
-        "held-out rewards for the largest budget, as differences from `RandomSearch`. Made by "
+        "held-out rewards for the largest budget, as differences from `RandomSearch`. Drawn in float32 on an H100, "
+        "in part on a CPU. Made by "
         "`python -m benchmarks.starts`.",
     ]
     for chain in CHAINS:

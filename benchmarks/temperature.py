@@ -157,7 +157,8 @@ def main() -> None:
     lines = [
         "# The temperature `auto`",
         "",
-        f"The embedded model, T = {STEPS}, guidance scale 3, eta 1. Made by `python -m benchmarks.temperature`.",
+        f"The embedded model, T = {STEPS}, guidance scale 3, eta 1, float32 on an H100. Made by "
+        "`python -m benchmarks.temperature`.",
         "",
         f"`auto` is {AUTO_MULTIPLE:g} standard deviations of the values of an image's own particles, at the first step "
         f"at or after {AUTO_START:.2f} T. Both numbers were chosen on the first {CHOSEN_ON} prompts "
