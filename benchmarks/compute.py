@@ -1,10 +1,10 @@
 """How much of SVDD's compute its reward needs: previews, screening, schedules and precision on the embedded model.
 
 Draws 24 prompts with every recipe, guided by the JPEG size and by CLIPScore, M = 20, T = 50; on a CPU one image at a
-time in the reproducible mode, on a GPU as many at once as `--at-once` says. Every finished image is a file, so a run can be
-killed and continued, and recipes added. Recipes alternate, so that background load affects all alike. `--timing` draws
-once more, for the CPU seconds alone. `benchmarks/data/compute.jsonl` holds the finished cells; `--only-report` makes
-benchmarks/compute.md from it.
+time in the reproducible mode, on a GPU as many at once as `--at-once` says. Every finished image is a file, so a run
+can be killed and continued, and recipes added. Recipes alternate, so that background load affects all alike.
+`--timing` draws once more, for the CPU seconds alone. `benchmarks/data/compute.jsonl` holds the finished cells;
+`--only-report` makes benchmarks/compute.md from it.
 """
 
 import argparse
