@@ -63,7 +63,8 @@ ABOUT = (
     "`fitted`: the M of each step that `svdd calibrate` chose from 24 chains, 16 on average, when it ignored errors of "
     "its estimates (it does now, and chooses 16 in every step, from 96 chains too); `RBF`: rollover budget forcing.",
     "",
-    "Recipes without the small decoder and a part of `exact` were drawn on an H100, the others on CPUs. Made by "
+    "Recipes without the small decoder, except `RBF`, and a part of `exact` were drawn on an H100, the others on "
+    "CPUs. Made by "
     "`python -m benchmarks.compute`, which continues where cells are missing.",
 )
 DATA = Path(__file__).parent / "data" / "compute.jsonl"

@@ -8,7 +8,6 @@ from which `--only-report` makes benchmarks/starts.md.
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from torch import Tensor
 
 from benchmarks.cells import Cells
 from benchmarks.paired import PROMPTS, interval
+from benchmarks.samplers import rewards
 from benchmarks.workers import add_arguments, spread
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.diffusion.stable_diffusion_3 import StableDiffusion3
-from svdd.rewards.base import Reward
-from svdd.rewards.clip import CLIPScore
-from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.base import Sampler
 from svdd.samplers.budget import fit_budget
 from svdd.samplers.cross_entropy_search import CrossEntropySearch
@@ -72,13 +69,6 @@ class Job:
     chain: str
     guide: str
     sampler: str
-
-
-@cache
-def rewards(device: str) -> dict[str, Reward]:
-    """Returns the guides and the held-out reward by name."""
-    found = (Compressibility(), CLIPScore(), CLIPScore("emoji-judge"))
-    return {reward.name: reward.to(device) for reward in found}
 
 
 @torch.no_grad()
