@@ -141,9 +141,8 @@ def _check_settings(settings: Any, key: str = "") -> None:
 def with_shipped_configs(words: list[str]) -> list[str]:
     """Replaces the names of shipped configurations on a command line by their paths; raises UserError if unknown.
 
-    A name has letters, digits, `_` and `-`, and perhaps a folder, as in `paper/smc`; it may end in `.yaml`. A file of that
-    name in the working directory wins.
-    The configuration that a run recorded is replaced by its settings.
+    A name has letters, digits, `_` and `-`, may follow a folder, as in `paper/smc`, and may end in `.yaml`. A file of
+    that name in the working directory wins. The configuration that a run recorded is replaced by its settings.
     """
     found = list(words)
     for k, word in enumerate(words):
