@@ -1,0 +1,1 @@
+"""Studies: many runs that one file describes, their tables and their plots."""
