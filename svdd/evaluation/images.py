@@ -41,14 +41,9 @@ def read_images(run: Path) -> dict[tuple[int, int], RunImage]:
     for row in RunFolder(run).rows(checked=True):
         particle = row.get("particle", 0)
         spent = row.get("ledger", {})
-        image = RunImage(
-            row["prompt"],
-            row["file"],
-            row["rewards"],
-            *(spent.get(name) for name in ("denoiser_rows", "network_rows", "gradient_rows", "total_seconds")),
-            row.get("seed"),
-            row.get("path_kl_sample"),
-        )
+        work = [spent.get(name) for name in ("denoiser_rows", "network_rows", "gradient_rows", "total_seconds")]
+        seed, divergence = row.get("seed"), row.get("path_kl_sample")
+        image = RunImage(row["prompt"], row["file"], row["rewards"], *work, seed=seed, path_kl_sample=divergence)
         first = row["image_index"] - particle
         rows[row["prompt_index"], first][particle] = _Row(row.get("particle_weight", 1.0), image)
     return {
