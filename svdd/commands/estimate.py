@@ -5,15 +5,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins import Precision
 
 from svdd.commands.rehearsal import rehearsed
+from svdd.evaluation.rendering import render
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.config import differences, read_config
+from svdd.runs.files import RunError
+from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
+from svdd.runs.output import check
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.rows import result_row
@@ -21,7 +26,7 @@ from svdd.runs.writer import encoded
 from svdd.samplers.base import Sampler
 from svdd.state.start import Start
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "begun", "describe", "estimate"]
 
 _WORK = ("denoiser_rows", "network_rows", "gradient_rows", "decoded_images", "reward_calls")
 _PICTURES, _PICTURES_SECONDS = 4, 60.0  # drawn plainly for the size of a file, and how long that may take
@@ -39,8 +44,9 @@ class Estimate:
         per_image: Counts of the work for one image, by their names in the ledger.
         seconds: Time of drawing and writing all images on one device; the model is loaded once more.
         parts: The shares of the parts of the model in that time; the rest is everything else.
-        peak_bytes: CUDA: the most memory that the batch and the weights take together. CPU: how far the resident size
-            grew from that of the loaded model. None if it cannot be measured.
+        loaded_bytes: Memory before the batch: what is allocated on CUDA, the resident size of the process on a CPU, None
+            elsewhere.
+        peak_bytes: The most during the batch.
         disk_bytes: Size of all pictures, rows and traces.
     """
 
@@ -51,6 +57,7 @@ class Estimate:
     per_image: dict[str, float]
     seconds: float
     parts: dict[str, float]
+    loaded_bytes: int | None
     peak_bytes: int | None
     disk_bytes: int
 
@@ -93,10 +100,10 @@ def estimate(
         clock: Returns seconds.
     """
     left, device = len(prompts) if prompts_left is None else prompts_left, torch.device(device)
-    batch = list(islice(prompts, min(batch_size, left or len(prompts))))
+    batch = [prompts[k] for k in range(min(batch_size, left or len(prompts)))]
     model.configure_model()
     (precision.convert_module(model) if precision is not None else model).to(device).eval()
-    with nullcontext() if precision is None else precision.forward_context(), rehearsed(model.diffusion, clock) as known:
+    with nullcontext() if precision is None else precision.forward_context(), rehearsed(model, clock) as known:
         memory = _Memory(device)
         begin = clock()
         with torch.inference_mode(not model.sampler.needs_gradient), torch.no_grad():
@@ -115,21 +122,73 @@ def estimate(
         prompts_left=left,
         batch_prompts=len(batch),
         images=len(prompts) * images,
-        per_image=_work(model, prediction),
+        per_image={name: prediction.rows[0]["ledger"][name] for name in _WORK},
         seconds=seconds / len(batch) * len(prompts),
         parts={part: spent / seconds for part, spent in known.seconds.items()},
+        loaded_bytes=memory.before,
         peak_bytes=peak,
         disk_bytes=round(size * len(prompts)),
     )
 
 
-def _work(model: GuidedDiffusion, prediction: Prediction) -> dict[str, float]:
-    """Returns the counts of an image: those of the rehearsal, in which backward passes are left out, or counted ones."""
-    found, cost = prediction.rows[0]["ledger"], model.cost
-    if cost is None or not cost.gradient_rows:
-        return {name: found[name] for name in _WORK}
-    whole = model.diffusion.network_rows(model.diffusion.guidance_scale)
-    return {**{name: getattr(cost, name) for name in _WORK}, "network_rows": cost.network_rows * whole}
+def begun(folder: RunFolder, config: dict[str, Any], overwrite: bool) -> set[int]:
+    """Returns the finished prompts of a folder that a run would continue; a RunError if the run would be refused."""
+    check(folder.path, "predict")
+    recorded = read_config(folder.path)
+    if overwrite or recorded is None or not (finished := folder.finished()):
+        return set()
+    if changed := differences(recorded.config, config):
+        raise RunError(f"{folder.path} holds a run with other settings: {'; '.join(changed)}. Choose another --output")
+    return finished
+
+
+def describe(found: Estimate, devices: int, device: torch.device) -> list[str]:
+    """Returns an estimate in lines for a terminal."""
+    rows = [
+        [name.replace("_", " "), f"{number:,.6g}", f"{number * found.images:,.0f}"]
+        for name, number in found.per_image.items()
+        if number
+    ]
+    table = render(["", "an image", "all images"], [["images", "", f"{found.images:,}"], *rows], "text")
+    parts = ", ".join(f"{part} {share:.0%}" for part, share in found.parts.items() if share >= 0.005)
+    each = f" on each of {devices} devices" if devices > 1 else ""
+    times = [f"{_duration(found.hours(devices, left=False))}{each} for all {found.prompts:,} prompts"]
+    if found.prompts_left < found.prompts:
+        done = found.prompts - found.prompts_left
+        times.append(
+            f"{_duration(found.hours(devices))} for the {found.prompts_left:,} that are left ({done:,} are done)"
+        )
+    prompts = "1 prompt" if found.batch_prompts == 1 else f"{found.batch_prompts} prompts"
+    memory = "not known on this device"
+    if found.peak_bytes is not None and found.loaded_bytes is not None:
+        grown = found.peak_bytes - found.loaded_bytes
+        what = "allocated" if device.type == "cuda" else "of the process"
+        memory = f"{_size(found.peak_bytes)} {what} at most, {_size(grown)} above the loaded model"
+    return [
+        *table.splitlines(),
+        f"time: {'; '.join(times)}; {found.seconds / found.images:.3g} s an image",
+        f"measured: a batch of {prompts} on {device}, in which each kind of work was computed a few times ({parts})",
+        f"memory: {memory}",
+        f"disk: {_size(found.disk_bytes)}",
+        "not included: loading the model, and what --evaluation measures afterwards; nothing was written",
+    ]
+
+
+def _duration(hours: float) -> str:
+    """Returns a time in words, and in hours."""
+    seconds = hours * 3600
+    if seconds < 90:
+        return f"{seconds:.3g} s ({hours:.2g} hours)"
+    return f"{hours:.2g} hours" if seconds >= 5400 else f"{seconds / 60:.1f} min ({hours:.2g} hours)"
+
+
+def _size(number: float) -> str:
+    """Returns a number of bytes with a unit."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
 
 
 def _picture_sizes(model: GuidedDiffusion, batch: list[Prompt], clock: Callable[[], float]) -> list[int]:
@@ -156,7 +215,11 @@ class _TooLong(Exception):
 
 
 class _Memory:
-    """The most memory that is taken from now on, in bytes."""
+    """Memory of a device in bytes: allocated on CUDA, the resident size of this process on a CPU, None elsewhere.
+
+    Attributes:
+        before: What is taken now.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -165,13 +228,13 @@ class _Memory:
         elif device.type == "cpu":
             with suppress(OSError):  # Linux: makes the present resident size the peak
                 Path("/proc/self/clear_refs").write_text("5")
-            self._before = _peak_resident()
+        self.before = self.peak()
 
     def peak(self) -> int | None:
-        """Returns the peak on CUDA, how far the resident size has grown on a CPU, and None elsewhere."""
+        """Returns the most that was taken since this object was made."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return _peak_resident() - self._before if self._device.type == "cpu" else None
+        return _peak_resident() if self._device.type == "cpu" else None
 
 
 def _peak_resident() -> int:

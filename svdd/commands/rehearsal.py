@@ -1,4 +1,4 @@
-"""A rehearsal of a batch: the sampler runs from start to end, but each kind of work is computed only once or a few times.
+"""A rehearsal of a batch: the sampler runs from start to end, but each kind of work is computed a few times only.
 
 Everything that takes time goes through `Chunker.map`. A rehearsal computes the first call of a kind, with its rows, and
 answers the later ones with the same result. Its time is what the batch would take.
@@ -8,13 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import Chunker, Rows, Work
+from svdd.guided_diffusion import GuidedDiffusion
 
 __all__ = ["Rehearsal", "rehearsed"]
 
@@ -30,19 +31,20 @@ class _Call(NamedTuple):
     rows: int
     seconds: float
     result: Any
+    entered: dict[str, float]  # in the ledger, from within the call
 
 
 class Rehearsal(Chunker):
-    """Takes the place of a chunker, whose limits it uses, for one or more batches.
+    """Takes the place of the chunker of a module's diffusion model, whose limits it uses; see `rehearsed`.
 
     Attributes:
         seconds: What all calls would have taken, by the part of the model.
         overhead: What they have taken beyond that, or below it, in seconds.
     """
 
-    def __init__(self, chunker: Chunker, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.__dict__.update(vars(chunker))
-        self._clock, self._inside = clock, False
+    def __init__(self, model: GuidedDiffusion, clock: Callable[[], float]) -> None:
+        self.__dict__.update(vars(model.diffusion.chunker))
+        self._model, self._clock, self._inside = model, clock, False
         self._known: dict[Kind, list[_Call]] = defaultdict(list)
         self.seconds: dict[str, float] = defaultdict(float)
         self.overhead = 0.0
@@ -74,26 +76,31 @@ class Rehearsal(Chunker):
                 self._inside = False
             known += alike
         call = min(alike, key=lambda each: abs(each.rows - rows))
-        result = _copied(call.result, rows)
-        charge = call.seconds * rows / call.rows
+        result, charge = _copied(call.result, rows), call.seconds * rows / call.rows
+        for name, number in call.entered.items():
+            self._enter(name, number * rows / call.rows)
         self.seconds[str(kind[0][0])] += charge
         self.overhead += self._clock() - begin - charge
         return result
 
-    def per_row(self, part: str) -> float | None:
-        """Returns the seconds of a row of a part of the model, in its smallest measured call; None if it has none."""
-        calls = [call for kind, known in self._known.items() if kind[0][0] == part for call in known]
-        return min(((call.rows, call.seconds / call.rows) for call in calls), default=(0, None))[1]
-
     def _measure(self, compute: Callable[[], Any], rows: int, device: torch.device) -> _Call:
-        """Computes once to warm up, then until the time is known."""
+        """Computes once to warm up, then until the time is known; the ledger stays as it was."""
+        before = self._ledger()
         first, result = self._timed(compute, device)
-        if first > _MOST:
-            return _Call(rows, first, result)
-        times: list[float] = []
+        entered = {name: number - before[name] for name, number in self._ledger().items() if number != before[name]}
+        times = [first] if first > _MOST else []
         while sum(times) < _LEAST and len(times) < 20:
             times.append(self._timed(compute, device)[0])
-        return _Call(rows, sum(times) / len(times), result)
+        for name in entered:
+            self._enter(name, before[name] - self._ledger()[name])
+        return _Call(rows, sum(times) / len(times), result, entered)
+
+    def _ledger(self) -> dict[str, float]:
+        return {} if self._model.ledger is None else asdict(self._model.ledger)
+
+    def _enter(self, name: str, number: float) -> None:
+        whole = type(getattr(self._model.ledger, name))  # counts stay integers
+        setattr(self._model.ledger, name, whole(round(getattr(self._model.ledger, name) + number, 9)))
 
     def _timed(self, compute: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
         _wait(device)
@@ -104,14 +111,14 @@ class Rehearsal(Chunker):
 
 
 @contextmanager
-def rehearsed(diffusion: Diffusion, clock: Callable[[], float] = time.perf_counter) -> Iterator[Rehearsal]:
-    """Rehearses what is drawn within the block; limits that memory has lowered stay."""
-    chunker = diffusion.chunker
-    diffusion.chunker = rehearsal = Rehearsal(chunker, clock)
+def rehearsed(model: GuidedDiffusion, clock: Callable[[], float] = time.perf_counter) -> Iterator[Rehearsal]:
+    """Rehearses what the module draws within the block; limits that a lack of memory has lowered stay."""
+    chunker = model.diffusion.chunker
+    model.diffusion.chunker = rehearsal = Rehearsal(model, clock)
     try:
         yield rehearsal
     finally:
-        diffusion.chunker = chunker
+        model.diffusion.chunker = chunker
         chunker.limit, chunker.most = rehearsal.limit, rehearsal.most
 
 

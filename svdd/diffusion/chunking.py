@@ -3,7 +3,7 @@
 import os
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["Chunker", "Reproducible", "redrawn"]
 
 Reproducible = bool | Literal["auto"]
-Work = tuple[Hashable, ...]  # the part of the model, then all else that decides the cost of a row
+Work = tuple[Any, ...]  # hashable: the part of the model, then all else that decides the cost of a row
 Rows = TypeVar("Rows", bound=Tensor | tuple[Tensor, ...] | dict[str, Tensor])
 _MOST = 20  # rows of an image at once: the usual M; in float32 larger calls are not faster on a CPU
 _state = threading.local()  # `inside`: this thread computes a part, whose rows stay together

@@ -294,8 +294,8 @@ class State:
 
         work = ("network", context.diffusion, getattr(network, "func", network).__qualname__, rows)
         with ledger.timed("denoiser_seconds", self.x.device):
-            rows_of = (self.num_images, self.row, self.x, *known)
-            result = context.diffusion.chunker.map(evaluate, *rows_of, parallel=True, work=work)
+            parts = (self.row, self.x, *known)
+            result = context.diffusion.chunker.map(evaluate, self.num_images, *parts, parallel=True, work=work)
             found = result.values() if isinstance(result, dict) else result if isinstance(result, tuple) else (result,)
             self.require_finite("denoiser", self.x, *found)
         ledger.denoiser_rows += n
