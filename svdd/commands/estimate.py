@@ -44,8 +44,8 @@ class Estimate:
         per_image: Counts of the work for one image, by their names in the ledger.
         seconds: Time of drawing and writing all images on one device; the model is loaded once more.
         parts: The shares of the parts of the model in that time; the rest is everything else.
-        loaded_bytes: Memory before the batch: what is allocated on CUDA, the resident size of the process on a CPU, None
-            elsewhere.
+        loaded_bytes: Memory before the batch: on CUDA what is allocated, on a CPU the resident size of the process,
+            None elsewhere.
         peak_bytes: The most during the batch.
         disk_bytes: Size of all pictures, rows and traces.
     """

@@ -268,11 +268,8 @@ class State:
 
     def require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
         """Raises NotFinite with the step and the first failing row's prompt."""
-
-        def prompt(k: int) -> str:
-            return self.context.prompts[int(self.row[k])]
-
-        require_finite(part, source, *found, where=f" at step {self.i} of {self.num_steps}", prompt=prompt)
+        where, texts = f" at step {self.i} of {self.num_steps}", self.context.prompts
+        require_finite(part, source, *found, where=where, prompt=lambda k: texts[int(self.row[k])])
 
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
