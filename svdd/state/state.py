@@ -122,11 +122,10 @@ class State:
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
             groups = 1 if getattr(reward, "one_call", False) else self.num_images
-            work = ("reward", reward)
-            scores = context.diffusion.chunker.map(reward.score, groups, images, self.prompts, work=work)
+            work, chunker = ("reward", reward), context.diffusion.chunker
+            scores = chunker.map(reward.score, groups, images, self.prompts, work=work)
         context.ledger.reward_calls += len(images)
-        if own:
-            self._cache[known] = scores
+        self._cache.update({known: scores} if own else {})
         return scores
 
     def preview(self, preview: Preview) -> Tensor:
@@ -255,7 +254,8 @@ class State:
                 return differentiate(value, part, leaf)
 
             rows = (self.x, self.row, self.origin, *known)  # in chunks, which bounds the memory of the graph
-            work = ("gradient", value, diffusion.network_rows(diffusion.guidance_scale, self.i))
+            steps = min(self.num_steps - self.i, getattr(value, "most_rows", 1))  # that a value looks ahead
+            work = ("gradient", value, diffusion.network_rows(diffusion.guidance_scale, self.i), steps)
             found = diffusion.chunker.map(differentiated, self.num_images, *rows, work=work)
             self.require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
@@ -268,8 +268,8 @@ class State:
 
     def require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
         """Raises NotFinite with the step and the first failing row's prompt."""
-        where, texts = f" at step {self.i} of {self.num_steps}", self.context.prompts
-        require_finite(part, source, *found, where=where, prompt=lambda k: texts[int(self.row[k])])
+        where = f" at step {self.i} of {self.num_steps}"
+        require_finite(part, source, *found, where=where, prompt=lambda k: self.context.prompts[int(self.row[k])])
 
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
