@@ -76,7 +76,7 @@ class Drawn:
         """The number of pictures as a cell of a table; of an unfinished cell, with that of the finished one."""
         if self.finished and len(self) == (self.expected or 0):
             return str(len(self))
-        return f"{len(self)} of {'?' if self.expected is None else self.expected}"
+        return f"{len(self)}{'' if self.expected is None else f' of {self.expected}'}"
 
 
 def read_cells(cells: Sequence[Cell], path: Path) -> list[Drawn]:

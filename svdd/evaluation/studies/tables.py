@@ -128,22 +128,27 @@ def _notes(study: Study, group: Group) -> list[str]:
 
 
 def _over_optimisation(study: Study, group: Group) -> list[str]:
-    """Returns a note for each cell whose held-out rewards fell while the guide rose, or that this cannot be tested."""
-    notes, tested = [], [each for each in group.entries if (group.guide, "mean") in each.differences]
-    for each in tested:
-        for reward in each.over_optimised or ():
-            cell = each.drawn.cell
-            name = cell.variant if cell.budget is None else f"{cell.variant} at {cell.budget}"
-            rose, fell = (each.differences[key, "mean"] for key in (group.guide, reward))
-            notes += [
-                f"Over-optimisation: {name} changed {group.guide} by {_short(rose.value, '+')} and made the held-out "
-                f"{reward} worse, by {_short(fell.value, '+')} (sign flips, corrected as the intervals)."
-            ]
-    if len(group.rewards) > 1 and any(each.over_optimised is None for each in tested):
-        notes += [
-            "Over-optimisation cannot be tested in all cells: there are too few prompts for a significant change."
+    """Returns in which cells a held-out reward fell while the guide rose, and in which this cannot be tested."""
+    tested = [each for each in group.entries if (group.guide, "mean") in each.differences]
+    notes = []
+    for reward in group.rewards[1:]:
+        found = [
+            f"{_name(each)} ({_short(each.differences[reward, 'mean'].value, '+')})"
+            for each in tested
+            if reward in (each.over_optimised or ())
         ]
+        if found:
+            what = f"{group.guide} rose and the held-out {reward} became worse in {', '.join(found)}"
+            notes += [f"Over-optimisation: {what} (sign-flip tests, corrected like the intervals)."]
+    if len(group.rewards) > 1 and (unknown := [_name(each) for each in tested if each.over_optimised is None]):
+        where = "" if len(unknown) == len(tested) else f" in {', '.join(unknown)}"
+        notes += [f"Over-optimisation cannot be tested{where}: no change would be significant with so few prompts."]
     return notes
+
+
+def _name(entry: Entry) -> str:
+    cell = entry.drawn.cell
+    return cell.variant if cell.budget is None else f"{cell.variant} at {cell.budget}"
 
 
 def _diversity(group: Group) -> str:
@@ -155,7 +160,8 @@ def _diversity(group: Group) -> str:
 def _best(group: Group, key: Key) -> set[int]:
     """Returns the entries that are the best of their budget and better than the baseline beyond doubt."""
     sign, found = -1 if key[0] in group.lower_is_better else 1, set()
-    for budget in {each.drawn.cell.budget for each in group.entries}:
+    budgets = {each.drawn.cell.budget for each in group.entries}
+    for budget in budgets - {None} or budgets:
         rivals = [
             (sign * each.values[key].value, k)
             for k, each in enumerate(group.entries)
