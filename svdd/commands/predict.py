@@ -69,9 +69,9 @@ class PredictCLI(ModelCLI):
             warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             images = len(prompts.dataset) * self.settings.model.images_per_prompt
-            self.evaluation.check(images, prompts.dataset)
             plain = self.resolved()
             del plain["dry_run"]
+            self.evaluation.check(images, prompts.dataset, plain)
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
             self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
@@ -98,8 +98,7 @@ class PredictCLI(ModelCLI):
         """Draws, or estimates what that would cost."""
         if not self.settings.dry_run:
             return super()._run_subcommand(subcommand)
-        self._say_budget()
-        self.evaluation.check_rewards(self.model.rewards)
+        self._check_model()
         devices, dataset = self.trainer.num_devices * self.trainer.num_nodes, self.datamodule.dataset
         left = len(dataset) - len(self.finished)
         if isinstance(limit := self.trainer.limit_predict_batches, int):
@@ -111,11 +110,13 @@ class PredictCLI(ModelCLI):
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
-        self.evaluation.check_rewards(self.model.rewards)
-        self._say_budget()
+        self._check_model()
         self.datamodule.skip(self.finished)
 
-    def _say_budget(self) -> None:
+    def _check_model(self) -> None:
+        """Compares the model with that of the baseline, and prints what a budget chose."""
+        if self.evaluation.baseline is not None:
+            self.evaluation.check_model(self.model.rewards, self.model.fingerprints())
         if self.trainer.is_global_zero and self.model.budget is not None:
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
@@ -150,7 +151,7 @@ class PredictCLI(ModelCLI):
         folder, baseline = self.writer.folder, self.evaluation.baseline
         found = self.evaluation.measure(find_pictures(folder.path), self.trainer.strategy.root_device)
         if baseline is not None:
-            comparison = against(folder.path, baseline)
+            comparison = against(folder.path, baseline, self.evaluation.unpaired)
             better = {name: reward.higher_is_better for name, reward in self.model.rewards.items()}
             fallen = over_optimised(comparison, summary["guide"], better)
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
