@@ -1,0 +1,233 @@
+"""What a report shows about runs, read from their folders."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from svdd import UserError
+from svdd.evaluation.metrics.intervals import clustered, mean_of, standard_error, t_interval
+from svdd.runs.config import CONFIG, HARMLESS, leaves, read_config
+from svdd.runs.folder import RunFolder
+from svdd.runs.json_lines import encode
+from svdd.runs.rows import ResultRow
+
+__all__ = ["Estimate", "ReportImage", "ReportRun", "compared", "differing", "read_run"]
+
+_COLUMNS = ("ess", "alpha", "candidates", "value_mean", "value_std", "value_max", "value_chosen", "ancestors")
+_MOST_COLUMNS, _MOST_LETTERS = 20, 500  # of what a prompt file says besides the prompt
+
+Estimate = dict[str, float | None]  # `mean`, and the ends `low` and `high` of its interval if it has one
+
+
+class ReportImage(NamedTuple):
+    """One picture; of several particles of an image, each is one."""
+
+    prompt: str
+    prompt_index: int
+    number: int  # of the image among those of its prompt
+    file: str  # in the run folder
+    rewards: Mapping[str, float]
+    seed: int | None
+    particle: int | None
+    weight: float  # of the particle; the weights of an image sum to 1
+    negative_prompt: str | None
+    selection: Mapping[str, float]
+    ledger: Mapping[str, float]
+    path_kl: float | None
+    columns: dict[str, str]  # what the prompt's source says besides
+    trace: str  # the columns of the trace as JSON; empty without one
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """One run, by prompt and image."""
+
+    name: str  # unique in the report
+    folder: Path
+    images: list[ReportImage]
+    hidden: int  # pictures beyond the limit
+    unfinished: bool
+    config: str  # the recorded configuration as it stands in the folder
+    settings: dict[str, Any]  # its leaves by dotted key
+    summary: dict[str, Any]
+
+    @property
+    def sampler(self) -> str:
+        """The class name of the sampler, if it is known."""
+        return str(self.settings.get("model.sampler.class_path", self.summary.get("sampler", ""))).rpartition(".")[2]
+
+    def means(self) -> dict[str, Estimate]:
+        """Returns the mean of each reward over the images that have it, with its 95 % interval, clustered by prompt."""
+        found = {}
+        for name in dict.fromkeys(name for image in self.images for name in image.rewards):
+            known = [image for image in self.images if name in image.rewards]
+            weighted = [(image.rewards[name], image.weight) for image in known]
+            groups = clustered(weighted, [image.prompt_index for image in known])
+            if not math.isnan(mean := mean_of(weighted)):
+                found[name] = _estimate(mean, standard_error(groups), len(groups))
+        return found
+
+    def cost(self) -> dict[str, float]:
+        """Returns the mean of each entry of the ledger per picture, of those that all pictures have."""
+        names = self.images[0].ledger if self.images else ()
+        shared = [name for name in names if all(name in image.ledger for image in self.images)]
+        return {name: fmean(image.ledger[name] for image in self.images) for name in shared}
+
+
+def read_run(folder: Path, name: str, limit: int) -> ReportRun:
+    """Reads a run that is finished, is still being drawn, or was killed; at most `limit` of its images.
+
+    Raises:
+        UserError: If the folder holds no image, or a row is damaged.
+    """
+    run = RunFolder(folder)
+    traces, images, hidden = _traces(run), [], 0
+    rows = groupby(run.rows(checked=True), lambda row: (row["prompt_index"], row["image_index"] - row.get("particle", 0)))
+    for key, particles in rows:
+        members = list(particles)
+        if len(images) + len(members) > limit:
+            hidden += len(members)
+            continue
+        images += _images(members, key[1] // len(members), traces.send(key))
+    if not images:
+        raise UserError(f"{folder} has no images yet; wait until one is drawn")
+    try:
+        config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        config = ""
+    recorded = read_config(folder) if config else None
+    summary = run.read_summary() if run.has_summary() else {}
+    settings = dict(leaves(recorded.config)) if recorded else {}
+    return ReportRun(name, folder, images, hidden, not summary, config, settings, summary)
+
+
+def compared(run: ReportRun, baseline: ReportRun, comparisons: int) -> dict[str, Estimate]:
+    """Returns the mean difference of each reward between pairs of equal prompt text, image number and seed.
+
+    The pairs of a prompt are averaged first. The interval is Bonferroni-corrected for so many comparisons.
+    """
+    ours, theirs = _by_key(run.images), _by_key(baseline.images)
+    differences: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key in ours.keys() & theirs.keys():
+        for name in ours[key].keys() & theirs[key].keys():
+            differences[name][key[0]].append(ours[key][name] - theirs[key][name])
+    found = {}
+    for name, by_prompt in differences.items():
+        means = [fmean(each) for each in by_prompt.values()]
+        found[name] = _estimate(fmean(means), standard_error([[(mean, 1.0)] for mean in means]), len(means), comparisons)
+    return found
+
+
+def differing(runs: Sequence[ReportRun]) -> list[tuple[str, ...]]:
+    """Returns the key and the value in each run of every setting that differs, of those that may change images."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    table = [(key, *(_written(run.settings[key]) if key in run.settings else "–" for run in runs)) for key in keys]
+    return [row for row in table if len(set(row[1:])) > 1 and not HARMLESS.fullmatch(row[0])]
+
+
+def _traces(run: RunFolder) -> Any:
+    """Returns a generator to which the keys of images are sent in order, and that answers with their traces."""
+
+    def answers() -> Iterator[dict[str, Any] | None]:
+        known, trace = run.traces(), None
+        key = yield None
+        while True:
+            while trace is None or _key(trace) < key:
+                if (trace := next(known, None)) is None:
+                    break
+            key = yield (trace if trace is not None and _key(trace) == key else None)
+
+    generator = answers()
+    next(generator)
+    return generator
+
+
+def _key(trace: Mapping[str, Any]) -> tuple[int, int]:
+    return trace["prompt_index"], trace["image_index"]
+
+
+def _images(rows: list[ResultRow], number: int, trace: dict[str, Any] | None) -> Iterator[ReportImage]:
+    """Yields the pictures of one image; particles without any weight have equal ones."""
+    text = _compact(trace)
+    weights = [row.get("particle_weight", 1.0) for row in rows]
+    total = math.fsum(weights)
+    for row, weight in zip(rows, weights, strict=True):
+        extra = [(name, row[name]) for name in row if name not in ResultRow.__annotations__]  # type: ignore[literal-required]
+        yield ReportImage(
+            row["prompt"],
+            row["prompt_index"],
+            number,
+            row["file"],
+            row["rewards"],
+            seed if type(seed := row.get("seed")) is int else None,
+            row.get("particle"),
+            weight / total if total else 1 / len(rows),
+            negative if isinstance(negative := row.get("negative_prompt"), str) else None,
+            row.get("selection", {}),
+            row.get("ledger", {}),
+            row.get("path_kl_sample"),
+            {name[:_MOST_LETTERS]: _written(entry)[:_MOST_LETTERS] for name, entry in extra[:_MOST_COLUMNS]},
+            text,
+        )
+
+
+def _compact(trace: Mapping[str, Any] | None) -> str:
+    """Returns the columns of a trace that hold numbers as JSON; a column that holds one number only as that number."""
+    if trace is None or not _is_column(steps := trace.get("step"), steps) or not steps or None in steps:
+        return ""
+    found: dict[str, Any] = {"step": steps}
+    for name in _COLUMNS:
+        if _is_column(column := trace.get(name), steps) and any(number is not None for number in column):
+            found[name] = column[0] if len(set(column)) == 1 else column
+    lineage = trace.get("lineage")
+    if isinstance(lineage, list) and len(lineage) == len(steps) and all(_is_column(kept, lineage[0]) for kept in lineage):
+        if all(type(row) is int and 0 <= row < len(kept) for kept in lineage for row in kept) and len(lineage[0]) > 1:
+            found["lineage"] = lineage
+    return encode(found).decode()
+
+
+def _is_column(column: Any, steps: Any) -> bool:
+    """Whether a column of a trace has a finite number or nothing for each step."""
+    if not isinstance(column, list) or not isinstance(steps, list) or len(column) != len(steps):
+        return False
+    return all(number is None or (type(number) in (int, float) and math.isfinite(number)) for number in column)
+
+
+def _by_key(images: Iterable[ReportImage]) -> dict[tuple[str, int, int | None], dict[str, float]]:
+    """Returns the rewards of each image by prompt text, number and seed; those of particles are averaged by weight."""
+    members: dict[tuple[str, int, int | None], list[ReportImage]] = defaultdict(list)
+    for image in images:
+        members[image.prompt, image.number, image.seed].append(image)
+    found = {}
+    for key, particles in members.items():
+        names = [name for name in particles[0].rewards if all(name in each.rewards for each in particles)]
+        found[key] = {name: mean_of([(each.rewards[name], each.weight) for each in particles]) for name in names}
+    return found
+
+
+def _estimate(mean: float, error: float, count: int, comparisons: int = 1) -> Estimate:
+    low, high = t_interval(mean, error, count, 1 - 0.05 / comparisons) if count > 1 else (math.nan, math.nan)
+    known = math.isfinite(low) and math.isfinite(high)
+    return {"mean": mean, "low": low if known else None, "high": high if known else None}
+
+
+def _written(value: Any) -> str:
+    """Returns a setting or a column as text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Returns a name for each folder: its own, preceded by as many of those above as tell equal ones apart."""
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    count = 1
+    while count < max(map(len, paths)) and len({path[-count:] for path in paths}) < len(paths):
+        count += 1
+    short = [path[-1] for path in paths]
+    return [name if short.count(name) == 1 else str(Path(*path[-count:])) for name, path in zip(short, paths, strict=True)]
