@@ -625,7 +625,7 @@ def test_an_evaluation_refuses_incompatible_settings(tmp_path):
         Evaluation(None, reference="x", distances=["cmmd"])
     with pytest.raises(ValueError, match="batch_size must be >= 1"):
         Evaluation(batch_size=0)
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="is no run"):
         Evaluation("emoji", baseline=str(tmp_path)).check(1)
     with pytest.raises(UserError, match="is no folder"):
         Evaluation("emoji", reference=str(tmp_path / "absent"), distances=["cmmd"]).check(1)

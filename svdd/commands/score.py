@@ -126,7 +126,7 @@ def _find(settings: Any) -> list[Picture]:
     pictures = find_pictures(folder)
     if file is None:
         return pictures
-    if RunFolder(folder).results.is_file():
+    if RunFolder(folder).has_rows():
         raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
     with as_user_errors(), closing(PromptDataset(file, settings.prompt_column, max_prompt_length=MAX_LINE)) as dataset:
         texts = [dataset[k].text for k in range(len(dataset))]

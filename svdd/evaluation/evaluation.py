@@ -1,6 +1,5 @@
 """Measurements of the finished pictures of a run, besides their rewards."""
 
-import os
 import random
 import warnings
 from collections import defaultdict
@@ -79,8 +78,8 @@ class Evaluation:
         """
         if self.baseline is not None:
             folder = RunFolder(self.baseline)
-            if not os.path.isfile(folder.results):
-                raise UserError(f"evaluation.baseline={str(self.baseline)!r} is no finished run: it has no result rows")
+            if not folder.has_rows():
+                raise UserError(f"evaluation.baseline={str(self.baseline)!r} is no run: it has no result rows")
             drawn = by_prompt(self.baseline)
             if prompts is not None:
                 texts = {index: prompts[index].text for index in drawn if index < len(prompts)}
@@ -88,7 +87,7 @@ class Evaluation:
                     "this run", texts, self.baseline, {index: each[0].prompt for index, each in drawn.items()}
                 )
             self._known = {name for each in drawn.values() for image in each for name in image.rewards}
-            if (sampler := folder.read_summary().get("sampler")) != "Unguided":
+            if (sampler := folder.sampler()) != "Unguided":
                 warnings.warn(
                     f"{self.baseline} is a run guided by {sampler}, so a gain over it is not the gain of guidance; "
                     "draw the baseline with --model.sampler Unguided",

@@ -6,8 +6,6 @@ recorded SHA-256; a trace counts only with its row. Failed prompts are listed un
 run continues, which tries them again.
 """
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,14 +14,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from svdd import SUMMARY_FILE, UserError
+from svdd import SUMMARY_FILE
 from svdd.runs.config import CONFIG, ROWS_AT_ONCE, about_batches, differences, read_config, rows_at_once, write_config
 from svdd.runs.files import (
     RunError,
     lock,
     os_errors_explained,
     read_object,
-    regular_only,
     sync_folder,
     write_atomically,
 )
@@ -31,7 +28,8 @@ from svdd.runs.fingerprints import compare
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import hold
-from svdd.runs.rows import ResultRow, row_fault
+from svdd.runs.reading import has_rows, read_rows, read_sampler, read_summary
+from svdd.runs.rows import ResultRow
 
 __all__ = ["RunFolder"]
 
@@ -68,41 +66,25 @@ class RunFolder:
         """Whether this process has claimed the folder."""
         return self._lock is not None
 
-    def rows(self, checked: bool = False) -> Iterator[ResultRow]:
-        """Yields the rows of a finished run; with `checked` they have all that evaluation reads, in its type.
+    def has_rows(self) -> bool:
+        """Whether there is a file of result rows."""
+        return has_rows(self._rows)
 
-        Raises:
-            UserError: If the folder is none, a line is not JSON, or a checked row is damaged.
-        """
-        if not os.path.isfile(self.results):  # also of a name that no file can have
-            what = f"{self.path} holds no {self.results.name}"
-            raise UserError(f"{what}; give the --output folder of a finished `svdd predict`")
-        try:
-            with open(self.results, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        row = json.loads(line)
-                        fault = row_fault(row) if checked else ""
-                    except (ValueError, RecursionError):
-                        fault = "not JSON"
-                    if fault:
-                        what = f"{self.results}, line {number} is damaged ({fault})"
-                        raise UserError(f"{what}; run the same `svdd predict` again")
-                    yield row
-        except OSError as error:
-            raise UserError(f"cannot read {self.results}: {error.strerror or error}") from error
+    def rows(self, checked: bool = False) -> Iterator[ResultRow]:
+        """Yields the rows of a run, also of one that is still being drawn or was killed: see `read_rows`."""
+        return read_rows(self.path, self._rows, self.images, checked)
+
+    def traces(self) -> Iterator[dict[str, Any]]:
+        """Yields the traces of a run in the same order, also of one that is still being drawn or was killed."""
+        return (entry for _, entry in self._traces.entries() if isinstance(entry, dict))
 
     def read_summary(self) -> dict[str, Any]:
         """Returns the summary of a finished run; raises a UserError if there is none."""
-        try:
-            with open(self.summary, encoding="utf-8", opener=regular_only) as file:
-                summary = json.load(file)
-            if not isinstance(summary, dict):
-                raise ValueError("not an object")
-            return summary
-        except (OSError, ValueError, RecursionError) as error:
-            what = f"{self.path} has no readable {self.summary.name}"
-            raise UserError(f"{what}; run the same `svdd predict` to its end") from error
+        return read_summary(self.path)
+
+    def sampler(self) -> str:
+        """Returns the name of the run's sampler; a UserError if neither configuration nor summary states it."""
+        return read_sampler(self.path)
 
     def finished(self) -> set[int]:
         """Returns the indices of the prompts whose images are all whole; only reads."""

@@ -61,6 +61,13 @@ class RunImages:
             return hashlib.sha256(read_image(self.run, row["file"])).hexdigest() == row["sha256"]
         return False
 
+    def is_there(self, row: Mapping[str, Any]) -> bool:
+        """Whether the image of a row exists; its content is not read."""
+        path = self.run / row["file"]
+        with suppress(OSError):
+            return path.name in _members(path.parent) if path.parent.suffix == ".tar" else path.is_file()
+        return False
+
     def remove(self, everything: bool) -> None:
         """Removes files that a crash left half written, or all images; keeps all files of other origin."""
         subfolders = [path for path in self.folder.glob("*") if _SUBFOLDER.fullmatch(path.name) and path.is_dir()]

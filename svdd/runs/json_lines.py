@@ -82,7 +82,7 @@ class ShardedFile:
         merged, newest, count = RowIndex(), RowIndex(), 0
         with ThreadPoolExecutor(_THREADS) as pool:
             for path in (*self.shards(), self.path):
-                index, lines = merged if path == self.path else newest, _lines(path)
+                index, lines = merged if path == self.path else newest, _lines_of(path)
                 while part := list(islice(lines, _LINES)):
                     count += len(part)
                     parsed = [(entry, offset) for offset, line in part if (entry := self._parse(line)) is not None]
@@ -92,6 +92,42 @@ class ShardedFile:
                             place = _Place(path, offset, entry.get("num_images", 0))
                             index[entry["prompt_index"], entry["image_index"]] = place
         return merged | newest, count
+
+    def entries(self, accept: Callable[[dict[str, Any]], bool] | None = None) -> Iterator[tuple[int, Any]]:
+        """Yields the newest entry of each image, in the order of the merged file, also while other processes append.
+
+        With each comes the number of its line in the merged file, from 1, or 0 for an entry of a shard. Of the shards
+        only accepted entries count, and a line that is still being written is left out. Of the merged file every line
+        counts; one that is not JSON is None. Memory holds the places of the shards' entries only.
+        """
+        with ExitStack() as stack:
+            newest: dict[tuple[int, int], tuple[IO[bytes], int]] = {}
+            for path in self.shards():  # before the merged file, as entries only move from them to it
+                with suppress(FileNotFoundError):
+                    file = stack.enter_context(open(path, "rb", opener=regular_only))
+                    for offset, line in _lines(file):
+                        if (entry := self._parse(line)) is not None and (accept is None or accept(entry)):
+                            newest[entry["prompt_index"], entry["image_index"]] = file, offset
+            waiting = sorted(newest, reverse=True)
+
+            def next_of_shards() -> Any:
+                file, offset = newest[waiting.pop()]
+                file.seek(offset)
+                return json.loads(file.readline())
+
+            with suppress(FileNotFoundError):
+                merged = stack.enter_context(open(self.path, "rb", opener=regular_only))
+                for number, line in enumerate(merged, 1):
+                    entry = None
+                    with suppress(ValueError, RecursionError):
+                        entry = json.loads(line)
+                    key = _key(entry)
+                    while waiting and key is not None and waiting[-1] < key:
+                        yield 0, next_of_shards()
+                    if key not in newest:
+                        yield number, entry
+            while waiting:
+                yield 0, next_of_shards()
 
     def merge(self, index: RowIndex) -> None:
         """Replaces the merged file by the given entries in order, then removes the shards."""
@@ -115,19 +151,30 @@ class ShardedFile:
         """Returns the entry in a complete line, else None."""
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             entry = json.loads(line)
-            indices = entry["prompt_index"], entry["image_index"]
-            if all(type(k) is int and k >= 0 for k in indices) and line.endswith(b"\n") and self._is_entry(entry):
+            if _key(entry) is not None and line.endswith(b"\n") and self._is_entry(entry):
                 return entry
         return None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _key(entry: Any) -> tuple[int, int] | None:
+    """Returns the indices of prompt and image; None if they are missing."""
+    if not isinstance(entry, dict):
+        return None
+    prompt, image = entry.get("prompt_index"), entry.get("image_index")
+    return (prompt, image) if type(prompt) is int and type(image) is int and prompt >= 0 and image >= 0 else None
+
+
+def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields the offset and the content of each line of a file; none if there is no such file."""
     with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb", opener=regular_only) as file:
-        offset = 0
-        for line in file:
-            yield offset, line
-            offset += len(line)
+        yield from _lines(file)
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    for line in file:
+        yield offset, line
+        offset += len(line)
 
 
 def encode(value: Any, indent: int | None = None) -> bytes:

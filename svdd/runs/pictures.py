@@ -50,7 +50,7 @@ def find_pictures(folder: Path) -> list[Picture]:
         UserError: If there are none, or a picture's name is that of a FIFO, a device or a broken link.
     """
     run = RunFolder(folder)
-    if os.path.isfile(run.results):
+    if run.has_rows():
         found = [
             Picture(
                 folder,
