@@ -63,7 +63,7 @@ function figureOf(title, description, picture, legend = [], caption = "") {
 
 /** Draws numbers by step. series: [{name, index, y, kind}]; band: {name, low, high} or null. */
 function lineChart(title, x, series, { band = null, floor = null, ceiling = null, caption = "" } = {}) {
-  const width = 460, height = 240, left = 58, right = 12, top = 10, bottom = 40;
+  const width = 420, height = 230, left = 56, right = 12, top = 10, bottom = 40;
   const all = finite([...series.flatMap((each) => each.y), ...(band ? [...band.low, ...band.high] : [])]);
   let [low, high] = widened(Math.min(...all), Math.max(...all));
   if (floor !== null) low = floor;
@@ -105,7 +105,7 @@ function lineChart(title, x, series, { band = null, floor = null, ceiling = null
 /** Draws a histogram per run over one axis. groups: [{name, index, values, weights}]. */
 function histogram(title, groups) {
   const shown = groups.filter((group) => group.values.length);
-  const width = 520, left = 52, right = 12, row = 104, top = 20, bottom = 40;
+  const width = 420, left = 48, right = 12, row = 104, top = 20, bottom = 40;
   const height = top + row * shown.length + bottom - 18;
   const all = shown.flatMap((group) => group.values);
   const least = all.reduce((a, b) => Math.min(a, b)), most = all.reduce((a, b) => Math.max(a, b));
@@ -146,7 +146,7 @@ function histogram(title, groups) {
 
 /** Draws which particles descend from which. kept: per selection the row that each particle continues; own: the picture's. */
 function lineageChart(steps, kept, own) {
-  const width = 460, height = 240, left = 58, right = 12, top = 10, bottom = 40, count = kept[0].length;
+  const width = 420, height = 230, left = 56, right = 12, top = 10, bottom = 40, count = kept[0].length;
   const place = (column) => left + (column / kept.length) * (width - left - right);
   const level = (particle) => top + (count > 1 ? particle / (count - 1) : 0.5) * (height - top - bottom - 6);
   const alive = new Array(kept.length + 1), path = new Array(kept.length + 1);

@@ -18,7 +18,7 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
 
-__all__ = ["Estimate", "ReportImage", "ReportRun", "compared", "differing", "read_run"]
+__all__ = ["Estimate", "ReportImage", "ReportRun", "compared", "differing", "distinct_names", "read_run"]
 
 _COLUMNS = ("ess", "alpha", "candidates", "value_mean", "value_std", "value_max", "value_chosen", "ancestors")
 _MOST_COLUMNS, _MOST_LETTERS = 20, 500  # of what a prompt file says besides the prompt
@@ -89,7 +89,9 @@ def read_run(folder: Path, name: str, limit: int) -> ReportRun:
     """
     run = RunFolder(folder)
     traces, images, hidden = _traces(run), [], 0
-    rows = groupby(run.rows(checked=True), lambda row: (row["prompt_index"], row["image_index"] - row.get("particle", 0)))
+    rows = groupby(
+        run.rows(checked=True), lambda row: (row["prompt_index"], row["image_index"] - row.get("particle", 0))
+    )
     for key, particles in rows:
         members = list(particles)
         if len(images) + len(members) > limit:
@@ -104,7 +106,7 @@ def read_run(folder: Path, name: str, limit: int) -> ReportRun:
         config = ""
     recorded = read_config(folder) if config else None
     summary = run.read_summary() if run.has_summary() else {}
-    settings = dict(leaves(recorded.config)) if recorded else {}
+    settings = {key: setting for key, setting in leaves(recorded.config if recorded else {}) if setting != {}}
     return ReportRun(name, folder, images, hidden, not summary, config, settings, summary)
 
 
@@ -121,14 +123,16 @@ def compared(run: ReportRun, baseline: ReportRun, comparisons: int) -> dict[str,
     found = {}
     for name, by_prompt in differences.items():
         means = [fmean(each) for each in by_prompt.values()]
-        found[name] = _estimate(fmean(means), standard_error([[(mean, 1.0)] for mean in means]), len(means), comparisons)
+        found[name] = _estimate(
+            fmean(means), standard_error([[(mean, 1.0)] for mean in means]), len(means), comparisons
+        )
     return found
 
 
-def differing(runs: Sequence[ReportRun]) -> list[tuple[str, ...]]:
-    """Returns the key and the value in each run of every setting that differs, of those that may change images."""
+def differing(runs: Sequence[ReportRun]) -> list[tuple[str | None, ...]]:
+    """Returns the key and the values of each setting that differs and may change images; None where it is not set."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    table = [(key, *(_written(run.settings[key]) if key in run.settings else "–" for run in runs)) for key in keys]
+    table = [(key, *(_written(run.settings[key]) if key in run.settings else None for run in runs)) for key in keys]
     return [row for row in table if len(set(row[1:])) > 1 and not HARMLESS.fullmatch(row[0])]
 
 
@@ -184,12 +188,11 @@ def _compact(trace: Mapping[str, Any] | None) -> str:
         return ""
     found: dict[str, Any] = {"step": steps}
     for name in _COLUMNS:
-        if _is_column(column := trace.get(name), steps) and any(number is not None for number in column):
+        column: Any = trace.get(name)
+        if _is_column(column, steps) and any(number is not None for number in column):
             found[name] = column[0] if len(set(column)) == 1 else column
-    lineage = trace.get("lineage")
-    if isinstance(lineage, list) and len(lineage) == len(steps) and all(_is_column(kept, lineage[0]) for kept in lineage):
-        if all(type(row) is int and 0 <= row < len(kept) for kept in lineage for row in kept) and len(lineage[0]) > 1:
-            found["lineage"] = lineage
+    if _is_lineage(lineage := trace.get("lineage"), len(steps)):
+        found["lineage"] = lineage
     return encode(found).decode()
 
 
@@ -198,6 +201,15 @@ def _is_column(column: Any, steps: Any) -> bool:
     if not isinstance(column, list) or not isinstance(steps, list) or len(column) != len(steps):
         return False
     return all(number is None or (type(number) in (int, float) and math.isfinite(number)) for number in column)
+
+
+def _is_lineage(lineage: Any, steps: int) -> bool:
+    """Whether a trace says, at each step, which row each of the same number of particles continues."""
+    if not isinstance(lineage, list) or len(lineage) != steps or not isinstance(lineage[0], list):
+        return False
+    count = len(lineage[0])
+    whole = all(isinstance(kept, list) and len(kept) == count for kept in lineage)
+    return whole and count > 1 and all(type(row) is int and 0 <= row < count for kept in lineage for row in kept)
 
 
 def _by_key(images: Iterable[ReportImage]) -> dict[tuple[str, int, int | None], dict[str, float]]:
@@ -230,4 +242,6 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     while count < max(map(len, paths)) and len({path[-count:] for path in paths}) < len(paths):
         count += 1
     short = [path[-1] for path in paths]
-    return [name if short.count(name) == 1 else str(Path(*path[-count:])) for name, path in zip(short, paths, strict=True)]
+    return [
+        name if short.count(name) == 1 else str(Path(*path[-count:])) for name, path in zip(short, paths, strict=True)
+    ]

@@ -45,8 +45,9 @@ function chartsOf(image, about) {
     ["value_chosen", "value_mean", "value_max", "value_std", "ess", "candidates", "alpha", "ancestors"].map(trace.column);
   if (mean) {
     const series = [{ name: "mean", index: 7, y: mean, kind: "dash" }];
-    if (best) series.push({ name: "best", index: 1, y: best, kind: "dash" });
-    if (chosen) series.push({ name: "chosen", index: 0, y: chosen });
+    const same = best && chosen && best.every((value, k) => value === chosen[k]);
+    if (best && !same) series.push({ name: "best", index: 1, y: best, kind: "dash" });
+    if (chosen) series.push({ name: same ? "chosen, the best" : "chosen", index: 0, y: chosen });
     const shift = (sign) => mean.map((value, k) => (value === null || spread[k] === null ? null : value + sign * spread[k]));
     const band = spread ? { name: "mean ± standard deviation", low: shift(-1), high: shift(1) } : null;
     figures.push(lineChart("Values of the candidates", trace.step, series, { band }));
@@ -101,12 +102,15 @@ function showDetail(position) {
   ]);
   const labelled = (entries) => factsOf(Object.entries(entries || {}).map(([name, value]) => [LABELS[name] || name, value]));
   const text = make("div", {}, make("h2", { id: "detail-prompt" }, make("bdi", { dir: "auto" }, prompt || "(no prompt)")),
-    facts, make("h3", {}, "Scores"), factsOf(scoreFacts(image, other)), make("h3", {}, "Selection"), labelled(about.selection),
-    make("h3", {}, "Cost"), labelled(about.ledger));
-  byId("detail-body").replaceChildren(make("div", { class: "top" }, pictures, text), make("h2", {}, "Trace"), ...chartsOf(image, about));
+    make("h3", {}, "Scores"), factsOf(scoreFacts(image, other)), make("h3", {}, "Image"), facts);
+  const lists = [["Selection", about.selection], ["Cost", about.ledger]].filter(([, entries]) => entries)
+    .map(([name, entries]) => make("div", {}, make("h2", {}, name), labelled(entries)));
+  byId("detail-body").replaceChildren(make("div", { class: "top" }, pictures, text), make("h2", {}, "Trace"), ...chartsOf(image, about),
+    make("div", { class: "lists" }, ...lists));
   byId("position").textContent = `${position + 1} of ${view.order.length}`;
   byId("previous").disabled = position === 0;
   byId("next").disabled = position === view.order.length - 1;
+  if (document.activeElement && document.activeElement.disabled) byId("close").focus(); // else keys would go nowhere
   byId("detail").scrollTop = 0;
   remember(`#image-${image}`);
 }

@@ -74,7 +74,7 @@ function arrange() {
   view.shown = 0;
   byId("grid").replaceChildren();
   showMore();
-  const pairs = view.baseline === null ? "" : `; ${view.order.filter((image) => counterpart(image) !== null).length} have a counterpart in ${report.runs[view.baseline].name} with the same prompt, image number and seed`;
+  const pairs = view.baseline === null ? "" : `, ${view.order.filter((image) => counterpart(image) !== null).length} of them beside the image of ${report.runs[view.baseline].name} with the same prompt, number and seed`;
   byId("count").textContent = `${view.order.length} of ${run.length} images${pairs}`;
 }
 
@@ -96,7 +96,7 @@ function pictureOf(image, lazy = true) {
 function tileOf(position) {
   const image = view.order[position], other = counterpart(image), images = report.images;
   const pictures = make("span", { class: "pictures" });
-  const framed = (each) => make("span", {}, make("small", {}, report.runs[images.run[each]].name), pictureOf(each));
+  const framed = (each) => make("span", {}, make("small", {}, runName(images.run[each])), pictureOf(each));
   if (other === null) pictures.append(make("span", {}, pictureOf(image))); else pictures.append(framed(other), framed(image));
   const scores = make("span", { class: "scores" });
   const sorted = byId("sort").value.split(" ");
@@ -110,7 +110,7 @@ function tileOf(position) {
       make("span", { class: mark }, format(here) + (there === null ? "" : ` (${signed(here - there)})`)));
   }
   const prompt = make("span", { class: "prompt" }, make("bdi", { dir: "auto" }, report.prompts[images.prompt[image]] || "(no prompt)"));
-  const several = report.runs.length > 1 && byId("run").value === "all";
+  const several = other === null && report.runs.length > 1 && byId("run").value === "all";
   const tile = make("button", { type: "button", class: "tile", "data-image": image }, pictures, prompt, several ? runName(images.run[image]) : null, scores);
   tile.addEventListener("click", () => openDetail(position));
   return make("li", {}, tile);
@@ -133,7 +133,7 @@ function moveFocus(event) {
   const tiles = byId("grid").children, here = [...tiles].indexOf(event.target.closest("li"));
   if (here < 0 || event.altKey || event.ctrlKey || event.metaKey) return;
   const across = [...tiles].filter((tile) => tile.offsetTop === tiles[0].offsetTop).length;
-  const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across, Home: -here, End: tiles.length - 1 - here }[event.key];
+  const by = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across, Home: -here, End: view.order.length - 1 - here }[event.key];
   if (by === undefined) return;
   event.preventDefault();
   while (here + by >= view.shown && view.shown < view.order.length) showMore();
@@ -153,7 +153,10 @@ function fillSort() {
   fill(byId("sort"), [["prompt", "prompt order"], ...report.rewards.map((name, r) => [`reward ${r}`, name]), ...gains, ["rows", "denoiser rows"], ["seconds", "seconds"]]);
 }
 
+/** Names the orders and the best images by what is sorted. */
 function fillBest() {
+  const words = byId("sort").value === "prompt" ? ["first to last", "last to first"] : ["highest first", "lowest first"];
+  fill(byId("order"), [["down", words[0]], ["up", words[1]]]);
   const chosen = byId("sort").selectedOptions[0], name = byId("sort").value === "prompt" ? report.rewards[0] || "denoiser rows" : chosen.textContent;
   fill(byId("best"), [["0", "all images"], ...[1, 2, 4, 8].map((k) => [String(k), `first ${k} by ${name}`])]);
 }

@@ -6,7 +6,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -137,7 +137,9 @@ def _overview(runs: Sequence[ReportRun], baseline: int | None) -> dict[str, Any]
     """Returns the page's main data: settings, means and costs of the runs, and the images as columns."""
     rewards = list(dict.fromkeys(name for run in runs for image in run.images for name in image.rewards))
     prompts: dict[str, int] = {}
-    table = [(k, prompts.setdefault(image.prompt, len(prompts)), image) for k, run in enumerate(runs) for image in run.images]
+    table = [
+        (k, prompts.setdefault(image.prompt, len(prompts)), image) for k, run in enumerate(runs) for image in run.images
+    ]
     columns = {
         "run": [run for run, _, _ in table],
         "prompt": [prompt for _, prompt, _ in table],
@@ -163,7 +165,7 @@ def _overview(runs: Sequence[ReportRun], baseline: int | None) -> dict[str, Any]
         "prompts": list(prompts),
         "baseline": baseline,
         "runs": [_about_run(run) for run in runs],
-        "costs": {name: label for name, label in _COSTS.items() if any(name in run.cost() for run in runs)},
+        "costs": {name: label for name, label in _COSTS.items() if any(run.cost().get(name) for run in runs)},
         "differences": differing(runs),
         "comparisons": {f"{k}-{j}": compared(runs[k], runs[j], comparisons) for k, j in pairs},
         "intervals": f"their intervals together hold with 95 % ({comparisons} comparisons, Bonferroni)."
@@ -177,8 +179,9 @@ def _about_run(run: ReportRun) -> dict[str, Any]:
     return {
         "name": run.name,
         "folder": str(run.folder),
-        "sampler": run.sampler or "–",
-        "images": len(run.images),
+        "sampler": run.sampler,
+        "images": len({(image.prompt_index, image.number) for image in run.images}),
+        "pictures": len(run.images),
         "prompts": len({image.prompt_index for image in run.images}),
         "hidden": run.hidden,
         "unfinished": run.unfinished,
@@ -188,7 +191,9 @@ def _about_run(run: ReportRun) -> dict[str, Any]:
     }
 
 
-def _about(run: ReportRun, image: ReportImage, thumbnail: Thumbnail, where: str, output: Path, embed: bool) -> dict[str, Any]:
+def _about(
+    run: ReportRun, image: ReportImage, thumbnail: Thumbnail, where: str, output: Path, embed: bool
+) -> dict[str, Any]:
     """Returns what the page says about one picture; entries that say nothing are left out."""
     path = run.folder / image.file
     in_tar = path.parent.suffix == ".tar"

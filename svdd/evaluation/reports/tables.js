@@ -11,6 +11,9 @@ function runName(run) {
   return coloured(make("span", { class: "run" }, make("bdi", {}, report.runs[run].name)), run);
 }
 
+/** Returns the number of a run's images, and of the particles if they are several for each. */
+const countOf = (run) => (run.pictures > run.images ? `${run.images} (${run.pictures} particles)` : String(run.images));
+
 const interval = (entry) => (entry.low === null ? "" : `[${format(entry.low)}, ${format(entry.high)}]`);
 
 function stateOf(run) {
@@ -24,12 +27,12 @@ function stateOf(run) {
 function showRewards(baseline) {
   const compared = baseline === null ? null : report.runs[baseline].name;
   const heads = ["Run", "Images", "Prompts", ...report.rewards];
-  const rows = report.runs.map((run, k) => [runName(k), String(run.images), String(run.prompts), ...report.rewards.map((name) => {
+  const rows = report.runs.map((run, k) => [runName(k), countOf(run), String(run.prompts), ...report.rewards.map((name) => {
     const entry = run.means[name];
     if (!entry) return "–";
     const cell = make("span", {}, format(entry.mean), make("small", {}, interval(entry)));
     const change = baseline === null ? null : (report.comparisons[`${k}-${baseline}`] || {})[name];
-    if (change) cell.append(make("small", {}, `difference ${signed(change.mean)} ${change.low === null ? "" : `[${signed(change.low)}, ${signed(change.high)}]`}`));
+    if (change) cell.append(make("small", { class: "change" }, `difference ${signed(change.mean)}`), make("small", {}, change.low === null ? "" : `[${signed(change.low)}, ${signed(change.high)}]`));
     return cell;
   })]);
   const groups = report.rewards.map((name, r) => histogram(name, report.runs.map((run, k) => {
@@ -47,15 +50,16 @@ function showRewards(baseline) {
 function showRuns() {
   const names = report.runs.map((_, k) => runName(k));
   const parts = [make("h2", {}, "Cost")];
-  const costs = [["Sampler", (run) => run.sampler], ["Images", (run) => String(run.images)]];
+  const costs = [["Sampler", (run) => run.sampler || "–"], ["Images", countOf]];
   for (const [name, label] of Object.entries(report.costs)) {
     costs.push([label, (run) => (run.cost[name] === undefined ? "–" : format(run.cost[name]))]);
   }
+  costs.push(["Seconds of all pictures", (run) => (run.cost.total_seconds === undefined ? "–" : format(run.cost.total_seconds * run.pictures))]);
   parts.push(tableOf("Cost", ["", ...names], costs.map(([label, read]) => [label, ...report.runs.map(read)])));
   parts.push(make("h2", {}, report.runs.length > 1 ? "Settings that differ" : "Settings"));
   if (report.runs.length > 1) {
     parts.push(report.differences.length
-      ? tableOf("Settings that differ", ["Setting", ...names.map((name) => name.cloneNode(true))], report.differences.map(([key, ...values]) => [key, ...values]), "text")
+      ? tableOf("Settings that differ", ["Setting", ...names.map((name) => name.cloneNode(true))], report.differences.map(([key, ...values]) => [key, ...values.map((value) => (value === null ? "–" : value))]), "text")
       : make("p", { class: "note" }, "None, apart from settings that do not change images."));
     parts.push(make("h2", {}, "All settings"));
   }
