@@ -41,9 +41,17 @@ def read_images(run: Path) -> dict[tuple[int, int], RunImage]:
     for row in RunFolder(run).rows(checked=True):
         particle = row.get("particle", 0)
         spent = row.get("ledger", {})
-        work = [spent.get(name) for name in ("denoiser_rows", "network_rows", "gradient_rows", "total_seconds")]
-        seed, divergence = row.get("seed"), row.get("path_kl_sample")
-        image = RunImage(row["prompt"], row["file"], row["rewards"], *work, seed=seed, path_kl_sample=divergence)
+        image = RunImage(
+            row["prompt"],
+            row["file"],
+            row["rewards"],
+            spent.get("denoiser_rows"),
+            spent.get("network_rows"),
+            spent.get("gradient_rows"),
+            spent.get("total_seconds"),
+            row.get("seed"),
+            row.get("path_kl_sample"),
+        )
         first = row["image_index"] - particle
         rows[row["prompt_index"], first][particle] = _Row(row.get("particle_weight", 1.0), image)
     return {
