@@ -88,7 +88,8 @@ def read_run(folder: Path, name: str, limit: int) -> ReportRun:
         UserError: If the folder holds no image, or a row is damaged.
     """
     run = RunFolder(folder)
-    traces, images, hidden = _traces(run), [], 0
+    images: list[ReportImage] = []
+    traces, hidden = _Traces(run), 0
     rows = groupby(
         run.rows(checked=True), lambda row: (row["prompt_index"], row["image_index"] - row.get("particle", 0))
     )
@@ -97,7 +98,7 @@ def read_run(folder: Path, name: str, limit: int) -> ReportRun:
         if len(images) + len(members) > limit:
             hidden += len(members)
             continue
-        images += _images(members, key[1] // len(members), traces.send(key))
+        images += _images(members, key[1] // len(members), traces.of(key))
     if not images:
         raise UserError(f"{folder} has no images yet; wait until one is drawn")
     try:
@@ -132,25 +133,28 @@ def compared(run: ReportRun, baseline: ReportRun, comparisons: int) -> dict[str,
 def differing(runs: Sequence[ReportRun]) -> list[tuple[str | None, ...]]:
     """Returns the key and the values of each setting that differs and may change images; None where it is not set."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    table = [(key, *(_written(run.settings[key]) if key in run.settings else None for run in runs)) for key in keys]
-    return [row for row in table if len(set(row[1:])) > 1 and not HARMLESS.fullmatch(row[0])]
+    table = {
+        key: [_written(run.settings[key]) if key in run.settings else None for run in runs]
+        for key in keys
+        if not HARMLESS.fullmatch(key)
+    }
+    return [(key, *values) for key, values in table.items() if len(set(values)) > 1]
 
 
-def _traces(run: RunFolder) -> Any:
-    """Returns a generator to which the keys of images are sent in order, and that answers with their traces."""
+class _Traces:
+    """The traces of a run, asked for by the keys of its images in order."""
 
-    def answers() -> Iterator[dict[str, Any] | None]:
-        known, trace = run.traces(), None
-        key = yield None
-        while True:
-            while trace is None or _key(trace) < key:
-                if (trace := next(known, None)) is None:
-                    break
-            key = yield (trace if trace is not None and _key(trace) == key else None)
+    def __init__(self, run: RunFolder) -> None:
+        self._known = run.traces()
+        self._next: dict[str, Any] | None = None
 
-    generator = answers()
-    next(generator)
-    return generator
+    def of(self, key: tuple[int, int]) -> dict[str, Any] | None:
+        """Returns the trace of the image with these indices of prompt and first picture; None if there is none."""
+        while self._next is None or _key(self._next) < key:
+            if (trace := next(self._known, None)) is None:
+                return None
+            self._next = trace
+        return self._next if _key(self._next) == key else None
 
 
 def _key(trace: Mapping[str, Any]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from svdd import UserError, __version__
 from svdd.evaluation.reports.data import ReportImage, ReportRun, compared, differing
 from svdd.evaluation.reports.thumbnails import Thumbnail, full_picture, link, read_thumbnails
-from svdd.runs.files import regular_only, replacing, write_atomically
+from svdd.runs.files import regular_only, replacing
 
 __all__ = ["Written", "check_page", "write_page"]
 
@@ -85,7 +85,7 @@ def write_page(runs: Sequence[ReportRun], output: Path, baseline: int | None = N
             where = thumbnail.uri if thumbnail.data else ""
             if embedded + len(thumbnail.data) > _EMBEDDED:
                 folder.mkdir(exist_ok=True)
-                write_atomically(path := folder / f"{k:06d}.{thumbnail.suffix}", thumbnail.data, durable=False)
+                (path := folder / f"{k:06d}.{thumbnail.suffix}").write_bytes(thumbnail.data)
                 where, written = link(path, output), written + 1
             else:
                 embedded += len(thumbnail.data)

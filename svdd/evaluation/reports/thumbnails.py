@@ -75,7 +75,10 @@ def _thumbnail(picture: tuple[Path, str]) -> Thumbnail:
     lossless, webp = max(image.size) <= _TINY, features.check("webp")
     image.thumbnail((_EDGE, _EDGE), Image.Resampling.LANCZOS)
     suffix, buffer = "webp" if webp else "png" if lossless else "jpeg", io.BytesIO()
-    image.save(buffer, suffix, **({"lossless": lossless, "quality": _QUALITY} if suffix != "png" else {}))
+    if suffix == "webp" and lossless:
+        image.save(buffer, suffix, lossless=True, method=0)  # a twentieth of the time of the default, for a fifth more
+    else:
+        image.save(buffer, suffix, quality=_QUALITY)
     return Thumbnail(buffer.getvalue(), suffix, width, height, "")
 
 
