@@ -464,7 +464,7 @@ def test_the_detail_view_works_with_the_keyboard(tab):
     assert tab.images() == smc
     tab.run("arguments[0].focus()", tab.one(".tile"))
     tab.press("\ue007")  # Enter
-    assert tab.run("return document.getElementById('detail').open")
+    tab.wait(lambda: tab.run("return document.getElementById('detail').open"))
     for k in range(3):
         image, detail = smc[k], tab.page.details[smc[k]]
         assert (
@@ -485,7 +485,7 @@ def test_the_detail_view_works_with_the_keyboard(tab):
     assert tab.one("#position").text == "3 of 12"
     assert tab.run("return location.hash") == f"#image-{smc[2]}"
     tab.press("\ue00c")  # Esc
-    assert not tab.run("return document.getElementById('detail').open")
+    tab.wait(lambda: not tab.run("return document.getElementById('detail').open"))  # the browser closes it later
     tab.wait(lambda: tab.run("return document.activeElement.dataset.image") == str(smc[2]))
     tab.press("\ue014")
     assert tab.run("return Number(document.activeElement.dataset.image)") == smc[3]
