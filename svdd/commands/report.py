@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from svdd import UserError, say
-from svdd.evaluation.reports.data import distinct_names, read_run
+from svdd.evaluation.comparison import distinct_names
+from svdd.evaluation.reports.data import read_run
 from svdd.evaluation.reports.page import check_page, write_page
 
 __all__ = ["gallery", "report"]

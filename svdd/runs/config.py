@@ -89,12 +89,17 @@ def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.P
     """
     if harmless is None:
         harmless = HARMLESS_IF_REPRODUCIBLE if recorded.get(ROWS_AT_ONCE) else HARMLESS
-    there, now = (dict(leaves(yaml.safe_load(_dump(tree)))) for tree in (recorded, config))
+    there, now = (leaves(yaml.safe_load(_dump(tree))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
         for key in dict.fromkeys((*there, *now))
         if not harmless.fullmatch(key) and (key not in there or key not in now or there[key] != now[key])
     ]
+
+
+def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a configuration by dotted key, without `init_args` in the key."""
+    return dict(_leaves(config))
 
 
 def about_batches(changed: list[str]) -> str:
@@ -148,10 +153,10 @@ def _dump(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True)
 
 
-def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the dotted key and the value of each leaf, without `init_args` in the key."""
     if isinstance(tree, dict) and tree:
         for name, branch in tree.items():
-            yield from leaves(branch, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+            yield from _leaves(branch, key if name == "init_args" else f"{key}.{name}".lstrip("."))
     elif key:
         yield key, tree

@@ -2,23 +2,23 @@
 
 import json
 import math
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from svdd import UserError
+from svdd.evaluation.baseline import compare
 from svdd.evaluation.metrics.intervals import clustered, mean_of, standard_error, t_interval
-from svdd.runs.config import CONFIG, HARMLESS, leaves, read_config
+from svdd.evaluation.pairing import pair
+from svdd.evaluation.sides import Side, read_side
+from svdd.runs.config import CONFIG
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
 
-__all__ = ["Estimate", "ReportImage", "ReportRun", "compared", "differing", "distinct_names", "read_run"]
+__all__ = ["Estimate", "ReportImage", "ReportRun", "differences", "read_run"]
 
 _COLUMNS = ("ess", "alpha", "candidates", "value_mean", "value_std", "value_max", "value_chosen", "ancestors")
 _MOST_COLUMNS, _MOST_LETTERS = 20, 500  # of what a prompt file says besides the prompt
@@ -49,19 +49,16 @@ class ReportImage(NamedTuple):
 class ReportRun:
     """One run, by prompt and image."""
 
-    name: str  # unique in the report
     folder: Path
     images: list[ReportImage]
     hidden: int  # pictures beyond the limit
-    unfinished: bool
     config: str  # the recorded configuration as it stands in the folder
-    settings: dict[str, Any]  # its leaves by dotted key
-    summary: dict[str, Any]
+    side: Side  # what comparisons need of all its images
 
     @property
     def sampler(self) -> str:
         """The class name of the sampler, if it is known."""
-        return str(self.settings.get("model.sampler.class_path", self.summary.get("sampler", ""))).rpartition(".")[2]
+        return str(self.side.settings.get("model.sampler.class_path", "")).rpartition(".")[2]
 
     def means(self) -> dict[str, Estimate]:
         """Returns the mean of each reward over the images that have it, with its 95 % interval, clustered by prompt."""
@@ -71,7 +68,7 @@ class ReportRun:
             weighted = [(image.rewards[name], image.weight) for image in known]
             groups = clustered(weighted, [image.prompt_index for image in known])
             if not math.isnan(mean := mean_of(weighted)):
-                found[name] = _estimate(mean, standard_error(groups), len(groups))
+                found[name] = _estimate(mean, *t_interval(mean, standard_error(groups), len(groups)))
         return found
 
     def cost(self) -> dict[str, float]:
@@ -82,7 +79,12 @@ class ReportRun:
 
 
 def read_run(folder: Path, name: str, limit: int) -> ReportRun:
-    """Reads a run that is finished, is still being drawn, or was killed; at most `limit` of its images.
+    """Reads a run that is finished, is still being drawn, or was killed.
+
+    Args:
+        folder: The run folder.
+        name: What the report calls it.
+        limit: The most pictures that are shown.
 
     Raises:
         UserError: If the folder holds no image, or a row is damaged.
@@ -95,50 +97,32 @@ def read_run(folder: Path, name: str, limit: int) -> ReportRun:
     )
     for key, particles in rows:
         members = list(particles)
-        if len(images) + len(members) > limit:
+        if hidden or (images and len(images) + len(members) > limit):
             hidden += len(members)
             continue
         images += _images(members, key[1] // len(members), traces.of(key))
-    if not images:
-        raise UserError(f"{folder} has no images yet; wait until one is drawn")
     try:
         config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
     except OSError:
         config = ""
-    recorded = read_config(folder) if config else None
-    summary = run.read_summary() if run.has_summary() else {}
-    settings = {key: setting for key, setting in leaves(recorded.config if recorded else {}) if setting != {}}
-    return ReportRun(name, folder, images, hidden, not summary, config, settings, summary)
+    return ReportRun(folder, images, hidden, config, read_side(folder, name))
 
 
-def compared(run: ReportRun, baseline: ReportRun, comparisons: int) -> dict[str, Estimate]:
-    """Returns the mean difference of each reward between pairs of equal prompt text, image number and seed.
+def differences(runs: Sequence[ReportRun]) -> dict[str, dict[str, Estimate]]:
+    """Returns the differences of each reward between two runs, by `K-J` for run K less run J.
 
-    The pairs of a prompt are averaged first. The interval is Bonferroni-corrected for so many comparisons.
+    They are those of `svdd compare` with run J as the baseline, over the images that all runs have; {} without any.
     """
-    ours, theirs = _by_key(run.images), _by_key(baseline.images)
-    differences: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for key in ours.keys() & theirs.keys():
-        for name in ours[key].keys() & theirs[key].keys():
-            differences[name][key[0]].append(ours[key][name] - theirs[key][name])
-    found = {}
-    for name, by_prompt in differences.items():
-        means = [fmean(each) for each in by_prompt.values()]
-        found[name] = _estimate(
-            fmean(means), standard_error([[(mean, 1.0)] for mean in means]), len(means), comparisons
-        )
+    sides = [run.side for run in runs]
+    positions, found = pair(sides), {}
+    for j, plain in enumerate(sides if len(positions[0]) else ()):
+        order = [j, *(k for k in range(len(sides)) if k != j)]
+        entries = compare(plain, [sides[k] for k in order[1:]], [positions[k] for k in order])
+        for k, entry in zip(order[1:], entries, strict=True):
+            found[f"{k}-{j}"] = {
+                name: _estimate(each["difference"], each["ci95_low"], each["ci95_high"]) for name, each in entry.items()
+            }
     return found
-
-
-def differing(runs: Sequence[ReportRun]) -> list[tuple[str | None, ...]]:
-    """Returns the key and the values of each setting that differs and may change images; None where it is not set."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    table = {
-        key: [_written(run.settings[key]) if key in run.settings else None for run in runs]
-        for key in keys
-        if not HARMLESS.fullmatch(key)
-    }
-    return [(key, *values) for key, values in table.items() if len(set(values)) > 1]
 
 
 class _Traces:
@@ -216,20 +200,7 @@ def _is_lineage(lineage: Any, steps: int) -> bool:
     return whole and count > 1 and all(type(row) is int and 0 <= row < count for kept in lineage for row in kept)
 
 
-def _by_key(images: Iterable[ReportImage]) -> dict[tuple[str, int, int | None], dict[str, float]]:
-    """Returns the rewards of each image by prompt text, number and seed; those of particles are averaged by weight."""
-    members: dict[tuple[str, int, int | None], list[ReportImage]] = defaultdict(list)
-    for image in images:
-        members[image.prompt, image.number, image.seed].append(image)
-    found = {}
-    for key, particles in members.items():
-        names = [name for name in particles[0].rewards if all(name in each.rewards for each in particles)]
-        found[key] = {name: mean_of([(each.rewards[name], each.weight) for each in particles]) for name in names}
-    return found
-
-
-def _estimate(mean: float, error: float, count: int, comparisons: int = 1) -> Estimate:
-    low, high = t_interval(mean, error, count, 1 - 0.05 / comparisons) if count > 1 else (math.nan, math.nan)
+def _estimate(mean: float, low: float, high: float) -> Estimate:
     known = math.isfinite(low) and math.isfinite(high)
     return {"mean": mean, "low": low if known else None, "high": high if known else None}
 
@@ -237,15 +208,3 @@ def _estimate(mean: float, error: float, count: int, comparisons: int = 1) -> Es
 def _written(value: Any) -> str:
     """Returns a setting or a column as text."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Returns a name for each folder: its own, preceded by as many of those above as tell equal ones apart."""
-    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
-    count = 1
-    while count < max(map(len, paths)) and len({path[-count:] for path in paths}) < len(paths):
-        count += 1
-    short = [path[-1] for path in paths]
-    return [
-        name if short.count(name) == 1 else str(Path(*path[-count:])) for name, path in zip(short, paths, strict=True)
-    ]

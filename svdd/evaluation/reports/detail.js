@@ -40,7 +40,7 @@ function traceOf(about) {
 
 function chartsOf(image, about) {
   const trace = traceOf(about);
-  if (!trace) return [make("p", { class: "note" }, "No trace: this sampler made no selection for the image.")];
+  if (!trace) return [];
   const figures = [], [chosen, mean, best, spread, ess, candidates, alpha, ancestors] =
     ["value_chosen", "value_mean", "value_max", "value_std", "ess", "candidates", "alpha", "ancestors"].map(trace.column);
   if (mean) {
@@ -66,7 +66,7 @@ function chartsOf(image, about) {
       { floor: 0, caption: "Starting particles that still have descendants." }));
   }
   if (trace.lineage) figures.push(lineageChart(trace.step, trace.lineage, report.images.particle[image] || 0));
-  return [make("div", { class: "charts" }, ...figures)];
+  return figures;
 }
 
 function scoreFacts(image, other) {
@@ -104,9 +104,11 @@ function showDetail(position) {
   const text = make("div", {}, make("h2", { id: "detail-prompt" }, make("bdi", { dir: "auto" }, prompt || "(no prompt)")),
     make("h3", {}, "Scores"), factsOf(scoreFacts(image, other)), make("h3", {}, "Image"), facts);
   const lists = [["Selection", about.selection], ["Cost", about.ledger]].filter(([, entries]) => entries)
-    .map(([name, entries]) => make("div", {}, make("h2", {}, name), labelled(entries)));
-  byId("detail-body").replaceChildren(make("div", { class: "top" }, pictures, text), make("h2", {}, "Trace"), ...chartsOf(image, about),
-    make("div", { class: "lists" }, ...lists));
+    .map(([name, entries]) => make("div", {}, make("h3", {}, name), labelled(entries)));
+  const figures = chartsOf(image, about);
+  byId("detail-body").replaceChildren(make("div", { class: "top" }, pictures, text), make("h2", {}, "Trace and cost"),
+    figures.length ? "" : make("p", { class: "note" }, "There is no trace: the sampler made no selection for this image."),
+    make("div", { class: "charts" }, ...figures, ...lists));
   byId("position").textContent = `${position + 1} of ${view.order.length}`;
   byId("previous").disabled = position === 0;
   byId("next").disabled = position === view.order.length - 1;

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from svdd import UserError, __version__
-from svdd.evaluation.reports.data import ReportImage, ReportRun, compared, differing
+from svdd.evaluation.comparison import differing_settings
+from svdd.evaluation.pairing import mismatches
+from svdd.evaluation.reports.data import ReportImage, ReportRun, differences
 from svdd.evaluation.reports.thumbnails import Thumbnail, full_picture, link, read_thumbnails
 from svdd.runs.files import regular_only, replacing
 
@@ -25,7 +27,6 @@ _EMBEDDED = 20 * 2**20  # bytes of thumbnails in the page; the others become fil
 _SCRIPTS = ("charts.js", "page.js", "tables.js", "detail.js")
 _MARK = '<meta name="generator" content="svdd report">'  # in the first lines of every page
 _OWN_FILE = re.compile(r"\d{6,}\.(webp|jpeg|png)")
-_MOST_RUNS_PAIRED = 8  # with more runs, differences are to the baseline alone
 _COSTS = {  # entry of the ledger: its label
     "denoiser_rows": "Denoiser rows per picture",
     "network_rows": "Network rows per picture",
@@ -108,7 +109,7 @@ def _template(runs: Sequence[ReportRun]) -> str:
     style = here.joinpath("page.css").read_text(encoding="utf-8")
     script = "\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS) + "\nbegin();\n"
     policy = f"default-src 'none'; img-src 'self' data: file:; style-src {_digest(style)}; script-src {_digest(script)}"
-    names = [run.name for run in runs]
+    names = [run.side.name for run in runs]
     title = f"svdd report: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
     parts = {"style": style, "script": script, "policy": policy, "title": html.escape(_ascii(title))}
     page = here.joinpath("page.html").read_text(encoding="utf-8")
@@ -152,13 +153,9 @@ def _overview(runs: Sequence[ReportRun], baseline: int | None) -> dict[str, Any]
         "rows": [image.ledger.get("denoiser_rows") for _, _, image in table],
         "seconds": [image.ledger.get("total_seconds") for _, _, image in table],
     }
-    comparisons = max(1, len(runs) - 1) * max(1, len(rewards))
-    pairs = [
-        (k, j)
-        for k in range(len(runs))
-        for j in range(len(runs))
-        if k != j and (len(runs) <= _MOST_RUNS_PAIRED or j == (baseline or 0))
-    ]
+    sides = [run.side for run in runs]
+    heads, settings = differing_settings(sides)
+    plain = sides[baseline or 0]
     return {
         "version": __version__,
         "rewards": rewards,
@@ -166,25 +163,23 @@ def _overview(runs: Sequence[ReportRun], baseline: int | None) -> dict[str, Any]
         "baseline": baseline,
         "runs": [_about_run(run) for run in runs],
         "costs": {name: label for name, label in _COSTS.items() if any(run.cost().get(name) for run in runs)},
-        "differences": differing(runs),
-        "comparisons": {f"{k}-{j}": compared(runs[k], runs[j], comparisons) for k, j in pairs},
-        "intervals": f"their intervals together hold with 95 % ({comparisons} comparisons, Bonferroni)."
-        if comparisons > 1
-        else "with 95 % intervals.",
+        "settings": {"heads": heads, "rows": settings},
+        "differences": differences(runs),
+        "notes": [found for side in sides if side is not plain for found in mismatches(plain, side)],
         "images": columns,
     }
 
 
 def _about_run(run: ReportRun) -> dict[str, Any]:
     return {
-        "name": run.name,
+        "name": run.side.name,
         "folder": str(run.folder),
         "sampler": run.sampler,
         "images": len({(image.prompt_index, image.number) for image in run.images}),
         "pictures": len(run.images),
         "prompts": len({image.prompt_index for image in run.images}),
         "hidden": run.hidden,
-        "unfinished": run.unfinished,
+        "unfinished": run.side.unfinished,
         "means": run.means(),
         "cost": run.cost(),
         "config": run.config,

@@ -31,7 +31,7 @@ function showRewards(baseline) {
     const entry = run.means[name];
     if (!entry) return "–";
     const cell = make("span", {}, format(entry.mean), make("small", {}, interval(entry)));
-    const change = baseline === null ? null : (report.comparisons[`${k}-${baseline}`] || {})[name];
+    const change = baseline === null ? null : (report.differences[`${k}-${baseline}`] || {})[name];
     if (change) cell.append(make("small", { class: "change" }, `difference ${signed(change.mean)}`), make("small", {}, change.low === null ? "" : `[${signed(change.low)}, ${signed(change.high)}]`));
     return cell;
   })]);
@@ -41,8 +41,10 @@ function showRewards(baseline) {
   })));
   const about = "Mean of each run with its 95 % interval, clustered by prompt.";
   const differences = compared === null ? " Choose a run under “Compare with” (tab Images) to see paired differences."
-    : ` Differences are paired with ${compared} by prompt, image number and seed; ${report.intervals}`;
-  byId("rewards").replaceChildren(make("h2", {}, "Means"), make("p", { class: "note" }, about + differences),
+    : Object.keys(report.differences).length ? ` Differences are those to ${compared}, as in “svdd compare”: over the images of equal prompt, number and seed that all runs have; the intervals of all runs together hold with 95 %.`
+    : " The runs share no image of equal prompt, number and seed, so there are no differences.";
+  const notes = report.notes.map((note) => make("p", {}, `Note: ${note}.`));
+  byId("rewards").replaceChildren(make("h2", {}, "Means"), make("p", { class: "note" }, about + differences), ...notes,
     tableOf("Mean rewards", heads, rows), make("h2", {}, "Distributions"), make("div", { class: "charts" }, ...groups));
 }
 
@@ -58,8 +60,8 @@ function showRuns() {
   parts.push(tableOf("Cost", ["", ...names], costs.map(([label, read]) => [label, ...report.runs.map(read)])));
   parts.push(make("h2", {}, report.runs.length > 1 ? "Settings that differ" : "Settings"));
   if (report.runs.length > 1) {
-    parts.push(report.differences.length
-      ? tableOf("Settings that differ", ["Setting", ...names.map((name) => name.cloneNode(true))], report.differences.map(([key, ...values]) => [key, ...values.map((value) => (value === null ? "–" : value))]), "text")
+    const { heads, rows } = report.settings;
+    parts.push(rows.length ? tableOf("Settings that differ", heads.map((head) => make("bdi", {}, head)), rows, "text")
       : make("p", { class: "note" }, "None, apart from settings that do not change images."));
     parts.push(make("h2", {}, "All settings"));
   }
