@@ -2,7 +2,6 @@
 
 import math
 import sys
-import warnings
 from typing import Any
 
 import lightning as L
@@ -23,7 +22,7 @@ from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
-from svdd.runs.prompts import PromptDataModule, PromptWarning
+from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
 
 __all__ = ["PredictCLI", "StepProgress"]
@@ -52,17 +51,14 @@ class PredictCLI(ModelCLI):
         with as_user_errors():
             self.stop = StopOnSignal(self.group, self.settings.patience)
             self.watchdog = StepTimeout(self.settings.step_timeout)
-            prompts = PromptDataModule(**self.settings.data.as_dict())
+            self.prompts = prompts = PromptDataModule(**self.settings.data.as_dict())
+            self._around.callback(prompts.teardown)
             check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
-            warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             images = len(prompts.dataset) * self.settings.model.images_per_prompt
             self.evaluation.check(images, prompts.dataset)
-            plain = self.resolved()
-            plain["data"]["prompts_sha256"] = prompts.dataset.digest
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
-            self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
-        prompts.teardown("predict")
+            self.writer = RunWriter(output, self.resolved(), overwrite, prompts.dataset, tar)
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
 
@@ -86,6 +82,7 @@ class PredictCLI(ModelCLI):
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
             backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
             say(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
+        self.datamodule.adopt(self.prompts)  # the source may have changed since they were compared
         self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
