@@ -22,6 +22,7 @@ __all__ = [
     "Recorded",
     "differences",
     "is_older",
+    "leaves",
     "plain",
     "read_config",
     "write_config",
@@ -81,13 +82,18 @@ def differences(
     Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images. With
     `prompts_known` so may those that say where the prompts come from, as the prompts themselves are compared.
     """
-    there, now = (dict(_leaves(yaml.safe_load(_dump(tree)))) for tree in (recorded, config))
+    there, now = (leaves(yaml.safe_load(_dump(tree))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
         for key in dict.fromkeys((*there, *now))
         if not harmless.fullmatch(key) and (key not in there or key not in now or there[key] != now[key])
         if not (prompts_known and _SOURCE.fullmatch(key))
     ]
+
+
+def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a configuration by dotted key, without `init_args` in the key."""
+    return dict(_leaves(config))
 
 
 def plain(value: Any, finite: bool = False) -> Any:
