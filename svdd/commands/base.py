@@ -105,7 +105,10 @@ class ModelCLI(LightningCLI):
             self._check_trainer()
             self._match_precision()
             self._examine_diffusion()
-            self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
+            self.group: Group | None = self._join()
+
+    def _join(self) -> Group | None:
+        return join(self.settings.trainer, self.settings.max_restarts, self._words)
 
     def _examine_diffusion(self) -> None:
         """Refuses a model of another kind by its small files, before anything is written or processes start."""
@@ -155,7 +158,7 @@ class ModelCLI(LightningCLI):
         """Returns the whole configuration of the command as plain values, without secrets; some are a UserError."""
         plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
         refuse_secrets(plain)
-        unrecorded = ("config", "overwrite")  # from a run's own configuration, the latter would remove the run
+        unrecorded = ("config", "overwrite", "dry_run")  # the run's own configuration would remove it
         return {name: redacted(setting, name) for name, setting in plain.items() if name not in unrecorded}
 
     def claim(self, prompts: PromptDataset, results: Sequence[str], harmless: re.Pattern[str] = HARMLESS) -> None:

@@ -16,12 +16,12 @@ from filelock import FileLock
 
 from svdd import SUMMARY_FILE, say
 from svdd.runs.changes import require_same
-from svdd.runs.config import CONFIG, HARMLESS, HARMLESS_IF_REPRODUCIBLE, plain, read_config, write_config
+from svdd.runs.config import CONFIG, HARMLESS, HARMLESS_IF_REPRODUCIBLE, Recorded, plain, read_config, write_config
 from svdd.runs.files import OtherRun, lock, os_errors_explained, read_object, sync_folder, write_atomically
 from svdd.runs.fingerprints import FINGERPRINTS, compare, is_reproducible, rows_at_once
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
-from svdd.runs.output import hold
+from svdd.runs.output import check, hold
 from svdd.runs.reading import has_rows, read_rows, read_sampler, read_summary
 from svdd.runs.recorded_prompts import PROMPTS, PromptChanges, write_prompts
 from svdd.runs.rows import ResultRow
@@ -121,6 +121,13 @@ class RunFolder:
             self.close()
             raise
 
+    def peek(self, config: dict[str, Any], overwrite: bool = False, prompts: "PromptDataset | None" = None) -> set[int]:
+        """Returns or raises what `claim` would, and changes nothing."""
+        with os_errors_explained(self.path):
+            check(self.path, _KIND)
+            anew, _ = self._compare(read_config(self.path), config, overwrite, prompts)
+            return set() if anew else self.finished()
+
     def record_rows_at_once(self, most: int | None, rank: int) -> int | None:
         """Records how many rows of an image are computed together, and returns how many to take: see `rows_at_once`."""
         with os_errors_explained(self.path):
@@ -211,12 +218,7 @@ class RunFolder:
         for path in sorted(self.path.glob(".lock-*")):  # a process of a killed run may have outlived it
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
-        anew = recorded is None or overwrite or not self._drawn() or self._condemned.exists()
-        changes: PromptChanges | None = None
-        if recorded is not None and not anew:
-            harmless = HARMLESS_IF_REPRODUCIBLE if is_reproducible(self._fingerprints) else HARMLESS
-            changes = require_same(self.path, recorded.config, config, prompts, harmless)
-            self._check_number(changes)
+        anew, changes = self._compare(recorded, config, overwrite, prompts)
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
         files = (self._rows, self._traces, self._failures)  # rows before their traces
@@ -238,6 +240,17 @@ class RunFolder:
         if anew:
             sync_folder(self.path)  # the removals are on disk before the mark goes
             self._condemned.unlink(missing_ok=True)
+
+    def _compare(
+        self, recorded: Recorded | None, config: dict[str, Any], overwrite: bool, prompts: "PromptDataset | None"
+    ) -> tuple[bool, PromptChanges | None]:
+        """Returns whether the run begins anew, and else how the prompts have changed; OtherRun if it can do neither."""
+        if recorded is None or overwrite or not self._drawn() or self._condemned.exists():
+            return True, None
+        harmless = HARMLESS_IF_REPRODUCIBLE if is_reproducible(self._fingerprints) else HARMLESS
+        changes = require_same(self.path, recorded.config, config, prompts, harmless)
+        self._check_number(changes)
+        return False, changes
 
     def _check_number(self, changes: PromptChanges | None) -> None:
         """Says how many prompts were appended; raises OtherRun if images of prompts are drawn that are missing now."""
