@@ -171,6 +171,14 @@ def test_students_interval_by_hand():
     )
 
 
+def test_intervals_of_several_comparisons_hold_together():
+    """Bonferroni: each of 3 has the level 1 - 0.05 / 3, for which Student's quantile with 2 degrees is 7.648878."""
+    found, alone = paired([1.0, 2.0, 3.0], comparisons=3), paired([1.0, 2.0, 3.0])
+    assert found["ci95_high"] == pytest.approx(2 + 7.648878 / 3**0.5, rel=1e-5)
+    assert found["ci95_low"] + found["ci95_high"] == pytest.approx(4)
+    assert {k: v for k, v in found.items() if "ci95" not in k} == {k: v for k, v in alone.items() if "ci95" not in k}
+
+
 def test_the_spread_within_prompts_is_that_of_the_deviations():
     scores, prompts = clustered(0)
     groups = scores.view(40, 5)

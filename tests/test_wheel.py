@@ -35,7 +35,7 @@ def test_the_wheel_holds_code_types_models_configs_and_licences(wheel):
     assert {path.name for path in wheel.iterdir()} == {"svdd", metadata.name}
     files = {str(path.relative_to(wheel / "svdd")) for path in (wheel / "svdd").rglob("*") if path.is_file()}
     assert {"py.typed", "samplers/__init__.pyi", "assets/emoji_prompts.txt", "assets/LICENSES.md"} <= files
-    assert {f"assets/configs/{path.name}" for path in CONFIGS.iterdir()} <= files
+    assert {f"assets/configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.yaml")} <= files
     assert {Path(file).suffix for file in files} == {
         ".py",
         ".pyi",
@@ -82,6 +82,7 @@ def test_names_of_shipped_configs_become_paths(tmp_path, monkeypatch):
     for words in (["--config", "smc"], ["-c", "smc.yaml"]):
         assert with_shipped_configs(["predict", *words, "--output", "smc"])[2:] == [shipped, "--output", "smc"]
     assert with_shipped_configs(["--config=smc"]) == [f"--config={shipped}"]
+    assert with_shipped_configs(["-c", "paper/smc"]) == ["-c", str(CONFIGS / "paper" / "smc.yaml")]
     for other in ("runs/smc.yaml", "./smc.yaml", "{model: {seed: 1}}", ""):
         assert with_shipped_configs(["--config", other]) == ["--config", other]
     assert with_shipped_configs(["predict", "--config"]) == ["predict", "--config"]
@@ -96,10 +97,11 @@ def test_a_config_in_the_working_directory_wins(tmp_path, monkeypatch):
 
 def test_an_unknown_config_lists_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    message = f"--config quikstart: no such file or shipped configuration; known: {known}; did you mean 'quickstart'?"
-    with pytest.raises(UserError, match=re.escape(message)):
-        with_shipped_configs(["predict", "--config", "quikstart"])
+    known = ", ".join(str(path.relative_to(CONFIGS).with_suffix("")) for path in sorted(CONFIGS.rglob("*.yaml")))
+    for wrong, right in (("quikstart", "quickstart"), ("paper/compresibility", "paper/compressibility")):
+        message = f"--config {wrong}: no such file or shipped configuration; known: {known}; did you mean '{right}'?"
+        with pytest.raises(UserError, match=re.escape(message)):
+            with_shipped_configs(["predict", "--config", wrong])
 
 
 def test_constraints_are_the_lower_bounds():

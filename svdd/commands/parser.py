@@ -141,8 +141,8 @@ def _check_settings(settings: Any, key: str = "") -> None:
 def with_shipped_configs(words: list[str]) -> list[str]:
     """Replaces the names of shipped configurations on a command line by their paths; raises UserError if unknown.
 
-    A name has letters, digits, `_` and `-`, and may end in `.yaml`. A file of that name in the working directory wins.
-    The configuration that a run recorded is replaced by its settings.
+    A name has letters, digits, `_` and `-`, may follow a folder, as in `paper/smc`, and may end in `.yaml`. A file of
+    that name in the working directory wins. The configuration that a run recorded is replaced by its settings.
     """
     found = list(words)
     for k, word in enumerate(words):
@@ -154,17 +154,19 @@ def with_shipped_configs(words: list[str]) -> list[str]:
 
 
 def _find_config(name: str) -> str:
-    if not re.fullmatch(r"[\w-]+(\.yaml)?", name) or Path(name).is_file():
+    if not re.fullmatch(r"[\w-]+(/[\w-]+)*(\.yaml)?", name) or Path(name).is_file():
         return name
     wheel, source_tree = Path(__file__).parents[1] / "assets" / "configs", Path(__file__).parents[2] / "configs"
-    known = {path.stem: str(path) for path in sorted((wheel if wheel.is_dir() else source_tree).glob("*.yaml"))}
-    stem = name.removesuffix(".yaml")
+    root, stem = wheel if wheel.is_dir() else source_tree, name.removesuffix(".yaml")
+    known = {path.relative_to(root).with_suffix("").as_posix(): str(path) for path in sorted(root.glob("**/*.yaml"))}
     if Path(f"{stem}.yaml").is_file():
         return f"{stem}.yaml"
-    if stem not in known:
-        told = f"known: {', '.join(known)}{did_you_mean(name, known)}"
-        raise UserError(f"--config {name}: no such file or shipped configuration; {told}")
-    return known[stem]
+    if stem in known:
+        return known[stem]
+    if not (root / name).parent.is_dir():
+        return name  # a path of the user's
+    told = f"known: {', '.join(known)}{did_you_mean(name, known)}"
+    raise UserError(f"--config {name}: no such file or shipped configuration; {told}")
 
 
 def _check_config(name: str) -> str:

@@ -64,14 +64,18 @@ def by_prompt(run: Path) -> dict[int, list[RunImage]]:
     return images
 
 
-def paired(differences: Sequence[float], tested: Sequence[float] | None = None) -> dict[str, float]:
-    """Returns the mean of the prompts' differences, its standard error, its 95 % interval by Student's t and a p-value.
+def paired(
+    differences: Sequence[float], tested: Sequence[float] | None = None, comparisons: int = 1
+) -> dict[str, float]:
+    """Returns the mean of the prompts' differences, its standard error, its interval by Student's t and a p-value.
 
-    The p-value is that of `tested`, by default the same differences. With one prompt, error and interval are NaN.
+    The intervals of all `comparisons` together hold with 95 % (Bonferroni: each has the level 1 - 0.05 / comparisons).
+    The p-value, which is not corrected, is that of `tested`, by default the same differences. With one prompt, error
+    and interval are NaN.
     """
     count, mean = len(differences), math.fsum(differences) / len(differences)
     error = standard_error([[(difference, 1.0)] for difference in differences])
-    low, high = t_interval(mean, error, count)
+    low, high = t_interval(mean, error, count, 1 - 0.05 / comparisons)
     p = p_value(differences if tested is None else tested)
     ends = {"ci95_low": low, "ci95_high": high, "p_value": p}
     return {"difference": mean, "standard_error": error, **ends, "prompts": count}

@@ -11,13 +11,20 @@ __all__ = ["RunImage", "read_images"]
 
 
 class RunImage(NamedTuple):
-    """One image; if there are several weighted particles of it, their means and the file of the heaviest."""
+    """One image; if there are several weighted particles of it, their means and the file of the heaviest.
+
+    The numbers of `denoiser_rows` to `seconds` are per picture. What the rows do not record is None.
+    """
 
     prompt: str
     file: str
     rewards: dict[str, float]
-    denoiser_rows: float | None  # this and the next per picture; None if it is not recorded
-    network_rows: float | None
+    denoiser_rows: float | None = None
+    network_rows: float | None = None
+    gradient_rows: float | None = None
+    seconds: float | None = None  # in the sampler
+    seed: int | None = None
+    path_kl_sample: float | None = None
 
 
 class _Row(NamedTuple):
@@ -34,8 +41,17 @@ def read_images(run: Path) -> dict[tuple[int, int], RunImage]:
     for row in RunFolder(run).rows(checked=True):
         particle = row.get("particle", 0)
         spent = row.get("ledger", {})
-        counts = spent.get("denoiser_rows"), spent.get("network_rows")
-        image = RunImage(row["prompt"], row["file"], row["rewards"], *counts)
+        image = RunImage(
+            row["prompt"],
+            row["file"],
+            row["rewards"],
+            spent.get("denoiser_rows"),
+            spent.get("network_rows"),
+            spent.get("gradient_rows"),
+            spent.get("total_seconds"),
+            row.get("seed"),
+            row.get("path_kl_sample"),
+        )
         first = row["image_index"] - particle
         rows[row["prompt_index"], first][particle] = _Row(row.get("particle_weight", 1.0), image)
     return {
@@ -50,9 +66,14 @@ def _merged(particles: list[_Row]) -> RunImage:
     if len(particles) == 1:
         return best
     weights = [row.weight for row in particles] if any(row.weight for row in particles) else [1.0] * len(particles)
+
+    def mean(numbers: list[float]) -> float:
+        return mean_of([*zip(numbers, weights, strict=True)])
+
     names = [name for name in best.rewards if all(name in row.image.rewards for row in particles)]
-    rewards = {
-        name: mean_of([(row.image.rewards[name], weight) for row, weight in zip(particles, weights, strict=True)])
-        for name in names
-    }
-    return best._replace(rewards=rewards)
+    divergences = [row.image.path_kl_sample for row in particles]
+    known = [number for number in divergences if number is not None]
+    return best._replace(
+        rewards={name: mean([row.image.rewards[name] for row in particles]) for name in names},
+        path_kl_sample=mean(known) if len(known) == len(particles) else None,
+    )

@@ -53,9 +53,9 @@ def standard_error(groups: Sequence[Sequence[Weighted]]) -> float:
     return math.sqrt(math.fsum(rest**2 for rest in rests) / (count - 1) / count) / size
 
 
-def t_interval(mean: float, error: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval by Student's t of a mean over `count` clusters; NaN with fewer than two."""
-    half = t_quantile(0.95, count - 1) * error
+def t_interval(mean: float, error: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Returns the interval of this level by Student's t of a mean over `count` clusters; NaN with fewer than two."""
+    half = t_quantile(level, count - 1) * error
     return mean - half, mean + half
 
 
