@@ -5,9 +5,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -28,7 +26,7 @@ from svdd.runs.prompts import PromptDataModule, PromptWarning
 from svdd.runs.secrets import redact
 from svdd.samplers.budget import Uncountable, count
 
-__all__ = ["CellCLI", "attempt", "rows_of", "work"]
+__all__ = ["CellCLI", "attempt", "work"]
 
 
 class CellCLI(PredictCLI):

@@ -14,7 +14,7 @@ from svdd import Stopped
 from svdd.runs.processes.signals import signals
 from svdd.runs.processes.work import Work
 
-__all__ = ["Link", "Workers"]
+__all__ = ["Link", "Workers", "environment"]
 
 _POLL = 0.5  # seconds between looks at signals
 
@@ -65,7 +65,7 @@ class Workers:
             ours, theirs = context.Pipe()
             log = str(logs / f"worker-{number}.log")
             process = context.Process(target=_serve, args=(theirs, number, log, work), daemon=True)
-            with _environment(variables):
+            with environment(variables):
                 process.start()
             theirs.close()
             self._links[number], self._processes[number] = ours, process
@@ -126,7 +126,7 @@ class Workers:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables meanwhile."""
     before = dict(os.environ)
     os.environ.update(variables)
