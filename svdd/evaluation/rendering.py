@@ -11,7 +11,7 @@ from tabulate import DataRow, Line, TableFormat, tabulate
 
 from svdd import printable
 
-__all__ = ["Bold", "Cell", "Form", "render"]
+__all__ = ["Bold", "Cell", "Form", "render", "shown"]
 
 Form = Literal["text", "md", "csv", "tex"]
 Cell = str | float | None
@@ -59,7 +59,7 @@ def render(headers: Sequence[str], rows: Sequence[Sequence[Cell]], form: Form) -
         return file.getvalue()
     alignment = ["right" if _is_numeric([row[k] for row in rows]) else "left" for k in range(len(headers))]
     style: str | TableFormat = {"text": "simple", "md": "pipe"}.get(form) or _booktabs(alignment)
-    names, *table = [[_shown(cell, form) for cell in row] for row in (headers, *(rows or [[None] * len(headers)]))]
+    names, *table = [[shown(cell, form) for cell in row] for row in (headers, *(rows or [[None] * len(headers)]))]
     if form == "tex":  # where \\ would take a bracket or a star for its argument
         table = [[re.sub(r"^(?=[\[*])", "{}", first), *others] for first, *others in table]
     text = tabulate(table, names, style, disable_numparse=True, colalign=alignment, missingval="")
@@ -80,8 +80,8 @@ def _plain(cell: Cell, full: bool = False) -> str:
     return repr(cell) if full or isinstance(cell, int) else f"{cell:.6g}"
 
 
-def _shown(cell: Cell, form: Form) -> str:
-    """Returns a cell as text of a form."""
+def shown(cell: Cell, form: Form) -> str:
+    """Returns a cell, or other text on one line, with what has a meaning in a form escaped, and in bold if it is."""
     text = _plain(cell)
     if form == "md":
         text = _MARKDOWN.sub(lambda match: f"\\{match[0]}", text)
