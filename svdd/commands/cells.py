@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 
-from svdd import Incomplete, Stopped, UserError, first_line
+from svdd import Incomplete, Stopped, UserError, first_line, say
 from svdd.assets.loaded import keeping_weights, next_run
 from svdd.commands.parser import as_user_errors
 from svdd.commands.predict import PredictCLI
@@ -104,6 +104,7 @@ class _AssistantCLI(CellCLI):
     def __init__(self, words: Sequence[str], name: str, link: Link, rank: int) -> None:
         self._name, self._link, self._rank = name, link, rank
         self._drawn: list[Any] = []  # result rows of the last batch
+        self._count = 0
         super().__init__([*words])
 
     def before_instantiate_classes(self) -> None:
@@ -122,12 +123,14 @@ class _AssistantCLI(CellCLI):
         self.datamodule.hand = self._take
 
     def after_predict(self) -> None:
-        """Leaves the summary to the owner."""
+        """Prints what it has drawn; the summary is the owner's."""
+        say(f"{self._count} images of {self._name} for the process that holds it")
 
     def _take(self) -> list[int]:
         batch, others = self._link.ask("take", self._name, list(self._drawn), waiting=self.watchdog.progress)
         if others is None:
             raise Stopped(signals.exit_code or 143)
+        self._count += len(self._drawn)
         self._drawn.clear()
         return batch
 
@@ -167,7 +170,7 @@ def attempt(order: Order, link: Link | None = None, number: int = 0) -> str:
     except Exception as error:
         if is_device_failure(error) and "memory" not in repr(error).lower():
             raise
-        print(redact(traceback.format_exc()), file=sys.stdout)
+        say(redact(traceback.format_exc()))
         return f"{type(error).__name__}: {redact(first_line(error))}"
     finally:
         gc.collect()  # a Trainer and its callbacks refer to each other

@@ -95,7 +95,7 @@ class Drawing:
         left = {job.name: job.message for job in jobs if job.state != "done"}
         return found, failed | {name: message or "all processes have died" for name, message in left.items()}
 
-    def _draw_here(self, work_left: Work, report: Callable[[str, str], None]) -> None:
+    def _draw_here(self, work_left: Work, report: Callable[[str, str], None]) -> int | None:
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
         with keeping_weights(), open(logs / "worker-0.log", "w", encoding="utf-8", errors="backslashreplace") as log:
@@ -104,6 +104,7 @@ class Drawing:
                     message = attempt(order)
                 work_left.end(0, order.name, message)
                 report("end", order.name)
+        return None  # a signal raises `Stopped`
 
     def _plan_of(self, cell: Cell) -> Plan:
         """Returns the plan of a run, which those of all budgets share."""

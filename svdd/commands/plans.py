@@ -1,7 +1,6 @@
 """What is known about the runs of a study before they are drawn: their settings, their length, what is finished."""
 
 import json
-from collections.abc import Hashable
 from contextlib import ExitStack
 from functools import cache
 from pkgutil import resolve_name
@@ -50,14 +49,12 @@ class Plan(CellCLI):
     def job(self, cell: Cell) -> Job:
         """Returns the work of a cell with these settings; its rows are a guess."""
         model = self.settings.model
-        arguments = (model.diffusion.get("init_args") or {}).as_dict()
+        arguments = dict(model.diffusion.get("init_args") or {})
         given = (model.sampler.get("init_args") or {}).values() if self.takes_budget else ()
         count = max((number for number in given if type(number) is int), default=1)
         each = cell.budget or count * int(arguments.get("num_inference_steps") or _STEPS)
         heavy = {name: value for name, value in arguments.items() if name not in _LIGHT}
-        weights: Hashable = json.dumps(
-            [model.diffusion.class_path, self.settings.trainer.precision, heavy], default=str
-        )
+        weights = json.dumps([model.diffusion.class_path, self.settings.trainer.precision, heavy], default=str)
         return Job(cell.name, cell.words, float(each * self.images()), weights)
 
     def is_finished(self, cell: Cell) -> bool:

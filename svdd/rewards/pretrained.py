@@ -50,7 +50,7 @@ class PretrainedReward(Reward):
         plain = all(value is None or isinstance(value, str | int | float) for value in values)
         return (type(self), *values) if plain else None
 
-    def _read(self) -> tuple[nn.Module, dict[str, Any]]:
+    def _read(self) -> tuple[Any, dict[str, Any]]:
         """Returns the network, and the attributes that `read` has set."""
         before = vars(self) | self._modules
         network = self.read()

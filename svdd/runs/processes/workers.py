@@ -95,6 +95,7 @@ class Workers:
                 if message[0] == "take":
                     on_event("batch", message[1])
             numbers = {link: number for number, link in self._links.items()}
+            link: Any
             for link in wait(list(numbers), _POLL):
                 number = numbers[link]
                 try:
