@@ -35,7 +35,8 @@ _NOISE = re.compile(
 )
 _HIDDEN_WARNINGS = (  # of libraries, on which a user cannot act
     r"isinstance.treespec, LeafSpec|have many workers|ranks is zero|LightningCLI's args parameter|"
-    r"`IterableDataset` has `__len__`|Cannot enable progress bars|module\(s\) in eval mode|smaller than the logging interval|exists and is not empty"
+    r"`IterableDataset` has `__len__`|"
+    r"Cannot enable progress bars|module\(s\) in eval mode|smaller than the logging interval|exists and is not empty"
 )
 
 
