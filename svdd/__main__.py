@@ -44,7 +44,7 @@ commands:
              svdd calibrate --config quickstart --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
-  compare    put runs of the same prompts side by side in one picture:
+  compare    compare runs in a table with paired differences, and in a picture:
              svdd compare runs/unguided runs/svdd --output compare.png
   list       show every sampler, value, reward and diffusion that can be selected by name
 

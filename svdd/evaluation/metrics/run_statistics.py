@@ -26,6 +26,7 @@ class RunStatistics(nn.Module):
     def __init__(self, higher_is_better: Mapping[str, bool], selections: Sequence[str], work: Sequence[str]) -> None:
         super().__init__()
         self.names = list(higher_is_better)  # a reward's name need not be a valid name of a submodule
+        self.lower_is_better = [name for name, best_is_high in higher_is_better.items() if not best_is_high]
         self.rewards: Any = nn.ModuleList(RewardStatistics(best) for best in higher_is_better.values())
         self.path_kl = RewardStatistics()
         self.selections: Any = nn.ModuleDict({name: RewardStatistics() for name in selections})
@@ -47,7 +48,8 @@ class RunStatistics(nn.Module):
 
         Statistics that are unknown for all images are left out.
         """
-        found: dict[str, Any] = {"rewards": {}}
+        found: dict[str, Any] = {"lower_is_better": self.lower_is_better} if self.lower_is_better else {}
+        found["rewards"] = {}
         for name, metric in zip(self.names, self.rewards, strict=True):
             found["rewards"][name] = {key: value.item() for key, value in metric.compute().items()}
         divergence, images = self.path_kl.compute(), found["rewards"][self.names[0]]["count"]

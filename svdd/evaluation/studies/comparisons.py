@@ -16,9 +16,9 @@ from svdd.evaluation.metrics.intervals import t_interval
 from svdd.evaluation.metrics.reward_statistics import RewardStatistics
 from svdd.evaluation.studies.measures import Drawn
 
-__all__ = ["Difference", "Estimate", "Scores", "difference", "estimates", "scores_of"]
+__all__ = ["Difference", "Estimate", "Scores", "differences", "estimates", "scores_of"]
 
-_RESAMPLES = 1000
+_RESAMPLES, _AT_ONCE = 1000, 2**20
 _LEVELS = {"median": 0.5, "top10": 0.9, "top20": 0.8}
 
 
@@ -75,10 +75,10 @@ def estimates(scores: Scores, statistics: Sequence[str], higher_is_better: bool 
     return {name: Estimate(found[name], errors[name]) for name in statistics}
 
 
-def difference(
-    ours: Scores, baseline: Scores, statistic: str, comparisons: int = 1, higher_is_better: bool = True
-) -> Difference | None:
-    """Returns the difference of a statistic over the images that both have drawn; None if they share none.
+def differences(
+    ours: Scores, baseline: Scores, statistics: Sequence[str], comparisons: int = 1, higher_is_better: bool = True
+) -> dict[str, Difference]:
+    """Returns the differences of statistics over the images that both have drawn; none if they share none.
 
     That of means is `paired` by prompt. That of quantiles is the difference of the two quantiles; its error comes from
     a bootstrap that draws the same prompts for both, and its interval from Student's t, whose degrees of freedom are
@@ -86,23 +86,28 @@ def difference(
     """
     ours, baseline = _shared(ours, baseline)
     if not len(ours.scores):
-        return None
-    if statistic == "mean":
-        sides = [_by_image(side) for side in (ours, baseline)]
-        ((prompts, scores), (_, plain)) = sides
-        starts = np.flatnonzero(np.diff(prompts, prepend=prompts[0] - 1))
-        counts = np.diff(starts, append=len(prompts))
-        entry = paired((np.add.reduceat(scores - plain, starts) / counts).tolist(), comparisons=comparisons)
-        interval = (entry["ci95_low"], entry["ci95_high"])
-        return Difference(
-            entry["difference"], entry["standard_error"], *interval, entry["p_value"], int(entry["prompts"])
-        )
-    value = _values(ours, higher_is_better)[statistic] - _values(baseline, higher_is_better)[statistic]
-    clusters = np.unique(ours.prompts)
-    replicates = [_replicates(side, clusters, [statistic], higher_is_better) for side in (ours, baseline)]
-    error = float((replicates[0] - replicates[1]).std(ddof=1))
-    low, high = t_interval(value, error, len(clusters), 1 - 0.05 / comparisons)
-    return Difference(value, error, low, high, math.nan, len(clusters))
+        return {}
+    found = {"mean": _paired(ours, baseline, comparisons)} if "mean" in statistics else {}
+    if quantiles := [name for name in statistics if name in _LEVELS]:
+        clusters = np.unique(ours.prompts)
+        values = [_values(side, higher_is_better) for side in (ours, baseline)]
+        resampled = [_replicates(side, clusters, quantiles, higher_is_better) for side in (ours, baseline)]
+        errors = (resampled[0] - resampled[1]).std(0, ddof=1).tolist()
+        for name, error in zip(quantiles, errors, strict=True):
+            change = values[0][name] - values[1][name]
+            ends = t_interval(change, error, len(clusters), 1 - 0.05 / comparisons)
+            found[name] = Difference(change, error, *ends, math.nan, len(clusters))
+    return {name: found[name] for name in statistics}
+
+
+def _paired(ours: Scores, baseline: Scores, comparisons: int) -> Difference:
+    """Returns the mean over prompts of the mean difference of their images."""
+    (prompts, scores), (_, plain) = (_by_image(side) for side in (ours, baseline))
+    starts = np.flatnonzero(np.diff(prompts, prepend=-1))
+    means = np.add.reduceat(scores - plain, starts) / np.diff(starts, append=len(prompts))
+    entry = paired(means.tolist(), comparisons=comparisons)
+    ends = (entry["ci95_low"], entry["ci95_high"])
+    return Difference(entry["difference"], entry["standard_error"], *ends, entry["p_value"], len(means))
 
 
 def _values(scores: Scores, higher_is_better: bool) -> dict[str, float]:
@@ -145,13 +150,28 @@ def _replicates(scores: Scores, clusters: np.ndarray, names: Sequence[str], high
     order = weighted[np.lexsort((scores.weights[weighted], scores.scores[weighted]))]
     values, weights = scores.scores[order], scores.weights[order]
     places, generator = np.searchsorted(clusters, scores.prompts[order]), np.random.default_rng(0)
-    found = np.full((_RESAMPLES if count > 1 else 2, len(names)), np.nan)
-    for row in found if count > 1 else ():
-        copies = np.bincount(generator.integers(count, size=count), minlength=count)[places]
-        if not (present := copies > 0).any():
-            continue  # all weights are 0
-        half, ends = weights[present] / 2, np.cumsum(copies[present] * weights[present])
-        starts = np.concatenate([[0.0], ends[:-1]])
-        knots = np.stack([starts + half, ends - half], 1).ravel()  # of the first and the last copy of each picture
-        row[:] = np.interp(knots[0] + levels * (knots[-1] - knots[0]), knots, values[present].repeat(2))
+    found, at_once = np.full((_RESAMPLES, len(names)), np.nan), max(1, _AT_ONCE // max(len(order), count))
+    for begin in range(0, _RESAMPLES if count > 1 else 0, at_once):
+        part = found[begin : begin + at_once]
+        counts = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in part]
+        part[:] = _resampled(values, weights, np.stack(counts)[:, places], levels)
     return found * math.sqrt(count / max(count - 1, 1))
+
+
+def _resampled(values: np.ndarray, weights: np.ndarray, copies: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Returns quantiles of lists in which sorted values [n] occur in several copies [lists, n]; NaN for an empty list.
+
+    Each value's copies lie their weight apart, so that they reach from one knot to another, and neighbours the mean of
+    their weights. All lists lie on one axis, each beyond the one before.
+    """
+    ends = np.cumsum(copies * weights, 1)
+    ends += np.arange(len(copies))[:, None] * (ends[:, -1].max() + 1)
+    starts, half = ends - copies * weights + weights / 2, np.broadcast_to(weights / 2, copies.shape)
+    present = copies > 0
+    knots = np.stack([starts[present], (ends - half)[present]], 1).ravel()
+    lengths = 2 * present.sum(1)
+    if not lengths.all():  # a resample in which all weights are 0
+        return np.full((len(copies), len(levels)), np.nan)
+    last = np.cumsum(lengths) - 1
+    first, heights = knots[last - lengths + 1], np.broadcast_to(values, copies.shape)[present].repeat(2)
+    return np.interp(first[:, None] + levels * (knots[last] - first)[:, None], knots, heights)

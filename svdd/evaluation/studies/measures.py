@@ -74,9 +74,7 @@ class Drawn:
     @property
     def status(self) -> str:
         """The number of pictures as a cell of a table; of an unfinished cell, with that of the finished one."""
-        if self.finished and len(self) == (self.expected or 0):
-            return str(len(self))
-        return f"{len(self)}{'' if self.expected is None else f' of {self.expected}'}"
+        return f"{len(self)}{'' if self.finished or self.expected is None else f' of {self.expected}'}"
 
 
 def read_cells(cells: Sequence[Cell], path: Path) -> list[Drawn]:
@@ -144,7 +142,7 @@ def _read(cell: Cell, names: Sequence[str], around: Path, writer: Any) -> Drawn:
         {name: numbers[name] for name in _WORK},
         numbers["divergence"],
         digest=digest.hexdigest(),
-        **_facts(cell.folder, num_images),
+        **_facts(cell.folder, len(integers["prompts"]), num_images),
     )
 
 
@@ -156,7 +154,7 @@ def _image_numbers(prompts: np.ndarray, first: np.ndarray) -> np.ndarray:
     return first // counts[places.reshape(-1)]
 
 
-def _facts(folder: Path, num_images: int | None) -> dict[str, Any]:
+def _facts(folder: Path, drawn: int, num_images: int | None) -> dict[str, Any]:
     """Returns what the run folder says about the run: the last five entries of `Drawn` but for the digest."""
     summary = read_object(RunFolder(folder).summary)
     recorded = read_config(folder) if os.path.isdir(folder) else None
@@ -177,7 +175,7 @@ def _facts(folder: Path, num_images: int | None) -> dict[str, Any]:
         if features is None and config["model"]["diffusion"]["init_args"]["pretrained"] in _EMBEDDED:
             features = "emoji"
     return {
-        "finished": bool(summary) and not summary.get("failed_prompts"),
+        "finished": bool(summary) and drawn == expected,
         "expected": expected,
         "lower_is_better": frozenset(summary.get("lower_is_better", ())),
         "features": features,

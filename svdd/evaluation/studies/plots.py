@@ -81,6 +81,8 @@ def plot(study: Study, groups: Sequence[Group]) -> dict[str, bytes]:
         for axes in panels.flat:
             axes.set_visible(axes.has_data())
         _legend(figure, study, drawn, looks)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # once for all forms
         return {form: _saved(figure, form, options) for form, options in _FORMS.items()}
 
 
@@ -168,17 +170,17 @@ def _point(study: Study, group: Group, entry: Entry, reward: str) -> _Point | No
 
     The difference is added to the baseline's mean, so that an unfinished cell is at its place among the others.
     """
-    estimate = entry.values.get((reward, "mean"))
+    estimate, change = entry.values.get((reward, "mean")), entry.differences.get((reward, "mean"))
     if estimate is None:
         return None
-    if (change := entry.pointwise.get(reward)) is not None:
+    value, error, prompts = estimate.value, estimate.error, len(np.unique(entry.drawn.prompts))
+    if change is not None:
         plain = next(each for each in group.entries if each.drawn.cell.name == entry.baseline)
-        level = plain.values[reward, "mean"].value
-        return _Point(level + change.value, level + change.low, level + change.high)
-    if study.baseline is not None:
-        return _Point(estimate.value, math.nan, math.nan)
-    half = t_quantile(0.95, len(np.unique(entry.drawn.prompts)) - 1) * estimate.error
-    return _Point(estimate.value, estimate.value - half, estimate.value + half)
+        value, error, prompts = plain.values[reward, "mean"].value + change.value, change.error, change.prompts
+    elif study.baseline is not None:
+        error = math.nan
+    half = t_quantile(0.95, prompts - 1) * error
+    return _Point(value, value - half, value + half)
 
 
 def _draw_line(axes: Any, look: _Look, x: Sequence[float], y: Sequence[float], entries: Sequence[Entry]) -> None:

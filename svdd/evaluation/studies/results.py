@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from svdd.evaluation.baseline import over_optimised
-from svdd.evaluation.studies.comparisons import Difference, Estimate, difference, estimates, scores_of
+from svdd.evaluation.studies.comparisons import Difference, Estimate, differences, estimates, scores_of
 from svdd.evaluation.studies.measures import Drawn
 from svdd.evaluation.studies.specification import Study
 
@@ -25,7 +25,6 @@ class Entry:
         baseline: The cell with which it is compared; None if there is none, or if it is a baseline itself.
         values: Statistics by reward and name, those of the study and the mean.
         differences: Their differences to the baseline, in intervals that hold together for the group.
-        pointwise: The differences of means in intervals of 95 % each.
         path_kl: The mean of `path_kl_sample`.
         diversity: As in `Diversity`.
         work: The means of `Drawn.work` over pictures, with `rows`, in whole denoiser rows.
@@ -36,7 +35,6 @@ class Entry:
     baseline: str | None
     values: dict[Key, Estimate]
     differences: dict[Key, Difference]
-    pointwise: dict[str, Difference]
     path_kl: Estimate | None
     diversity: Mapping[str, float | None]
     work: dict[str, float]
@@ -102,8 +100,7 @@ def _entry(
     diversity: Mapping[str, Mapping[str, float | None]],
 ) -> Entry:
     values: dict[Key, Estimate] = {}
-    differences: dict[Key, Difference] = {}
-    pointwise: dict[str, Difference] = {}
+    changes: dict[Key, Difference] = {}
     statistics = list(dict.fromkeys(["mean", *study.statistics]))
     for reward in group.rewards:
         if (scores := scores_of(drawn, reward)) is None:
@@ -112,22 +109,18 @@ def _entry(
         values |= {(reward, key): each for key, each in estimates(scores, statistics, best_is_high).items()}
         if baseline is None or (plain := scores_of(baseline, reward)) is None:
             continue
-        for key in statistics:
-            if (found := difference(scores, plain, key, group.comparisons, best_is_high)) is not None:
-                differences[reward, key] = found
-        if (alone := difference(scores, plain, "mean")) is not None:
-            pointwise[reward] = alone
+        found = differences(scores, plain, statistics, group.comparisons, best_is_high)
+        changes |= {(reward, key): each for key, each in found.items()}
     divergence = scores_of(drawn, "path_kl_sample")
     return Entry(
         drawn,
         None if baseline is None else baseline.cell.name,
         values,
-        differences,
-        pointwise,
+        changes,
         None if divergence is None else estimates(divergence, ["mean"])["mean"],
         diversity.get(drawn.cell.name, {}),
         _work(drawn, group.unit),
-        _over_optimised(group, differences),
+        _over_optimised(group, changes),
     )
 
 
@@ -149,9 +142,9 @@ def _work(drawn: Drawn, unit: int) -> dict[str, float]:
     return means | {"rows": (forward + backward) / unit}
 
 
-def _over_optimised(group: Group, differences: Mapping[Key, Difference]) -> list[str] | None:
+def _over_optimised(group: Group, changes: Mapping[Key, Difference]) -> list[str] | None:
     """Returns what `over_optimised` finds, at p-values that are corrected for the comparisons of the group."""
-    found = {reward: each for (reward, key), each in differences.items() if key == "mean"}
+    found = {reward: each for (reward, key), each in changes.items() if key == "mean"}
     if not found:
         return None
     prompts, held_out = min(each.prompts for each in found.values()), len(found) - (group.guide in found)
