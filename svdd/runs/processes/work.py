@@ -89,17 +89,20 @@ class Work:
         job.left, job.rows_per_prompt = deque(batches), rows_per_prompt
         job.prompts_left = sum(map(len, batches))
 
-    def take(self, worker: int, name: str, results: Sequence[Any]) -> tuple[list[int], list[Any]] | None:
+    def take(self, worker: int, name: str, results: Sequence[Any]) -> tuple[list[int], list[Any] | None] | None:
         """Returns the next batch of a job, [] at its end, with the result rows of all helpers for the owner.
 
-        The worker's last batch is finished; `results` are its rows. The owner waits for the helpers' last batches.
+        The worker's last batch is finished; `results` are its rows. The owner waits for the helpers' last batches. If
+        the work stops, both get None in place of rows.
         """
         job = self.jobs[name]
         if (finished := job.out.pop(worker, None)) is not None:
             job.prompts_left = (job.prompts_left or 0) - len(finished)
             if worker != job.owner:
                 job.results += results
-        if self.stopping or (worker != job.owner and job.state != "drawing"):
+        if self.stopping:
+            return [], None
+        if worker != job.owner and job.owner is None:
             return [], []
         if job.left:
             job.out[worker] = job.left.popleft()
