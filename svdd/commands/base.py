@@ -92,7 +92,10 @@ class ModelCLI(LightningCLI):
             self._check_trainer()
             self._match_precision()
             self._examine_diffusion()
-            self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
+            self.group: Group | None = self._join()
+
+    def _join(self) -> Group | None:
+        return join(self.settings.trainer, self.settings.max_restarts, self._words)
 
     def _examine_diffusion(self) -> None:
         """Refuses a model of another kind by its small files, before anything is written or processes start."""

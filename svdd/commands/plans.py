@@ -4,8 +4,10 @@ import json
 from contextlib import ExitStack
 from functools import cache
 from pkgutil import resolve_name
+from typing import Any
 
 from svdd.commands.cells import CellCLI
+from svdd.commands.estimate import Estimate
 from svdd.commands.parser import as_user_errors
 from svdd.commands.predict import PredictCLI
 from svdd.evaluation.studies.specification import Cell
@@ -13,7 +15,7 @@ from svdd.runs.config import read_config
 from svdd.runs.processes.work import Job
 from svdd.runs.prompts import PromptDataModule
 
-__all__ = ["Plan"]
+__all__ = ["Cost", "Plan"]
 
 _LIGHT = {"num_inference_steps", "guidance_scale", "eta", "scheduler", "scheduler_options", "noise", "rho"}
 _LIGHT |= {"inner_steps", "negative_prompt", "height", "width", "chunk_size", "reproducible"}  # not about the weights
@@ -82,3 +84,17 @@ def _num_prompts(data: str) -> int:
             return len(prompts.dataset)
         finally:
             prompts.teardown()
+
+
+class Cost(CellCLI):
+    """Measures what a run costs; writes nothing."""
+
+    found: Estimate
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Makes it a dry run."""
+        super().parse_arguments(parser, args)
+        self.settings.dry_run = True
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.found, _, _ = self.estimated()

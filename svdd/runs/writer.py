@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from itertools import islice
@@ -24,7 +25,7 @@ from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.rows import ResultRow
 
-__all__ = ["RunError", "RunWriter"]
+__all__ = ["RunError", "RunWriter", "encoded"]
 
 _VERSIONS = {"svdd": __version__, "torch": version("torch"), "diffusers": version("diffusers")}
 _MOST_FAILURES = 20  # in a row; then the prompts are not the cause
@@ -135,11 +136,7 @@ class RunWriter(L.Callback):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
         if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
             self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
-        pixels = _to_uint8(outputs.images)
-        if len(pixels) != len(outputs.rows):
-            raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
-        images = ((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
-        self.folder.write(images, outputs.traces, outputs.failures)
+        self.folder.write(encoded(outputs), outputs.traces, outputs.failures)
         self._failures = len(outputs.failures) + (0 if outputs.rows else self._failures)
         if self._failures >= _MOST_FAILURES:
             raise UserError(
@@ -203,6 +200,14 @@ class RunWriter(L.Callback):
             self.folder.close_shard()
         else:
             self.close()
+
+
+def encoded(prediction: Prediction) -> Iterator[tuple[ResultRow, bytes]]:
+    """Yields the row of each image and its PNG file."""
+    pixels = _to_uint8(prediction.images)
+    if len(pixels) != len(prediction.rows):
+        raise ValueError(f"a Prediction needs one row per image, got {len(prediction.rows)} for {len(pixels)} images")
+    return ((row, _encode_png(image, row)) for row, image in zip(prediction.rows, pixels, strict=True))
 
 
 def _chunker(pl_module: Any) -> Any:
