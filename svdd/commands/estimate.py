@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.plugins import Precision
@@ -14,11 +13,7 @@ from lightning.pytorch.plugins import Precision
 from svdd.commands.rehearsal import rehearsed
 from svdd.evaluation.rendering import render
 from svdd.guided_diffusion import GuidedDiffusion
-from svdd.runs.config import differences, read_config
-from svdd.runs.files import RunError
-from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
-from svdd.runs.output import check
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.rows import result_row
@@ -26,7 +21,7 @@ from svdd.runs.writer import encoded
 from svdd.samplers.base import Sampler
 from svdd.state.start import Start
 
-__all__ = ["Estimate", "begun", "describe", "estimate"]
+__all__ = ["Estimate", "describe", "estimate"]
 
 _WORK = ("denoiser_rows", "network_rows", "gradient_rows", "decoded_images", "reward_calls")
 _PICTURES, _PICTURES_SECONDS = 4, 60.0  # drawn plainly for the size of a file, and how long that may take
@@ -129,17 +124,6 @@ def estimate(
         peak_bytes=peak,
         disk_bytes=round(size * len(prompts)),
     )
-
-
-def begun(folder: RunFolder, config: dict[str, Any], overwrite: bool) -> set[int]:
-    """Returns the finished prompts of a folder that a run would continue; a RunError if the run would be refused."""
-    check(folder.path, "predict")
-    recorded = read_config(folder.path)
-    if overwrite or recorded is None or not (finished := folder.finished()):
-        return set()
-    if changed := differences(recorded.config, config):
-        raise RunError(f"{folder.path} holds a run with other settings: {'; '.join(changed)}. Choose another --output")
-    return finished
 
 
 def describe(found: Estimate, devices: int, device: torch.device) -> list[str]:

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import warnings
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
-from svdd.commands.estimate import Estimate, begun, describe, estimate
+from svdd.commands.estimate import Estimate, describe, estimate
 from svdd.commands.parser import as_user_errors
 from svdd.commands.score import print_measurements
 from svdd.evaluation.baseline import against, difference_words, over_optimised, verdict
@@ -26,7 +25,7 @@ from svdd.runs.pictures import find_pictures
 from svdd.runs.processes.group import Group, is_rank_zero
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
-from svdd.runs.prompts import PromptDataModule, PromptWarning
+from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
 
 __all__ = ["PredictCLI", "StepProgress"]
@@ -65,20 +64,17 @@ class PredictCLI(ModelCLI):
         with as_user_errors():
             self.stop = StopOnSignal(self.group, self.settings.patience)
             self.watchdog = StepTimeout(self.settings.step_timeout)
-            prompts = PromptDataModule(**self.settings.data.as_dict())
+            self.prompts = prompts = PromptDataModule(**self.settings.data.as_dict())
+            self._around.callback(prompts.teardown)
             check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
-            warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             images = len(prompts.dataset) * self.settings.model.images_per_prompt
             plain = self.resolved()
-            del plain["dry_run"]
             self.evaluation.check(images, prompts.dataset, plain)
-            plain["data"]["prompts_sha256"] = prompts.dataset.digest
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
-            self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
-        prompts.teardown("predict")
+            self.writer = RunWriter(output, plain, overwrite, prompts.dataset, tar)
         if self.settings.dry_run:
-            self.finished = begun(self.writer.folder, plain, overwrite)
+            self.finished = self.writer.folder.peek(plain, overwrite, prompts.dataset)
             return
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
@@ -105,7 +101,7 @@ class PredictCLI(ModelCLI):
     def estimated(self) -> tuple[Estimate, int, torch.device]:
         """Returns what the run costs, on how many devices, and the device on which that was measured."""
         self._check_model()
-        devices, dataset = self.trainer.num_devices * self.trainer.num_nodes, self.datamodule.dataset
+        devices, dataset = self.trainer.num_devices * self.trainer.num_nodes, self.prompts.dataset
         left = len(dataset) - len(self.finished)
         if isinstance(limit := self.trainer.limit_predict_batches, int):
             left = min(left, limit * self.datamodule.batch_size * devices)
@@ -116,6 +112,7 @@ class PredictCLI(ModelCLI):
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
         self._check_model()
+        self.datamodule.adopt(self.prompts)  # the source may have changed since they were compared
         self.datamodule.skip(self.finished)
 
     def _check_model(self) -> None:

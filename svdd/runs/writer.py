@@ -23,6 +23,7 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
+from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import ResultRow
 
 __all__ = ["RunError", "RunWriter", "encoded"]
@@ -43,7 +44,8 @@ class RunWriter(L.Callback):
         output: The run folder; a run with the same settings continues.
         config: The resolved configuration, recorded and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
-        num_prompts: As in `RunFolder`; so is `tar`.
+        prompts: The run's, recorded and compared too: see `RunFolder.claim`.
+        tar: Write the images into tar shards instead of a file each.
     """
 
     def __init__(
@@ -51,11 +53,11 @@ class RunWriter(L.Callback):
         output: str | Path,
         config: dict[str, Any] | None = None,
         overwrite: bool = False,
-        num_prompts: int | None = None,
+        prompts: PromptDataset | None = None,
         tar: bool = False,
     ) -> None:
-        self.folder = RunFolder(output, num_prompts, tar)
-        self.config, self.overwrite = config or {}, overwrite
+        self.folder = RunFolder(output, tar)
+        self.config, self.overwrite, self.prompts = config or {}, overwrite, prompts
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = self._held = False
         self.rank: int | None = None  # under which this process writes, if it is not that of the Trainer
@@ -70,7 +72,7 @@ class RunWriter(L.Callback):
         Without `scan` the other processes return no index; the data module sends them those of rank 0.
         """
         if is_rank_zero():
-            finished = self.folder.claim(self.config, self.overwrite)
+            finished = self.folder.claim(self.config, self.overwrite, self.prompts)
         else:
             finished = self.folder.finished() if scan and not self.overwrite else set()
         self._started, self._drawn, self._held, self._failures = time.monotonic(), False, hold, 0

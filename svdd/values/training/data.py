@@ -103,10 +103,8 @@ class RolloutDataModule(L.LightningDataModule):
             raise ValueError(f"validation must lie between 0 and 1, got {validation}")
         self.num_rollouts, self.keep_every, self.validation = num_rollouts, keep_every, validation
         self.batch_size, self.rollout_batch_size, self.seed, self.cache = batch_size, rollout_batch_size, seed, cache
-        dataset = PromptDataset(prompts, prompt_column, limit)
-        self.digest = dataset.digest
-        self.prompts = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
-        dataset.close()
+        self.dataset = PromptDataset(prompts, prompt_column, limit)
+        self.prompts = [self.dataset[k] for k in range(min(len(self.dataset), num_rollouts))]
 
     def setup(self, stage: str) -> None:
         """Discards the states of an earlier training, whose model may have been another."""
@@ -122,7 +120,7 @@ class RolloutDataModule(L.LightningDataModule):
             raise UserError("num_inference_steps=1 has no step between noise and image to learn from")
         if value.loss.bootstrap and self.keep_every > 1:
             raise UserError(f"loss.bootstrap needs every step of the rollouts, got data.keep_every={self.keep_every}")
-        own = {"input": value.input, "prompts_sha256": self.digest, "seed": self.seed, "steps": steps}
+        own = {"input": value.input, "prompts_sha256": self.dataset.digest, "seed": self.seed, "steps": steps}
         settings = diffusion.identity | own | {"dtype": str(diffusion.dtype)}
         count, cache = self.num_rollouts, RolloutCache(Path(self.cache), settings, self.num_rollouts)
         self._fill(cache, steps)
