@@ -40,9 +40,9 @@ def module(sampler: object, **options: object) -> GuidedDiffusion:
 
 CASES: dict[str, Case] = {
     "quickstart: SVDD, M = 8": (lambda: module(SVDD(8)), 8, 8),
-    "SMC, budget 200": (lambda: module(SMC(), budget=200), 10, 4),
+    "SMC, budget 200": (lambda: module(SMC(), budget=200), 6, 3),
     "TwistedSMC, N = 4": (lambda: module(TwistedSMC(4)), 6, 2),
-    "BestOfN, N = 8": (lambda: module(BestOfN(8)), 12, 4),
+    "BestOfN, N = 8": (lambda: module(BestOfN(8)), 8, 4),
 }
 
 
@@ -84,16 +84,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*(many workers|Total length).*")
-    lines, largest = [], dict.fromkeys(("wall", "CPU"), 0.0)
-    for name, case in CASES.items():
-        for repeat in range(arguments.repeats):
+    lines: list[str] = []
+    largest = dict.fromkeys(("wall", "CPU"), 0.0)
+    for _ in range(arguments.repeats):
+        for name, case in CASES.items():
             times, found = measure(case)
-            cells = [f"{name}, {case[1]} prompts" if repeat == 0 else "", f"{found.denoiser_rows:,.0f}"]
+            cells = [f"{name}, {case[1]} prompts", f"{found.denoiser_rows:,.0f}"]
             for kind, (predicted, took, own) in times.items():
                 cells += [f"{predicted:.1f}", f"{took:.1f}", f"{predicted / took - 1:+.0%}", f"{own:.1f}"]
                 largest[kind] = max(largest[kind], abs(predicted / took - 1))
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
+            write(arguments.output, sorted(lines), largest)
+
+
+def write(output: Path, lines: list[str], largest: dict[str, float]) -> None:
+    """Writes the page with what is measured so far."""
     kinds = ["predicted", "took", "error", "estimate itself"]
     head = ["run", "denoiser rows", *(f"{kind}: {word}" for kind in largest for word in kinds)]
     text = [
@@ -109,10 +115,10 @@ def main() -> None:
         "",
         f"Largest error: {largest['wall']:.0%} in wall time, {largest['CPU']:.0%} in CPU time.",
         "",
-        f"`python -m benchmarks.estimates --repeats {arguments.repeats}`, torch {torch.__version__}, float32, one thread",
-        "of a machine that other jobs used at the same time.",
+        f"`python -m benchmarks.estimates`, torch {torch.__version__}, float32, one thread of a machine of two cores",
+        "that other jobs used at the same time.",
     ]
-    arguments.output.write_text("\n".join(text) + "\n")
+    output.write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
