@@ -85,7 +85,7 @@ def current_count(sampler: Sampler) -> dict[str, Any]:
 
 
 def settings(sampler: Sampler) -> dict[str, Any]:
-    """Returns a sampler's constructor arguments by name, as plain values; a sampler among them as class and arguments."""
+    """Returns a sampler's constructor arguments as plain values; a sampler among them as its class and arguments."""
     found: dict[str, Any] = {}
     for name, given in _arguments(sampler).arguments.items():
         if isinstance(given, Sampler):
