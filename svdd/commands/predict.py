@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
-from svdd.commands.estimate import describe, estimate
+from svdd.commands.estimate import Estimate, describe, estimate
 from svdd.commands.parser import as_user_errors
 from svdd.commands.progress import progress
 from svdd.commands.score import print_measurements
@@ -93,6 +94,11 @@ class PredictCLI(ModelCLI):
         """Draws, or estimates what that would cost."""
         if not self.settings.dry_run:
             return super()._run_subcommand(subcommand)
+        for line in describe(*self.estimated()):
+            say(line)
+
+    def estimated(self) -> tuple[Estimate, int, torch.device]:
+        """Returns what the run costs, on how many devices, and the device on which that was measured."""
         self._check_model()
         devices, dataset = self.trainer.num_devices * self.trainer.num_nodes, self.prompts.dataset
         left = len(dataset) - len(self.finished)
@@ -100,8 +106,7 @@ class PredictCLI(ModelCLI):
             left = min(left, limit * self.datamodule.batch_size * devices)
         where, precision = self.trainer.strategy.root_device, self.trainer.precision_plugin
         batch_size = min(self.datamodule.batch_size, max(1, -(-left // devices)))
-        for line in describe(estimate(self.model, dataset, batch_size, left, where, precision), devices, where):
-            say(line)
+        return estimate(self.model, dataset, batch_size, left, where, precision), devices, where
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
@@ -133,7 +138,9 @@ class PredictCLI(ModelCLI):
         say(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
             known = math.isfinite(error := entry["standard_error"])
-            say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
+            said = f"standard error {error:.2g} (clustered by prompt)" if known else _ONE_PROMPT
+            spread = f", std {entry['std']:.3g}" if math.isfinite(entry["std"]) else ""
+            say(f"{name}: mean {entry['mean']:.4g}, {said}{spread}")
         rows, network_rows = (summary[f"{name}_per_image"] for name in ("denoiser_rows", "network_rows"))
         say(f"denoiser rows per image: {rows:.0f}, network rows: {network_rows:.0f}")
         if said := idle(self.model.sampler, summary):
