@@ -144,7 +144,9 @@ class _Traces:
 
 
 def _key(trace: Mapping[str, Any]) -> tuple[int, int]:
-    return trace["prompt_index"], trace["image_index"]
+    """Returns the indices of a trace's prompt and image; (-1, -1), which comes first, if it is damaged."""
+    prompt, image = trace.get("prompt_index"), trace.get("image_index")
+    return (prompt, image) if type(prompt) is int and type(image) is int else (-1, -1)
 
 
 def _images(rows: list[ResultRow], number: int, trace: dict[str, Any] | None) -> Iterator[ReportImage]:
