@@ -72,7 +72,8 @@ def main() -> None:
         table.append(row(name, summary, ["Compressibility", "CLIPScore", "CLIPScore-judge"]))
         said += [warning] if warning else []
     both_plain = draw("sum-plain", *SUM, *unguided, "--model.images_per_prompt", "4")[0]
-    both, summary, _ = draw("sum", *SUM, "--evaluation.baseline", str(RUNS / "sum-plain"))
+    four = ["--evaluation.baseline", str(RUNS / "sum-plain"), "--evaluation.unpaired", "true"]  # other seeds
+    both, summary, _ = draw("sum", *SUM, *four)
     columns = ["WeightedSum", "Compressibility", "CLIPScore", "CLIPScore-judge"]
     lines = [
         "# Over-optimisation, and two rewards at once",

@@ -101,7 +101,7 @@ BASE = {
     "fit": ["fit", *_MODEL, *_PROMPTS, *_FIT, "--output", "out"],
     "calibrate": ["calibrate", *_MODEL, "--model.images_per_prompt", "8", *_PROMPTS, "--output", "out"],
     "score": ["score", "--reward", "Compressibility", "--images", "mine/pictures", "--device", "cpu"],
-    "compare": ["compare", "mine/run", "mine/run"],
+    "compare": ["compare", "mine/run"],
     "list": ["list"],
 }
 
@@ -128,7 +128,8 @@ class Outcome(NamedTuple):
 def options(command: str) -> list[tuple[str, str]]:
     """Returns all options of a command, as the parser knows them, each with the words that must stand before it."""
     if command in ("compare", "list"):
-        return [("", "")] * 3 + ([("--output", ""), ("--limit", "")] if command == "compare" else [])
+        compared = [(f"--{name}", "") for name in ("output", "limit", "baseline", "format", "unpaired", "shared")]
+        return [("", "")] * 3 + (compared if command == "compare" else [])
     parser, found = _parser(command), []
     for action in parser._actions:
         if not action.option_strings or action.dest in ("help", "print_config") or ".help" in action.option_strings[-1]:
@@ -286,13 +287,13 @@ def _writer(name: str, content: bytes) -> Callable[[Path], None]:
 USES = {  # a folder, and the commands that read it
     "run": [
         [*BASE["predict"][:-1], "theirs/run"],
-        ["compare", "theirs/run", "mine/run"],
+        ["compare", "theirs/run", "mine/run", "--output", "out.png"],
         ["score", "--reward", "Compressibility", "--images", "theirs/run", "--device", "cpu"],
         [*BASE["predict"], "--evaluation.baseline", "theirs/run"],
     ],
     "tar": [
         [*BASE["predict"][:-1], "theirs/tar", "--tar", "true"],
-        ["compare", "theirs/tar", "mine/run"],
+        ["compare", "theirs/tar", "mine/run", "--output", "out.png"],
         ["score", "--reward", "Compressibility", "--images", "theirs/tar", "--device", "cpu"],
     ],
     "fit": [

@@ -1,7 +1,6 @@
 """`svdd score`, and the evaluation of finished images by `svdd predict`, from the command line."""
 
 import json
-import math
 import os
 import re
 import socket
@@ -227,7 +226,13 @@ def test_two_rewards_rise_at_once_on_the_embedded_model(tmp_path):
     words += ["--model.diffusion.num_inference_steps", "12"]
     plain = ["--model.sampler", "Unguided", "--model.images_per_prompt", "4", "--output", str(tmp_path / "plain")]
     assert main([*words, *plain]) == 0
-    assert main([*words, "--evaluation.baseline", str(tmp_path / "plain"), "--output", str(tmp_path / "both")]) == 0
+    words += [
+        "--evaluation.baseline",
+        str(tmp_path / "plain"),
+        "--evaluation.unpaired",
+        "true",
+    ]  # four have other seeds
+    assert main([*words, "--output", str(tmp_path / "both")]) == 0
     found = summary_of(tmp_path / "both")["baseline"]
     assert found["rewards"]["Compressibility"]["ci95_low"] > 0
     assert found["rewards"]["CLIPScore"]["ci95_low"] > 0
@@ -338,16 +343,25 @@ def test_a_distance_of_too_few_drawn_pictures_is_left_out(pictures, tiny_clip):
         (lambda run: edit(run, lambda row: row.update(rewards=[1])), "line 1 is damaged (rewards is [1]"),
         (
             lambda run: edit(run, lambda row: row.update(prompt="other")),
-            "prompt 0 is 'red apple' in this run and 'other'",
+            "share no prompt: 'red apple', 'blue car', 'panda', ... in one, 'other' in the other; draw the",
         ),
-        (lambda run: edit(run, lambda row: row.update(prompt_index=99)), "share no prompt"),
+        (
+            lambda run: edit(run, lambda row: row.update(seed=9)),
+            "have other random seeds of 4 images: 'red apple', image",
+        ),
+        (lambda run: edit(run, lambda row: row.update(prompt_index=99)), "lacks 3 prompts of this run, 'red apple'"),
+        (lambda run: record(run, pretrained="other"), "this run and plain have other model.diffusion.pretrained"),
+        (lambda run: record(run, num_inference_steps=4), "num_inference_steps is 3 in this run and 4 in plain"),
+        (lambda run: (run / "fingerprints.json").write_text('{"parts": {"diffusion.unet": "0"}}'), "other weights of"),
         (lambda run: edit(run, lambda row: row.update(rewards={"x": 1})), "measured x, not Brightness"),
     ],
 )
-def test_a_baseline_that_cannot_serve_is_refused_before_sampling(predict, tmp_path, capsys, damage, message):
-    plain = save_run(tmp_path / "plain", {"Brightness": 0.5})
-    damage(plain)
-    run = predict("run", "--model.reward", "Brightness", "--evaluation.baseline", str(plain), code=2)
+def test_a_baseline_that_cannot_serve_is_refused_before_sampling(
+    predict, tmp_path, monkeypatch, capsys, damage, message
+):
+    monkeypatch.chdir(tmp_path)
+    damage(save_run(tmp_path / "plain", {"Brightness": 0.5}))
+    run = predict("run", "--model.reward", "Brightness", "--evaluation.baseline", "plain", code=2)
     assert message in capsys.readouterr().err
     assert not (run / "results.jsonl").exists()
 
@@ -374,6 +388,11 @@ def edit(run, change) -> None:
     (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def record(run, **settings) -> None:
+    """Records settings of the diffusion model in a run."""
+    write_config(run, "predict", {"model": {"diffusion": {"class_path": "StableDiffusion", "init_args": settings}}})
+
+
 def save_run(run, rewards: dict[str, float], count: int = len(PROMPTS)):
     """Writes an unguided run of one uniform picture for each prompt."""
     (run / "images").mkdir(parents=True)
@@ -381,7 +400,7 @@ def save_run(run, rewards: dict[str, float], count: int = len(PROMPTS)):
     for k, prompt in enumerate(PROMPTS[:count]):
         file = f"images/{k:06d}-00.png"
         Image.new("RGB", (16, 16), (60 * k, 0, 0)).save(run / file)
-        row = {"prompt_index": k, "image_index": 0, "num_images": 1, "prompt": prompt, "file": file}
+        row = {"prompt_index": k, "image_index": 0, "num_images": 1, "prompt": prompt, "seed": k, "file": file}
         rows.append(
             row
             | {
@@ -405,79 +424,6 @@ def test_one_prompt_has_no_standard_error(predict, pictures, tmp_path, capsys):
     output = capsys.readouterr()
     assert "nan" not in (output.out + output.err).replace(str(tmp_path), "")
     assert "no standard error from one prompt" in output.out
-
-
-# ---- svdd compare
-
-
-def test_compare_shows_what_runs_have_in_common(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    one, other = save_run(tmp_path / "one", {"a": 1.0, "b": 2.0}), save_run(tmp_path / "other", {"b": 3.0, "c": 4.0}, 3)
-    edit(other, lambda row: row.pop("ledger") if row["prompt_index"] else None)
-    assert main(["compare", str(one), str(other)]) == 0
-    said = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert said[0] == ["means", "over", "3", "images"]
-    assert said[2:4] == [["one", "2.0000", "3.0000", "-", "5", "7"], ["other", "-", "4.0000", "5.0000", "-", "-"]]
-    for run in (one, other):
-        edit(run, lambda row: row.update(rewards={}))
-    assert main(["compare", str(one), str(other), "--limit", "1"]) == 0  # replaces its own picture
-
-
-def test_compare_weighs_particles(tmp_path, monkeypatch, capsys):
-    """One run has two particles of an image, with scores 0 and 1 and weights 1/4 and 3/4."""
-    monkeypatch.chdir(tmp_path)
-    plain, run = save_run(tmp_path / "plain", {"a": 0.0}, 2), save_run(tmp_path / "run", {"a": 0.0}, 2)
-    shares = (0.25, 0.75)
-    edit(run, lambda row: row.update(particle_weight=shares[k := row["prompt_index"]], particle=k, image_index=k))
-    edit(run, lambda row: row.update(prompt_index=0, prompt=PROMPTS[0]))
-    assert main(["compare", str(plain), str(run)]) == 0
-    assert capsys.readouterr().out.splitlines()[3].split() == ["run", "0.7500", "5", "7"]
-
-
-@pytest.mark.parametrize(
-    ("words", "damage", "message"),
-    [
-        (["--limit", "0"], None, "--limit must be >= 1, got 0"),
-        (["--limit", "-3"], None, "--limit must be >= 1, got -3"),
-        (["--output", "folder.png"], None, "--output must be a file whose name ends in .png, got folder.png"),
-        (["--output", "one/results.jsonl"], None, "--output must be a file whose name ends in .png"),
-        (["--output", "other/results.jsonl/x.png"], None, "cannot write other/results.jsonl/x.png"),
-        (["--output", "one/images/000000-00.png"], None, "choose another"),
-        (["--output", "one/images/000009-00.png"], None, "lies in the output folder"),
-        (["--output", "one/new/a.png"], None, "lies in the output folder"),
-        (["--output", "mine.png"], None, "mine.png exists and was not written by `svdd compare`; choose another"),
-        ([], lambda run: (run / "images/000001-00.png").unlink(), "000001-00.png cannot be read as a picture"),
-        (
-            [],
-            lambda run: (run / "images/000001-00.png").write_bytes(b"no"),
-            "000001-00.png cannot be read as a picture",
-        ),
-        ([], lambda run: (run / "results.jsonl").write_text(""), "share no prompt"),
-        ([], lambda run: (run / "results.jsonl").write_text("3\n"), "line 1 is damaged (not an object)"),
-        ([], lambda run: edit(run, lambda row: row.pop("rewards")), "line 1 is damaged (rewards is None"),
-        ([], lambda run: edit(run, lambda row: row.update(file="../x.png")), "expected a path in the folder"),
-        ([], lambda run: edit(run, lambda row: row.update(rewards={"a": "1"})), "rewards.a is '1', expected a finite"),
-        ([], lambda run: edit(run, lambda row: row.update(rewards={"a": math.nan})), "rewards.a is nan"),
-        ([], lambda run: edit(run, lambda row: row.update(prompt_index=True)), "prompt_index is True"),
-        ([], lambda run: edit(run, lambda row: row.update(particle=2)), "particle is larger than image_index"),
-    ],
-)
-def test_compare_refuses_what_it_cannot_show_in_one_line(tmp_path, monkeypatch, capsys, words, damage, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.png").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
-    mine = (tmp_path / "mine.png").read_bytes()
-    one, other = save_run(tmp_path / "one", {"a": 1.0}), save_run(tmp_path / "other", {"a": 1.0})
-    write_config(one, "predict", {})
-    if damage is not None:
-        damage(other)
-    before = (one / "images/000000-00.png").read_bytes()
-    assert main(["compare", str(one), str(other), *words]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("svdd: error: ")
-    assert message in line
-    assert (one / "images/000000-00.png").read_bytes() == before
-    assert (tmp_path / "mine.png").read_bytes() == mine
 
 
 def test_a_missing_baseline_is_refused_before_sampling(predict, tmp_path, capsys):

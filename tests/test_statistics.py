@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from svdd import UserError
-from svdd.evaluation.baseline import against, over_optimised, paired, verdict
+from svdd.evaluation.baseline import against, independent, over_optimised, paired, verdict
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import CMMD, Diversity, RewardStatistics
 from svdd.evaluation.metrics.intervals import clustered as in_clusters
@@ -495,24 +495,48 @@ def edit(folder, change) -> None:
 
 
 def test_particles_are_compared_by_weight(tmp_path):
-    """Two particles of one image, scores -0.5 and 0.5 around 3; the heavier one has 0.9."""
+    """Two particles of one image, scores -0.5 and 0.5 around 3, with the heavier one at 0.9, against one of -0.5."""
     plain = write_run(tmp_path / "plain", {"a": [0.0] * 3})
     run = write_run(tmp_path / "run", {"a": [3.0] * 3})
     edit(run, lambda row: row.update(particle=row["image_index"], particle_weight=(0.1, 0.9)[row["image_index"]]))
     found = against(run, plain)["a"]
-    assert found["difference"] == pytest.approx(3 + 0.9 * 0.5 - 0.1 * 0.5)
+    assert found["difference"] == pytest.approx(3 + 0.9 * 0.5 - 0.1 * 0.5 + 0.5)
     assert against(plain, run)["a"]["difference"] == pytest.approx(-found["difference"])
 
 
-def test_unequal_numbers_of_images_are_tested_on_equal_ones(tmp_path):
-    """The mean of all images is reported; the test uses as many images of each prompt as both runs have."""
+def test_only_paired_images_are_compared(tmp_path):
+    """The baseline has two images of each prompt, of -0.5 and 0.5; the run has the first one alone."""
     plain = write_run(tmp_path / "plain", {"a": [0.0] * 6})
     run = write_run(tmp_path / "run", {"a": [0.1 * k for k in range(6)]})
     lines = (run / "results.jsonl").read_text().splitlines()
-    (run / "results.jsonl").write_text("\n".join(lines[::2]))  # only the image of -0.5
+    (run / "results.jsonl").write_text("\n".join(lines[::2]))
     found = against(run, plain)["a"]
-    assert found["difference"] == pytest.approx(0.25 - 0.5)
+    assert found["difference"] == pytest.approx(0.25)
     assert found["p_value"] == p_value([0.1 * k for k in range(6)])
+    apart = against(run, plain, unpaired=True)["a"]
+    assert apart["difference"] == pytest.approx(0.25 - 0.5)  # the means of all images of each prompt
+    assert apart["p_value"] == found["p_value"]  # as many images of each prompt as both have
+    assert apart["standard_error"] == pytest.approx(found["standard_error"])
+    (plain / "summary.json").write_text("{}")
+    (run / "summary.json").write_text('{"prompts": 6}')
+    with pytest.raises(
+        UserError, match=r"run has fewer images than .*plain of 6 prompts, 'prompt 0', 'prompt 1', 'pro"
+    ):
+        against(plain, run)
+
+
+def test_welchs_interval_by_hand():
+    """Means 2 and 4 over 3 and 4 prompts; 4.9 degrees of freedom are rounded down to 4."""
+    one, other = [1.0, 2.0, 3.0], [2.0, 3.0, 4.0, 7.0]
+    variance = 1 / 3 + np.var(other, ddof=1) / 4
+    freedom = variance**2 / ((1 / 3) ** 2 / 2 + (np.var(other, ddof=1) / 4) ** 2 / 3)
+    assert 4 < freedom < 5
+    found = independent(one, other)
+    assert found["standard_error"] == pytest.approx(variance**0.5)
+    assert found["ci95_high"] == pytest.approx(-2 + 2.776445 * variance**0.5, rel=1e-5)  # t with 4 degrees of freedom
+    assert found["difference"] == pytest.approx(-2)
+    assert 0.05 < found["p_value"] < 1
+    assert math.isnan(independent([1.0], other)["ci95_low"])
 
 
 def test_only_rewards_of_all_images_are_compared(tmp_path):
@@ -526,7 +550,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     one = write_run(tmp_path / "one", {"a": [1.0, 2.0]})
     with pytest.raises(UserError, match="measured no reward in common"):
         against(one, write_run(tmp_path / "other", {"b": [1.0, 2.0]}))
-    with pytest.raises(UserError, match=r"prompt 0 is 'prompt 0' in .* and 'another' in"):
+    with pytest.raises(UserError, match=r"share no prompt: 'prompt 0', 'prompt 1' in one, 'another' in the other"):
         against(one, write_run(tmp_path / "texts", {"a": [1.0, 2.0]}, text="another"))
     with pytest.raises(UserError, match=r"holds no results\.jsonl"):
         against(one, tmp_path)

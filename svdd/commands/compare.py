@@ -1,28 +1,38 @@
-"""`svdd compare`: images and rewards of several runs with the same prompts, in one picture."""
+"""`svdd compare`: a table of runs with differences to one of them, and a picture of their images."""
 
 import argparse
-import io
 import os
-import warnings
 from contextlib import suppress
 from pathlib import Path
-from statistics import fmean
 from typing import NoReturn
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import numpy as np
 
-from svdd import UserError, printable, say
-from svdd.evaluation.images import RunImage, read_images
+from svdd import UserError, say
+from svdd.evaluation.comparison import comparison_table, differing_settings, distinct_names
+from svdd.evaluation.pairing import incomparable, mismatches, pair, require_pairs, same_prompts
+from svdd.evaluation.rendering import render
+from svdd.evaluation.sides import Positions, Side, read_side
 from svdd.runs.config import read_config
-from svdd.runs.files import regular_only, write_atomically
-from svdd.runs.pictures import pixels_of
+from svdd.runs.files import write_atomically
 
 __all__ = ["compare"]
 
-_MARGIN, _LINE, _LEAST_TILE, _LEAST_CELL = 12, 18, 128, 190
-_INK, _FAINT = (20, 20, 20), (110, 110, 110)
-_SOFTWARE = "svdd compare"  # the text chunk of that name marks its own files
-_MOST_PIXELS, _MOST_LETTERS = 2**27, 200
+_DESCRIPTION = """\
+Compares runs: what differs between their settings, then a row for each run with the mean of every reward, its standard
+error over prompts, and the difference to the baseline. Images are paired by prompt, image index and random seed; runs
+of other prompts, seeds, steps or models are refused, unless --unpaired. A run that is still being drawn is compared on
+the images that it has."""
+_ADVICE = "draw both with the same settings, or compare without pairs by --unpaired true"
+_SUBSET = "draw both from the same prompts, or compare only the images that all runs have by --shared true"
+_HELP = {
+    "baseline": "the run with which the others are compared, one of RUN (default: the first)",
+    "unpaired": "compare all images without pairs, also of other prompts, seeds, steps or models",
+    "shared": "leave out images that only some of the runs have",
+    "format": "form of the table; all but `text` leave everything else to stderr (default: text)",
+    "output": "also draw a picture: a PNG file with one row per run and one column per image, wrapped after 8",
+    "limit": "at most this many images in the picture (default: 8)",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,109 +40,145 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `svdd compare --help` lists all settings")
 
 
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="svdd compare", description=_DESCRIPTION)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help=_HELP["baseline"])
+    for name in ("unpaired", "shared"):
+        parser.add_argument(f"--{name}", type=_flag, default=False, metavar="true|false", help=_HELP[name])
+    parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text", help=_HELP["format"])
+    parser.add_argument("--output", type=Path, metavar="FILE.png", help=_HELP["output"])
+    parser.add_argument("--limit", type=int, default=8, help=_HELP["limit"])
+    flags = ("--unpaired", "--shared")  # alone they mean true
+    ends = [*words[1:], ""]
+    alone = [word in flags and end not in ("true", "false") for word, end in zip(words, ends, strict=True)]
+    return parser.parse_args([f"{word}=true" if lone else word for word, lone in zip(words, alone, strict=True)])
+
+
 def compare(words: list[str]) -> None:
-    """Runs `svdd compare` with the command line after its name: a row per run, a column per image, a table of means.
+    """Runs `svdd compare` with the command line after its name.
 
     Raises:
-        UserError: If a folder holds no finished run or a damaged one, the runs share no image, or the output cannot be
-            written.
+        UserError: If a folder holds no run or a damaged one, runs cannot be paired, or the output cannot be written.
     """
-    parser = _Parser(prog="svdd compare", description="Runs of the same prompts in one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one row each")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="PNG file (default: compare.png)")
-    parser.add_argument("--limit", type=int, default=8, help="at most this many images (default: 8)")
-    options = parser.parse_args(words)
-    output: Path = options.output
+    options = _parse(words)
+    output: Path | None = options.output
     if options.limit < 1:
         raise UserError(f"--limit must be >= 1, got {options.limit}")
-    if output.suffix.lower() != ".png" or os.path.isdir(output):
-        raise UserError(f"--output must be a file whose name ends in .png, got {output}")
-    _check_output(output)
-    tables = [read_images(run) for run in options.runs]
-    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    if output is not None:
+        _check_output(output)
+    runs, base = _runs(options)
+    sides = [read_side(run, name) for run, name in zip(runs, distinct_names(runs), strict=True)]
+    others = [side for side in sides if side is not sides[base]]
+    quiet = options.format != "text"
+    headers, rows = differing_settings(sides)
+    if rows:
+        say(render(headers, rows, "text"), error=quiet)
+    positions: list[Positions] | None = None
+    if options.unpaired:
+        notes = [found for other in others for found in mismatches(sides[base], other)]
+    else:
+        notes = _require(sides[base], others, options.shared)
+        positions = pair(sides)
+        if not len(positions[0]):
+            raise UserError(f"the runs {', '.join(side.name for side in sides)} share no image; {_ADVICE}")
+    for other in others:
+        for name in sorted(incomparable(sides[base], other)):
+            what = f"{name} was measured with other weights or settings in {other.name} than in {sides[base].name}"
+            notes.append(f"{what}: no difference")
+    headers, rows = comparison_table(sides, base, positions, options.format)
+    say(_heading(sides, base, positions, notes), error=quiet)
+    say(render(headers, rows, options.format).rstrip("\n"))
+    if output is not None:
+        _draw(output, options.limit, runs, sides, positions)
+        say(f"wrote {output}", error=quiet)
+
+
+def _runs(options: argparse.Namespace) -> tuple[list[Path], int]:
+    """Returns the distinct runs and the position of the baseline, which joins them if it is none of them."""
+    runs: list[Path] = options.runs
+    places = [os.path.realpath(run) for run in runs]
+    if len({*places}) < len(places):
+        twice = next(run for run, place in zip(runs, places, strict=True) if places.count(place) > 1)
+        raise UserError(f"{twice} is given twice; give each run once")
+    if options.baseline is None:
+        return runs, 0
+    if (place := os.path.realpath(options.baseline)) not in places:
+        return [options.baseline, *runs], 0
+    return runs, places.index(place)
+
+
+def _require(base: Side, others: list[Side], shared: bool) -> list[str]:
+    """Returns why some images are left out; a UserError if the runs cannot be paired."""
     if not shared:
-        raise UserError(
-            f"the runs {', '.join(map(str, options.runs))} share no prompt; compare runs of the same prompts"
-        )
-    rows = [(run, [table[key] for key in shared]) for run, table in zip(options.runs, tables, strict=True)]
-    rewards = list(dict.fromkeys(name for _, images in rows for image in images for name in image.rewards))
-    if os.path.abspath(output) in {os.path.abspath(run / image.file) for run, images in rows for image in images}:
-        raise UserError(f"--output {output} is an image of a run; choose another file")
-    canvas = _draw([(run, images[: options.limit]) for run, images in rows], rewards)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, canvas)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {output}: {reason}; choose another --output") from error
-    say(f"means over {len(shared)} images")
-    say(
-        "".join(
-            f"{name:>24}" for name in ("run", *map(_one_line, rewards), "denoiser rows/image", "network rows/image")
-        )
-    )
-    for run, images in rows:
-        means = "".join(_mean([image.rewards.get(reward) for image in images], ".4f") for reward in rewards)
-        counts = ([image.denoiser_rows for image in images], [image.network_rows for image in images])
-        say(f"{_one_line(run.name):>24}{means}{''.join(_mean(each, '.0f') for each in counts)}")
-    say(f"wrote {output}")
+        return require_pairs([base, *others], _ADVICE, _SUBSET)
+    for other in others:
+        if found := mismatches(base, other):
+            raise UserError(f"{'; '.join(found)}; {_ADVICE}")
+    return []
+
+
+def _heading(sides: list[Side], base: int, positions: list[Positions] | None, notes: list[str]) -> str:
+    """Returns what the numbers of the table are."""
+    lines, compared = [], len(sides) - 1
+    if positions is None:
+        lines.append(f"means over all images of each run{''.join(f'; {note}' for note in notes)}")
+        others = [side for k, side in enumerate(sides) if k != base]
+        same = {same_prompts(side.texts, sides[base].texts) for side in others}
+        ways = {True: "means of each prompt, by Student's t over prompts", False: "means of all, by Welch's t"}
+        how = f"no pairs of images; {'; or, of other prompts, '.join(ways[each] for each in sorted(same)[::-1])}"
+    else:
+        texts = [np.unique(side.texts[at]) for side, at in zip(sides, positions, strict=True)]
+        everything = len(np.unique(np.concatenate([side.texts for side in sides])))
+        of = f" of {everything}" if everything > len(texts[0]) else ""
+        why = "".join(f"; {note}" for note in notes)
+        lines.append(f"means over {len(positions[0])} images of {len(texts[0])}{of} prompts{why}")
+        how = "paired by prompt, image and seed, by Student's t over prompts"
+    lines.append("± standard error over prompts; denoiser rows, network rows and seconds per image")
+    if compared:
+        level = f"95 % intervals together for {compared} comparisons (Bonferroni)" if compared > 1 else "95 % intervals"
+        lines.append(f"differences to {sides[base].name}: {how}; {level}")
+    return "\n".join(lines)
 
 
 def _check_output(output: Path) -> None:
     """Refuses a file in an output folder of svdd, and one that exists and that `svdd compare` has not written."""
+    from svdd.evaluation.contact_sheet import is_contact_sheet  # needs torch, which takes seconds
+
+    if output.suffix.lower() != ".png" or os.path.isdir(output):
+        raise UserError(f"--output must be a file whose name ends in .png, got {output}")
     for folder in (Path(os.path.realpath(output.parent)), *Path(os.path.realpath(output.parent)).parents):
         with suppress(OSError):
             if read_config(folder) is not None:
                 raise UserError(f"--output {output} lies in the output folder {folder}; choose another --output")
-    if os.path.lexists(output):
-        software = None
-        damages = OSError, ValueError, SyntaxError, Image.DecompressionBombError
-        with suppress(*damages), warnings.catch_warnings(), open(output, "rb", opener=regular_only) as file:
-            warnings.simplefilter("ignore")  # about a large picture
-            software = Image.open(file, formats=["PNG"]).info.get("Software")
-        if software != _SOFTWARE:
-            raise UserError(f"{output} exists and was not written by `svdd compare`; choose another --output")
+    if os.path.lexists(output) and not is_contact_sheet(output):
+        raise UserError(f"{output} exists and was not written by `svdd compare`; choose another --output")
 
 
-def _draw(rows: list[tuple[Path, list[RunImage]]], rewards: list[str]) -> bytes:
-    """Returns a PNG file with a row for each run and a column for each image."""
-    columns = len(rows[0][1])
-    first = pixels_of(rows[0][0], rows[0][1][0].file)
-    zoom = max(1, -(-_LEAST_TILE // first.shape[1]))
-    width, height = first.shape[1] * zoom, first.shape[0] * zoom
-    across, down = max(width, _LEAST_CELL) + _MARGIN, height + _LINE * (len(rewards) + 1) + _MARGIN
-    size = (across * columns + _MARGIN, down * len(rows) + 2 * _LINE + _MARGIN)
-    if size[0] * size[1] > _MOST_PIXELS:
-        raise UserError(f"the picture would have {size[0]} x {size[1]} pixels; choose a smaller --limit, or fewer runs")
-    canvas, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
-    pen = ImageDraw.Draw(canvas)
-    for column in range(columns):
-        x, prompt = _MARGIN + column * across, _one_line(rows[0][1][column].prompt)[:_MOST_LETTERS]
-        while pen.textlength(prompt, font) > across - _MARGIN and len(prompt) > 4:
-            prompt = prompt[:-4] + "..."
-        pen.text((x, _MARGIN), prompt, _INK, font)
-        for line, (run, images) in enumerate(rows):
-            image, y = images[column], 2 * _LINE + line * down
-            picture = Image.fromarray(pixels_of(run, image.file))
-            canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y))
-            pen.text((x, y + height + 2), _one_line(run.name), _INK, font)
-            for k, reward in enumerate(rewards, 1):
-                score = image.rewards.get(reward)
-                label = f"{_one_line(reward)} {'-' if score is None else f'{score:.3f}'}"
-                pen.text((x, y + height + 2 + _LINE * k), label, _FAINT, font)
-    buffer = io.BytesIO()
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text("Software", _SOFTWARE)
-    canvas.save(buffer, "PNG", pnginfo=mark)
-    return buffer.getvalue()
+def _draw(output: Path, limit: int, runs: list[Path], sides: list[Side], positions: list[Positions] | None) -> None:
+    """Writes the picture: of paired runs the first pairs, of others the first images of each."""
+    from svdd.evaluation.contact_sheet import contact_sheet
 
-
-def _mean(numbers: list[float | None], form: str) -> str:
-    """Returns the mean as a cell of the table, "-" if a number is missing."""
-    known = [number for number in numbers if number is not None]
-    return f"{format(fmean(known), form) if len(known) == len(numbers) else '-':>24}"
-
-
-def _one_line(text: str) -> str:
-    """Returns text on one line, with control characters escaped."""
-    return " ".join(printable(text).split())
+    count = min([limit, *(len(side.keys) for side in sides)])
+    places = [np.arange(count)] * len(sides) if positions is None else [each[:limit] for each in positions]
+    images = [[image for _, image in side.shown(at)] for side, at in zip(sides, places, strict=True)]
+    same = all(len({image.prompt for image in column}) == 1 for column in zip(*images, strict=True))
+    rows = {side.name: (run, shown) for side, run, shown in zip(sides, runs, images, strict=True)}
+    if os.path.abspath(output) in {
+        os.path.abspath(run / image.file) for run, shown in rows.values() for image in shown
+    }:
+        raise UserError(f"--output {output} is an image of a run; choose another file")
+    rewards = list(dict.fromkeys(name for side in sides for name in side.rewards))
+    picture = contact_sheet(rows, rewards, same)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, picture)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {output}: {reason}; choose another --output") from error

@@ -57,8 +57,8 @@ class PredictCLI(ModelCLI):
             warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             images = len(prompts.dataset) * self.settings.model.images_per_prompt
-            self.evaluation.check(images, prompts.dataset)
             plain = self.resolved()
+            self.evaluation.check(images, prompts.dataset, plain)
             plain["data"]["prompts_sha256"] = prompts.dataset.digest
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
             self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
@@ -80,7 +80,8 @@ class PredictCLI(ModelCLI):
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
-        self.evaluation.check_rewards(self.model.rewards)
+        if self.evaluation.baseline is not None:
+            self.evaluation.check_model(self.model.rewards, self.model.fingerprints())
         if self.trainer.is_global_zero and self.model.budget is not None:
             chosen = self.model.chosen
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
@@ -116,7 +117,7 @@ class PredictCLI(ModelCLI):
         folder, baseline = self.writer.folder, self.evaluation.baseline
         found = self.evaluation.measure(find_pictures(folder.path), self.trainer.strategy.root_device)
         if baseline is not None:
-            comparison = against(folder.path, baseline)
+            comparison = against(folder.path, baseline, self.evaluation.unpaired)
             better = {name: reward.higher_is_better for name, reward in self.model.rewards.items()}
             fallen = over_optimised(comparison, summary["guide"], better)
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}

@@ -44,7 +44,7 @@ def score_parser() -> Parser:
     parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
     parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
     parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
-    parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size"})
+    parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size", "unpaired"})
     return parser
 
 

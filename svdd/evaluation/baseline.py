@@ -5,80 +5,158 @@ the guide rises (Gao et al., 2022, arXiv 2210.10760).
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from svdd import UserError
-from svdd.evaluation.images import RunImage, read_images
-from svdd.evaluation.metrics.intervals import standard_error, t_interval
+from svdd.evaluation.metrics.intervals import standard_error, t_interval, t_probability, t_quantile
+from svdd.evaluation.pairing import incomparable, pair, require_pairs, same_prompts
+from svdd.evaluation.sides import Positions, Side, read_side
 from svdd.evaluation.sign_flips import p_value
 
-__all__ = ["against", "by_prompt", "difference_words", "over_optimised", "paired", "shared_prompts", "verdict"]
+__all__ = [
+    "UNPAIRED",
+    "against",
+    "compare",
+    "difference_words",
+    "independent",
+    "over_optimised",
+    "paired",
+    "prompt_means",
+    "verdict",
+]
 
+UNPAIRED = "draw the baseline with the same settings, or compare without pairs by --evaluation.unpaired true"
 _FALSE_ALARMS = 0.05  # of all held-out rewards together, two-sided
 
 Comparison = Mapping[str, Mapping[str, float]]
 
 
-def against(run: Path, baseline: Path) -> dict[str, dict[str, float]]:
-    """Returns `paired` of each reward that all images of both runs have; the images of a prompt are averaged.
+def against(run: Path, baseline: Path, unpaired: bool = False) -> dict[str, dict[str, float]]:
+    """Returns the difference of each reward that both runs have for all images: see `compare`.
 
-    The weights of particles apply within their image. If the runs have unequal numbers of images of a prompt, only the
-    first ones of the longer run are tested, so that both means vary alike.
+    The weights of particles apply within their image. The baseline may have more images than the run.
+
+    Args:
+        run: The run; it may lack prompts that failed.
+        baseline: The run with which it is compared.
+        unpaired: Compare all images of both runs without pairs.
 
     Raises:
-        UserError: If the runs share no prompt, have different texts for one index, or share no reward.
+        UserError: If the runs cannot be paired (see `require_pairs`), or share no reward.
     """
-    ours, plain = by_prompt(run), by_prompt(baseline)
-    texts = [{index: images[0].prompt for index, images in side.items()} for side in (ours, plain)]
-    shared = shared_prompts(run, texts[0], baseline, texts[1])
-    pairs = [(ours[index], plain[index]) for index in shared]
-    images = [image for pair in pairs for side in pair for image in side]
-    names = [name for name in images[0].rewards if all(name in image.rewards for image in images)]
-    if not names:
+    ours, plain = read_side(run), read_side(baseline)
+    if not unpaired:
+        require_pairs([ours, plain], UNPAIRED)
+    found = compare(plain, [ours], None if unpaired else pair([plain, ours]), with_p_values=True)[0]
+    if not found:
         raise UserError(f"{run} and {baseline} measured no reward in common; add it to the baseline's eval_rewards")
-    even = [(one[: len(other)], other[: len(one)]) for one, other in pairs]
-    return {name: paired(_differences(pairs, name), _differences(even, name)) for name in names}
+    return found
 
 
-def shared_prompts(run: Path | str, ours: Mapping[int, str], baseline: Path, plain: Mapping[int, str]) -> list[int]:
-    """Returns the indices of the prompts that both have; a UserError if there are none, or one has two texts."""
-    shared = sorted(ours.keys() & plain.keys())
-    advice = "draw the baseline from the same prompts"
-    if not shared:
-        raise UserError(f"{run} and {baseline} share no prompt; {advice}")
-    for index in shared:
-        if ours[index] != plain[index]:
-            raise UserError(f"prompt {index} is {ours[index]!r} in {run} and {plain[index]!r} in {baseline}; {advice}")
-    return shared
+def compare(
+    plain: Side, others: Sequence[Side], positions: Sequence[Positions] | None, with_p_values: bool = False
+) -> list[dict[str, dict[str, float]]]:
+    """Returns the differences of each reward, for each of several runs compared with one.
+
+    The images of a prompt are averaged, and prompts count equally: `paired` of runs with the same prompts, else
+    `independent`. If runs have unequal numbers of images of a prompt, only the first ones of the longer run are tested,
+    so that both means vary alike.
+
+    Args:
+        plain: The run with which the others are compared.
+        others: The others; the intervals of all hold together with 95 %.
+        positions: The paired images of `plain` and of each other one; None compares all images without pairs.
+        with_p_values: Whether p-values are computed, which needs torch.
+    """
+    everything = [np.arange(len(side.keys)) for side in (plain, *others)]
+    chosen, found = everything if positions is None else positions, []
+    for other, places in zip(others, chosen[1:], strict=True):
+        entries = {}
+        texts = other.texts[places], plain.texts[chosen[0]]
+        together, even = same_prompts(*texts), _even(*texts) if with_p_values else ()
+        comparable = [name for name in other.rewards if name in plain.rewards]
+        for name in sorted({*comparable} - incomparable(plain, other), key=comparable.index):
+            scores = other.rewards[name][places], plain.rewards[name][chosen[0]]
+            if any(np.isnan(each).any() for each in scores):
+                continue
+            ours, theirs = map(prompt_means, texts, scores)
+            if not together:
+                entries[name] = independent(ours.tolist(), theirs.tolist(), len(others))
+                continue
+            tested = None
+            if even:
+                one, two = (prompt_means(t[at], s[at]) for t, s, at in zip(texts, scores, even, strict=True))
+                tested = (one - two).tolist()
+            entries[name] = paired((ours - theirs).tolist(), tested, len(others), with_p_values)
+        found.append(entries)
+    return found
 
 
-def by_prompt(run: Path) -> dict[int, list[RunImage]]:
-    """Returns the images of a finished run, by the index of their prompt."""
-    images = defaultdict(list)
-    for (prompt, _), image in read_images(run).items():
-        images[prompt].append(image)
-    return images
+def prompt_means(texts: npt.NDArray[np.bytes_], scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Returns the mean score of each distinct prompt, in an order that depends on the prompts alone."""
+    _, group = np.unique(texts, return_inverse=True)
+    return np.bincount(group, scores) / np.bincount(group)
+
+
+def _even(*texts: npt.NDArray[np.bytes_]) -> list[Positions]:
+    """Returns positions of as many images of each prompt on either side as both have, the first ones."""
+    known = reduce(np.intersect1d, texts)
+    least = np.min([np.unique(each[np.isin(each, known)], return_counts=True)[1] for each in texts], axis=0)
+    found = []
+    for each in texts:
+        names, group = np.unique(each, return_inverse=True)
+        order = np.argsort(group, kind="stable")
+        rank = np.arange(len(order)) - np.searchsorted(group[order], np.arange(len(names)))[group[order]]
+        most = np.zeros(len(names), dtype=int)
+        most[np.isin(names, known)] = least
+        found.append(order[rank < most[group[order]]])
+    return found
 
 
 def paired(
-    differences: Sequence[float], tested: Sequence[float] | None = None, comparisons: int = 1
+    differences: Sequence[float],
+    tested: Sequence[float] | None = None,
+    comparisons: int = 1,
+    with_p_value: bool = True,
 ) -> dict[str, float]:
     """Returns the mean of the prompts' differences, its standard error, its interval by Student's t and a p-value.
 
     The intervals of all `comparisons` together hold with 95 % (Bonferroni: each has the level 1 - 0.05 / comparisons).
-    The p-value, which is not corrected, is that of `tested`, by default the same differences. With one prompt, error
-    and interval are NaN.
+    The p-value is that of `tested`, by default the same differences, and is not corrected; without `with_p_value` it is
+    NaN. With one prompt, error and interval are NaN.
     """
     count, mean = len(differences), math.fsum(differences) / len(differences)
     error = standard_error([[(difference, 1.0)] for difference in differences])
     low, high = t_interval(mean, error, count, 1 - 0.05 / comparisons)
-    p = p_value(differences if tested is None else tested)
+    p = p_value(differences if tested is None else tested) if with_p_value else math.nan
     ends = {"ci95_low": low, "ci95_high": high, "p_value": p}
     return {"difference": mean, "standard_error": error, **ends, "prompts": count}
+
+
+def independent(ours: Sequence[float], theirs: Sequence[float], comparisons: int = 1) -> dict[str, float]:
+    """Returns what `paired` does, by Welch's t test of two independent sets of prompts' means.
+
+    Source: Welch, The generalization of Student's problem when several different population variances are involved,
+    1947. Degrees of freedom are rounded down.
+    """
+    errors = [standard_error([[(score, 1.0)] for score in side]) for side in (ours, theirs)]
+    difference, error = fmean(ours) - fmean(theirs), math.hypot(*errors)
+    low = high = p = math.nan
+    if error == error:  # both sides have two prompts
+        parts = [each**4 / (len(side) - 1) for each, side in zip(errors, (ours, theirs), strict=True)]
+        freedom = int(error**4 / sum(parts) + 1e-9) if sum(parts) else len(ours) + len(theirs) - 2
+        half = t_quantile(1 - 0.05 / comparisons, freedom) * error
+        low, high = difference - half, difference + half
+        p = t_probability(difference / error, freedom) if error else float(difference == 0)
+    ends = {"ci95_low": low, "ci95_high": high, "p_value": p}
+    return {"difference": difference, "standard_error": error, **ends, "prompts": min(len(ours), len(theirs))}
 
 
 def over_optimised(comparison: Comparison, guide: str, higher_is_better: Mapping[str, bool]) -> list[str] | None:
@@ -125,10 +203,6 @@ def difference_words(entry: Mapping[str, Any]) -> str:
     """Returns a difference and its interval as text; without an interval, the difference alone."""
     interval = " [{ci95_low:+.3g}, {ci95_high:+.3g}]" if math.isfinite(entry["standard_error"]) else ""
     return ("{difference:+.3g}" + interval).format_map(entry)
-
-
-def _differences(pairs: Sequence[tuple[list[RunImage], list[RunImage]]], name: str) -> list[float]:
-    return [fmean(image.rewards[name] for image in a) - fmean(image.rewards[name] for image in b) for a, b in pairs]
 
 
 def _prompts(comparison: Comparison) -> int:

@@ -3,16 +3,22 @@
 import random
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from svdd import UserError, require_at_least
-from svdd.evaluation.baseline import by_prompt, shared_prompts
-from svdd.evaluation.metrics import CMMD, Diversity
+from svdd.evaluation.baseline import UNPAIRED
+from svdd.evaluation.images import RunImage
+from svdd.evaluation.metrics.distances import CMMD
+from svdd.evaluation.metrics.diversity import Diversity
+from svdd.evaluation.pairing import incomparable, other_model, require_pairs
+from svdd.evaluation.sides import Images, Side, read_side
 from svdd.rewards.clip import CLIPScore
 from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
@@ -33,13 +39,16 @@ class Evaluation:
     Args:
         features: The CLIP whose features diversity and CMMD compare: `emoji`, `emoji-judge`, a folder or a hub name.
             By default neither is measured.
-        baseline: Folder of an unguided run of the same prompts. Rewards are compared with it, prompt by prompt, with a
-            warning if a held-out reward fell while the guide rose.
+        baseline: Folder of an unguided run of the same prompts, seeds, steps and model, which may have more of them.
+            Rewards are compared with it, prompt by prompt, with a warning if a held-out reward fell while the guide
+            rose.
         reference: Pictures to which distances are measured: a folder or a run; by default the baseline's.
         distances: Any of `cmmd` (needs `features`), `kid` and `fid`.
         distance_features: What KID and FID compare: `inception` (needs `pip install 'svdd[fid]'`) or `clip`, which is
             `features`.
         batch_size: Pictures at once.
+        unpaired: Compare with a baseline of other prompts, seeds, steps or another model: the mean of each prompt, or
+            if it has other prompts, the mean of all.
 
     Raises:
         ValueError: If settings are missing or contradict each other.
@@ -53,6 +62,7 @@ class Evaluation:
         distances: list[Distance] | None = None,
         distance_features: Literal["inception", "clip"] = "inception",
         batch_size: int = 64,
+        unpaired: bool = False,
     ) -> None:
         require_at_least(1, batch_size=batch_size)
         if distances and reference is None and baseline is None:
@@ -63,30 +73,34 @@ class Evaluation:
         self.baseline = None if baseline is None else Path(baseline).expanduser()
         self.reference = self.baseline if reference is None else Path(reference).expanduser()
         self.distances = list(distances or [])
-        self._known: set[str] = set()  # rewards of the baseline
+        self.unpaired = unpaired
+        self._drawn: Side | None = None  # the baseline
+        self._planned: Side | None = None  # this run
 
-    def check(self, num_images: int, prompts: PromptDataset | None = None) -> None:
+    def check(
+        self, num_images: int, prompts: PromptDataset | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         """Checks folders, packages and weights before the first picture; warns if the baseline is a guided run.
 
         Args:
             num_images: How many images will be measured.
-            prompts: Their prompts, for comparison with those of the baseline.
+            prompts: Their prompts, for pairs with the images of the baseline.
+            config: The configuration of `svdd predict` with which they will be drawn.
 
         Raises:
-            UserError: If something is missing or damaged, the baseline has other prompts, or a distance has fewer
-                pictures than it needs.
+            UserError: If something is missing or damaged, the baseline cannot be paired with the images, or a distance
+                has fewer pictures than it needs.
         """
         if self.baseline is not None:
             folder = RunFolder(self.baseline)
             if not folder.has_rows():
                 raise UserError(f"evaluation.baseline={str(self.baseline)!r} is no run: it has no result rows")
-            drawn = by_prompt(self.baseline)
-            if prompts is not None:
-                texts = {index: prompts[index].text for index in drawn if index < len(prompts)}
-                shared_prompts(
-                    "this run", texts, self.baseline, {index: each[0].prompt for index, each in drawn.items()}
-                )
-            self._known = {name for each in drawn.values() for image in each for name in image.rewards}
+            self._drawn = read_side(self.baseline)
+            if prompts is not None and config is not None:
+                self._planned = _planned(prompts, config)
+                if not self.unpaired:
+                    for note in require_pairs([self._planned, self._drawn], UNPAIRED):
+                        warnings.warn(f"rewards will be compared on a part of the prompts: {note}", stacklevel=2)
             if (sampler := folder.sampler()) != "Unguided":
                 warnings.warn(
                     f"{self.baseline} is a run guided by {sampler}, so a gain over it is not the gain of guidance; "
@@ -107,11 +121,28 @@ class Evaluation:
                 for _, images in read_pictures(reference[:1], 1):  # shows whether features and pictures fit
                     metric.update(clip.image_features(images) if clip and name == "cmmd" else images, real=True)
 
-    def check_rewards(self, names: Collection[str]) -> None:
-        """Raises a UserError if the baseline, which `check` has read, measured none of these rewards."""
-        if self.baseline is not None and not self._known & set(names):
-            what = f"{self.baseline} measured {', '.join(sorted(self._known)) or 'no reward'}, not {', '.join(names)}"
-            raise UserError(f"{what}; measure one of them there, or add one of those to model.eval_rewards")
+    def check_model(self, rewards: Collection[str], fingerprints: Mapping[str, str]) -> None:
+        """Checks the loaded model against the baseline, which `check` has read.
+
+        Raises:
+            UserError: If the baseline has none of these rewards, or another model's weights.
+        """
+        if self._drawn is None or self._planned is None:
+            return
+        loaded = replace(self._planned, parts=fingerprints, rewards={name: np.empty(0) for name in rewards})
+        others = incomparable(loaded, self._drawn)
+        if not self._drawn.rewards.keys() & set(rewards) - others:
+            known = ", ".join(sorted(self._drawn.rewards.keys() - others)) or "no reward"
+            what = f"{self.baseline} measured {known}, not {', '.join(rewards)}"
+            with_others = " with these weights and settings" if others else ""
+            raise UserError(
+                f"{what}{with_others}; measure one of them there, or add one of those to model.eval_rewards"
+            )
+        for name in sorted(others):
+            what = f"{name} was measured with other weights or settings in {self.baseline}"
+            warnings.warn(f"{what}, and is not compared with it", stacklevel=2)
+        if not self.unpaired and (changed := other_model(loaded, self._drawn)):
+            raise UserError(f"{changed}; {UNPAIRED}")
 
     @torch.inference_mode()
     def measure(self, pictures: Sequence[Picture], device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -183,6 +214,18 @@ class Evaluation:
             return KernelInceptionDistance(subset_size=subset_size, **options)
         except ModuleNotFoundError as error:
             raise UserError(f"{name} on Inception features needs torch-fidelity: pip install 'svdd[fid]'") from error
+
+
+def _planned(prompts: PromptDataset, config: Mapping[str, Any]) -> Side:
+    """Returns the images that a run will draw."""
+    seed, count = config["model"]["seed"], config["model"]["images_per_prompt"]
+
+    def images() -> Images:
+        for k in range(len(prompts)):
+            for index, image_seed in enumerate(prompts[k].image_seeds(seed, count)):
+                yield index, RunImage(prompts[k].text, "", {}, seed=image_seed)
+
+    return Side.of("this run", images, config)
 
 
 class _Features(nn.Module):

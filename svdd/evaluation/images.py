@@ -1,13 +1,15 @@
-"""The images of a finished run as statistics see them: one entry each, also where a sampler returned all particles."""
+"""The images of a run as statistics see them: one entry each, also where a sampler returned all particles."""
 
-from collections import defaultdict
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from svdd.evaluation.metrics.intervals import mean_of
 from svdd.runs.folder import RunFolder
+from svdd.runs.rows import ResultRow
 
-__all__ = ["RunImage", "read_images"]
+__all__ = ["RunImage", "read_images", "stream_images"]
 
 
 class RunImage(NamedTuple):
@@ -35,29 +37,36 @@ class _Row(NamedTuple):
 def read_images(run: Path) -> dict[tuple[int, int], RunImage]:
     """Returns the images of a run by prompt and image number, in order; raises a UserError if a row is damaged.
 
-    Of several rows about one picture, the last counts. An image has the rewards that all its particles have.
+    Of several images of one number, the last counts. An image has the rewards that all its particles have.
     """
-    rows: dict[tuple[int, int], dict[int, _Row]] = defaultdict(dict)
-    for row in RunFolder(run).rows(checked=True):
-        particle = row.get("particle", 0)
-        spent = row.get("ledger", {})
-        image = RunImage(
-            row["prompt"],
-            row["file"],
-            row["rewards"],
-            spent.get("denoiser_rows"),
-            spent.get("network_rows"),
-            spent.get("gradient_rows"),
-            spent.get("total_seconds"),
-            row.get("seed"),
-            row.get("path_kl_sample"),
-        )
-        first = row["image_index"] - particle
-        rows[row["prompt_index"], first][particle] = _Row(row.get("particle_weight", 1.0), image)
-    return {
-        (prompt, first // len(members)): _merged([*members.values()])
-        for (prompt, first), members in sorted(rows.items())
-    }
+    return dict(sorted(stream_images(run), key=lambda pair: pair[0]))
+
+
+def stream_images(run: Path) -> Iterator[tuple[tuple[int, int], RunImage]]:
+    """Yields what `read_images` returns, in the order of the rows, of which memory holds those of one image."""
+    rows = RunFolder(run).rows(checked=True)
+    for (prompt, first), members in groupby(rows, lambda row: (row["prompt_index"], _first_particle(row))):
+        particles = {row.get("particle", 0): _Row(row.get("particle_weight", 1.0), _image(row)) for row in members}
+        yield (prompt, first // len(particles)), _merged([*particles.values()])
+
+
+def _first_particle(row: ResultRow) -> int:
+    return row["image_index"] - row.get("particle", 0)
+
+
+def _image(row: ResultRow) -> RunImage:
+    spent = row.get("ledger", {})
+    return RunImage(
+        row["prompt"],
+        row["file"],
+        row["rewards"],
+        spent.get("denoiser_rows"),
+        spent.get("network_rows"),
+        spent.get("gradient_rows"),
+        spent.get("total_seconds"),
+        row.get("seed"),
+        row.get("path_kl_sample"),
+    )
 
 
 def _merged(particles: list[_Row]) -> RunImage:

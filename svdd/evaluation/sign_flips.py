@@ -8,8 +8,6 @@ by transformation, 1992.
 import math
 from collections.abc import Sequence
 
-import torch
-
 from svdd.evaluation.metrics.intervals import t_probability
 
 __all__ = ["p_value"]
@@ -33,6 +31,8 @@ def _sign_flips(differences: Sequence[float]) -> float:
     Each difference has a code; flip g changes its sign if the code and g have an odd number of bits in common. A
     Walsh-Hadamard transform returns the sums of all flips.
     """
+    import torch  # takes seconds, and only p-values need it
+
     count, bits = len(differences), min(len(differences), _BITS)
     codes = 2 ** torch.arange(count)
     if count > bits:

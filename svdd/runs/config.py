@@ -23,6 +23,7 @@ __all__ = [
     "Recorded",
     "about_batches",
     "differences",
+    "leaves",
     "plain",
     "read_config",
     "recorded_settings",
@@ -88,12 +89,17 @@ def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.P
     """
     if harmless is None:
         harmless = HARMLESS_IF_REPRODUCIBLE if recorded.get(ROWS_AT_ONCE) else HARMLESS
-    there, now = (dict(_leaves(yaml.safe_load(_dump(tree)))) for tree in (recorded, config))
+    there, now = (leaves(yaml.safe_load(_dump(tree))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
         for key in dict.fromkeys((*there, *now))
         if not harmless.fullmatch(key) and (key not in there or key not in now or there[key] != now[key])
     ]
+
+
+def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a configuration by dotted key, without `init_args` in the key."""
+    return dict(_leaves(config))
 
 
 def about_batches(changed: list[str]) -> str:

@@ -86,6 +86,10 @@ class RunFolder:
         """Returns the name of the run's sampler; a UserError if neither configuration nor summary states it."""
         return read_sampler(self.path)
 
+    def failed(self) -> set[str]:
+        """Returns the prompts that could not be drawn."""
+        return {str(entry.get("prompt")) for _, entry in self._failures.entries() if isinstance(entry, dict)}
+
     def finished(self) -> set[int]:
         """Returns the indices of the prompts whose images are all whole; only reads."""
         with os_errors_explained(self.path):

@@ -89,6 +89,8 @@ def row_fault(row: Any) -> str:
     for name in ("prompt", "file"):
         if not isinstance(row.get(name), str):
             return f"{name} is {row.get(name)!r:.40}, expected text"
+    if type(seed := row.get("seed", 0)) is not int or not 0 <= seed <= MAX_SEED:
+        return f"seed is {seed!r:.40}, expected an integer from 0 to 2^64 - 1"
     path = PurePosixPath(row["file"])
     if path.is_absolute() or ".." in path.parts:
         return f"file is {row['file']!r:.80}, expected a path in the folder"

@@ -1,7 +1,5 @@
 """Statistics as torchmetrics: exact over ranks, independent of the order of arrival."""
 
-from svdd.evaluation.metrics.distances import CMMD
-from svdd.evaluation.metrics.diversity import Diversity
-from svdd.evaluation.metrics.reward_statistics import RewardStatistics
+import lazy_loader
 
-__all__ = ["CMMD", "Diversity", "RewardStatistics"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
