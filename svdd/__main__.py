@@ -26,6 +26,8 @@ _COMMANDS = {  # name: module and function in svdd.commands
     "calibrate": "calibrate:CalibrateCLI",
     "score": "score:score",
     "compare": "compare:compare",
+    "report": "report:report",
+    "gallery": "report:gallery",
     "list": "registry:show",
 }
 _HELP = """\
@@ -46,6 +48,10 @@ commands:
              svdd score --reward CLIPScore --images runs/first
   compare    compare runs in a table with paired differences, and in a picture:
              svdd compare runs/unguided runs/svdd --output compare.png
+  report     write runs as one HTML page: pictures, rewards, traces, settings:
+             svdd report runs/unguided runs/svdd --output report.html
+  gallery    write that page into a run's folder and open it in the browser:
+             svdd gallery runs/first
   list       show every sampler, value, reward and diffusion that can be selected by name
 
 options:

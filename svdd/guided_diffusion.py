@@ -20,7 +20,7 @@ from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
 from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.samplers.budget import Uncountable, count, current_count, fit_budget
+from svdd.samplers.budget import Cost, Uncountable, count, current_count, fit_budget
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 from svdd.state.start import Start
@@ -94,9 +94,10 @@ class GuidedDiffusion(L.LightningModule):
         if budget is not None:
             self.sampler = fit_budget(self.sampler, budget, self.diffusion, self.value)
             self.sampler.check(self.diffusion, self.value)
+        self.cost: Cost | None = None  # of a returned image; None if it cannot be counted
         self._costs_nothing = False  # the reproducible mode on a CPU
         with suppress(Uncountable):  # a mistake in a sampler shows here, before anything is drawn
-            cost = count(self.sampler, self.diffusion, self.value)
+            self.cost = cost = count(self.sampler, self.diffusion, self.value)
             often = 2 * cost.decoded_images >= cost.denoiser_rows  # small calls of the decoder are the cheaper ones
             self._costs_nothing = cost.together >= (_TOGETHER if often else _TOGETHER_UNDECODED)
         if not reward.higher_is_better:
@@ -108,6 +109,7 @@ class GuidedDiffusion(L.LightningModule):
         self.statistics = RunStatistics(best, STATISTICS, [each.name for each in fields(Ledger)])
         self.summary: dict[str, Any] = {}
         self.on_step: Callable[[int, float | None], None] | None = None
+        self.ledger: Ledger | None = None  # of the batch that is drawn, or was drawn last
 
     @property
     def rewards(self) -> dict[str, Reward]:
@@ -148,7 +150,7 @@ class GuidedDiffusion(L.LightningModule):
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
-            start.context.on_step = self.on_step
+            start.context.on_step, self.ledger = self.on_step, start.context.ledger
             with start.context.ledger.timed("total_seconds", self.diffusion.device):
                 final = self.sampler(start, self.value)
                 _ = final.images
@@ -157,13 +159,13 @@ class GuidedDiffusion(L.LightningModule):
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Prediction:
         """Draws and scores the batch and records its statistics; with `on_error: skip`, leaves out failing prompts."""
         skip = self.on_error == "skip"
-        prediction = predict_or_skip(self._predict, batch, is_device_failure) if skip else self._predict(batch)
+        prediction = predict_or_skip(self.predict, batch, is_device_failure) if skip else self.predict(batch)
         if prediction.rows:
             self.record(prediction.rows)
         return prediction
 
     @redrawn
-    def _predict(self, batch: list[Prompt]) -> Prediction:
+    def predict(self, batch: list[Prompt]) -> Prediction:
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
@@ -199,7 +201,7 @@ class GuidedDiffusion(L.LightningModule):
 
     def _score(self, reward: Reward, final: State) -> Tensor:
         groups = 1 if reward.one_call else final.num_images
-        return self.diffusion.chunker.map(reward.score, groups, final.images, final.prompts)
+        return self.diffusion.chunker.map(reward.score, groups, final.images, final.prompts, work=("reward", reward))
 
     def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""

@@ -102,6 +102,7 @@ BASE = {
     "calibrate": ["calibrate", *_MODEL, "--model.images_per_prompt", "8", *_PROMPTS, "--output", "out"],
     "score": ["score", "--reward", "Compressibility", "--images", "mine/pictures", "--device", "cpu"],
     "compare": ["compare", "mine/run"],
+    "report": ["report", "mine/run"],
     "list": ["list"],
 }
 
@@ -127,9 +128,10 @@ class Outcome(NamedTuple):
 
 def options(command: str) -> list[tuple[str, str]]:
     """Returns all options of a command, as the parser knows them, each with the words that must stand before it."""
-    if command in ("compare", "list"):
-        compared = [(f"--{name}", "") for name in ("output", "limit", "baseline", "format", "unpaired", "shared")]
-        return [("", "")] * 3 + (compared if command == "compare" else [])
+    if command in ("compare", "report", "list"):
+        shared = ("output", "limit", "baseline")
+        names = {"compare": (*shared, "format", "unpaired", "shared"), "report": (*shared, "embed")}.get(command, ())
+        return [("", "")] * 3 + [(f"--{name}", "") for name in names]
     parser, found = _parser(command), []
     for action in parser._actions:
         if not action.option_strings or action.dest in ("help", "print_config") or ".help" in action.option_strings[-1]:
@@ -288,12 +290,14 @@ USES = {  # a folder, and the commands that read it
     "run": [
         [*BASE["predict"][:-1], "theirs/run"],
         ["compare", "theirs/run", "mine/run", "--output", "out.png"],
+        ["report", "theirs/run"],
         ["score", "--reward", "Compressibility", "--images", "theirs/run", "--device", "cpu"],
         [*BASE["predict"], "--evaluation.baseline", "theirs/run"],
     ],
     "tar": [
         [*BASE["predict"][:-1], "theirs/tar", "--tar", "true"],
         ["compare", "theirs/tar", "mine/run", "--output", "out.png"],
+        ["report", "theirs/tar", "--embed"],
         ["score", "--reward", "Compressibility", "--images", "theirs/tar", "--device", "cpu"],
     ],
     "fit": [

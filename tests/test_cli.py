@@ -147,11 +147,12 @@ def test_a_folder_of_another_configuration_is_refused_unless_overwritten(predict
     assert (tmp_path / "run" / "results.jsonl").read_bytes() != results
 
 
-def test_an_edited_prompt_file_is_another_configuration(predict, capsys, prompts_file):
+def test_an_edited_prompt_file_is_another_run(predict, capsys, prompts_file):
     assert predict() == 0
     prompts_file.write_text("red apple\ngreen car\npanda\n")
     assert predict() == 2
-    assert "prompts_sha256" in capsys.readouterr().err
+    expected = "1 of the first 3 prompts differ (prompt 1: was 'blue car on a white background', now 'green car')"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

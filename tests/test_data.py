@@ -597,7 +597,7 @@ def test_files_as_they_are_found(write, name, content, expected):
         ("p.csv", "prompt" + ",x" * 200_000, "line 1: columns: 200001 is above the limit of 1000; leave out"),
         ("p.jsonl", json.dumps(dict.fromkeys(map(str, range(200_000)), 1)), "columns: 200000 is above"),
         ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 490 + "]" * 490 + "}", "depth of column 'x': 33 is above"),
-        ("p.jsonl", json.dumps({"prompt": "a", "x": "x" * 2**20}), "a prompt with its columns: 1048605 is above"),
+        ("p.jsonl", json.dumps({"prompt": "a", "x": "x" * 2**20}), "a prompt with its columns: 1048601 is above"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused(write, name, content, expected):

@@ -1,16 +1,41 @@
 """Runs that are read while they are drawn, and runs whose prompts grow."""
 
 import json
+import shlex
 
 import pytest
+import yaml
+from PIL import Image
 
+import svdd.runs.images
 from svdd import UserError
 from svdd.__main__ import main
+from svdd.commands.command_line import overwriting
+from svdd.commands.predict import PredictCLI
+from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
+from tests.faults.harness import Case
 from tests.memory import peak_bytes
 
+PROMPTS = ["red apple", "blue car", "panda", "owl"]
 PNG = b"\x89PNG, though no picture"
+
+
+@pytest.fixture
+def case(tmp_path):
+    case = Case(tmp_path / "it's one", ["red apple", "blue car"])
+    case.gate.touch()
+    return case
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of four prompts, with three images of each."""
+    case = Case(tmp_path_factory.mktemp("whole"), PROMPTS)
+    case.gate.touch()
+    assert case.run("--model.images_per_prompt", "3") == 0
+    return case.content()
 
 
 def row(prompt, image=0, score=0.5):
@@ -80,19 +105,187 @@ def test_merged_rows_are_read_in_constant_memory(tmp_path):
     assert read(4000) - read(1000) < 100_000
 
 
-def test_compare_and_score_work_on_a_killed_run(tmp_path, sd15, prompts_file, capsys):
+def test_commands_read_a_killed_run(case, tmp_path, capsys):
     """Also as a baseline: its rows are not merged, and it has no summary."""
-    words = ["predict", "--config", "quickstart", "--data.prompts", str(prompts_file), "--model.reward", "Brightness"]
-    words += ["--model.diffusion.pretrained", sd15, "--model.diffusion.num_inference_steps", "2"]
-    words += ["--model.sampler", "Unguided", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main([*words, "--output", str(killed)]) == 0
-    (killed / "results.jsonl").rename(killed / "results-00000.jsonl")
-    (killed / "summary.json").unlink()
-    assert main([*words, "--output", str(whole), "--evaluation.baseline", str(killed)]) == 0
-    picture = str(tmp_path / "both.png")
-    assert main(["compare", str(killed), str(whole), "--output", picture]) == 0
-    assert main(["score", "--images", str(killed), "--reward", "Brightness", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "Brightness - " in said
-    assert json.loads((whole / "summary.json").read_text())["baseline"]["rewards"]["Brightness"]["difference"] == 0
+    assert case.run("--model.sampler", "Unguided") == 0
+    (case.folder / "results.jsonl").rename(case.folder / "results-00000.jsonl")
+    (case.folder / "summary.json").unlink()
+    killed, whole, picture = str(case.folder), str(tmp_path / "whole"), str(tmp_path / "both.png")
+    words = ["--model.sampler", "Unguided", "--output", whole, "--evaluation.baseline", killed]
+    assert case.run(*words) == 0
+    assert main(["compare", killed, whole, "--output", picture]) == 0
+    assert main(["score", "--images", killed, "--reward", "Brightness", "--device", "cpu"]) == 0
+    assert "Brightness: mean " in capsys.readouterr().out
+    baseline = json.loads((tmp_path / "whole" / "summary.json").read_text())["baseline"]
+    assert {name: entry["difference"] for name, entry in baseline["rewards"].items()} == {"StubReward": 0}
+
+
+# --- prompts are appended ---
+
+
+def stamps(case):
+    return {path.name: path.stat().st_mtime_ns for path in case.folder.glob("images/**/*.png")}
+
+
+@pytest.mark.parametrize("grow", ["file", "limit", "list", "tar"])
+def test_appended_prompts_continue_the_folder(case, whole, monkeypatch, capsys, grow):
+    """They leave what a run of all prompts would have made; the first images stay where they are."""
+    monkeypatch.setattr(svdd.runs.images, "_IMAGES_PER_FOLDER", 6)  # the third prompt's images begin a subfolder
+    source = case.folder.parent / "prompts.txt"
+    options = ["--model.images_per_prompt", "3", *(["--tar"] if grow == "tar" else [])]
+    more = {"limit": ["--data.limit", "4"], "list": ["--data.prompts", json.dumps(PROMPTS)]}.get(grow, [])
+    fewer = {"limit": ["--data.limit", "2"], "list": ["--data.prompts", json.dumps(PROMPTS[:2])]}.get(grow, [])
+    if grow == "limit":
+        source.write_text("\n".join(PROMPTS))
+    assert case.run(*options, *fewer) == 0
+    config, before = (case.folder / "config.yaml").read_bytes(), stamps(case)
+    source.write_text("\n".join(PROMPTS) + "\n")
+    assert case.run(*options, *more) == 0
+    assert "2 prompts were appended to the 2 of" in capsys.readouterr().err
+    if grow == "list":  # a process is killed after it has recorded the prompts, and before it has drawn one
+        (case.folder / "config.yaml").write_bytes(config)
+        assert case.run(*options, *more) == 0
+    assert before.items() <= stamps(case).items()
+    assert [json.loads(line) for line in (case.folder / "prompts.jsonl").open()] == [{"prompt": p} for p in PROMPTS]
+    assert case.content() == whole
+    assert yaml.safe_load((case.folder / "config.yaml").read_text())["data"]["limit"] == (
+        4 if grow == "limit" else None
+    )
+    if grow != "tar":
+        names = {path.relative_to(case.folder).as_posix() for path in case.folder.glob("images/**/*.png")}
+        assert names == {f"images/{'0001/' * (p > 1)}{p:06d}-{k:02d}.png" for p in range(4) for k in range(3)}
+
+
+def test_other_edits_are_refused_with_what_differs(case, tmp_path, capsys):
+    """And the folder stays as it is."""
+    long = "a picture " * 30
+    (tmp_path / "p.jsonl").write_text("".join(
+        json.dumps(row) + "\n"
+        for row in [{"prompt": "a", "seed": 3, "source": "x"}, {"prompt": f"{long} one {long}"}, *[{"prompt": "b"}] * 8]
+    ))  # fmt: skip
+    words = ["--data.prompts", str(tmp_path / "p.jsonl"), "--trainer.limit_predict_batches", "1"]
+    assert case.run(*words) == 0
+    before = {path: path.read_bytes() for path in case.folder.rglob("*") if path.is_file()}
+
+    def refused(edit, *options):
+        text = (tmp_path / "p.jsonl").read_text()
+        (tmp_path / "p.jsonl").write_text(edit(text))
+        capsys.readouterr()
+        assert case.run(*words, *options) == 2
+        (tmp_path / "p.jsonl").write_text(text)
+        assert {path: path.read_bytes() for path in case.folder.rglob("*") if path.is_file()} == before
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    seed = refused(lambda text: text.replace('3, "source": "x"', '4, "negative_prompt": "dog"'))
+    assert "prompt 0: seed was 3, now 4, source was 'x', now none, negative_prompt was none, now 'dog'" in seed
+    inner = refused(lambda text: text.replace(" one ", " two ", 1), "--model.seed", "5")
+    assert "holds a run with other settings: model.seed was 0, now 5, and other prompts: 1 of the first 10" in inner
+    assert "prompt 1: was ... picture a picture  one a picture" in inner
+    assert "now ... picture a picture  two a picture" in inner
+    many = refused(lambda text: text.replace('"b"', '"c"'))
+    assert "8 of the first 10 prompts differ (prompt 2: was 'b', now 'c'; prompt 3: was 'b', now 'c'; prompt 4" in many
+    assert "; and 5 more); only new prompts at the end continue a run. Choose another --output, or remove" in many
+    assert "holds images of 1 more prompts than the 1 given" in refused(lambda text: text, "--data.limit", "1")
+    (case.folder / "prompts.jsonl").rename(tmp_path / "lost")
+    before.pop(case.folder / "prompts.jsonl")
+    assert "a run with unknown prompts, as its prompts.jsonl is missing" in refused(lambda text: text)
+
+
+def test_prompts_that_are_not_drawn_may_go(case, tmp_path):
+    prompts = json.dumps(["a", "b", "c", "d"])
+    words = ["--data.prompts", prompts, "--data.batch_size", "1"]
+    assert case.run(*words, "--trainer.limit_predict_batches", "2") == 0
+    assert case.run(*words, "--data.limit", "3") == 0
+    assert len((case.folder / "prompts.jsonl").read_text().splitlines()) == 3
+    assert [row["prompt"] for row in RunFolder(case.folder).rows()] == ["a", "b", "c"]
+
+
+def test_a_prompt_file_that_changes_while_the_run_starts_is_not_read_again(case, monkeypatch):
+    load = GuidedDiffusion.configure_model
+
+    def append(module):
+        load(module)
+        (case.folder.parent / "prompts.txt").write_text("another\n")
+
+    monkeypatch.setattr(GuidedDiffusion, "configure_model", append)
+    assert case.run() == 0
+    assert [row["prompt"] for row in RunFolder(case.folder).rows()] == ["red apple", "blue car"]
+
+
+def test_a_folder_of_an_earlier_version_is_refused_in_one_line(case, capsys):
+    assert case.run() == 0
+    config = yaml.safe_load((case.folder / "config.yaml").read_text())
+    config["data"]["prompts_sha256"], config["rows_at_once"] = "0" * 64, 20
+    text = "# svdd predict: the full resolved configuration\n" + yaml.safe_dump(config)
+    (case.folder / "config.yaml").write_text(text)
+    capsys.readouterr()
+    assert case.run() == 2
+    assert "was begun by an earlier version of svdd, which this one cannot continue" in capsys.readouterr().err
+    assert main(["predict", "--config", str(case.folder / "config.yaml")]) == 2
+    assert "remove rows_at_once, data.prompts_sha256 and overwrite from it" in capsys.readouterr().err
+
+
+# --- commands that svdd prints, and options without a value ---
+
+
+def test_the_printed_command_removes_the_old_run(case, capsys):
+    assert case.run("--overwrite", "false") == 0
+    assert case.run("--model.seed", "5", "--overwrite=false") == 2
+    said = capsys.readouterr().err
+    words = shlex.split(said.partition("remove the old run: ")[2])
+    assert words == ["svdd", *case.words("--model.seed", "5", "--overwrite")] or words[1:3] == ["-m", "svdd"]
+    assert main(words[words.index("predict") :]) == 0
+    assert [row["seed"] for row in RunFolder(case.folder).rows()] == [5, 6]
+    assert "overwrite" not in yaml.safe_load((case.folder / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize("words", [["--key.api_key", "abc"], ["--x", "hf_abcdefghijklmnop"], ["--x", "a\nb"]])
+def test_a_command_that_cannot_be_shown_is_not_printed(words):
+    assert overwriting(["predict", *words]) == "the same command with --overwrite"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--overwrite"], {"overwrite": True}),
+        (["--overwrite", "--tar", "--output", "x"], {"overwrite": True, "tar": True, "output": "x"}),
+        (["--overwrite", "false", "--tar=true"], {"overwrite": False, "tar": True}),
+        (["--config", "{overwrite: true, tar: false}"], {"overwrite": True, "tar": False}),
+        (["--trainer.deterministic", "--tar", "no"], {"trainer.deterministic": True, "tar": False}),
+    ],
+)
+def test_an_option_that_takes_true_may_stand_alone(words, expected, monkeypatch):
+    found = {}
+
+    def stop(command):
+        found.update({name: command.settings[name] for name in expected})
+        raise UserError("enough")
+
+    monkeypatch.setattr(PredictCLI, "before_instantiate_classes", stop)
+    assert main(["predict", "--config", "quickstart", "--trainer.accelerator", "cpu", *words]) == 2
+    assert found == expected
+
+
+@pytest.mark.parametrize("command", ["fit", "calibrate", "score"])
+def test_a_recorded_configuration_runs_as_it_is(command, sd15, tmp_path, prompts_file):
+    """And makes the same files."""
+    words = [] if command == "score" else ["--model.reward", "Brightness", "--model.diffusion.pretrained", sd15]
+    if command == "score":
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        words += ["--reward", "Brightness", "--images", str(tmp_path), "--device", "cpu"]
+    else:
+        words += ["--model.diffusion.num_inference_steps", "2", "--data.prompts", str(prompts_file)]
+        words += ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    if command == "fit":
+        words += ["--data.cache", str(tmp_path / "cache"), "--data.num_rollouts", "4", "--trainer.max_epochs", "1"]
+        words += ["--model.value.channels", "4"]
+    overwrite = [] if command == "score" else ["--overwrite"]
+    assert main([command, *words, "--output", str(tmp_path / "one"), *overwrite]) == 0
+    config = tmp_path / "one" / "config.yaml"
+    assert main([command, "--config", str(config), "--output", str(tmp_path / "two")]) == 0
+    ours, theirs = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("one", "two"))
+    assert ours | {"output": None} == theirs | {"output": None}
+    for name in {"fit": ["value.safetensors", "prompts.jsonl"], "calibrate": ["calibration.csv", "prompts.jsonl"],
+                 "score": ["scores.jsonl"]}[command]:  # fmt: skip
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

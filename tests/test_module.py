@@ -372,7 +372,7 @@ def test_counts_that_do_not_divide_add_up_again(sd15):
 def summary_of(sampler, b=(0.6, -0.8), old=False):
     """Returns the model and its summary of 3 prompts x 2 images; `old` rows lack what the selections came to."""
     model = GuidedDiffusion(Linear(list(b)), GaussianDiffusion(6), sampler, images_per_prompt=2)
-    rows = model._predict([Prompt(k, str(k), None, None, {}) for k in range(3)]).rows
+    rows = model.predict([Prompt(k, str(k), None, None, {}) for k in range(3)]).rows
     model.record([{key: row[key] for key in row if not (old and key == "selection")} for row in rows])
     model.on_predict_epoch_end()
     return model, rows

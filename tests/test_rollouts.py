@@ -95,8 +95,11 @@ def test_a_training_continues_only_with_the_same_prompts_and_settings(command, p
     assert "trainer.gradient_clip_val was None, now 1" in message
     prompts_file.write_text(prompts_file.read_text().replace("panda", "pandas"))
     assert main(command("--trainer.max_epochs", "2")) == 2
-    assert "data.prompts_sha256 was" in capsys.readouterr().err
-    prompts_file.write_text(prompts_file.read_text().replace("pandas", "panda"))
+    assert "prompt 2: was 'panda', now 'pandas'" in capsys.readouterr().err
+    prompts_file.write_text(prompts_file.read_text().replace("pandas", "panda\nowl"))
+    assert main(command("--trainer.max_epochs", "2")) == 2
+    assert "other prompts: 3 prompts became 4. Choose another" in capsys.readouterr().err
+    prompts_file.write_text(prompts_file.read_text().replace("owl\n", ""))
     assert main(command("--trainer.max_epochs", "2", "--data.rollout_batch_size", "3")) == 0
     assert torch.load(tmp_path / "value" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
@@ -134,7 +137,6 @@ def test_a_training_does_not_continue_with_another_reward_of_the_same_name(comma
         ("data.rollout_batch_size", False),
         ("data.batch_size", True),
         ("data.num_rollouts", True),
-        ("data.prompts_sha256", True),
         ("seed_everything", True),
         ("model.value", True),
         ("model.diffusion.init_args.chunk_size", False),

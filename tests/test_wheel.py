@@ -45,6 +45,9 @@ def test_the_wheel_holds_code_types_models_configs_and_licences(wheel):
         ".md",
         ".txt",
         ".yaml",
+        ".html",
+        ".css",
+        ".js",
     }
     assert (metadata / "licenses" / "svdd" / "assets" / "LICENSES.md").is_file()
     fields = (metadata / "METADATA").read_text(encoding="utf-8")

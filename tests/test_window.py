@@ -77,6 +77,7 @@ def test_a_trace_has_one_entry_per_selection():
         "alpha": [None, None],
         "candidates": [2, 2],
         "value_mean": [2.0, 2.0],
+        "value_std": [1.414214, 1.414214],
         "value_max": [3.0, 3.0],
         "value_chosen": [3.0, 3.0],
         "ancestors": [1, 1],

@@ -732,7 +732,6 @@ def test_settings_may_change_until_something_is_drawn(tmp_path):
         ("model.diffusion.init_args.chunk_size", None),
         ("model.diffusion.init_args.compile", True),
         ("model.diffusion.init_args.reproducible", True),
-        ("rows_at_once", False),
         ("model.diffusion.init_args.eta", True),
         ("model.diffusion.class_path", True),
         ("ckpt_path", True),
@@ -1078,12 +1077,12 @@ def test_a_crash_at_every_step(tmp_path, monkeypatch, overwrite):
 
 
 def test_names_of_images():
-    assert image_name(12, 3) == image_name(12, 3, 4, 2500) == "images/000012-03.png"
-    assert image_name(12, 3, 4, 2501) == "images/0000/000012-03.png"
-    assert image_name(10_234, 0, 1, 100_000) == "images/0001/010234-00.png"
-    assert image_name(3332, 2, 3, 4000) == "images/0000/003332-02.png"
-    assert image_name(3333, 0, 3, 4000) == "images/0001/003333-00.png"
-    assert image_name(5, 12_000, 20_000, 2) == "images/0005/000005-12000.png"
+    assert image_name(12, 3) == "images/000012-03.png"
+    assert image_name(2500, 0, 4) == "images/0001/002500-00.png"
+    assert image_name(10_234, 0) == "images/0001/010234-00.png"
+    assert image_name(3332, 2, 3) == "images/003332-02.png"
+    assert image_name(3333, 0, 3) == "images/0001/003333-00.png"
+    assert image_name(5, 12_000, 20_000) == "images/0005/000005-12000.png"
 
 
 def test_many_images_go_to_subfolders(tmp_path):
@@ -1091,7 +1090,7 @@ def test_many_images_go_to_subfolders(tmp_path):
     prompts = [0, 4999, 5000, 5001]  # two images each: 10,000 to a folder
 
     def launch(some, overwrite=False):
-        writer, module = RunWriter(folder, CONFIG, overwrite, num_prompts=5002), Tiny()
+        writer, module = RunWriter(folder, CONFIG, overwrite), Tiny()
         finished = writer.open()
         predict(writer, module, [p for p in some if p not in finished])
         return module.drawn
@@ -1101,13 +1100,13 @@ def test_many_images_go_to_subfolders(tmp_path):
     torn.write_bytes(torn.read_bytes()[:-1])
     torn.with_name("005001-00.png.tmp").write_bytes(b"half")
     assert launch(prompts) == [5000, 5001]
-    names = {f"images/{p // 5000:04d}/{p:06d}-{k:02d}.png" for p in prompts for k in range(2)}
+    names = {f"images/{'0001/' * (p >= 5000)}{p:06d}-{k:02d}.png" for p in prompts for k in range(2)}
     assert {path.relative_to(folder).as_posix() for path in folder.glob("images/**/*.*")} == names
     assert {row["file"] for row in read_rows(folder)} == names
     (folder / "images/0001/mine.txt").write_text("mine")
     assert launch([0], overwrite=True) == [0]
     left = {path.relative_to(folder).as_posix() for path in folder.glob("images/**/*.*")}
-    assert left == {"images/0000/000000-00.png", "images/0000/000000-01.png", "images/0001/mine.txt"}
+    assert left == {"images/000000-00.png", "images/000000-01.png", "images/0001/mine.txt"}
 
 
 def test_large_runs_are_read_in_parts(tmp_path):

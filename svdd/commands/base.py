@@ -3,8 +3,8 @@
 import errno
 import inspect
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
@@ -16,13 +16,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
+from svdd.commands.command_line import overwriting
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
-from svdd.runs.config import CONFIG, HARMLESS, differences, read_config, write_config
-from svdd.runs.files import RunError, os_errors_explained
+from svdd.runs.changes import require_same
+from svdd.runs.config import HARMLESS, read_config, write_config
+from svdd.runs.files import OtherRun, RunError, os_errors_explained
 from svdd.runs.output import hold
 from svdd.runs.processes.environment import restarted
 from svdd.runs.processes.group import Group
 from svdd.runs.processes.launcher import join
+from svdd.runs.prompts import PromptDataset
+from svdd.runs.recorded_prompts import write_prompts
 from svdd.runs.secrets import redacted, refuse_secrets
 from svdd.values.learned import LearnedValue
 from svdd.values.pretrained import learned_class
@@ -52,7 +56,7 @@ class ModelCLI(LightningCLI):
     def __init__(self, words: list[str]) -> None:
         self._words = [self.command, *words]
         usage = f"svdd {self.command} [--config FILE] [--SETTING VALUE ...]"
-        with ExitStack() as self._around:  # what is released when the command ends
+        with self._other_run_explained(), ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
                 *self.builds[:2],
                 trainer_class=self.builds[2],
@@ -64,6 +68,15 @@ class ModelCLI(LightningCLI):
                 parser_kwargs={"prog": "svdd", self.command: {"description": self.purpose, "usage": usage}},
                 args=[self.command, *with_shipped_configs(words)],
             )
+
+    @contextmanager
+    def _other_run_explained(self) -> Iterator[None]:
+        """Adds the command that removes the run in the folder, where this one cannot continue it."""
+        try:
+            yield
+        except OtherRun as error:
+            way_out = f"Choose another --output, or remove the old run: {overwriting(self._words)}"
+            raise RunError(f"{error.what}. {way_out}") from error.__cause__
 
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:
@@ -92,7 +105,10 @@ class ModelCLI(LightningCLI):
             self._check_trainer()
             self._match_precision()
             self._examine_diffusion()
-            self.group: Group | None = join(self.settings.trainer, self.settings.max_restarts, self._words)
+            self.group: Group | None = self._join()
+
+    def _join(self) -> Group | None:
+        return join(self.settings.trainer, self.settings.max_restarts, self._words)
 
     def _examine_diffusion(self) -> None:
         """Refuses a model of another kind by its small files, before anything is written or processes start."""
@@ -142,18 +158,19 @@ class ModelCLI(LightningCLI):
         """Returns the whole configuration of the command as plain values, without secrets; some are a UserError."""
         plain = yaml.safe_load(self._parser(self.command).dump(self.settings, skip_none=False))
         refuse_secrets(plain)
-        return {name: redacted(setting, name) for name, setting in plain.items() if name != "config"}
+        unrecorded = ("config", "overwrite", "dry_run")  # the run's own configuration would remove it
+        return {name: redacted(setting, name) for name, setting in plain.items() if name not in unrecorded}
 
-    def claim(self, config: dict[str, Any], results: Sequence[str], harmless: re.Pattern[str] | None = None) -> None:
-        """Holds the output folder for this configuration until the command ends; called by rank 0.
+    def claim(self, prompts: PromptDataset, results: Sequence[str], harmless: re.Pattern[str] = HARMLESS) -> None:
+        """Holds the output folder for these settings and prompts until the command ends; called by rank 0.
 
         Args:
-            config: The resolved configuration.
+            prompts: Those of the command.
             results: Names of the files that the command writes there. With `overwrite` they are removed, in this order;
-                else, if one exists, the configuration must equal the recorded one.
+                else, if one exists, settings and prompts must equal the recorded ones.
             harmless: The settings that may differ, by default those of `svdd predict`.
         """
-        folder = self.folder
+        folder, config = self.folder, self.resolved()
         with os_errors_explained(folder):
             self._around.callback(hold(folder, self.command).release)
             recorded = known.config if (known := read_config(folder)) else {}
@@ -163,11 +180,10 @@ class ModelCLI(LightningCLI):
             if self.settings.overwrite:
                 for path in found:
                     path.unlink()
-            elif found and (changed := differences(recorded, config, harmless or HARMLESS)):
-                changed = changed if recorded else [f"{CONFIG} is damaged, so they are not known"]
-                what = f"{folder} holds a run with other settings: {'; '.join(changed)}"
-                raise RunError(f"{what}. Choose another --output, or remove the old run with --overwrite true")
+            elif found:
+                require_same(folder, recorded, config, prompts, harmless, may_grow=False)
             write_config(folder, self.command, config)
+            write_prompts(folder, prompts)
 
     def instantiate_classes(self) -> None:
         """Builds everything; a constructor's complaint about its arguments becomes a `UserError`."""

@@ -1,7 +1,7 @@
 """`svdd calibrate`: how well a value predicts the reward, step by step."""
 
 import inspect
-import warnings
+import shlex
 from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from svdd.commands.parser import as_user_errors
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.config import HARMLESS_IF_REPRODUCIBLE
 from svdd.runs.processes.group import is_rank_zero
-from svdd.runs.prompts import PromptDataModule, PromptWarning
+from svdd.runs.prompts import PromptDataModule
 from svdd.values.training.calibration import FILES, SCHEDULE, Calibration, require_chains, write, write_schedule
 
 __all__ = ["CalibrateCLI", "CalibrationTrainer"]
@@ -53,16 +53,15 @@ class CalibrateCLI(ModelCLI):
         self.folder = Path(settings.output)
         if not is_rank_zero():
             return
-        config = self.resolved()
         with as_user_errors():
-            prompts = PromptDataModule(**settings.data.as_dict())
-            config["data"]["prompts_sha256"] = prompts.dataset.digest
-            prompts.teardown("test")
-        warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
-        self.claim(config, FILES, HARMLESS_IF_REPRODUCIBLE)  # they may change the last bits of a measurement
+            self.prompts = PromptDataModule(**settings.data.as_dict())
+        self._around.callback(self.prompts.teardown)
+        self.claim(self.prompts.dataset, FILES, HARMLESS_IF_REPRODUCIBLE)  # they may change a measurement's last bits
 
     def before_calibrate(self) -> None:
         """Refuses too few chains before any is drawn."""
+        if is_rank_zero():
+            self.datamodule.adopt(self.prompts)
         self.chains = len(self.datamodule.dataset) * self.model.images_per_prompt
         require_chains(self.chains)
 
@@ -84,4 +83,5 @@ class CalibrateCLI(ModelCLI):
                 wrote = f"the table of the value is written to {self.folder}, without {SCHEDULE}"
                 raise UserError(f"{error}; {wrote}") from None
             say(write_schedule(self.folder, schedule))
-            say(f"wrote {self.folder}/{SCHEDULE}: svdd predict ... --config {self.folder}/{SCHEDULE}")
+            option = shlex.join(["--config", f"{self.folder}/{SCHEDULE}"])
+            say(f"wrote {self.folder}/{SCHEDULE}; to draw with it, add this option to `svdd predict`: {option}")

@@ -1,6 +1,7 @@
 """`svdd fit`: trains a learned value on rollouts of the pretrained chain."""
 
 import re
+import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -51,11 +52,10 @@ class FitCLI(ModelCLI):
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         if not is_rank_zero():
             return
-        config = self.resolved()
         with as_user_errors():
-            config["data"]["prompts_sha256"] = RolloutDataModule(**self.settings.data.as_dict()).digest
+            prompts = RolloutDataModule(**self.settings.data.as_dict()).dataset
         warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
-        self.claim(config, _RESULTS, _HARMLESS)
+        self.claim(prompts, _RESULTS, _HARMLESS)
         with os_errors_explained(self.folder):
             self.checkpoints.repair()
             for version in self.folder.glob("logs/version_*") if self.settings.overwrite else ():
@@ -86,7 +86,7 @@ class FitCLI(ModelCLI):
         if best == self.checkpoints.best:
             known = " (1 is that of the mean reward)" if isinstance(value.loss, MeanLoss) else ""
             say(f"best held-out loss {self.checkpoints.score:.4g}{known}, {best}")
-        say(f"use it: svdd predict ... --ckpt_path {file}")
+        say(f"to guide with it, add this option to `svdd predict`: {shlex.join(['--ckpt_path', str(file)])}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         last = self.checkpoints.last

@@ -1,5 +1,6 @@
 """The argument parser of all commands: shipped configurations and classes by name, and errors in one line."""
 
+import argparse
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jsonargparse
 import jsonargparse._loaders_dumpers as loaders
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, did_you_mean, missing_methods
 from svdd.commands.registry import KINDS, catalogue, import_all
-from svdd.runs.config import recorded_settings
+from svdd.runs.config import is_older
 from svdd.runs.yaml_text import check_yaml, read_yaml
 
 __all__ = ["Parser", "as_user_errors", "explain", "find_config", "with_shipped_configs"]
@@ -61,6 +62,7 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses a command line and refuses settings that no class can use."""
+        _allow_flags(self)
         settings = super().parse_args(*args, **kwargs)
         _check_settings(settings.as_dict())
         return settings
@@ -69,6 +71,17 @@ class Parser(LightningArgumentParser):
         """Raises UserError; jsonargparse's parser of one class has no command in its `prog`."""
         program, _, command = self.prog.rpartition(" ")
         raise UserError(explain(message, command if program else None))
+
+
+def _allow_flags(parser: argparse.ArgumentParser) -> None:
+    """Lets options that take true or false stand alone, for true."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _allow_flags(command)
+        kind = getattr(action, "_typehint", None)
+        if action.nargs is None and bool in (kind, *get_args(kind)):
+            action.nargs, action.const = "?", True
 
 
 def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
@@ -172,7 +185,7 @@ def find_config(name: str) -> str:
 
 
 def _check_config(name: str) -> str:
-    """Returns the path of a configuration, or as YAML the settings that a run has recorded; refuses all else."""
+    """Returns the path of a configuration, or YAML; refuses a file that holds no settings."""
     if not os.path.exists(name):
         return name  # YAML on the command line, or a mistake
     text = _read_config(name)
@@ -187,7 +200,10 @@ def _check_config(name: str) -> str:
         raise UserError(f"--config {name}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {name}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    return name if (recorded := recorded_settings(text, settings)) is None else yaml.safe_dump(recorded)
+    if is_older(settings):
+        what = f"--config {name} was recorded by an earlier version of svdd"
+        raise UserError(f"{what}: remove rows_at_once, data.prompts_sha256 and overwrite from it")
+    return name
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import warnings
 from typing import Any
 
 import lightning as L
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
+from svdd.commands.estimate import describe, estimate
 from svdd.commands.parser import as_user_errors
 from svdd.commands.score import print_measurements
 from svdd.evaluation.baseline import against, difference_words, over_optimised, verdict
@@ -21,9 +21,10 @@ from svdd.evaluation.selections import idle
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.bounds import check_images
 from svdd.runs.pictures import find_pictures
+from svdd.runs.processes.group import Group, is_rank_zero
 from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
-from svdd.runs.prompts import PromptDataModule, PromptWarning
+from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
 
 __all__ = ["PredictCLI", "StepProgress"]
@@ -46,23 +47,34 @@ class PredictCLI(ModelCLI):
         parser.add_argument("--patience", type=float, default=3600.0, help=patience)
         timeout = "Seconds after which a process whose step does not finish is ended; by default never."
         parser.add_argument("--step_timeout", type=float | None, default=None, help=timeout)
+        dry = "Print rows, time, memory and disk of the run, from one measured batch, and write nothing."
+        parser.add_argument("--dry_run", type=bool, default=False, help=dry)
+
+    def _join(self) -> Group | None:
+        """Starts no other process for a dry run, and ends all but one that a launcher has started."""
+        if not self.settings.dry_run:
+            return super()._join()
+        if not is_rank_zero():
+            raise SystemExit(0)
+        return None
 
     def before_instantiate_classes(self) -> None:
         """Checks prompts and run folder, which is fast, before weights are loaded, which is slow."""
         with as_user_errors():
             self.stop = StopOnSignal(self.group, self.settings.patience)
             self.watchdog = StepTimeout(self.settings.step_timeout)
-            prompts = PromptDataModule(**self.settings.data.as_dict())
+            self.prompts = prompts = PromptDataModule(**self.settings.data.as_dict())
+            self._around.callback(prompts.teardown)
             check_images(len(prompts.dataset), self.settings.model.images_per_prompt)
-            warnings.filterwarnings("ignore", category=PromptWarning)  # given by now; the prompts are read once more
             self.evaluation = Evaluation(**self.settings.evaluation.as_dict())
             images = len(prompts.dataset) * self.settings.model.images_per_prompt
             plain = self.resolved()
             self.evaluation.check(images, prompts.dataset, plain)
-            plain["data"]["prompts_sha256"] = prompts.dataset.digest
             output, overwrite, tar = self.settings.output, self.settings.overwrite, self.settings.tar
-            self.writer = RunWriter(output, plain, overwrite, len(prompts.dataset), tar)
-        prompts.teardown("predict")
+            self.writer = RunWriter(output, plain, overwrite, prompts.dataset, tar)
+        if self.settings.dry_run:
+            self.finished = self.writer.folder.peek(plain, overwrite, prompts.dataset)
+            return
         self._around.callback(self.writer.close)
         self.finished = self.writer.open(scan=False, hold=True)
 
@@ -78,8 +90,28 @@ class PredictCLI(ModelCLI):
         trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.watchdog, self.stop]
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Draws, or estimates what that would cost."""
+        if not self.settings.dry_run:
+            return super()._run_subcommand(subcommand)
+        self._check_model()
+        devices, dataset = self.trainer.num_devices * self.trainer.num_nodes, self.prompts.dataset
+        left = len(dataset) - len(self.finished)
+        if isinstance(limit := self.trainer.limit_predict_batches, int):
+            left = min(left, limit * self.datamodule.batch_size * devices)
+        where, precision = self.trainer.strategy.root_device, self.trainer.precision_plugin
+        batch_size = min(self.datamodule.batch_size, max(1, -(-left // devices)))
+        for line in describe(estimate(self.model, dataset, batch_size, left, where, precision), devices, where):
+            say(line)
+
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
+        self._check_model()
+        self.datamodule.adopt(self.prompts)  # the source may have changed since they were compared
+        self.datamodule.skip(self.finished)
+
+    def _check_model(self) -> None:
+        """Compares the model with that of the baseline, and prints what a budget chose."""
         if self.evaluation.baseline is not None:
             self.evaluation.check_model(self.model.rewards, self.model.fingerprints())
         if self.trainer.is_global_zero and self.model.budget is not None:
@@ -87,7 +119,6 @@ class PredictCLI(ModelCLI):
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
             backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
             say(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
-        self.datamodule.skip(self.finished)
 
     def after_predict(self) -> None:
         """Prints where the images are and how they score; raises Incomplete at the end if prompts have failed."""

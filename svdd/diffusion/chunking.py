@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["Chunker", "Reproducible", "redrawn"]
 
 Reproducible = bool | Literal["auto"]
+Work = tuple[Any, ...]  # hashable: the part of the model, then all else that decides the cost of a row
 Rows = TypeVar("Rows", bound=Tensor | tuple[Tensor, ...] | dict[str, Tensor])
 _MOST = 20  # rows of an image at once: the usual M; in float32 larger calls are not faster on a CPU
 _state = threading.local()  # `inside`: this thread computes a part, whose rows stay together
@@ -58,8 +59,11 @@ class Chunker:
         images: int,
         *arguments: Sequence | Tensor,
         parallel: bool = False,
+        work: Work = (),
     ) -> Rows:
         """Returns `function(*arguments)`, computed on slices of the rows.
+
+        `work` is for those who measure: calls with equal work and shapes take the same time.
 
         Each argument has the same number of rows, at least 1: the rows of each of `images` images in turn. The function
         returns a tensor, or a named tuple or dictionary of tensors, with one row per row of the slice.

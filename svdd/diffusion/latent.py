@@ -271,4 +271,4 @@ class LatentDiffusion(PipelineParts):
             encoder = name.replace("tokenizer", "text_encoder") if len(self.tokenizers) > 1 else "the text encoder"
             warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
         with quiet("diffusers", "transformers"):  # which log the same
-            return self.chunker.map(encode, len(texts), texts)
+            return self.chunker.map(encode, len(texts), texts, work=("text encoder", self, encode.__qualname__))

@@ -13,7 +13,7 @@ from svdd.evaluation.baseline import compare, difference_words, prompt_means
 from svdd.evaluation.metrics.intervals import standard_error
 from svdd.evaluation.rendering import Cell, Form
 from svdd.evaluation.sides import WORK, Positions, Side
-from svdd.runs.config import HARMLESS, HARMLESS_IF_REPRODUCIBLE, ROWS_AT_ONCE
+from svdd.runs.config import HARMLESS, HARMLESS_IF_REPRODUCIBLE
 
 __all__ = ["comparison_table", "differing_settings", "distinct_names"]
 
@@ -41,7 +41,7 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
 def differing_settings(sides: Sequence[Side]) -> tuple[list[str], list[list[Cell]]]:
     """Returns headers and rows: a row for each setting that differs and may affect images or scores."""
     sides = [side for side in sides if side.settings]
-    reproducible = all(side.settings.get(ROWS_AT_ONCE) for side in sides)
+    reproducible = all(side.reproducible for side in sides)
     harmless = HARMLESS_IF_REPRODUCIBLE if reproducible else HARMLESS
     rows: list[list[Cell]] = []
     for key in dict.fromkeys(key for side in sides for key, value in side.settings.items() if value != {}):

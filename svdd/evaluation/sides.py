@@ -15,6 +15,7 @@ from svdd import UserError
 from svdd.evaluation.images import RunImage, stream_images
 from svdd.runs.config import leaves, read_config
 from svdd.runs.files import read_object
+from svdd.runs.fingerprints import FINGERPRINTS, is_reproducible
 from svdd.runs.folder import RunFolder
 
 __all__ = ["WORK", "Images", "Positions", "Side", "digest", "read_side"]
@@ -39,6 +40,7 @@ class Side:
         rewards: Scores of each reward, [n], NaN where an image has none.
         work: Denoiser rows, network rows and seconds of each image, [n], NaN where they are unknown.
         parts: The recorded digests of weights; {} if they are unknown.
+        reproducible: Whether the images were drawn in the reproducible mode.
         unfinished: Whether more images may come.
         failed: Digests of the prompts that could not be drawn.
     """
@@ -51,6 +53,7 @@ class Side:
     rewards: Mapping[str, npt.NDArray[np.float64]]
     work: Mapping[str, npt.NDArray[np.float64]]
     parts: Mapping[str, str] = field(default_factory=dict)
+    reproducible: bool = False
     unfinished: bool = False
     failed: frozenset[bytes] = frozenset()
 
@@ -85,7 +88,7 @@ class Side:
 def read_side(run: Path, name: str | None = None) -> Side:
     """Reads a run, also one that is being drawn; raises a UserError if it is damaged or has no image."""
     folder, recorded = RunFolder(run), read_config(run)
-    parts = read_object(run / "fingerprints.json").get("parts")
+    parts = read_object(run / FINGERPRINTS).get("parts")
 
     def images() -> Images:
         return ((index, image) for (_, index), image in stream_images(run))
@@ -95,6 +98,7 @@ def read_side(run: Path, name: str | None = None) -> Side:
         images,
         {} if recorded is None else recorded.config,
         parts=parts if isinstance(parts, dict) else {},
+        reproducible=is_reproducible(run / FINGERPRINTS),
         unfinished=not folder.has_summary(),
         failed=frozenset(map(digest, folder.failed())),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from svdd.runs.files import RunError, write_atomically
+from svdd.runs.files import write_atomically
 from svdd.runs.secrets import redacted
 from svdd.runs.yaml_text import read_yaml
 
@@ -19,28 +19,25 @@ __all__ = [
     "CONFIG",
     "HARMLESS",
     "HARMLESS_IF_REPRODUCIBLE",
-    "ROWS_AT_ONCE",
     "Recorded",
-    "about_batches",
     "differences",
+    "is_older",
     "leaves",
     "plain",
     "read_config",
-    "recorded_settings",
-    "rows_at_once",
     "write_config",
 ]
 
 CONFIG = "config.yaml"
-ROWS_AT_ONCE = "rows_at_once"  # recorded: `Chunker.most`, with which the images are drawn
 _HEADER = re.compile(r"# svdd (\w+): ")  # begins the file, which marks the folder as the output of that command
 
 # Settings that do not change a run's images and rows.
 HARMLESS = re.compile(
     r"trainer(\.(?!precision(\.|$)).*)?"
-    rf"|({ROWS_AT_ONCE}|output|overwrite|patience|step_timeout|max_restarts|tar|evaluation)(\..*)?"
+    r"|(output|overwrite|patience|step_timeout|max_restarts|tar|evaluation)(\..*)?"
     r"|(data\.num_workers|model\.on_error)(\..*)?"
 )
+_SOURCE = re.compile(r"data\.(prompts|limit|prompt_column|max_prompt_length)(\..*)?")  # where prompts come from
 HARMLESS_IF_REPRODUCIBLE = re.compile(rf"{HARMLESS.pattern}|(data\.batch_size|model\.diffusion\.chunk_size)(\..*)?")
 
 
@@ -68,63 +65,35 @@ def read_config(folder: Path) -> Recorded | None:
     return Recorded(header[1], config if isinstance(config, dict) else {})
 
 
-def recorded_settings(text: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the settings out of a `config.yaml` that svdd has written; None if a user has written it.
-
-    Left out are checksums, rows at once, and `overwrite`, which would remove the recorded run.
-    """
-    if not _HEADER.match(text):
-        return None
-    dropped = ("overwrite", ROWS_AT_ONCE)
-    kept = {name: setting for name, setting in config.items() if not (name in dropped or name.endswith("_sha256"))}
-    if isinstance(data := kept.get("data"), dict):
-        kept["data"] = {name: setting for name, setting in data.items() if name != "prompts_sha256"}
-    return kept
+def is_older(config: Mapping[str, Any]) -> bool:
+    """Whether an earlier version of svdd recorded a configuration, together with what follows from it."""
+    data = config.get("data")
+    return "rows_at_once" in config or (isinstance(data, dict) and "prompts_sha256" in data)
 
 
-def differences(recorded: dict[str, Any], config: dict[str, Any], harmless: re.Pattern[str] | None = None) -> list[str]:
+def differences(
+    recorded: Mapping[str, Any],
+    config: Mapping[str, Any],
+    harmless: re.Pattern[str] = HARMLESS,
+    prompts_known: bool = False,
+) -> list[str]:
     """Lists the settings that differ, with both values.
 
-    Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images.
+    Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images. With
+    `prompts_known` so may those that say where the prompts come from, as the prompts themselves are compared.
     """
-    if harmless is None:
-        harmless = HARMLESS_IF_REPRODUCIBLE if recorded.get(ROWS_AT_ONCE) else HARMLESS
     there, now = (leaves(yaml.safe_load(_dump(tree))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
         for key in dict.fromkeys((*there, *now))
         if not harmless.fullmatch(key) and (key not in there or key not in now or there[key] != now[key])
+        if not (prompts_known and _SOURCE.fullmatch(key))
     ]
 
 
 def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a configuration by dotted key, without `init_args` in the key."""
     return dict(_leaves(config))
-
-
-def about_batches(changed: list[str]) -> str:
-    """Returns why other batches are refused, if they are among the `differences`."""
-    if not any(line.startswith(("data.batch_size", "model.diffusion.chunk_size")) for line in changed):
-        return ""
-    return (
-        "Without the reproducible mode, other batches change the last bits of an image and can change which candidates "
-        "are selected: keep these settings, or start a new run with --model.diffusion.reproducible true. "
-    )
-
-
-def rows_at_once(recorded: Mapping[str, Any], most: int | None, folder: Path) -> int | None:
-    """Returns `Chunker.most` for a run that continues: the smaller of the recorded one and this process's.
-
-    RunError if exactly one of the two is None, because one of the two runs is not in the reproducible mode.
-    """
-    known = recorded.get(ROWS_AT_ONCE, most)
-    if (known is None) != (most is None):
-        modes = ("without", "with") if known is None else ("with", "without")
-        raise RunError(
-            f"{folder} holds images drawn {modes[0]} the reproducible mode, and this process would draw {modes[1]} it: "
-            "continue on the same kind of device, or choose another --output"
-        )
-    return None if most is None else min(most, int(known))
 
 
 def plain(value: Any, finite: bool = False) -> Any:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from svdd import UserError
 
 __all__ = [
+    "OtherRun",
     "RunError",
     "append",
     "lock",
@@ -33,6 +34,14 @@ _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a folder", stat.S_IFCHR: "a dev
 
 class RunError(UserError):
     """The run folder cannot be used."""
+
+
+class OtherRun(RunError):
+    """The folder holds another run, which `what` states; commands add the command line that removes it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}. Choose another --output, or remove the old run with --overwrite")
+        self.what = what
 
 
 def regular_only(path: str, flags: int) -> int:

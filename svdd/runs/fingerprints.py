@@ -1,12 +1,15 @@
-"""What the images of a run depend on beyond its settings: weights, files, the user's code, versions of libraries."""
+"""What the images of a run depend on beyond its settings: weights, files, the user's code, versions, rows at once."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from svdd.runs.files import RunError, os_errors_explained, read_object, write_atomically
+from svdd.runs.files import OtherRun, RunError, os_errors_explained, read_object, write_atomically
 from svdd.runs.json_lines import encode
 
-__all__ = ["compare"]
+__all__ = ["FINGERPRINTS", "compare", "is_reproducible", "rows_at_once"]
+
+FINGERPRINTS = "fingerprints.json"
+_ROWS_AT_ONCE = "rows_at_once"  # `Chunker.most`, with which the images are drawn
 
 
 def compare(file: Path, found: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
@@ -24,10 +27,37 @@ def compare(file: Path, found: Mapping[str, str], versions: Mapping[str, str]) -
         newer = [f"{name} {known[name]}, now {new}" for name, new in versions.items() if known.get(name, new) != new]
         if changed:
             began = "; ".join([f"other contents of {', '.join(changed)}", *newer])
-            raise RunError(
-                f"{file.parent} was begun with {began}: restore what was there, choose another --output, or remove "
-                "the old run with --overwrite true"
-            )
+            raise OtherRun(f"{file.parent} was begun with {began}: restore what was there to continue it")
         if not parts and found:
-            write_atomically(file, encode({"parts": dict(found), "versions": dict(versions)}, indent=2) + b"\n")
+            _write(file, {**recorded, "parts": dict(found), "versions": dict(versions)})
     return newer
+
+
+def is_reproducible(file: Path) -> bool:
+    """Whether the images were drawn in the reproducible mode."""
+    return bool(read_object(file).get(_ROWS_AT_ONCE))
+
+
+def rows_at_once(file: Path, most: int | None, drawn: bool, record: bool) -> int | None:
+    """Returns `Chunker.most` for a run: if images are drawn, the smaller of the recorded one and this process's.
+
+    With `record` it is recorded.
+
+    Raises:
+        RunError: If exactly one of the two is None, because one of the two runs is not in the reproducible mode.
+    """
+    recorded = read_object(file)
+    known = recorded.get(_ROWS_AT_ONCE, most) if drawn else most
+    if (known is None) != (most is None):
+        modes = ("without", "with") if known is None else ("with", "without")
+        what = f"{file.parent} holds images drawn {modes[0]} the reproducible mode, and this process would draw "
+        raise RunError(f"{what}{modes[1]} it: continue on the same kind of device, or choose another --output")
+    if most is not None and known is not None:
+        most = min(most, int(known))
+    if record and recorded.get(_ROWS_AT_ONCE, ...) != most:
+        _write(file, {**recorded, _ROWS_AT_ONCE: most})
+    return most
+
+
+def _write(file: Path, content: Mapping[str, object]) -> None:
+    write_atomically(file, encode(content, indent=2) + b"\n")

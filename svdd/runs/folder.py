@@ -10,26 +10,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from svdd import SUMMARY_FILE
-from svdd.runs.config import CONFIG, ROWS_AT_ONCE, about_batches, differences, read_config, rows_at_once, write_config
-from svdd.runs.files import (
-    RunError,
-    lock,
-    os_errors_explained,
-    read_object,
-    sync_folder,
-    write_atomically,
-)
-from svdd.runs.fingerprints import compare
+from svdd import SUMMARY_FILE, say
+from svdd.runs.changes import require_same
+from svdd.runs.config import CONFIG, HARMLESS, HARMLESS_IF_REPRODUCIBLE, Recorded, plain, read_config, write_config
+from svdd.runs.files import OtherRun, lock, os_errors_explained, read_object, sync_folder, write_atomically
+from svdd.runs.fingerprints import FINGERPRINTS, compare, is_reproducible, rows_at_once
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
-from svdd.runs.output import hold
+from svdd.runs.output import check, hold
 from svdd.runs.reading import has_rows, read_rows, read_sampler, read_summary
+from svdd.runs.recorded_prompts import PROMPTS, PromptChanges, write_prompts
 from svdd.runs.rows import ResultRow
+
+if TYPE_CHECKING:
+    from svdd.runs.prompts import PromptDataset
 
 __all__ = ["RunFolder"]
 
@@ -43,16 +41,15 @@ class RunFolder:
 
     Args:
         path: The folder; it need not exist.
-        num_prompts: Prompts of the whole run; if they make more than 10,000 images, these go to subfolders.
         tar: Write the images into tar shards instead of a file each.
     """
 
-    def __init__(self, path: str | Path, num_prompts: int | None = None, tar: bool = False) -> None:
+    def __init__(self, path: str | Path, tar: bool = False) -> None:
         self.path = Path(path)
         self.results, self.failures = self.path / "results.jsonl", self.path / "failed.jsonl"
         self.summary = self.path / SUMMARY_FILE
-        self.images = RunImages(self.path, num_prompts or 0, tar)
-        self._fingerprints = self.path / "fingerprints.json"
+        self.images = RunImages(self.path, tar)
+        self._fingerprints = self.path / FINGERPRINTS
         self._condemned = self.path / ".overwriting"  # exists while an earlier run is removed
         self._rows = ShardedFile(self.results, is_complete)
         self._traces = ShardedFile(self.path / "trace.jsonl")
@@ -95,19 +92,23 @@ class RunFolder:
         with os_errors_explained(self.path):
             return _finished(self._rows.scan(self.images.is_whole)[0])
 
-    def claim(self, config: dict[str, Any], overwrite: bool = False) -> set[int]:
+    def claim(
+        self, config: dict[str, Any], overwrite: bool = False, prompts: "PromptDataset | None" = None
+    ) -> set[int]:
         """Locks the folder, repairs what a crash left, and returns the indices of the finished prompts.
 
         Args:
             config: The resolved configuration; settings that affect images must equal those of an earlier run here.
             overwrite: First remove the files of an earlier run, and no others.
+            prompts: Those of the run. The recorded ones must be their beginning, or they the beginning of the recorded
+                ones, if no image of the others is drawn. Without them, their settings must equal the recorded ones.
 
         Raises:
-            RunError: If the folder is no run folder, has other settings, is in use, or cannot be written.
+            RunError: If the folder is no run folder, holds another run, is in use, or cannot be written.
         """
         try:
             with os_errors_explained(self.path):
-                self._lock_and_clear(config, overwrite)
+                self._lock_and_clear(config, overwrite, prompts)
                 rows, lines = self._rows.scan(self.images.is_whole)
                 finished = _finished(rows)
                 kept = {key: place for key, place in rows.items() if key[0] in finished}
@@ -120,14 +121,17 @@ class RunFolder:
             self.close()
             raise
 
+    def peek(self, config: dict[str, Any], overwrite: bool = False, prompts: "PromptDataset | None" = None) -> set[int]:
+        """Returns or raises what `claim` would, and changes nothing."""
+        with os_errors_explained(self.path):
+            check(self.path, _KIND)
+            anew, _ = self._compare(read_config(self.path), config, overwrite, prompts)
+            return set() if anew else self.finished()
+
     def record_rows_at_once(self, most: int | None, rank: int) -> int | None:
         """Records how many rows of an image are computed together, and returns how many to take: see `rows_at_once`."""
         with os_errors_explained(self.path):
-            config = recorded.config if (recorded := read_config(self.path)) else {}
-            most = rows_at_once(config, most, self.path) if self._drawn() else most
-            if rank == 0 and config.get(ROWS_AT_ONCE, ...) != most:
-                write_config(self.path, _KIND, {**config, ROWS_AT_ONCE: most})
-        return most
+            return rows_at_once(self._fingerprints, most, self._drawn(), record=rank == 0)
 
     def open_shard(self, rank: int) -> None:
         """Locks and opens the files to which the process of this rank appends; raises a RunError if it cannot."""
@@ -206,45 +210,58 @@ class RunFolder:
         """Whether rows of an earlier run are on disk."""
         return any(path.stat().st_size for path in (self.results, *self._rows.shards()) if path.exists())
 
-    def _lock_and_clear(self, config: dict[str, Any], overwrite: bool) -> None:
-        """Locks the folder, checks and records the configuration, and removes what must not stay."""
+    def _lock_and_clear(self, config: dict[str, Any], overwrite: bool, prompts: "PromptDataset | None") -> None:
+        """Locks the folder, checks and records configuration and prompts, and removes what must not stay."""
         if self._lock is None:
             self._lock = hold(self.path, _KIND)
         recorded = read_config(self.path)
         for path in sorted(self.path.glob(".lock-*")):  # a process of a killed run may have outlived it
             lock(path, f"a process of an earlier run still writes to {self.path}").release()
             path.unlink(missing_ok=True)
-        known = {} if recorded is None else recorded.config
-        changed = [] if recorded is None else differences(known, config)
-        drawn = self._drawn()
-        if changed and drawn and not overwrite and not self._condemned.exists():
-            what = f"other settings: {'; '.join(changed)}" if known else f"unknown settings, as its {CONFIG} is damaged"
-            way_out = "Choose another --output, or remove the old run with --overwrite true"
-            raise RunError(f"{self.path} holds a run with {what}. {about_batches(changed) if known else ''}{way_out}")
-        anew = recorded is None or overwrite or not drawn or self._condemned.exists()
+        anew, changes = self._compare(recorded, config, overwrite, prompts)
         if anew and recorded is not None:  # a crash from here on leaves nothing that a later run continues
             write_atomically(self._condemned, b"")
         files = (self._rows, self._traces, self._failures)  # rows before their traces
-        for path in (
-            *(file.path for file in files),
-            self.summary,
-            self.path / CONFIG,
-            self._fingerprints,
-            self._condemned,
-        ):
+        others = (self.summary, self.path / CONFIG, self.path / PROMPTS, self._fingerprints, self._condemned)
+        for path in (*(file.path for file in files), *others):
             path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         for file in files if anew else (self._failures,):  # failed prompts are tried again
             file.remove()
-        if anew:
-            self.summary.unlink(missing_ok=True)
-            self._fingerprints.unlink(missing_ok=True)
+        for path in (self.summary, self._fingerprints) if anew else ():
+            path.unlink(missing_ok=True)
         self.images.remove(everything=anew)
-        if anew or changed:
+        if anew or recorded is None or recorded.config.get("data") != plain(config).get("data"):  # of more prompts
             write_config(self.path, _KIND, config)
+        if prompts is not None and (changes is None or changes.given != changes.recorded):
+            write_prompts(self.path, prompts)
+        elif anew:
+            (self.path / PROMPTS).unlink(missing_ok=True)
         self.images.folder.mkdir(exist_ok=True)  # after the file that marks the folder as ours
         if anew:
             sync_folder(self.path)  # the removals are on disk before the mark goes
             self._condemned.unlink(missing_ok=True)
+
+    def _compare(
+        self, recorded: Recorded | None, config: dict[str, Any], overwrite: bool, prompts: "PromptDataset | None"
+    ) -> tuple[bool, PromptChanges | None]:
+        """Returns whether the run begins anew, and else how the prompts have changed; OtherRun if it can do neither."""
+        if recorded is None or overwrite or not self._drawn() or self._condemned.exists():
+            return True, None
+        harmless = HARMLESS_IF_REPRODUCIBLE if is_reproducible(self._fingerprints) else HARMLESS
+        changes = require_same(self.path, recorded.config, config, prompts, harmless)
+        self._check_number(changes)
+        return False, changes
+
+    def _check_number(self, changes: PromptChanges | None) -> None:
+        """Says how many prompts were appended; raises OtherRun if images of prompts are drawn that are missing now."""
+        if changes is None or changes.given == changes.recorded:
+            return
+        more = changes.given - changes.recorded
+        if more > 0:
+            say(f"svdd: {more} prompts were appended to the {changes.recorded} of {self.path}", error=True)
+        elif drawn := {prompt for prompt, _ in self._rows.scan()[0] if prompt >= changes.given}:
+            what = f"{self.path} holds images of {len(drawn)} more prompts than the {changes.given} given"
+            raise OtherRun(f"{what}: to continue it, give at least its first {max(drawn) + 1} prompts")
 
     def _merge_traces(self, rows: RowIndex) -> None:
         """Merges the traces of the given rows and drops all others; without any, no file is left."""

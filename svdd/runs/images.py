@@ -38,8 +38,8 @@ _one_reader = threading.Lock()  # several threads would read the same headers
 class RunImages:
     """The images of one run; see `RunFolder` for the arguments. A tar shard is closed at `images_per_shard` images."""
 
-    def __init__(self, run: Path, num_prompts: int = 0, tar: bool = False, images_per_shard: int = 1000) -> None:
-        self.run, self.folder, self.num_prompts, self.tar = run, run / "images", num_prompts, tar
+    def __init__(self, run: Path, tar: bool = False, images_per_shard: int = 1000) -> None:
+        self.run, self.folder, self.tar = run, run / "images", tar
         self.rank, self._images_per_shard = 0, images_per_shard  # the rank of this process names its shards
         self._shard: FileIO | None = None
         self._count = 0  # images in the shard
@@ -91,7 +91,7 @@ class RunImages:
     def _write_files(self, images: Iterable[tuple[ResultRow, bytes]]) -> list[ResultRow]:
         rows, folders = [], {self.folder}
         for row, png in images:
-            file = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1, self.num_prompts)
+            file = image_name(row["prompt_index"], row["image_index"], row["num_images"] or 1)
             path = self.run / file
             path.parent.mkdir(exist_ok=True)
             folders.add(path.parent)
@@ -124,15 +124,15 @@ class RunImages:
         return FileIO(self.folder / f"{self.rank:05d}-{number:06d}.tar", "x")
 
 
-def image_name(prompt_index: int, image_index: int, num_images: int = 1, num_prompts: int = 0) -> str:
-    """Returns an image's path in the run folder, `images/000012-00.png`; `num_prompts` is the whole run's.
+def image_name(prompt_index: int, image_index: int, num_images: int = 1) -> str:
+    """Returns an image's path in the run folder: `images/000012-00.png`, or `images/0001/010234-00.png`.
 
-    In a run of more than 10,000 images it is `images/0001/010234-00.png`, with at most 10,000 images in a subfolder.
+    The first 10,000 images lie in `images`, and each subfolder holds the next 10,000 at most, so that the path of an
+    image stays the same when the run grows.
     """
-    name = f"{prompt_index:06d}-{image_index:02d}.png"
-    if num_prompts * num_images <= _IMAGES_PER_FOLDER:
-        return f"images/{name}"
-    return f"images/{prompt_index // max(1, _IMAGES_PER_FOLDER // num_images):04d}/{name}"
+    number = prompt_index // max(1, _IMAGES_PER_FOLDER // num_images)
+    subfolder = f"{number:04d}/" if number else ""
+    return f"images/{subfolder}{prompt_index:06d}-{image_index:02d}.png"
 
 
 def _complete(row: ResultRow, file: str, png: bytes) -> ResultRow:

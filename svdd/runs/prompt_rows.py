@@ -87,7 +87,7 @@ class RowReader:
             yield f"{place}{' and others' * bool(more)}: {text}" if place else text
 
     def record(self, place: str, row: Any) -> bytes | None:
-        """Checks a row and returns it as a line of JSON, `[text, negative_prompt, seed, extra]`; None if it is blank.
+        """Checks a row and returns it as a line of JSON, an object of its columns; None if it is blank.
 
         Raises:
             PromptError: If it cannot be used; the message begins with its place.
@@ -113,11 +113,11 @@ class RowReader:
         return columns
 
     def _record(self, place: str, extra: dict[str, Any]) -> bytes | None:
-        columns = find_columns(tuple(extra), self.prompt_column)
+        roles = find_columns(tuple(extra), self.prompt_column)
         for near, right in _near_misses(tuple(extra), self.prompt_column):
             self.note(f"column {near!r} is only copied into the results, did you mean {right!r}?")
-        text = self._clean(extra.pop(columns["prompt"]), columns["prompt"])
-        negative, seed = (extra.pop(columns[role], None) if role in columns else None for role in _OPTIONAL)
+        text = self._clean(extra.pop(roles["prompt"]), roles["prompt"])
+        negative, seed = (extra.pop(roles[role], None) if role in roles else None for role in _OPTIONAL)
         negative_prompt = self._clean(negative, "negative_prompt") or None
         number = _seed(seed)
         if not text:
@@ -133,7 +133,9 @@ class RowReader:
                 del extra[name]
                 self.leave_out(name)
         try:
-            record = json.dumps([text, negative_prompt, number, extra], ensure_ascii=False).encode() + b"\n"
+            known = {"prompt": text, "negative_prompt": negative_prompt, "seed": number}
+            columns = {name: value for name, value in known.items() if value is not None} | extra
+            record = json.dumps(columns, ensure_ascii=False).encode() + b"\n"
         except UnicodeEncodeError:
             raise PromptError("holds half of a surrogate pair, from a broken \\u escape or a wrong encoding") from None
         except ValueError as error:

@@ -78,7 +78,15 @@ class PromptDataset(Dataset[Prompt]):
 
     def __getitem__(self, index: int) -> Prompt:
         index = range(len(self))[index]
-        return Prompt(index, *json.loads(self._content[self._ends[index] : self._ends[index + 1]]))
+        extra = json.loads(self._record(index))
+        return Prompt(index, extra.pop("prompt"), extra.pop("negative_prompt", None), extra.pop("seed", None), extra)
+
+    def records(self) -> Iterator[bytes]:
+        """Yields each prompt with its columns as a line of JSON, as in a prompt file."""
+        return map(self._record, range(len(self)))
+
+    def _record(self, index: int) -> bytes:
+        return self._content[self._ends[index] : self._ends[index + 1]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_content": self._content[:]}
@@ -198,6 +206,10 @@ class PromptDataModule(LightningDataModule):
         dataset = PromptDataset(self.prompts, self.prompt_column, self.limit, self.max_prompt_length)
         self._finished = bytearray(len(dataset))  # one flag a prompt
         return dataset
+
+    def adopt(self, other: "PromptDataModule") -> None:
+        """Takes the prompts that another has read from the same source, which may have changed since."""
+        self.dataset, self._finished = other.dataset, bytearray(len(other.dataset))
 
     def setup(self, stage: str = "predict") -> None:
         """Reads and checks the source, unless that is already done."""

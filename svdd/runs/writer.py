@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from itertools import islice
@@ -22,9 +23,10 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
+from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import ResultRow
 
-__all__ = ["RunError", "RunWriter"]
+__all__ = ["RunError", "RunWriter", "encoded"]
 
 _VERSIONS = {"svdd": __version__, "torch": version("torch"), "diffusers": version("diffusers")}
 _MOST_FAILURES = 20  # in a row; then the prompts are not the cause
@@ -42,7 +44,8 @@ class RunWriter(L.Callback):
         output: The run folder; a run with the same settings continues.
         config: The resolved configuration, recorded and compared with that of an earlier run.
         overwrite: Remove the files of an earlier run in the folder, and no others.
-        num_prompts: As in `RunFolder`; so is `tar`.
+        prompts: The run's, recorded and compared too: see `RunFolder.claim`.
+        tar: Write the images into tar shards instead of a file each.
     """
 
     def __init__(
@@ -50,11 +53,11 @@ class RunWriter(L.Callback):
         output: str | Path,
         config: dict[str, Any] | None = None,
         overwrite: bool = False,
-        num_prompts: int | None = None,
+        prompts: PromptDataset | None = None,
         tar: bool = False,
     ) -> None:
-        self.folder = RunFolder(output, num_prompts, tar)
-        self.config, self.overwrite = config or {}, overwrite
+        self.folder = RunFolder(output, tar)
+        self.config, self.overwrite, self.prompts = config or {}, overwrite, prompts
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = self._held = False
         self.rank: int | None = None  # under which this process writes, if it is not that of the Trainer
@@ -69,7 +72,7 @@ class RunWriter(L.Callback):
         Without `scan` the other processes return no index; the data module sends them those of rank 0.
         """
         if is_rank_zero():
-            finished = self.folder.claim(self.config, self.overwrite)
+            finished = self.folder.claim(self.config, self.overwrite, self.prompts)
         else:
             finished = self.folder.finished() if scan and not self.overwrite else set()
         self._started, self._drawn, self._held, self._failures = time.monotonic(), False, hold, 0
@@ -135,11 +138,7 @@ class RunWriter(L.Callback):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
         if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
             self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
-        pixels = _to_uint8(outputs.images)
-        if len(pixels) != len(outputs.rows):
-            raise ValueError(f"a Prediction needs one row per image, got {len(outputs.rows)} for {len(pixels)} images")
-        images = ((row, _encode_png(image, row)) for row, image in zip(outputs.rows, pixels, strict=True))
-        self.folder.write(images, outputs.traces, outputs.failures)
+        self.folder.write(encoded(outputs), outputs.traces, outputs.failures)
         self._failures = len(outputs.failures) + (0 if outputs.rows else self._failures)
         if self._failures >= _MOST_FAILURES:
             raise UserError(
@@ -203,6 +202,14 @@ class RunWriter(L.Callback):
             self.folder.close_shard()
         else:
             self.close()
+
+
+def encoded(prediction: Prediction) -> Iterator[tuple[ResultRow, bytes]]:
+    """Yields the row of each image and its PNG file."""
+    pixels = _to_uint8(prediction.images)
+    if len(pixels) != len(prediction.rows):
+        raise ValueError(f"a Prediction needs one row per image, got {len(prediction.rows)} for {len(pixels)} images")
+    return ((row, _encode_png(image, row)) for row, image in zip(prediction.rows, pixels, strict=True))
 
 
 def _chunker(pl_module: Any) -> Any:

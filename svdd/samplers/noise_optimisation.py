@@ -107,7 +107,9 @@ class NoiseOptimisation(Sampler):
             return known | {"x": ends[0].x.detach(), "images": ends[0].images.detach()}
 
         image = torch.arange(state.num_images, device=state.x.device)
-        found = context.diffusion.chunker.map(run, state.num_images, state.x, image)  # which bounds the graph's memory
+        work = ("gradient", context.diffusion, value, gradient)
+        # in chunks, which bounds the memory of the graph
+        found = context.diffusion.chunker.map(run, state.num_images, state.x, image, work=work)
         state.require_finite("reward's gradient", state.x, found["gradient"])
         values = found["values"].view(-1, 1)
         context.report(state.num_steps, float(values.mean()))

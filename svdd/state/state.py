@@ -122,10 +122,10 @@ class State:
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
             groups = 1 if getattr(reward, "one_call", False) else self.num_images
-            scores = context.diffusion.chunker.map(reward.score, groups, images, self.prompts)
+            work, chunker = ("reward", reward), context.diffusion.chunker
+            scores = chunker.map(reward.score, groups, images, self.prompts, work=work)
         context.ledger.reward_calls += len(images)
-        if own:
-            self._cache[known] = scores
+        self._cache.update({known: scores} if own else {})
         return scores
 
     def preview(self, preview: Preview) -> Tensor:
@@ -245,7 +245,7 @@ class State:
         """
         values, slope = ("values", value, through_denoiser), ("gradient", value, through_denoiser)
         if values not in self._cache:
-            known = () if through_denoiser else self.prediction
+            known, diffusion = () if through_denoiser else self.prediction, self.context.diffusion
 
             def differentiated(x: Tensor, row: Tensor, origin: Tensor, *known: Tensor) -> dict[str, Tensor]:
                 leaf = (known[0] if known else x).detach().requires_grad_()
@@ -254,7 +254,9 @@ class State:
                 return differentiate(value, part, leaf)
 
             rows = (self.x, self.row, self.origin, *known)  # in chunks, which bounds the memory of the graph
-            found = self.context.diffusion.chunker.map(differentiated, self.num_images, *rows)
+            steps = min(self.num_steps - self.i, getattr(value, "most_rows", 1))  # that a value looks ahead
+            work = ("gradient", value, diffusion.network_rows(diffusion.guidance_scale, self.i), steps)
+            found = diffusion.chunker.map(differentiated, self.num_images, *rows, work=work)
             self.require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
         return self._cache[values], self._cache[slope]
@@ -266,15 +268,13 @@ class State:
 
     def require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
         """Raises NotFinite with the step and the first failing row's prompt."""
-
-        def prompt(k: int) -> str:
-            return self.context.prompts[int(self.row[k])]
-
-        require_finite(part, source, *found, where=f" at step {self.i} of {self.num_steps}", prompt=prompt)
+        where = f" at step {self.i} of {self.num_steps}"
+        require_finite(part, source, *found, where=where, prompt=lambda k: self.context.prompts[int(self.row[k])])
 
     def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
-            images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True)
+            work = ("decoder", decode)
+            images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True, work=work)
             self.require_finite("decoder", x0, images)
         self.context.ledger.decoded_images += len(x0)
         return images
@@ -289,8 +289,10 @@ class State:
         def evaluate(row: Tensor, x: Tensor, *known: Tensor) -> Any:
             return network(x, *known, self.i, context.conditioning, row)
 
+        work = ("network", context.diffusion, getattr(network, "func", network).__qualname__, rows)
         with ledger.timed("denoiser_seconds", self.x.device):
-            result = context.diffusion.chunker.map(evaluate, self.num_images, self.row, self.x, *known, parallel=True)
+            parts = (self.row, self.x, *known)
+            result = context.diffusion.chunker.map(evaluate, self.num_images, *parts, parallel=True, work=work)
             found = result.values() if isinstance(result, dict) else result if isinstance(result, tuple) else (result,)
             self.require_finite("denoiser", self.x, *found)
         ledger.denoiser_rows += n

@@ -130,6 +130,7 @@ def _columns(selection: Selection, lineage: bool) -> dict[str, list[Any]]:
         "alpha": missing if selection.alpha is None else rounded(selection.alpha),
         "candidates": values.isnan().logical_not().sum(1).tolist(),
         "value_mean": rounded(values.nanmean(1)),
+        "value_std": [number if math.isfinite(number) else None for number in rounded(selection.spread)],
         "value_max": rounded(values.nan_to_num(-math.inf).amax(1)),
         "value_chosen": rounded(values.gather(1, selection.kept).mean(1)),
         "ancestors": selection.ancestors.tolist(),

@@ -115,7 +115,7 @@ class LearnedValue(Value):
         x, step = getattr(state, self.input), torch.full_like(state.row, state.i)
         rows = (x, step) if features is None else (x, step, features[state.row])
         with context.ledger.timed("decoder_seconds", x.device) if self.decodes else nullcontext():
-            predictions = context.diffusion.chunker.map(self.predict, state.num_images, *rows)
+            predictions = context.diffusion.chunker.map(self.predict, state.num_images, *rows, work=("value", self))
         values = self.mean.float() + self.std.float() * predictions.float()
         context.ledger.decoded_images += len(x) if self.decodes else 0
         if not torch.isfinite(values).all():

@@ -369,7 +369,7 @@ def test_out_of_memory_in_the_network(case: Case, whole: Case, table: Callable):
     process.join()
     before = case.finished()
     assert len(before) == 4
-    assert "rows_at_once: 1" in (case.folder / "config.yaml").read_text()
+    assert '"rows_at_once": 1' in (case.folder / "fingerprints.json").read_text()
     case.gate.touch()
     lost = case.resume(*memory, before=before)
     assert "out of memory" not in case.said()  # the second run began with one row

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from svdd import UserError, first_line, say
-from svdd.runs.files import os_errors_explained, write_atomically
+from svdd import first_line, say
+from svdd.runs.files import OtherRun, os_errors_explained, write_atomically
 from svdd.values.learned import HEADER
 
 __all__ = ["Checkpoints", "WholeFiles"]
@@ -100,11 +100,10 @@ def _step(path: Path) -> int | None:
                 return None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):
         return None
-    advice = "choose another --output, or remove it with --overwrite true"
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # an object of a user's own callback, or a file of something else
-        raise UserError(f"{path} cannot be continued from: {first_line(error)}; {advice}") from error
+        raise OtherRun(f"{path} cannot be continued from: {first_line(error)}") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _ENTRIES:
-        raise UserError(f"{path} is no checkpoint of `svdd fit`; {advice}")
+        raise OtherRun(f"{path} is no checkpoint of `svdd fit`")
     return checkpoint["global_step"]

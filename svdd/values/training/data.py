@@ -118,10 +118,8 @@ class RolloutDataModule(L.LightningDataModule):
         self.num_rollouts, self.keep_every, self.validation = num_rollouts, keep_every, validation
         self.batch_size, self.rollout_batch_size, self.seed, self.cache = batch_size, rollout_batch_size, seed, cache
         self.other_prompts = other_prompts
-        dataset = PromptDataset(prompts, prompt_column, limit)
-        self.digest = dataset.digest
-        self.prompts = [dataset[k] for k in range(min(len(dataset), num_rollouts))]
-        dataset.close()
+        self.dataset = PromptDataset(prompts, prompt_column, limit)
+        self.prompts = [self.dataset[k] for k in range(min(len(self.dataset), num_rollouts))]
         if other_prompts and len(self.prompts) < 2:
             raise UserError(f"other_prompts={other_prompts} needs at least two prompts, got {len(self.prompts)}")
 
@@ -139,7 +137,7 @@ class RolloutDataModule(L.LightningDataModule):
             raise UserError("num_inference_steps=1 has no step between noise and image to learn from")
         if value.loss.bootstrap and self.keep_every > 1:
             raise UserError(f"loss.bootstrap needs every step of the rollouts, got data.keep_every={self.keep_every}")
-        own = {"input": value.input, "prompts_sha256": self.digest, "seed": self.seed, "steps": steps}
+        own = {"input": value.input, "prompts_sha256": self.dataset.digest, "seed": self.seed, "steps": steps}
         settings = diffusion.identity | own | {"dtype": str(diffusion.dtype)}
         count, cache = self.num_rollouts, RolloutCache(Path(self.cache), settings, self.num_rollouts)
         self._fill(cache, steps)

@@ -14,6 +14,7 @@ from svdd.assets.content import digest, sources
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
 from svdd.rewards.base import Reward
+from svdd.runs.files import OtherRun
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import LearnedValue
 
@@ -112,10 +113,8 @@ class ValueFitting(L.LightningModule):
         recorded, own = checkpoint.get("fingerprints", {}), self._fingerprints
         changed = sorted(name for name in recorded | own if recorded.get(name) != own.get(name))
         if recorded and own and changed:
-            raise UserError(
-                f"the training was begun with other contents of {', '.join(changed)}: restore what was there, choose "
-                "another --output, or remove the old run with --overwrite true"
-            )
+            what = f"the training was begun with other contents of {', '.join(changed)}"
+            raise OtherRun(f"{what}: restore what was there to continue it")
 
     def _loss(self, batch: dict[str, Tensor], bootstrap: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the predictions and the rewards, both in units of the rewards' spread."""

@@ -1,0 +1,96 @@
+"""`svdd report` and `svdd gallery`: runs as one HTML page, and the same page in the browser."""
+
+import argparse
+import os
+import sys
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import NoReturn
+
+from svdd import UserError, say
+from svdd.evaluation.comparison import distinct_names
+from svdd.evaluation.reports.data import read_run
+from svdd.evaluation.reports.page import check_page, write_page
+
+__all__ = ["gallery", "report"]
+
+_SUFFIXES = (".html", ".htm")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists all settings")
+
+
+def report(words: list[str]) -> None:
+    """Runs `svdd report` with the command line after its name.
+
+    Raises:
+        UserError: If a folder holds no image or a damaged row, or the page cannot be written.
+    """
+    parser = _parser("svdd report", "Runs as one HTML page that needs no server: pictures, rewards, traces, settings.")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file (default: report.html)")
+    _write(parser.parse_args(words))
+
+
+def gallery(words: list[str]) -> None:
+    """Runs `svdd gallery`: writes the report into the first run's folder, as gallery.html, and opens it.
+
+    In a folder that cannot be written, it goes to a temporary one. Raises a UserError as `report` does.
+    """
+    parser = _parser("svdd gallery", "Writes gallery.html, a report, into the first run's folder and opens it.")
+    options = parser.parse_args(words)
+    options.output = options.runs[0] / "gallery.html"
+    if options.runs[0].is_dir() and not os.access(options.runs[0], os.W_OK):
+        options.output = Path(tempfile.mkdtemp(prefix="svdd-gallery-"), "gallery.html")
+    _write(options)
+    display = sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    if not (display and webbrowser.open(Path(os.path.abspath(options.output)).as_uri())):
+        say(f"no browser was found; open {os.path.abspath(options.output)} in one")
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=name, description=description)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, also of unfinished runs")
+    parser.add_argument("--baseline", type=Path, help="run with which the others are compared when the page opens")
+    limit = "at most this many pictures of each run, the first of its prompts (default: 10000)"
+    parser.add_argument("--limit", type=int, default=10_000, help=limit)
+    embed = "true puts the full pictures into the page, to be sent on its own (default: false, which links to them)"
+    parser.add_argument("--embed", type=_truth, nargs="?", const=True, default=False, metavar="BOOL", help=embed)
+    return parser
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+    return word.lower() == "true"
+
+
+def _write(options: argparse.Namespace) -> None:
+    output: Path = options.output
+    if options.limit < 1:
+        raise UserError(f"--limit must be >= 1, got {options.limit}")
+    if output.suffix.lower() not in _SUFFIXES or os.path.isdir(output):
+        raise UserError(f"--output must be a file whose name ends in .html, got {output}")
+    folders = [*([options.baseline] if options.baseline is not None else []), *options.runs]
+    places = {os.path.realpath(folder): folder for folder in reversed(folders)}  # one given twice is shown once
+    distinct = [places[place] for place in dict.fromkeys(map(os.path.realpath, folders))]
+    try:
+        check_page(output)
+        names = distinct_names(distinct)
+        runs = [read_run(folder, name, options.limit) for folder, name in zip(distinct, names, strict=True)]
+        written = write_page(runs, output, None if options.baseline is None else 0, options.embed)
+    except OSError as error:
+        where = error.filename or output
+        raise UserError(f"cannot write {where}: {error.strerror or error}; choose another --output") from error
+    for run in runs:
+        if run.hidden:
+            more = f"--limit {len(run.images) + run.hidden} shows all"
+            say(f"svdd: warning: {run.hidden} pictures of {run.folder} are left out; {more}", error=True)
+    if written.faults:
+        what = f"{len(written.faults)} pictures cannot be read, the first one: {written.faults[0]}"
+        say(f"svdd: warning: {what}", error=True)
+    count = sum(len(run.images) for run in runs)
+    beside = f", {written.files} thumbnails in {output.stem}_files" if written.files else ""
+    say(f"wrote {output}: {count} pictures of {len(runs)} runs, {written.bytes / 2**20:.1f} MB{beside}")
