@@ -220,8 +220,8 @@ def test_a_stopped_run_and_its_damaged_pictures_are_shown(runs, tmp_path, capsys
     (killed / "images" / "000001-00.png").write_bytes(b"torn")
     assert main(["report", str(killed), str(runs / "smc"), "--limit", "8", "--output", str(tmp_path / "r.html")]) == 0
     said = capsys.readouterr().err
-    assert f"svdd: warning: 6 pictures of {runs / 'smc'} are left out; --limit 12 shows all" in said
-    assert "1 pictures cannot be read, the first one: " in said
+    assert f"svdd: warning: 6 pictures of {runs / 'smc'} left out; --limit 12 shows all" in said
+    assert "1 picture cannot be read, the first one: " in said
     page = Page(tmp_path / "r.html")
     assert [(run["unfinished"], run["pictures"], run["hidden"]) for run in page.data["runs"]] == [
         (True, 4, 0),
@@ -246,6 +246,14 @@ def test_old_rows_without_seeds_ledgers_and_settings_are_shown(tmp_path):
     assert page.data["images"]["seed"] == [None]
     assert page.details[0]["columns"] == {"tag": '{"a": [1, "</script>"]}'}
     assert "trace" not in page.details[0]
+
+
+def test_the_folder_of_a_study_stands_for_its_cells(tmp_path):
+    for name in ("b", "a"):
+        save_run(tmp_path / "study" / "cells" / name)
+    (tmp_path / "study" / "cells" / "waiting").mkdir()
+    assert main(["report", str(tmp_path / "study"), "--output", str(tmp_path / "r.html")]) == 0
+    assert [run["name"] for run in Page(tmp_path / "r.html").data["runs"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -386,14 +394,14 @@ class Tab:
 
     def media(self, scheme):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
 
     def resize(self, width, height):
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def images(self):
-        return [int(tile.get_attribute("data-image")) for tile in self.all(".tile")]
+        return self.run("return [...document.querySelectorAll('.tile')].map((tile) => Number(tile.dataset.image))")
 
 
 @pytest.fixture
@@ -510,6 +518,9 @@ def test_a_phone_needs_no_sideways_scrolling_and_dark_text_stays_readable(tab):
                 assert tab.run(_CONTRAST) == [], (scheme, view)
             tab.one("#close").click()
     assert len(grounds) == 2
+    tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert not tab.one("#controls").is_displayed()
+    assert all(tab.one(f"#{view}").is_displayed() for view in ("images", "rewards", "runs"))
     unnamed = "return [...document.querySelectorAll('input, select')].filter((one) => !one.labels.length).length"
     assert tab.run(unnamed) == 0
     assert tab.run("return [...document.images].every((image) => image.alt)")

@@ -22,7 +22,7 @@ from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
 from svdd.runs.processes.work import Order
 from svdd.runs.processes.workers import Link
-from svdd.runs.prompts import PromptDataModule, PromptWarning
+from svdd.runs.prompts import PromptDataModule
 from svdd.runs.secrets import redact
 from svdd.samplers.budget import Uncountable, count
 
@@ -111,15 +111,15 @@ class _AssistantCLI(CellCLI):
         """Reads the prompts; their owner has checked them."""
         with as_user_errors():
             self.stop, self.watchdog = StopOnSignal(), StepTimeout(self.settings.step_timeout)
-            warnings.filterwarnings("ignore", category=PromptWarning)
-            prompts = PromptDataModule(**self.settings.data.as_dict())
-            output, tar = self.settings.output, self.settings.tar
-            self.writer = AssistantWriter(output, self._rank, len(prompts.dataset), tar, self._drawn)
-        prompts.teardown("predict")
+            self.prompts = PromptDataModule(**self.settings.data.as_dict())
+            self._around.callback(self.prompts.teardown)
+            output, tar, prompts = self.settings.output, self.settings.tar, self.prompts.dataset
+            self.writer = AssistantWriter(output, self._rank, prompts, tar, self._drawn)
         self._around.callback(self.writer.close)
 
     def before_predict(self) -> None:
         """Has the batches handed out by the parent."""
+        self.datamodule.adopt(self.prompts)
         self.datamodule.hand = self._take
 
     def after_predict(self) -> None:

@@ -1,7 +1,9 @@
 """Draws the runs of a study: all in this process, or in several that share them."""
 
+import io
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from svdd import Stopped, UserError, say
 from svdd.assets.loaded import keeping_weights
 from svdd.commands.cells import attempt, work
 from svdd.commands.parser import find_config
-from svdd.commands.plans import Plan
+from svdd.commands.plans import Cost, Plan
+from svdd.evaluation.rendering import render
 from svdd.evaluation.studies.specification import Cell, Specification, Study, words_of
 from svdd.runs.config import write_config
 from svdd.runs.files import os_errors_explained
@@ -20,6 +23,8 @@ from svdd.runs.processes.work import Job, Work
 from svdd.runs.processes.workers import Workers, environment
 
 __all__ = ["Drawing"]
+
+_DRY_RUN = "without start-up and evaluation; nothing was written"
 
 
 class Drawing:
@@ -63,6 +68,29 @@ class Drawing:
 
     def show(self) -> None:
         """Prints the runs with what they cost; writes nothing."""
+        table: list[list[str | float | None]] = []
+        left: list[float] = []  # hours of each run
+        totals = [0, 0.0, 0.0, 0]
+        with keeping_weights():
+            for cell in self.study().cells:
+                try:
+                    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                        cost = Cost(cell.words).found
+                except UserError as error:
+                    table.append([cell.name, *[None] * 5, str(error)])
+                    continue
+                entry = [cost.images, cost.denoiser_rows, cost.hours(left=False), cost.disk_bytes]
+                totals = [total + number for total, number in zip(totals, entry, strict=True)]
+                left.append(cost.hours())
+                done = cost.prompts - cost.prompts_left
+                note = (
+                    "finished" if not cost.prompts_left else f"{done} of {cost.prompts} prompts drawn" if done else ""
+                )
+                table.append([cell.name, *_numbers(entry), f"{left[-1]:.3g}", note])
+        table.append(["all", *_numbers(totals), f"{sum(left):.3g}", ""])
+        say(render(["run", "images", "denoiser rows", "hours", "MB", "hours left", ""], table, "text"))
+        devices = f", {sum(left) / self._devices:.3g} hours on {self._devices} devices" if self._devices > 1 else ""
+        say(f"{sum(left):.3g} hours are left{devices}; hours are measured on this machine, {_DRY_RUN}")
 
     def draw(self) -> tuple[Study, dict[str, str]]:
         """Draws what is not finished; returns the study, and the failed runs with their errors.
@@ -127,6 +155,12 @@ class Drawing:
         self._around.callback(self._workers.close)
 
     _starts = False
+
+
+def _numbers(entry: Sequence[float]) -> list[str]:
+    """Returns images, rows, hours and bytes as text, the last in MB."""
+    images, rows, hours, size = entry
+    return [f"{images:,}", f"{rows:,.0f}", f"{hours:.3g}", f"{size / 1e6:.3g}"]
 
 
 class _Report:

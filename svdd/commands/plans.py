@@ -4,16 +4,20 @@ import json
 from contextlib import ExitStack
 from functools import cache
 from pkgutil import resolve_name
+from typing import Any
 
+from svdd import SUMMARY_FILE
 from svdd.commands.cells import CellCLI
+from svdd.commands.estimate import Estimate
 from svdd.commands.parser import as_user_errors
 from svdd.commands.predict import PredictCLI
 from svdd.evaluation.studies.specification import Cell
 from svdd.runs.config import read_config
+from svdd.runs.files import read_object
 from svdd.runs.processes.work import Job
 from svdd.runs.prompts import PromptDataModule
 
-__all__ = ["Plan"]
+__all__ = ["Cost", "Plan"]
 
 _LIGHT = {"num_inference_steps", "guidance_scale", "eta", "scheduler", "scheduler_options", "noise", "rho"}
 _LIGHT |= {"inner_steps", "negative_prompt", "height", "width", "chunk_size", "reproducible"}  # not about the weights
@@ -59,18 +63,18 @@ class Plan(CellCLI):
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether the run of a cell with these settings is complete; a RunError if its folder cannot be used."""
-        if not (cell.folder / "summary.json").is_file():
+        if not (cell.folder / SUMMARY_FILE).is_file():
             return False
         self.settings.output = str(cell.folder)
         if "model.budget" in cell.settings:
             self.settings.model.budget = cell.budget
+        self.settings.dry_run = True
         with ExitStack() as self._around:
             PredictCLI.before_instantiate_classes(self)
-            summary = self.writer.folder.read_summary() if self.writer.folder.has_summary() else {}
-            recorded = read_config(cell.folder)
+            prompts = len(self.prompts.dataset)
+        summary, recorded = read_object(cell.folder / SUMMARY_FILE), read_config(cell.folder)
         measured = recorded is not None and recorded.config.get("evaluation") == self.resolved()["evaluation"]
-        all_prompts = _num_prompts(json.dumps(self.settings.data.as_dict()))
-        return measured and len(self.finished) == all_prompts == summary.get("prompts")
+        return measured and len(self.finished) == prompts == summary.get("prompts")
 
 
 @cache
@@ -82,3 +86,17 @@ def _num_prompts(data: str) -> int:
             return len(prompts.dataset)
         finally:
             prompts.teardown()
+
+
+class Cost(CellCLI):
+    """Measures what a run costs; writes nothing."""
+
+    found: Estimate
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Makes it a dry run."""
+        super().parse_arguments(parser, args)
+        self.settings.dry_run = True
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.found, _, _ = self.estimated()

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 
+from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import ResultRow
 from svdd.runs.writer import RunWriter
 
@@ -17,12 +18,14 @@ class AssistantWriter(RunWriter):
     Args:
         output: The run folder.
         rank: Of this process among those that draw the run, >= 1.
-        num_prompts: As in `RunFolder`; so is `tar`.
+        prompts: As in `RunWriter`; so is `tar`.
         drawn: Receives the result rows of each batch, once they are on disk.
     """
 
-    def __init__(self, output: str | Path, rank: int, num_prompts: int, tar: bool, drawn: list[ResultRow]) -> None:
-        super().__init__(output, num_prompts=num_prompts, tar=tar)
+    def __init__(
+        self, output: str | Path, rank: int, prompts: PromptDataset, tar: bool, drawn: list[ResultRow]
+    ) -> None:
+        super().__init__(output, prompts=prompts, tar=tar)
         self.rank, self._rows = rank, drawn
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
