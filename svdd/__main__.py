@@ -21,6 +21,7 @@ __all__ = ["main"]
 
 _COMMANDS = {  # name: module and function in svdd.commands
     "predict": "predict:PredictCLI",
+    "study": "study:study",
     "fit": "fit:FitCLI",
     "calibrate": "calibrate:CalibrateCLI",
     "score": "score:score",
@@ -37,6 +38,8 @@ Steer text-to-image diffusion models with any reward, at inference time.
 commands:
   predict    draw guided images for a list of prompts:
              svdd predict --config quickstart --output runs/first
+  study      draw many runs that one file describes, with tables and plots:
+             svdd study my_study.yaml --output runs/study --devices 2
   fit        train a learned value on rollouts of the pretrained model:
              svdd fit --config fit_value_compressibility --output runs/value
   calibrate  measure how well a value predicts the reward, step by step:

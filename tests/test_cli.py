@@ -701,6 +701,8 @@ def test_the_quick_commands_import_nothing_heavy():
         "    assert main(words) == 0\n"
         "heavy = {'torch', 'lightning', 'diffusers', 'transformers', 'PIL', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "import svdd.commands.compare, svdd.commands.report\n"
+        "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

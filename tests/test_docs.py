@@ -314,7 +314,7 @@ MAY_IMPORT = {  # a folder or module of svdd: the others that it may import, als
     "guided_diffusion": {*NOUNS, "assets", "runs", "evaluation.metrics"},
     "values.training": {*NOUNS, "assets", "runs", "guided_diffusion"},
     "evaluation": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics"},
-    "commands": {*NOUNS, "runs", "guided_diffusion", "evaluation.metrics", "values.training", "evaluation"},
+    "commands": {*NOUNS, "assets", "runs", "guided_diffusion", "evaluation.metrics", "values.training", "evaluation"},
     "__main__": {"commands", "runs"},
 }
 FOREIGN = {  # a library: the only folders that may import it

@@ -5,6 +5,7 @@ import hashlib
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 import stat
@@ -220,8 +221,8 @@ def test_a_stopped_run_and_its_damaged_pictures_are_shown(runs, tmp_path, capsys
     (killed / "images" / "000001-00.png").write_bytes(b"torn")
     assert main(["report", str(killed), str(runs / "smc"), "--limit", "8", "--output", str(tmp_path / "r.html")]) == 0
     said = capsys.readouterr().err
-    assert f"svdd: warning: 6 pictures of {runs / 'smc'} are left out; --limit 12 shows all" in said
-    assert "1 pictures cannot be read, the first one: " in said
+    assert f"svdd: warning: 6 pictures of {runs / 'smc'} left out; --limit 12 shows all" in said
+    assert "1 picture cannot be read, the first one: " in said
     page = Page(tmp_path / "r.html")
     assert [(run["unfinished"], run["pictures"], run["hidden"]) for run in page.data["runs"]] == [
         (True, 4, 0),
@@ -236,16 +237,29 @@ def test_a_stopped_run_and_its_damaged_pictures_are_shown(runs, tmp_path, capsys
     assert traces == [trace["lineage"] for trace in RunFolder(runs / "smc").traces() for _ in range(3)][:6]
 
 
-def test_old_rows_without_seeds_ledgers_and_settings_are_shown(tmp_path):
-    """The one prompt gives no interval, and a column may hold anything."""
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
+def test_old_rows_and_damaged_files_beside_them_are_shown(tmp_path):
+    """Rows have no seed and no ledger; the one prompt gives no interval, and a column may hold anything."""
     run = save_run(tmp_path / "run", tag={"a": [1, "</script>"]}, negative_prompt=3)
-    (run / "trace.jsonl").write_text('{"prompt_index": 0, "image_index": 0, "step": [1, "</script>"], "ess": 3}\n')
+    damaged = '{"prompt_index": "x"}\n{}\n3\nno\n'
+    bad = '{"prompt_index": 0, "image_index": 0, "step": [1, "</script>"], "ess": 3}\n'
+    (run / "trace.jsonl").write_text(damaged + bad)
+    (run / "fingerprints.json").write_text('{"parts": {"reward r": [3]}}')
+    os.mkfifo(run / "config.yaml")
     assert main(["report", str(run), "--output", str(tmp_path / "r.html")]) == 0
     page = Page(tmp_path / "r.html")
     assert page.data["runs"][0]["means"] == {"r": {"mean": 1.0, "low": None, "high": None}}
     assert page.data["images"]["seed"] == [None]
     assert page.details[0]["columns"] == {"tag": '{"a": [1, "</script>"]}'}
     assert "trace" not in page.details[0]
+
+
+def test_the_folder_of_a_study_stands_for_its_cells(tmp_path):
+    for name in ("b", "a"):
+        save_run(tmp_path / "study" / "cells" / name)
+    (tmp_path / "study" / "cells" / "waiting").mkdir()
+    assert main(["report", str(tmp_path / "study"), "--output", str(tmp_path / "r.html")]) == 0
+    assert [run["name"] for run in Page(tmp_path / "r.html").data["runs"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -386,14 +400,14 @@ class Tab:
 
     def media(self, scheme):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
 
     def resize(self, width, height):
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def images(self):
-        return [int(tile.get_attribute("data-image")) for tile in self.all(".tile")]
+        return self.run("return [...document.querySelectorAll('.tile')].map((tile) => Number(tile.dataset.image))")
 
 
 @pytest.fixture
@@ -510,6 +524,9 @@ def test_a_phone_needs_no_sideways_scrolling_and_dark_text_stays_readable(tab):
                 assert tab.run(_CONTRAST) == [], (scheme, view)
             tab.one("#close").click()
     assert len(grounds) == 2
+    tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert not tab.one("#controls").is_displayed()
+    assert all(tab.one(f"#{view}").is_displayed() for view in ("images", "rewards", "runs"))
     unnamed = "return [...document.querySelectorAll('input, select')].filter((one) => !one.labels.length).length"
     assert tab.run(unnamed) == 0
     assert tab.run("return [...document.images].every((image) => image.alt)")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.plugins import Precision
 
+from svdd.commands.progress import duration
 from svdd.commands.rehearsal import rehearsed
 from svdd.evaluation.rendering import render
 from svdd.guided_diffusion import GuidedDiffusion
@@ -136,12 +137,10 @@ def describe(found: Estimate, devices: int, device: torch.device) -> list[str]:
     table = render(["", "an image", "all images"], [["images", "", f"{found.images:,}"], *rows], "text")
     parts = ", ".join(f"{part} {share:.0%}" for part, share in found.parts.items() if share >= 0.005)
     each = f" on each of {devices} devices" if devices > 1 else ""
-    times = [f"{_duration(found.hours(devices, left=False))}{each} for all {found.prompts:,} prompts"]
+    times = [f"{_time(found.hours(devices, left=False))}{each} for all {found.prompts:,} prompts"]
     if found.prompts_left < found.prompts:
         done = found.prompts - found.prompts_left
-        times.append(
-            f"{_duration(found.hours(devices))} for the {found.prompts_left:,} that are left ({done:,} are done)"
-        )
+        times.append(f"{_time(found.hours(devices))} for the {found.prompts_left:,} that are left ({done:,} are done)")
     prompts = "1 prompt" if found.batch_prompts == 1 else f"{found.batch_prompts} prompts"
     memory = "not known on this device"
     if found.peak_bytes is not None and found.loaded_bytes is not None:
@@ -158,12 +157,8 @@ def describe(found: Estimate, devices: int, device: torch.device) -> list[str]:
     ]
 
 
-def _duration(hours: float) -> str:
-    """Returns a time in words, and in hours."""
-    seconds = hours * 3600
-    if seconds < 90:
-        return f"{seconds:.3g} s ({hours:.2g} hours)"
-    return f"{hours:.2g} hours" if seconds >= 5400 else f"{seconds / 60:.1f} min ({hours:.2g} hours)"
+def _time(hours: float) -> str:
+    return f"{duration(3600 * hours)} ({hours:.2g} hours)"
 
 
 def _size(number: float) -> str:

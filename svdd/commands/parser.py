@@ -25,7 +25,7 @@ from svdd.commands.registry import KINDS, catalogue, import_all
 from svdd.runs.config import is_older
 from svdd.runs.yaml_text import check_yaml, read_yaml
 
-__all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
+__all__ = ["Parser", "as_user_errors", "explain", "find_config", "with_shipped_configs"]
 
 _MAX_CONFIG = 2**24  # bytes
 _SECTIONS = {"model", "data", "trainer", "evaluation"}
@@ -36,6 +36,7 @@ _NOISE = re.compile(
 )
 _HIDDEN_WARNINGS = (  # of libraries, on which a user cannot act
     r"isinstance.treespec, LeafSpec|have many workers|ranks is zero|LightningCLI's args parameter|"
+    r"`IterableDataset` has `__len__`|"
     r"Cannot enable progress bars|module\(s\) in eval mode|smaller than the logging interval|exists and is not empty"
 )
 
@@ -160,13 +161,14 @@ def with_shipped_configs(words: list[str]) -> list[str]:
     found = list(words)
     for k, word in enumerate(words):
         if option := re.match("(-c|--config)=", word):
-            found[k] = option[0] + _check_config(_find_config(word.removeprefix(option[0])))
+            found[k] = option[0] + _check_config(find_config(word.removeprefix(option[0])))
         elif k > 0 and words[k - 1] in ("-c", "--config"):
-            found[k] = _check_config(_find_config(word))
+            found[k] = _check_config(find_config(word))
     return found
 
 
-def _find_config(name: str) -> str:
+def find_config(name: str) -> str:
+    """Returns the path of a shipped configuration, or the name itself if it is a path; UserError if it is neither."""
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*(\.yaml)?", name) or Path(name).is_file():
         return name
     wheel, source_tree = Path(__file__).parents[1] / "assets" / "configs", Path(__file__).parents[2] / "configs"

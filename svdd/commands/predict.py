@@ -1,18 +1,19 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import math
-import sys
+from collections.abc import Collection
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
-from tqdm import tqdm
 
 from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
-from svdd.commands.estimate import describe, estimate
+from svdd.commands.estimate import Estimate, describe, estimate
 from svdd.commands.parser import as_user_errors
+from svdd.commands.progress import progress
 from svdd.commands.score import print_measurements
 from svdd.evaluation.baseline import against, difference_words, over_optimised, verdict
 from svdd.evaluation.evaluation import Evaluation
@@ -27,7 +28,7 @@ from svdd.runs.processes.watchdog import StepTimeout
 from svdd.runs.prompts import PromptDataModule
 from svdd.runs.writer import RunWriter
 
-__all__ = ["PredictCLI", "StepProgress"]
+__all__ = ["PredictCLI"]
 
 _ONE_PROMPT = "no standard error from one prompt"
 
@@ -37,6 +38,8 @@ class PredictCLI(ModelCLI):
 
     purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
+    finished: Collection[int] = ()  # indices of the prompts that the folder holds
+    label = ""  # what stands before the progress
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
@@ -79,21 +82,26 @@ class PredictCLI(ModelCLI):
         self.finished = self.writer.open(scan=False, hold=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the run writer and, on a terminal, our progress bar, unless the user has set one."""
+        """Adds the run writer and what shows the progress, unless the user has set a bar."""
         wanted = self._get(self.config_init, "trainer.enable_progress_bar", default=True) is not False
         if self.model.sampler.needs_gradient:
             kwargs["inference_mode"] = False
         given = self._get(self.config_init, "trainer.callbacks") or []
         own = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
         trainer: Any = super().instantiate_trainer(enable_progress_bar=own and wanted, **kwargs)
-        shown = not own and wanted and sys.stderr.isatty() and trainer.is_global_zero
-        trainer.callbacks += [self.writer, *([StepProgress()] if shown else []), self.watchdog, self.stop]
+        shown = [progress(len(self.finished), self.label)] if not own and wanted and trainer.is_global_zero else []
+        trainer.callbacks += [self.writer, *shown, self.watchdog, self.stop]
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Draws, or estimates what that would cost."""
         if not self.settings.dry_run:
             return super()._run_subcommand(subcommand)
+        for line in describe(*self.estimated()):
+            say(line)
+
+    def estimated(self) -> tuple[Estimate, int, torch.device]:
+        """Returns what the run costs, on how many devices, and the device on which that was measured."""
         self._check_model()
         devices, dataset = self.trainer.num_devices * self.trainer.num_nodes, self.prompts.dataset
         left = len(dataset) - len(self.finished)
@@ -101,8 +109,7 @@ class PredictCLI(ModelCLI):
             left = min(left, limit * self.datamodule.batch_size * devices)
         where, precision = self.trainer.strategy.root_device, self.trainer.precision_plugin
         batch_size = min(self.datamodule.batch_size, max(1, -(-left // devices)))
-        for line in describe(estimate(self.model, dataset, batch_size, left, where, precision), devices, where):
-            say(line)
+        return estimate(self.model, dataset, batch_size, left, where, precision), devices, where
 
     def before_predict(self) -> None:
         """Leaves out what the folder already holds, and prints what a budget chose."""
@@ -134,7 +141,9 @@ class PredictCLI(ModelCLI):
         say(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
             known = math.isfinite(error := entry["standard_error"])
-            say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
+            said = f"standard error {error:.2g} (clustered by prompt)" if known else _ONE_PROMPT
+            spread = f", std {entry['std']:.3g}" if math.isfinite(entry["std"]) else ""
+            say(f"{name}: mean {entry['mean']:.4g}, {said}{spread}")
         rows, network_rows = (summary[f"{name}_per_image"] for name in ("denoiser_rows", "network_rows"))
         say(f"denoiser rows per image: {rows:.0f}, network rows: {network_rows:.0f}")
         if said := idle(self.model.sampler, summary):
@@ -163,30 +172,3 @@ class PredictCLI(ModelCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "return_predictions": False}
-
-
-class StepProgress(L.Callback):
-    """A progress bar: the prompts of this process, the current step and the mean value there."""
-
-    _bar, _mean = tqdm(disable=True), ""  # until the prediction starts
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Opens the bar and registers for the steps of the module."""
-        prompts = getattr(trainer.predict_dataloaders.dataset, "num_prompts", None)  # of this process; None: unknown
-        self._bar, self._num_steps = tqdm(total=prompts, desc="prompts"), pl_module.diffusion.num_inference_steps
-        pl_module.on_step = self._show_step
-
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *indices: int) -> None:
-        """Advances the bar."""
-        self._bar.update(len(batch))
-
-    def on_predict_end(self, trainer: Any, pl_module: Any, exception: BaseException | None = None) -> None:
-        """Closes the bar, so that it does not overwrite what is printed next."""
-        self._bar.close()
-
-    on_exception = on_predict_end
-
-    def _show_step(self, i: int, value: float | None) -> None:
-        if value is not None:
-            self._mean = f", mean value {value:.4g}"
-        self._bar.set_postfix_str(f"step {i} of {self._num_steps}{self._mean}")

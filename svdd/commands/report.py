@@ -12,6 +12,7 @@ from svdd import UserError, say
 from svdd.evaluation.comparison import distinct_names
 from svdd.evaluation.reports.data import read_run
 from svdd.evaluation.reports.page import check_page, write_page
+from svdd.runs.folder import RunFolder
 
 __all__ = ["gallery", "report"]
 
@@ -52,7 +53,8 @@ def gallery(words: list[str]) -> None:
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=name, description=description)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, also of unfinished runs")
+    runs = "run folders, also of unfinished runs, or the folder of a study for all its cells"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs)
     parser.add_argument("--baseline", type=Path, help="run with which the others are compared when the page opens")
     limit = "at most this many pictures of each run, the first of its prompts (default: 10000)"
     parser.add_argument("--limit", type=int, default=10_000, help=limit)
@@ -73,7 +75,8 @@ def _write(options: argparse.Namespace) -> None:
         raise UserError(f"--limit must be >= 1, got {options.limit}")
     if output.suffix.lower() not in _SUFFIXES or os.path.isdir(output):
         raise UserError(f"--output must be a file whose name ends in .html, got {output}")
-    folders = [*([options.baseline] if options.baseline is not None else []), *options.runs]
+    runs_of_studies = [run for folder in options.runs for run in _cells(folder)]
+    folders = [*([options.baseline] if options.baseline is not None else []), *runs_of_studies]
     places = {os.path.realpath(folder): folder for folder in reversed(folders)}  # one given twice is shown once
     distinct = [places[place] for place in dict.fromkeys(map(os.path.realpath, folders))]
     try:
@@ -87,10 +90,21 @@ def _write(options: argparse.Namespace) -> None:
     for run in runs:
         if run.hidden:
             more = f"--limit {len(run.images) + run.hidden} shows all"
-            say(f"svdd: warning: {run.hidden} pictures of {run.folder} are left out; {more}", error=True)
+            say(f"svdd: warning: {_counted(run.hidden, 'picture')} of {run.folder} left out; {more}", error=True)
     if written.faults:
-        what = f"{len(written.faults)} pictures cannot be read, the first one: {written.faults[0]}"
+        what = f"{_counted(len(written.faults), 'picture')} cannot be read, the first one: {written.faults[0]}"
         say(f"svdd: warning: {what}", error=True)
     count = sum(len(run.images) for run in runs)
-    beside = f", {written.files} thumbnails in {output.stem}_files" if written.files else ""
-    say(f"wrote {output}: {count} pictures of {len(runs)} runs, {written.bytes / 2**20:.1f} MB{beside}")
+    beside = f", {_counted(written.files, 'thumbnail')} in {output.stem}_files" if written.files else ""
+    what = f"{_counted(count, 'picture')} of {_counted(len(runs), 'run')}"
+    say(f"wrote {output}: {what}, {written.bytes / 2**20:.1f} MB{beside}")
+
+
+def _cells(folder: Path) -> list[Path]:
+    """Returns the drawn cells of a study's folder; of any other folder, that folder."""
+    drawn = sorted(path for path in folder.glob("cells/*") if RunFolder(path).has_rows())
+    return drawn or [folder]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from svdd import UserError, is_integer, require_numbers
 from svdd.assets.hub import ASSETS, is_local, quiet
+from svdd.assets.loaded import borrow
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning
@@ -136,21 +137,33 @@ class LatentDiffusion(PipelineParts):
         if isinstance(pretrained, str):
             self.pretrained = pretrained
             source = Source(pretrained, config, revision, variant, local_files_only)
-            self.pipe = load_pipeline(source, self.pipeline, self.misfit, DTYPES[dtype])
-            self.anchor = self.anchor.to(DTYPES[dtype])
-            if lora is not None:
-                load_lora(self.pipe, lora, weight_name, local_files_only)
+            options = (dtype, lora, weight_name, lora_scale, vae_slicing, vae_tiling, vae_channels_last)
+            key = None if compile or offload != "none" else (type(self), source, *options)
         elif self.pipeline not in (base.__name__ for base in type(pretrained).__mro__):
             kind = type(pretrained).__name__
             raise UserError(f"{type(self).__name__} takes a {self.pipeline}, got a {kind}; use from_pipeline")
         else:
-            self.pretrained, self.pipe, self.borrowed = name_of(pretrained), pretrained, True
-        self.take_parts(f"pretrained={self.pretrained!r}", lora is not None)
-        if lora is not None:
-            fuse_lora(self.pipe, lora, lora_scale)
-        self.save_memory(offload, vae_slicing, vae_tiling)
+            self.pretrained, self.borrowed, key = name_of(pretrained), True, None
+
+        def load() -> LatentDiffusion:
+            """Reads the weights into this object."""
+            if self.borrowed:
+                self.pipe = pretrained
+            else:
+                self.pipe = load_pipeline(source, self.pipeline, self.misfit, DTYPES[dtype])
+                self.anchor = self.anchor.to(DTYPES[dtype])
+            if lora is not None:
+                load_lora(self.pipe, lora, weight_name, local_files_only)
+            self.take_parts(f"pretrained={self.pretrained!r}", lora is not None)
+            if lora is not None:
+                fuse_lora(self.pipe, lora, lora_scale)
+            self.save_memory(offload, vae_slicing, vae_tiling)
+            self.order_weights(self.vae)
+            return self
+
         self.vae_channels_last = vae_channels_last
-        self.order_weights(self.vae)
+        if (loaded := borrow("diffusion", key, load, alone=True)) is not self:
+            self.share_parts(loaded)
         self.latent_shape = self._latent_shape(height, width)
         settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
         self.kernel = kernel(settings, steps, self.transition, self.timestep_options(settings))

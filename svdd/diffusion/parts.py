@@ -67,6 +67,14 @@ class PipelineParts(PreviewFamily):
             config = getattr(found.get(name.replace("tokenizer", "text_encoder")), "config", None)
             check_length(f"{what}, its {name},", self.token_limit(tokenizer), config)
 
+    def share_parts(self, other: "PipelineParts") -> None:
+        """Takes the parts of another object that has loaded the same model, and is not used any more."""
+        for name in ("pipe", "parts", "tokenizers", "weights", "weights_bfloat16", "_unfused"):
+            setattr(self, name, getattr(other, name))
+        for name, part in self.parts.items():
+            self.add_module(name, part)
+        self.anchor = other.anchor.clone()
+
     def save_memory(self, offload: OffloadMode, vae_slicing: bool, vae_tiling: bool) -> None:
         """Applies the settings of these names; UserError if the autoencoder has no such method."""
         for name, wanted in {"slicing": vae_slicing, "tiling": vae_tiling}.items():

@@ -24,7 +24,7 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
 from svdd.runs.prompts import PromptDataset
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "diversity_of"]
 
 Distance = Literal["cmmd", "kid", "fid"]
 
@@ -154,12 +154,7 @@ class Evaluation:
         result: dict[str, Any] = {}
         clip = self._read_clip(device)
         if clip is not None:
-            diversity = Diversity(sync_on_compute=False).to(device)
-            for part, images in read_pictures(pictures, self.batch_size):
-                prompts, weights = zip(*((picture.prompt_index, picture.weight) for picture in part), strict=True)
-                features = clip.image_features(images.to(device))
-                diversity.update(features, torch.tensor(prompts), torch.tensor(weights, dtype=torch.float64))
-            result["diversity"] = {name: _finite(value) for name, value in diversity.compute().items()}
+            result["diversity"] = diversity_of(pictures, clip, device, self.batch_size)
         if self.distances:
             assert self.reference is not None
             result["distances"] = self._measure_distances(pictures, find_pictures(self.reference), clip, device)
@@ -226,6 +221,19 @@ def _planned(prompts: PromptDataset, config: Mapping[str, Any]) -> Side:
                 yield index, RunImage(prompts[k].text, "", {}, seed=image_seed)
 
     return Side.of("this run", images, config)
+
+
+@torch.inference_mode()
+def diversity_of(
+    pictures: Sequence[Picture], clip: CLIPScore, device: torch.device | str, batch_size: int = 64
+) -> dict[str, float | None]:
+    """Returns the entries of `Diversity` in the features of a CLIP on a device, with NaN as None."""
+    diversity = Diversity(sync_on_compute=False).to(device)
+    for part, images in read_pictures(pictures, batch_size):
+        prompts, weights = zip(*((picture.prompt_index, picture.weight) for picture in part), strict=True)
+        features = clip.image_features(images.to(device))
+        diversity.update(features, torch.tensor(prompts), torch.tensor(weights, dtype=torch.float64))
+    return {name: _finite(value) for name, value in diversity.compute().items()}
 
 
 class _Features(nn.Module):

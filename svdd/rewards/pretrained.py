@@ -1,7 +1,9 @@
 """Rewards with a pretrained network, loaded at first use, and a head that two of them share."""
 
+import inspect
 from abc import abstractmethod
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd import RewardError, UserError
+from svdd.assets.loaded import borrow
 from svdd.rewards.base import Reward
 
 __all__ = ["PretrainedReward", "linear_head"]
@@ -40,13 +43,32 @@ class PretrainedReward(Reward):
     def read(self) -> nn.Module:
         """Returns the network on the CPU, loaded with `options`; raises UserError if it cannot be loaded."""
 
+    def loading_key(self) -> Hashable:
+        """Returns all that `read` depends on; None if that is unknown: then several runs do not share the network."""
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
+        values = [getattr(self, name, ...) for name in names]
+        plain = all(value is None or isinstance(value, str | int | float) for value in values)
+        return (type(self), *values) if plain else None
+
+    def _read(self) -> tuple[Any, dict[str, Any]]:
+        """Returns the network, and the attributes that `read` has set."""
+        before = vars(self) | self._modules
+        network = self.read()
+        after = vars(self) | self._modules
+        return network, {name: value for name, value in after.items() if before.get(name, ...) is not value}
+
     @property
     def network(self) -> Any:
         """The network: frozen, in evaluation mode, on the module's device and in its precision."""
         if self.pretrained_network is None:
             try:
                 with torch.inference_mode(False):  # inference tensors could never carry a gradient
-                    self.pretrained_network = self.read().requires_grad_(False).eval().to(self.anchor)
+                    network, found = borrow("reward", self.loading_key(), self._read)
+                    for name, value in found.items():
+                        setattr(self, name, value)
+                    if hasattr(network, "forget"):
+                        network.forget()
+                    self.pretrained_network = network.requires_grad_(False).eval().to(self.anchor)
             except UserError as error:
                 raise UserError(f"{type(self).__name__}: {error}") from error
             except AttributeError as error:  # torch would report this property, not the attribute

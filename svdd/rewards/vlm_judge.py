@@ -7,7 +7,7 @@ Black et al., Training Diffusion Models with Reinforcement Learning, 2023, arXiv
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ class VLMJudge(PretrainedReward):
     def one_call(self) -> bool:  # type: ignore[override]
         """Whether an endpoint answers, to which each image is a request of its own."""
         return self.endpoint is not None
+
+    def loading_key(self) -> Hashable:
+        """Returns what determines the local model."""
+        return (type(self), self.pretrained, *self.options.values()) if self.endpoint is None else None
 
     def read(self) -> nn.Module:
         """Returns the local model, or an empty module for an endpoint."""

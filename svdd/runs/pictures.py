@@ -9,16 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from svdd import UserError, first_line
 from svdd.runs.bounds import MAX_PIXELS, MAX_PIXELS_AT_ONCE
 from svdd.runs.folder import RunFolder
 from svdd.runs.images import read_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Picture", "find_pictures", "pixels_of", "read_pictures"]
 
@@ -90,8 +92,10 @@ def _natural(name: str) -> tuple[list[str | int], str]:
     return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))], name
 
 
-def read_pictures(pictures: Sequence[Picture], count: int) -> Iterator[tuple[list[Picture], Tensor]]:
+def read_pictures(pictures: Sequence[Picture], count: int) -> "Iterator[tuple[list[Picture], Tensor]]":
     """Yields pictures of equal size, at most `count` at once: float32 [n, 3, h, w] in [0, 1]; see `pixels_of`."""
+    import torch  # here, because commands that only show pictures need none of it
+
     read = ((picture, pixels_of(picture.folder, picture.file)) for picture in pictures)
     for (height, width, _), same in groupby(read, lambda pair: pair[1].shape):
         most = max(1, min(count, MAX_PIXELS_AT_ONCE // (height * width)))

@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -126,6 +126,24 @@ class _Share(IterableDataset[list[Prompt]]):
             yield [self._dataset[index] for index in self._indices[start : start + self._batch_size]]
 
 
+class _Handed(IterableDataset[list[Prompt]]):
+    """Batches of prompts that are handed out one by one, to this process and to others.
+
+    It has a length, so that Lightning fetches no batch ahead, which another process could draw meanwhile.
+    """
+
+    def __init__(self, dataset: PromptDataset, hand: Callable[[], Sequence[int]], num_prompts: int, most: int) -> None:
+        self._dataset, self._hand, self._most = dataset, hand, most
+        self.num_prompts = num_prompts
+
+    def __len__(self) -> int:
+        return self._most
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        while batch := self._hand():
+            yield [self._dataset[index] for index in batch]
+
+
 class PromptDataModule(LightningDataModule):
     """Prompts from a list or a file, in batches, in order, each exactly once.
 
@@ -143,6 +161,9 @@ class PromptDataModule(LightningDataModule):
             called `prompts`, `text` or `caption`. Case, spaces, underscores and hyphens in names do not count.
         limit: Use only the first prompts, at most this many; what follows them is not even checked. Default: all.
         max_prompt_length: Longest prompt accepted, in characters; a longer one is an error.
+
+    Attributes:
+        hand: Set it to let `hand()` choose the next batch of indices, until one is empty; None draws all in order.
 
     Raises:
         ValueError: If an argument is out of range; a TypeError if `prompts` is neither a list nor a path.
@@ -172,6 +193,12 @@ class PromptDataModule(LightningDataModule):
             raise ValueError(f"prompt_column must name the column of the prompts, got {prompt_column!r}")
         self.prompts, self.prompt_column, self.limit = prompts, prompt_column, limit
         self.batch_size, self.num_workers, self.max_prompt_length = batch_size, num_workers, max_prompt_length
+        self.hand: Callable[[], Sequence[int]] | None = None
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The indices of the prompts that are not skipped."""
+        return [index for index in range(len(self.dataset)) if not self._finished[index]]
 
     @cached_property
     def dataset(self) -> PromptDataset:
@@ -221,6 +248,10 @@ class PromptDataModule(LightningDataModule):
         if not finished.count(0):  # seen by every process; Lightning then leaves the loop out
             return DataLoader(dataset=cast(Any, ()), batch_size=None)
         unfinished = (index for index, flag in enumerate(finished) if not flag)
+        if self.hand is not None:
+            left = finished.count(0)
+            handed = _Handed(dataset, self.hand, left, -(-left // self.batch_size))
+            return DataLoader(dataset=cast(Any, handed), batch_size=None)
         share = _Share(dataset, array("Q", islice(unfinished, rank, None, world_size)), self.batch_size)
         start = _ignore_signals if self.num_workers else None
         return DataLoader(dataset=cast(Any, share), batch_size=None, num_workers=self.num_workers, worker_init_fn=start)

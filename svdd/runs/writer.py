@@ -60,6 +60,7 @@ class RunWriter(L.Callback):
         self.config, self.overwrite, self.prompts = config or {}, overwrite, prompts
         self._started: float | None = None  # when the folder was opened; None while it is not
         self._drawn = self._held = False
+        self.rank: int | None = None  # under which this process writes, if it is not that of the Trainer
         self._rows_at_once: int | None = None  # as recorded
         self._failures = 0  # in a row, up to now
         self.failed_prompts = 0  # of this prediction, once it has ended
@@ -103,13 +104,19 @@ class RunWriter(L.Callback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens this process's shards."""
         self._drawn = True
-        self.folder.open_shard(trainer.global_rank)
+        self.folder.open_shard(self._rank(trainer))
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the module what an earlier run left, after its own `on_predict_start`: its rows, and rows at once."""
-        if (chunker := _chunker(pl_module)) is not None:
-            chunker.most = self._rows_at_once = self.folder.record_rows_at_once(chunker.most, trainer.global_rank)
+        self._follow_rows_at_once(trainer, pl_module)
         self._restore(trainer, pl_module)
+
+    def _follow_rows_at_once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if (chunker := _chunker(pl_module)) is not None:
+            chunker.most = self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
+
+    def _rank(self, trainer: L.Trainer) -> int:
+        return trainer.global_rank if self.rank is None else self.rank
 
     def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the rows of an earlier run to the module."""
@@ -130,7 +137,7 @@ class RunWriter(L.Callback):
         if not isinstance(outputs, Prediction):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
         if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
-            self._rows_at_once = self.folder.record_rows_at_once(chunker.most, trainer.global_rank)
+            self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
         self.folder.write(encoded(outputs), outputs.traces, outputs.failures)
         self._failures = len(outputs.failures) + (0 if outputs.rows else self._failures)
         if self._failures >= _MOST_FAILURES:

@@ -38,6 +38,7 @@ const signed = (number) => (number > 0 ? "+" : "") + format(number, 3);
 
 /** Returns round numbers that cover low .. high. */
 function ticks(low, high, count = 5) {
+  if (!(high > low)) return [low];
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough * 0.999) * power;
   const found = [];

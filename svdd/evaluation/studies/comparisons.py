@@ -6,6 +6,7 @@ and Welsh, Bootstrapping clustered data, 2007 (resampling of whole clusters).
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -145,17 +146,26 @@ def _replicates(scores: Scores, clusters: np.ndarray, names: Sequence[str], high
     defines its quantiles. The spread is scaled as that of a sample of unknown mean. With one prompt, all are NaN.
     """
     count = len(clusters)
-    levels = np.array([_LEVELS[name] if higher_is_better else 1 - _LEVELS[name] for name in names])
+    levels = [_LEVELS[name] if higher_is_better else 1 - _LEVELS[name] for name in names]
     weighted = np.flatnonzero(scores.weights > 0)
     order = weighted[np.lexsort((scores.weights[weighted], scores.scores[weighted]))]
-    values, weights = scores.scores[order], scores.weights[order]
-    places, generator = np.searchsorted(clusters, scores.prompts[order]), np.random.default_rng(0)
-    found, at_once = np.full((_RESAMPLES, len(names)), np.nan), max(1, _AT_ONCE // max(len(order), count))
+    places = np.searchsorted(clusters, scores.prompts[order])
+    columns = (scores.scores[order], scores.weights[order], places)
+    found = _bootstrap(*(column.tobytes() for column in columns), count, tuple(levels))
+    return found * math.sqrt(count / max(count - 1, 1))
+
+
+@lru_cache(maxsize=64)  # a baseline is compared with many cells
+def _bootstrap(values: bytes, weights: bytes, places: bytes, count: int, levels: tuple[float, ...]) -> np.ndarray:
+    """Returns quantiles of resamples of sorted scores, [resamples, levels]; `places` count the prompts from 0."""
+    numbers, shares, prompts = np.frombuffer(values), np.frombuffer(weights), np.frombuffer(places, np.intp)
+    generator = np.random.default_rng(0)
+    found, at_once = np.full((_RESAMPLES, len(levels)), np.nan), max(1, _AT_ONCE // max(len(numbers), count))
     for begin in range(0, _RESAMPLES if count > 1 else 0, at_once):
         part = found[begin : begin + at_once]
-        counts = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in part]
-        part[:] = _resampled(values, weights, np.stack(counts)[:, places], levels)
-    return found * math.sqrt(count / max(count - 1, 1))
+        drawn = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in part]
+        part[:] = _resampled(numbers, shares, np.stack(drawn)[:, prompts], np.array(levels))
+    return found
 
 
 def _resampled(values: np.ndarray, weights: np.ndarray, copies: np.ndarray, levels: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from svdd import UserError, say
-from svdd.evaluation.evaluation import Evaluation
+from svdd.evaluation.evaluation import diversity_of
 from svdd.evaluation.studies.measures import Drawn
+from svdd.rewards.clip import CLIPScore
 from svdd.runs.files import read_object, write_atomically
 from svdd.runs.pictures import find_pictures
 
@@ -23,19 +24,21 @@ def measure_diversity(drawn: Sequence[Drawn], cache: Path) -> dict[str, dict[str
         drawn: The cells.
         cache: A JSON file that keeps what was measured, by a checksum of the pictures.
     """
-    known, found = read_object(cache), {}
+    known = read_object(cache)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kept = {}
+    found, kept, clips = {}, {}, dict[str, CLIPScore]()
     for each in drawn:
-        name = each.cell.name
+        name, features = each.cell.name, each.features
         if each.finished and each.diversity:
             found[name] = each.diversity
-        elif len(each) and each.features is not None:
-            key = hashlib.sha256(f"{each.features} {each.digest}".encode()).hexdigest()
+        elif len(each) and features is not None:
+            key = hashlib.sha256(f"{features} {each.digest}".encode()).hexdigest()
             if not isinstance(known.get(key), dict):
                 try:
-                    pictures = find_pictures(each.cell.folder)
-                    known[key] = Evaluation(each.features).measure(pictures, device)["diversity"]
+                    if features not in clips:
+                        clips[features] = CLIPScore(features).to(device)
+                        clips[features].load()
+                    known[key] = diversity_of(find_pictures(each.cell.folder), clips[features], device)
                 except UserError as error:
                     say(f"svdd: warning: {name}: its diversity is not measured: {error}", error=True)
                     continue

@@ -1,10 +1,26 @@
-"""What a study is: a grid of runs, each an ordinary run folder."""
+"""What a study is: a file that describes a grid of runs, each an ordinary run folder."""
 
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Cell", "Study"]
+import yaml
+
+from svdd import UserError, did_you_mean, is_integer
+from svdd.runs.files import regular_only
+from svdd.runs.yaml_text import read_yaml
+
+__all__ = ["STATISTICS", "Cell", "Specification", "Study", "words_of"]
+
+STATISTICS = ("mean", "median", "top10", "top20")
+_KEYS = ("base", "settings", "guides", "variants", "budgets", "baseline", "statistics")
+_OWN = {"output": "svdd study --output", "overwrite": "remove the run's folder instead", "model.budget": "budgets"}
+_MOST_BYTES, _MOST_CELLS, _MOST_NAME = 2**20, 10_000, 80
 
 
 @dataclass(frozen=True)
@@ -18,6 +34,7 @@ class Cell:
         budget: The denoiser rows per image that were asked for; None for a variant that takes no budget.
         settings: Its settings by dotted keys, on top of the base configuration.
         folder: Its run folder.
+        base: The configurations that the settings are added to, later ones winning.
     """
 
     name: str
@@ -26,6 +43,12 @@ class Cell:
     budget: int | None
     settings: dict[str, Any]
     folder: Path
+    base: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """The command line of `svdd predict`, after the command's name, that makes this run."""
+        return [*words_of(self.base, self.settings), "--output", str(self.folder)]
 
 
 @dataclass(frozen=True)
@@ -43,3 +66,218 @@ class Study:
     baseline: str | None
     statistics: list[str]
     folder: Path
+
+
+class _Variant(NamedTuple):
+    """An entry of `guides` or `variants` without lists: its label, its settings, and its own budgets."""
+
+    label: str
+    settings: dict[str, Any]
+    budgets: list[int | None] | None  # None: those of the study
+
+
+@dataclass(frozen=True)
+class Specification:
+    """The content of a study's file, checked, its lists expanded."""
+
+    base: tuple[str, ...]
+    settings: dict[str, Any]
+    guides: list[_Variant]
+    variants: list[_Variant]
+    budgets: list[int | None]
+    baseline: str | None
+    statistics: list[str]
+    more: dict[str, Any]  # of the command line, for all cells
+    content: dict[str, Any]  # as in the file
+
+    @classmethod
+    def read(cls, path: Path, more: Mapping[str, Any] | None = None) -> "Specification":
+        """Reads a YAML file; `more` are settings that override those of all cells.
+
+        Raises:
+            UserError: If the file cannot be read, or an entry is unknown or has the wrong form.
+        """
+        try:
+            with open(path, encoding="utf-8-sig", opener=regular_only) as file:
+                text = file.read(_MOST_BYTES + 1)
+            if len(text) > _MOST_BYTES:
+                raise UserError(f"has more than {_MOST_BYTES} bytes; give prompts in a file of their own")
+            return cls._of(read_yaml(text), path.parent, dict(more or {}))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @classmethod
+    def _of(cls, tree: Any, folder: Path, more: dict[str, Any]) -> "Specification":
+        content = _mapping("a study", tree, _KEYS)
+        if unknown := [key for key in content if key not in _KEYS]:
+            raise UserError(f"unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}{did_you_mean(unknown[0], _KEYS)}")
+        base = content.get("base")
+        base = [base] if isinstance(base, str) else base
+        if not isinstance(base, list) or not base or not all(isinstance(name, str) for name in base):
+            raise UserError(f"base must be the name of a configuration, or a list of them, got {_short(base)}")
+        settings = _flat("settings", content.get("settings") or {})
+        variants = list(_expand("variants", content.get("variants")))
+        guides = list(_expand("guides", content["guides"])) if content.get("guides") else [_Variant("", {}, None)]
+        if own := [guide.label for guide in guides if guide.budgets is not None]:
+            raise UserError(f"guides.{own[0]}.budgets: a guide has no budgets; set them for the study or a variant")
+        baseline, statistics = content.get("baseline"), content.get("statistics") or ["mean"]
+        labels = [variant.label for variant in variants]
+        if baseline is not None and baseline not in labels:
+            known = f"known: {', '.join(labels)}{did_you_mean(str(baseline), labels)}"
+            raise UserError(f"baseline {_short(baseline)} is no variant; {known}")
+        if (
+            not isinstance(statistics, list)
+            or not statistics
+            or (wrong := [s for s in statistics if s not in STATISTICS])
+        ):
+            got = _short(statistics if not isinstance(statistics, list) or not statistics else wrong[0])
+            raise UserError(f"statistics must be a list of {', '.join(STATISTICS)}, got {got}")
+        budgets = _budgets("budgets", content.get("budgets")) or [None]
+        base = tuple(name if Path(name).is_file() else _beside(folder, name) for name in base)
+        return cls(base, settings, guides, variants, budgets, baseline, statistics, more, content)
+
+    def study(
+        self, folder: Path, guide_of: Callable[[list[str]], str], takes_budget: Callable[[list[str]], bool]
+    ) -> Study:
+        """Returns the cells of the study.
+
+        Args:
+            folder: Of the study.
+            guide_of: Returns the name of the guide reward that a command line of `svdd predict` chooses.
+            takes_budget: Returns whether a budget can set the count of the sampler that it chooses.
+        """
+        cells: list[Cell] = []
+        for guide, variant in itertools.product(self.guides, self.variants):
+            settings = _joined(self.settings, guide.settings, variant.settings, self.more)
+            words = words_of(self.base, settings)
+            asked = self.budgets if variant.budgets is None else variant.budgets
+            budgets = asked if asked == [None] or takes_budget(words) else [None]
+            for budget in budgets:
+                as_configured = budget is None and variant.budgets is None and budgets == asked
+                own = {} if as_configured else {"model.budget": budget}
+                label = "-".join(part for part in (guide.label, variant.label, str(budget or "")) if part)
+                name = _folder_name(label, {cell.name.lower() for cell in cells})
+                place = folder / "cells" / name
+                group = guide.label or guide_of(words)
+                cells.append(Cell(name, group, variant.label, budget, {**settings, **own}, place, self.base))
+            if len(cells) > _MOST_CELLS:
+                raise UserError(f"the study has more than {_MOST_CELLS} runs; split it")
+        return Study(cells, self.baseline, self.statistics, folder)
+
+
+def _beside(folder: Path, name: str) -> str:
+    """Returns the path of a configuration beside the study's file, or the name if there is none."""
+    files = (folder / name, folder / f"{name}.yaml")
+    return next((str(file) for file in files if file.is_file()), name)
+
+
+def _joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all settings in the order in which a command line gives them: what is set again moves to the end."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key in sorted(part, key=lambda key: key.count(".")):  # a class before its arguments
+            found.pop(key, None)
+            found[key] = part[key]
+    return found
+
+
+def words_of(base: tuple[str, ...], settings: Mapping[str, Any]) -> list[str]:
+    """Returns configurations and settings as options of `svdd predict`; configurations come first."""
+    configs = [*base, *(str(value) for key, value in settings.items() if key == "config")]
+    options = [f"--{key}={_text(value)}" for key, value in settings.items() if key != "config"]
+    return [word for config in configs for word in ("--config", config)] + options
+
+
+def _text(value: Any) -> str:
+    """Returns a setting as on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _mapping(what: str, tree: Any, known: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree or not all(isinstance(key, str) for key in tree):
+        expected = f"a mapping with {', '.join(known)}" if known else "a mapping with text as keys"
+        raise UserError(f"{what}: expected {expected}, got {_short(tree)}")
+    return tree
+
+
+def _flat(what: str, tree: Any) -> dict[str, Any]:
+    """Returns settings by dotted keys; nested mappings without `class_path` are joined to such keys."""
+    found: dict[str, Any] = {}
+    for key, value in _mapping(what, tree).items() if tree else ():
+        if key in _OWN:
+            raise UserError(f"{what}.{key} is set by the study: use {_OWN[key]}")
+        if not re.fullmatch(r"[A-Za-z]\w*(\.\w+)*\+?", key):
+            raise UserError(f"{what}: {key!r} is no setting, expected a dotted key such as model.sampler.alpha")
+        if isinstance(value, dict) and "class_path" not in value and key in ("model", "data", "trainer", "evaluation"):
+            found |= _flat(what, {f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            found[key] = value
+    return found
+
+
+def _expand(what: str, tree: Any) -> Iterator[_Variant]:
+    """Yields the entries of a mapping, one for each combination of the values in their lists."""
+    for name, entry in _mapping(what, tree).items():
+        given = dict(entry) if isinstance(entry, dict) else entry
+        budgets = _budgets(f"{what}.{name}.budgets", given.pop("budgets")) if given and "budgets" in given else None
+        settings = _flat(f"{what}.{name}", given or {})
+        if empty := [key for key, value in settings.items() if value == []]:
+            raise UserError(
+                f"{what}.{name}.{empty[0]}: the list is empty; give a value, or [[]] for a list without any"
+            )
+        lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+        for values in itertools.product(*lists.values()):
+            chosen = dict(zip(lists, values, strict=True))
+            several = {key: value for key, value in chosen.items() if len(lists[key]) > 1}
+            yield _Variant(" ".join([name, *_labels(several)]), {**settings, **chosen}, budgets)
+
+
+def _labels(settings: Mapping[str, Any]) -> list[str]:
+    """Returns `alpha=0.0` for each setting, with as much of its key as tells it from the others."""
+    lasts = [key.rpartition(".")[2] for key in settings]
+    shown = [key if lasts.count(last) > 1 else last for key, last in zip(settings, lasts, strict=True)]
+    return [f"{key}={_value(value)}" for key, value in zip(shown, settings.values(), strict=True)]
+
+
+def _value(value: Any) -> str:
+    """Returns a setting as a part of a label: a class by its name and arguments."""
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = value.get("init_args") or {}
+        inner = ",".join(f"{name}={_value(given)}" for name, given in arguments.items())
+        return str(value["class_path"]).rpartition(".")[2] + (f"({inner})" if inner else "")
+    if isinstance(value, list):
+        return "+".join(map(_value, value))
+    return _text(value)
+
+
+def _budgets(what: str, tree: Any) -> list[int | None] | None:
+    """Returns a list of budgets, [None] for null inside a list; None if there are none."""
+    if tree is None:
+        return [None] if "." in what else None  # a variant that takes none
+    given = tree if isinstance(tree, list) else [tree]
+    if not given or any(each is not None and (not is_integer(each) or each < 1) for each in given):
+        raise UserError(f"{what} must be a list of integers >= 1, denoiser rows per image, got {_short(tree)}")
+    if len(set(given)) < len(given):
+        raise UserError(f"{what} has the same budget twice: {_short(tree)}")
+    return given
+
+
+def _folder_name(label: str, taken: set[str]) -> str:
+    """Returns a name that is valid as a folder's on any system, and new, also where case does not count."""
+    name = re.sub(r"_{2,}", "_", re.sub(r"[^\w.=+-]", "_", label, flags=re.ASCII)).strip("_. ") or "run"
+    if name != name[:_MOST_NAME] or name.lower() in taken:
+        name = f"{name[:_MOST_NAME]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    if name.lower() in taken:
+        raise UserError(f"two runs are called {label!r}; give the variants other names")
+    return name
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

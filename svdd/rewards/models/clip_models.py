@@ -43,6 +43,10 @@ class ClipModel(nn.Module, ABC):
         super().__init__()
         self._texts: dict[str, Tensor] = {}
 
+    def forget(self) -> None:
+        """Drops the cached embeddings of texts, whose last bits depend on the texts that were encoded together."""
+        self._texts.clear()
+
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Returns the projected embedding of preprocessed pixels, [n, d]."""

@@ -38,18 +38,18 @@ class StepTimeout(L.Callback):
         follow, self._over = pl_module.on_step, threading.Event()
 
         def step(i: int, value: float | None) -> None:
-            self._progress()
+            self.progress()
             if follow is not None:
                 follow(i, value)
 
         pl_module.on_step = step
-        self._progress()
+        self.progress()
         arguments = (self.seconds, self._over, threading.get_ident())
         threading.Thread(target=self._watch, args=arguments, name="svdd-watchdog", daemon=True).start()
 
     def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Counts the loading of a batch as progress."""
-        self._progress()
+        self.progress()
 
     on_predict_batch_end = on_predict_batch_start
 
@@ -61,7 +61,8 @@ class StepTimeout(L.Callback):
 
     on_exception = on_predict_epoch_end
 
-    def _progress(self) -> None:
+    def progress(self) -> None:
+        """Notes that the process is not stuck."""
         if self.seconds is not None:
             self._last = time.monotonic()
             faulthandler.dump_traceback_later(self.seconds + _MARGIN, exit=True)

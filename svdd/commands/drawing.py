@@ -1,0 +1,180 @@
+"""Draws the runs of a study: all in this process, or in several that share them."""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from svdd import Stopped, UserError, say
+from svdd.assets.loaded import keeping_weights
+from svdd.commands.cells import attempt, work
+from svdd.commands.parser import find_config
+from svdd.commands.plans import Cost, Plan
+from svdd.evaluation.rendering import render
+from svdd.evaluation.studies.specification import Cell, Specification, Study, words_of
+from svdd.runs.config import write_config
+from svdd.runs.files import os_errors_explained
+from svdd.runs.output import check, hold
+from svdd.runs.processes.devices import environments, gpus, one_device
+from svdd.runs.processes.work import Job, Work
+from svdd.runs.processes.workers import Workers, environment
+
+__all__ = ["Drawing"]
+
+_DRY_RUN = "without start-up and evaluation; nothing was written"
+
+
+class Drawing:
+    """A study and how it is drawn. Use it as a context manager.
+
+    Args:
+        name: The study's file, or the name of one that ships with svdd.
+        more: Settings of all runs, by dotted keys.
+        output: The folder; by default `runs/` and the file's name.
+        devices: Processes that draw at once.
+
+    Raises:
+        UserError: If the file, the folder or the settings of a run cannot be used.
+    """
+
+    def __init__(self, name: str, more: dict[str, Any], output: str | None, devices: int) -> None:
+        shipped = not Path(name).exists() and re.fullmatch(r"[\w-]+", name)
+        path = Path(find_config(f"studies/{name}" if shipped else name))
+        self._specification = Specification.read(path, more)
+        self.folder, self._devices = Path(output or f"runs/{path.stem}"), devices
+        with os_errors_explained(self.folder):
+            check(self.folder, "study")
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._workers: Workers | None = None  # they import while this process plans
+        self._around = ExitStack()
+
+    def __enter__(self) -> "Drawing":
+        self._gpus = gpus()
+        self._around.enter_context(environment(one_device(self._gpus)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._around.close()
+
+    def study(self) -> Study:
+        """Returns the runs; a UserError if `svdd predict` refuses the settings of one."""
+        plan = self._plan
+        return self._specification.study(
+            self.folder, lambda words: plan(words).guide, lambda words: plan(words).takes_budget
+        )
+
+    def show(self) -> None:
+        """Prints the runs with what they cost; writes nothing."""
+        table: list[list[str | float | None]] = []
+        left: list[float] = []  # hours of each run
+        totals = [0, 0.0, 0.0, 0]
+        with keeping_weights():
+            for cell in self.study().cells:
+                try:
+                    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                        cost = Cost(cell.words).found
+                except UserError as error:
+                    table.append([cell.name, *[None] * 5, str(error)])
+                    continue
+                entry = [cost.images, cost.denoiser_rows, cost.hours(left=False), cost.disk_bytes]
+                totals = [total + number for total, number in zip(totals, entry, strict=True)]
+                left.append(cost.hours())
+                done = cost.prompts - cost.prompts_left
+                note = (
+                    "finished" if not cost.prompts_left else f"{done} of {cost.prompts} prompts drawn" if done else ""
+                )
+                table.append([cell.name, *_numbers(entry), f"{left[-1]:.3g}", note])
+        table.append(["all", *_numbers(totals), f"{sum(left):.3g}", ""])
+        say(render(["run", "images", "denoiser rows", "hours", "MB", "hours left", ""], table, "text"))
+        devices = f", {sum(left) / self._devices:.3g} hours on {self._devices} devices" if self._devices > 1 else ""
+        say(f"{sum(left):.3g} hours are left{devices}; hours are measured on this machine, {_DRY_RUN}")
+
+    def draw(self) -> tuple[Study, dict[str, str]]:
+        """Draws what is not finished; returns the study, and the failed runs with their errors.
+
+        Raises:
+            Stopped: After a signal.
+        """
+        with os_errors_explained(self.folder):
+            self._around.callback(hold(self.folder, "study").release)
+            write_config(self.folder, "study", self._specification.content)
+        self._starts = self._devices > 1
+        found = self.study()
+        failed: dict[str, str] = {}
+        jobs: list[Job] = []
+        for cell in found.cells:
+            plan = self._plan_of(cell)
+            try:
+                if not plan.is_finished(cell):
+                    jobs.append(plan.job(cell))
+            except UserError as error:
+                failed[cell.name] = str(error)
+        work_left = Work(jobs)
+        report = _Report(work_left, len(found.cells), len(found.cells) - len(jobs) - len(failed))
+        if jobs:
+            code = (
+                self._draw_here(work_left, report) if self._workers is None else self._workers.serve(work_left, report)
+            )
+            if code is not None:
+                raise Stopped(code)
+        left = {job.name: job.message for job in jobs if job.state != "done"}
+        return found, failed | {name: message or "all processes have died" for name, message in left.items()}
+
+    def _draw_here(self, work_left: Work, report: Callable[[str, str], None]) -> int | None:
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        with keeping_weights(), open(logs / "worker-0.log", "w", encoding="utf-8", errors="backslashreplace") as log:
+            while (order := work_left.next(0)) is not None and order.kind != "stop":
+                with redirect_stdout(log):
+                    message = attempt(order)
+                work_left.end(0, order.name, message)
+                report("end", order.name)
+        return None  # a signal raises `Stopped`
+
+    def _plan_of(self, cell: Cell) -> Plan:
+        """Returns the plan of a run, which those of all budgets share."""
+        return self._plan(words_of(cell.base, {k: v for k, v in cell.settings.items() if k != "model.budget"}))
+
+    def _plan(self, words: list[str]) -> Plan:
+        if (key := tuple(words)) not in self._plans:
+            try:
+                self._plans[key] = Plan([*words])
+            except UserError as error:
+                raise UserError(f"`svdd predict {' '.join(words)}` cannot run: {error}") from error
+            if self._starts and self._workers is None:
+                self._start(str(self._plans[key].settings.trainer.accelerator))
+        return self._plans[key]
+
+    def _start(self, accelerator: str) -> None:
+        """Starts the other processes."""
+        variables = environments(self._devices, [] if accelerator == "cpu" else self._gpus)
+        self._workers = Workers(variables, work, self.folder / "logs")
+        self._around.callback(self._workers.close)
+
+    _starts = False
+
+
+def _numbers(entry: Sequence[float]) -> list[str]:
+    """Returns images, rows, hours and bytes as text, the last in MB."""
+    images, rows, hours, size = entry
+    return [f"{images:,}", f"{rows:,.0f}", f"{hours:.3g}", f"{size / 1e6:.3g}"]
+
+
+class _Report:
+    """Prints a line for each run that ends."""
+
+    def __init__(self, work_left: Work, total: int, done: int) -> None:
+        self._work, self._total, self._done = work_left, total, done
+        say(f"{total} runs, {done} of them finished")
+
+    def __call__(self, kind: str, name: str) -> None:
+        job = self._work.jobs[name]
+        if kind == "lost":
+            say(f"svdd: a process that drew {name} has died; the others go on", error=True)
+        if kind != "batch" and job.state in ("done", "failed"):
+            self._done += 1
+            words = f"failed: {job.message}" if job.state == "failed" else "done"
+            say(f"[{self._done}/{self._total}] {name}: {words}", error=job.state == "failed")

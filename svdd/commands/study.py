@@ -1,0 +1,100 @@
+"""`svdd study`: a grid of runs from one file, drawn in one or several processes, and their tables and plots."""
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+from svdd import Incomplete, UserError, say
+
+__all__ = ["study"]
+
+_PURPOSE = """\
+Draws the runs of a study and writes its tables and plots.
+
+STUDY.yaml names a configuration of `svdd predict`, and what changes from run to run:
+
+  base: quickstart                    # a shipped configuration or a file, or a list of them
+  settings:                           # of all runs, as on the command line of `svdd predict`
+    data.prompts: emoji
+    data.limit: 24
+  guides:                             # optional: the study is made once for each
+    JPEG: {model.reward: Compressibility}
+    CLIP: {model.reward: CLIPScore}
+  variants:                           # a list expands to several variants
+    unguided: {model.sampler: Unguided}
+    SVDD: {model.sampler: SVDD, model.sampler.alpha: [0.0, auto]}
+  budgets: [100, 200]                 # denoiser rows per image, for samplers with a count
+  baseline: unguided                  # with which the others are compared
+  statistics: [mean]                  # or median, top10, top20
+
+Each run is that of `svdd predict` in FOLDER/cells/NAME, bit for bit. The same command continues: finished runs are
+kept, and failed ones are tried again. Settings of `svdd predict` on the command line hold for all runs:
+
+  svdd study studies/emoji --data.limit 2 --output runs/try
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `svdd study --help` lists all settings")
+
+
+def study(words: list[str]) -> None:
+    """Runs `svdd study` with the command line after its name.
+
+    Raises:
+        UserError: If the study's file, or the settings of one of its runs, cannot be used.
+        Incomplete: If runs have failed.
+        Stopped: After a signal.
+    """
+    options, more = _parse(words)
+    from svdd.commands.drawing import Drawing  # which imports all classes
+    from svdd.evaluation.studies.outputs import write_outputs
+
+    with Drawing(options.study, more, options.output, options.devices) as drawing:
+        if options.dry_run:
+            drawing.show()
+            return
+        found, failed = (drawing.study(), {}) if options.tables_only else drawing.draw()
+        for written in write_outputs(found):
+            say(f"wrote {written}")
+    for name, message in failed.items():
+        say(f"svdd: {name} failed: {message}", error=True)
+    if failed:
+        say(f"svdd: {len(failed)} of {len(found.cells)} runs failed; the same command tries them again", error=True)
+        raise Incomplete(3)
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns the command's own options, and the settings of `svdd predict` by dotted keys."""
+    parser = _Parser(
+        "svdd study", "svdd study STUDY [options] [--SETTING VALUE ...]", _PURPOSE, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("study", metavar="STUDY", help="a YAML file, or the name of a study that ships with svdd")
+    parser.add_argument("--output", help="folder of the study (default: runs/ and the file's name)")
+    help = "processes that draw at once: on GPUs one each, on the CPU with an equal share of its cores (default: 1)"
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help=help)
+    for name, purpose in {
+        "dry_run": "list the runs with what they cost, and write nothing",
+        "tables_only": "write tables and plots of what is drawn, and draw nothing",
+    }.items():
+        parser.add_argument(
+            f"--{name}", type=_truth, nargs="?", const=True, default=False, metavar="true", help=purpose
+        )
+    options, rest = parser.parse_known_args(words)
+    if options.devices < 1:
+        raise UserError(f"--devices must be >= 1, got {options.devices}")
+    more: dict[str, Any] = {}
+    while rest:
+        option = re.fullmatch(r"--([a-z]\w*(?:\.\w+)+\+?|config)(?:=(.*))?", rest.pop(0), re.DOTALL)
+        if option is None or (option[2] is None and not rest):
+            parser.error(f"unrecognized arguments: {option[0] if option else words[len(words) - len(rest) - 1]}")
+        more[option[1]] = rest.pop(0) if option[2] is None else option[2]
+    return options, more
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
