@@ -150,6 +150,7 @@ def attempt(order: Order, link: Link | None = None, number: int = 0) -> str:
         Stopped: After a signal.
         Exception: If the device has failed, so that nothing more can be drawn in this process.
     """
+    CellCLI.label = f"{order.name}: "  # before its progress
     try:
         with warnings.catch_warnings(), exits_explained():
             if link is None:

@@ -1,6 +1,7 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import lightning as L
@@ -37,6 +38,8 @@ class PredictCLI(ModelCLI):
 
     purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
+    finished: Collection[int] = ()  # indices of the prompts that the folder holds
+    label = ""  # what stands before the progress
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
@@ -86,7 +89,7 @@ class PredictCLI(ModelCLI):
         given = self._get(self.config_init, "trainer.callbacks") or []
         own = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
         trainer: Any = super().instantiate_trainer(enable_progress_bar=own and wanted, **kwargs)
-        shown = [progress(len(self.finished))] if not own and wanted and trainer.is_global_zero else []
+        shown = [progress(len(self.finished), self.label)] if not own and wanted and trainer.is_global_zero else []
         trainer.callbacks += [self.writer, *shown, self.watchdog, self.stop]
         return trainer
 
