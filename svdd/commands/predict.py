@@ -37,6 +37,7 @@ class PredictCLI(ModelCLI):
 
     purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
+    label: str | None = ""  # before the progress, which None hides
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
@@ -86,7 +87,8 @@ class PredictCLI(ModelCLI):
         given = self._get(self.config_init, "trainer.callbacks") or []
         own = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
         trainer: Any = super().instantiate_trainer(enable_progress_bar=own and wanted, **kwargs)
-        shown = [progress(len(self.finished))] if not own and wanted and trainer.is_global_zero else []
+        wanted = wanted and not own and trainer.is_global_zero and self.label is not None
+        shown = [progress(len(self.finished), self.label or "")] if wanted else []
         trainer.callbacks += [self.writer, *shown, self.watchdog, self.stop]
         return trainer
 
