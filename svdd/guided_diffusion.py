@@ -1,5 +1,6 @@
 """The LightningModule that wraps a diffusion model, a sampler, a value and a reward."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -20,7 +21,7 @@ from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
 from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
-from svdd.samplers.budget import Cost, Uncountable, count, current_count, fit_budget
+from svdd.samplers.budget import Cost, Uncountable, count, current_count, fit_budget, settings
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 from svdd.state.start import Start
@@ -230,7 +231,8 @@ class GuidedDiffusion(L.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Computes the statistics over all ranks, keeps them as `summary` and hands them to the loggers."""
         statistics = self.statistics.compute()
-        self.summary = {"guide": self.reward.name, "sampler": type(self.sampler).__name__}
+        names = {"value": type(self.value).__name__, "sampler": type(self.sampler).__name__}
+        self.summary = {"guide": self.reward.name, **names, "sampler_arguments": settings(self.sampler)}
         if self.budget is not None:
             self.summary["budget"] = {"denoiser_rows": self.budget, "chosen": self.chosen}
         self.summary |= statistics
@@ -241,6 +243,7 @@ class GuidedDiffusion(L.LightningModule):
                     f"{name}/{key}": number
                     for name, found in statistics["rewards"].items()
                     for key, number in found.items()
+                    if math.isfinite(number)
                 }
             )
 

@@ -1,6 +1,7 @@
 """Runs that are read while they are drawn, and runs whose prompts grow."""
 
 import json
+import math
 import shlex
 
 import pytest
@@ -15,6 +16,10 @@ from svdd.commands.predict import PredictCLI
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
+from svdd.samplers.budget import settings
+from svdd.samplers.refinement import Refinement
+from svdd.samplers.svdd import SVDD
+from svdd.values.training.calibration import write
 from tests.faults.harness import Case
 from tests.memory import peak_bytes
 
@@ -289,3 +294,46 @@ def test_a_recorded_configuration_runs_as_it_is(command, sd15, tmp_path, prompts
     for name in {"fit": ["value.safetensors", "prompts.jsonl"], "calibrate": ["calibration.csv", "prompts.jsonl"],
                  "score": ["scores.jsonl"]}[command]:  # fmt: skip
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+# --- what a run says about itself ---
+
+
+def test_the_summary_names_sampler_and_value_and_nothing_is_nan(case, tmp_path, capsys):
+    """With one image there are no spread and no standard error."""
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
+    words = [
+        "--model.sampler",
+        "SMC",
+        "--model.budget",
+        "8",
+        "--data.limit",
+        "1",
+        "--trainer.logger",
+        json.dumps(logger),
+    ]
+    assert case.run(*words) == 0
+    summary = json.loads((case.folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (summary["guide"], summary["sampler"], summary["value"]) == ("StubReward", "SMC", "PosteriorMean")
+    assert summary["sampler_arguments"].items() >= {"num_particles": 4, "alpha": "auto", "returns": "best"}.items()
+    assert summary["rewards"]["StubReward"]["std"] is summary["rewards"]["StubReward"]["std_within"] is None
+    assert summary["resamplings"] >= 0
+    assert 1 <= summary["ess"] * 4 <= 4
+    metrics = next((tmp_path / "csv").rglob("metrics.csv")).read_text()
+    assert "StubReward/mean" in metrics
+    assert "no standard error from one prompt" in (said := capsys.readouterr().out)
+    assert "nan" not in (said + metrics).lower()
+
+
+def test_settings_of_a_sampler_are_plain():
+    inner = settings(Refinement(2, sampler=SVDD(3, alpha=math.inf)))
+    assert inner["sampler"]["class"] == "SVDD"
+    assert inner["sampler"]["arguments"]["alpha"] == "inf"
+    assert inner["rounds"] == 2
+
+
+def test_a_table_of_calibration_has_no_nan(tmp_path):
+    table = [{"step": 1, "spearman": 0.5, "spearman_within": math.nan, "explained_variance": 0.1}]
+    text, _ = write(tmp_path, table, {"value": "V"}, "title")
+    assert text.splitlines()[1].split() == ["1", "0.5000", "-", "0.1000"]
+    assert (tmp_path / "calibration.csv").read_text().splitlines()[1] == "1,0.5,,0.1"

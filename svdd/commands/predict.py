@@ -140,7 +140,9 @@ class PredictCLI(ModelCLI):
         say(f"{count:.0f} images in {self.writer.folder.path}/images")
         for name, entry in summary["rewards"].items():
             known = math.isfinite(error := entry["standard_error"])
-            say(f"{name}: mean {entry['mean']:.4g}, {f'standard error {error:.2g}' if known else _ONE_PROMPT}")
+            said = f"standard error {error:.2g} (clustered by prompt)" if known else _ONE_PROMPT
+            spread = f", std {entry['std']:.3g}" if math.isfinite(entry["std"]) else ""
+            say(f"{name}: mean {entry['mean']:.4g}, {said}{spread}")
         rows, network_rows = (summary[f"{name}_per_image"] for name in ("denoiser_rows", "network_rows"))
         say(f"denoiser rows per image: {rows:.0f}, network rows: {network_rows:.0f}")
         if said := idle(self.model.sampler, summary):

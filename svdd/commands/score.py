@@ -87,10 +87,16 @@ def score(words: list[str]) -> None:
 
 
 def print_measurements(found: Mapping[str, Any]) -> None:
-    """Prints what `Evaluation.measure` returned, one number a line."""
+    """Prints what `Evaluation.measure` returned, one measurement a line."""
     for key in ("diversity", "distances"):
         for name, value in found.get(key, {}).items():
-            say(f"{key}, {name}: {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}")
+            parts = value.items() if isinstance(value, Mapping) else [("", value)]  # KID has a mean and a deviation
+            words = (f"{part} {_number(number)}".strip() for part, number in parts)
+            say(f"{key}, {name}: {', '.join(words)}")
+
+
+def _number(value: float | str | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _words(entry: Mapping[str, float]) -> str:

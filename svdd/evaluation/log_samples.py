@@ -1,5 +1,6 @@
 """Passes the numbers and sample images of a finished run to the configured loggers."""
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ _SAMPLES = 16
 
 
 def report(loggers: Iterable[Any], found: Mapping[str, Any], run: Path) -> None:
-    """Logs nested numbers, flat, and a run's first images with their prompts to each Lightning logger.
+    """Logs nested numbers that are finite, flat, and a run's first images with their prompts to each Lightning logger.
 
     TensorBoard and Weights & Biases show images; other loggers get the numbers only.
     """
@@ -38,5 +39,5 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, floa
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             yield f"{prefix}{name}", float(value)

@@ -22,7 +22,7 @@ from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.screened import Screened
 
-__all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget"]
+__all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget", "settings"]
 
 
 class Cost(NamedTuple):
@@ -82,6 +82,20 @@ def current_count(sampler: Sampler) -> dict[str, Any]:
     """Returns {name: number, or schedule} of the argument that a budget may choose; {} if there is none."""
     name = sampler.budget_argument
     return {} if name is None else {name: _arguments(sampler, name).arguments[name]}
+
+
+def settings(sampler: Sampler) -> dict[str, Any]:
+    """Returns a sampler's constructor arguments as plain values; a sampler among them as its class and arguments."""
+    found: dict[str, Any] = {}
+    for name, given in _arguments(sampler).arguments.items():
+        if isinstance(given, Sampler):
+            found[name] = {"class": type(given).__name__, "arguments": settings(given)}
+        elif isinstance(given, float) and not math.isfinite(given):
+            found[name] = str(given)
+        else:
+            plain = given is None or isinstance(given, bool | int | float | str | list | tuple | dict)
+            found[name] = given if plain else type(given).__name__
+    return found
 
 
 def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value) -> Sampler:
@@ -235,11 +249,11 @@ def _global_generators() -> bytes:
     return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))
 
 
-def _arguments(sampler: Sampler, name: str) -> inspect.BoundArguments:
+def _arguments(sampler: Sampler, name: str | None = None) -> inspect.BoundArguments:
     """Returns the arguments of the sampler's constructor, defaults included; `name` must be one of them."""
     (args, kwargs), kind = sampler.arguments, type(sampler).__name__
     bound = inspect.signature(type(sampler)).bind(*args, **kwargs)
     bound.apply_defaults()
-    if name not in bound.arguments:
+    if name is not None and name not in bound.arguments:
         raise UserError(f"{kind}.budget_argument is {name!r}, which is no argument of {kind}'s constructor")
     return bound

@@ -198,8 +198,11 @@ def write_schedule(folder: Path, table: Table) -> str:
 
 
 def _text(table: Table) -> str:
-    cells = ([str(v) if isinstance(v, int) else f"{v:.4f}" for v in row.values()] for row in table)
-    return "\n".join("".join(f"{cell:>20}" for cell in line) for line in ([*table[0]], *cells))
+    def cell(number: float) -> str:
+        return str(number) if isinstance(number, int) else f"{number:.4f}" if math.isfinite(number) else "-"
+
+    lines = ([*table[0]], *(map(cell, row.values()) for row in table))
+    return "\n".join("".join(f"{text:>20}" for text in line) for line in lines)
 
 
 def _within(numbers: Tensor, prompts: Tensor) -> Tensor:
@@ -214,8 +217,10 @@ def write(folder: Path, table: Table, about: dict[str, Any], title: str) -> tupl
 
     Returns a text table, and whether there is a plot: it needs matplotlib.
     """
-    lines = "".join(",".join(map(str, cells)) + "\r\n" for cells in ([*table[0]], *(row.values() for row in table)))
-    record = json.dumps({**about, "steps": plain(table, finite=True)}, indent=2)
+    steps = plain(table, finite=True)
+    cells = ([*table[0]], *(["" if number is None else str(number) for number in row.values()] for row in steps))
+    lines = "".join(f"{','.join(line)}\r\n" for line in cells)
+    record = json.dumps({**about, "steps": steps}, indent=2)
     summary, numbers, picture = (folder / name for name in FILES[:3])
     with os_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,8 @@ class ValueFitting(L.LightningModule):
         here = [step == i for i in step.unique()]
         correlations = [spearman_corrcoef(predictions[rows], rewards[rows]) for rows in here if int(rows.sum()) > 1]
         mean = torch.stack(correlations).nanmean() if correlations else torch.tensor(torch.nan)
-        self.log("val_spearman", mean.to(self.device), prog_bar=True, sync_dist=True)
+        if self.trainer.world_size > 1 or mean.isfinite():  # all of several processes must take part
+            self.log("val_spearman", mean.to(self.device), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW on the value's own parameters, warmed up, then cosine to 0; UserError if the length is unknown."""
