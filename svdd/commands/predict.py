@@ -1,6 +1,7 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import lightning as L
@@ -37,7 +38,8 @@ class PredictCLI(ModelCLI):
 
     purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
-    label: str | None = ""  # before the progress, which None hides
+    finished: Collection[int] = ()  # indices of the prompts that the folder holds
+    label: str | None = ""  # what stands before the progress; None hides it
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds how images are stored, how long a process waits for others, and what is measured on the images."""

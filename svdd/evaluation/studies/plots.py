@@ -71,7 +71,8 @@ def plot(study: Study, groups: Sequence[Group]) -> dict[str, bytes]:
     with style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # of languages that the font lacks
         width = columns * min(_MOST, max(_LEAST, _PAGE / columns))
-        figure = Figure(figsize=(width, _HEIGHT * max(1, len(drawn)) + 0.55), layout="constrained")
+        height = _HEIGHT * max(1, len(drawn)) + 0.4 + 0.14 * _legend_rows(looks, width)
+        figure = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(max(1, len(drawn)), columns, squeeze=False)
         for group, row in zip(drawn, panels, strict=False):
             for axes, name in zip(row[:2], ("rows", "seconds"), strict=True):
@@ -219,6 +220,12 @@ def _plain_ticks(axes: Any) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _legend_rows(looks: dict[str, _Look], width: float) -> int:
+    """Returns the rows that the legend takes below a figure of a width in inches, of about 16 letters each."""
+    longest = max((len(look.label) for look in looks.values()), default=0)
+    return max(1, math.ceil(len(looks) / max(1, int(width * 16 / (longest + 8)))))
+
+
 def _legend(figure: Any, study: Study, groups: Sequence[Group], looks: dict[str, _Look]) -> None:
     """Puts the variants below the panels, and what bands, bars and hollow markers are."""
     from matplotlib.lines import Line2D
@@ -227,17 +234,15 @@ def _legend(figure: Any, study: Study, groups: Sequence[Group], looks: dict[str,
     handles = [
         Line2D([], [], color=each.colour, marker=each.marker, ls=each.line, lw=1, ms=3.8) for each in looks.values()
     ]
-    most = max(1, int(figure.get_figwidth() * 16 / (max(map(len, labels), default=0) + 8)))
-    rows = math.ceil(len(labels) / most)
-    what = "the mean" if study.baseline is None else f"the difference to {_label(study.baseline)}, paired and"
-    title = f"Bands and bars: 95 % intervals of {what} clustered by prompt."
+    what = "the mean" if study.baseline is None else f"the difference to {_label(study.baseline)}, paired"
+    title = f"Bands and bars: 95 % intervals of {what}, clustered by prompt."
     if any(each.values and not each.drawn.finished for group in groups for each in group.entries):
         title += " Hollow: unfinished."
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=math.ceil(len(labels) / max(rows, 1)),
+        ncols=math.ceil(len(labels) / _legend_rows(looks, figure.get_figwidth())),
         frameon=False,
         title=title,
         title_fontsize=6,
