@@ -367,6 +367,10 @@ def edit(run, change) -> None:
     (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_a_command_without_runs_is_refused(compare):
+    assert "the following arguments are required: RUN" in compare(code=2)
+
+
 def test_control_characters_of_prompts_and_rewards_are_escaped(compare, tmp_path):
     save(tmp_path / "one", [image(0, text="x\x1b[2J", **{"a\x1b[31m": 1.0})])
     save(tmp_path / "other", [image(0, text="y\x1b[2J")])
