@@ -119,6 +119,8 @@ def write(output: Path, lines: list[str], largest: dict[str, float]) -> None:
         "",
         f"`python -m benchmarks.estimates`, torch {torch.__version__}, float32, one thread of a machine of two cores",
         "that other jobs used at the same time.",
+        "",
+        "If the number of other jobs changes between an estimate and its run, only their CPU times can be compared.",
     ]
     output.write_text("\n".join(text) + "\n")
 
