@@ -1,7 +1,8 @@
 """Learned value against posterior mean on the embedded model: correlation by step, reward and wall time.
 
-Writes benchmarks/values.md and docs/images/calibration.png. Value and sampler come from
-configs/svdd_mc_compressibility.yaml; `--pretrained` selects other weights.
+Value and sampler come from configs/svdd_mc_compressibility.yaml, for benchmarks/values.md and
+docs/images/calibration.png, or with `--reward clipscore` from configs/svdd_mc_clipscore.yaml, for
+benchmarks/values_clipscore.md. `--pretrained` selects other weights.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import yaml
 
 from benchmarks.paired import PROMPTS, interval
 from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.jpeg import Compressibility
 from svdd.samplers.base import Sampler
@@ -28,7 +30,11 @@ from svdd.values.pretrained import load_value
 from svdd.values.training.calibration import measure, plot
 
 STEPS, AT_ONCE = 25, 4
-CONFIG = Path(__file__).parent.parent / "configs" / "svdd_mc_compressibility.yaml"
+HERE = Path(__file__).parent
+REWARDS: dict[str, tuple[Reward, Reward]] = {  # the guide, and one that is held out
+    "compressibility": (Compressibility(), CLIPScore()),
+    "clipscore": (CLIPScore(), CLIPScore("emoji-judge")),
+}
 
 
 @torch.no_grad()
@@ -54,12 +60,15 @@ def correlations(diffusion: StableDiffusion, values: dict[str, Value], images: i
 
 @torch.no_grad()
 def alternate(
-    diffusion: StableDiffusion, samplers: dict[str, tuple[Sampler, Value]], images: int, prompts: Any = PROMPTS
+    diffusion: StableDiffusion,
+    samplers: dict[str, tuple[Sampler, Value]],
+    held_out: Reward,
+    images: int,
+    prompts: Any = PROMPTS,
 ) -> dict[str, dict[str, Any]]:
-    """Runs all samplers in turn; returns guide scores [prompts, images], CLIP scores, rows, seconds per image."""
-    clip = CLIPScore()
+    """Runs all samplers in turn; returns guide and held-out scores [prompts, images], rows, seconds per image."""
     runs: dict[str, dict[str, Any]] = {
-        name: {"guide": [], "clip": [], "rows": 0.0, "seconds": 0.0, "wall": 0.0} for name in samplers
+        name: {"guide": [], "held out": [], "rows": 0.0, "seconds": 0.0, "wall": 0.0} for name in samplers
     }
     count = len(prompts) * images
     for start in range(0, len(prompts), AT_ONCE // images):
@@ -74,33 +83,37 @@ def alternate(
             run["wall"] += (time.perf_counter() - began_wall) / count
             run["rows"] += final.context.ledger.denoiser_rows / count
             run["guide"].append(value.reward.score(pictures, texts).view(-1, images))
-            run["clip"].append(clip.score(pictures, texts).view(-1, images))
-    return {name: run | {key: torch.cat(run[key]) for key in ("guide", "clip")} for name, run in runs.items()}
+            run["held out"].append(held_out.score(pictures, texts).view(-1, images))
+    return {name: run | {key: torch.cat(run[key]) for key in ("guide", "held out")} for name, run in runs.items()}
 
 
 def main() -> None:
     """Measures, prints and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pretrained", default="emoji-compressibility", help="weights that `svdd fit` wrote")
+    parser.add_argument("--reward", choices=REWARDS, default="compressibility")
+    parser.add_argument("--pretrained", help="weights that `svdd fit` wrote; default: those of the configuration")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--best-of", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    parser.add_argument("--output", type=Path, help="the page")
     options = parser.parse_args()
-    images = options.images
-    config = yaml.safe_load(CONFIG.read_text())["model"]
+    images, first = options.images, options.reward == "compressibility"
+    reward, held_out = REWARDS[options.reward]
+    page = options.output or HERE / ("values.md" if first else f"values_{options.reward}.md")
+    picture = HERE.parent / "docs" / "images" / ("calibration.png" if first else f"calibration_{options.reward}.png")
+    config = yaml.safe_load((HERE.parent / "configs" / f"svdd_mc_{options.reward}.yaml").read_text())["model"]
     search = config["sampler"]["init_args"]
     m = search["num_candidates"]
-    diffusion, reward = StableDiffusion("emoji", STEPS, guidance_scale=3.0, eta=1.0), Compressibility()
-    learned, mean = load_value(options.pretrained), PosteriorMean()
+    diffusion = StableDiffusion("emoji", STEPS, guidance_scale=3.0, eta=1.0)
+    learned, mean = load_value(options.pretrained or config["value"]["init_args"]["pretrained"]), PosteriorMean()
     for value in (learned, mean):
         value.bind(reward, diffusion)
         value.eval()
 
     tables = correlations(diffusion, {"LatentConvValue": learned, "PosteriorMean": mean}, images=4)
     plot(
-        Path("docs/images/calibration.png"),
+        picture,
         tables,
-        f"Compressibility on the embedded model, {4 * len(PROMPTS)} fresh chains",
+        f"{reward.name} on the embedded model, {4 * len(PROMPTS)} fresh chains",
     )
 
     torch.set_num_threads(1)
@@ -110,17 +123,18 @@ def main() -> None:
         f"SVDD, M = {m}, LatentConvValue": (SVDD(**search), learned),
         f"SVDD, M = {m}, LatentConvValue, every step": (SVDD(m), learned),
     }
-    runs = alternate(diffusion, samplers, images)
+    runs = alternate(diffusion, samplers, held_out, images)
     plain, guided = runs["Unguided"], runs[f"SVDD, M = {m}, LatentConvValue"]
     rivals = {name: run for name, run in runs.items() if name.startswith("BestOfN")}
     rival = min(rivals, key=lambda name: abs(rivals[name]["seconds"] - guided["seconds"]))
-    timed = alternate(diffusion, {"mean": (SVDD(m), mean), "learned": (SVDD(m), learned)}, 1, PROMPTS[: 2 * AT_ONCE])
+    both: dict[str, tuple[Sampler, Value]] = {"mean": (SVDD(m), mean), "learned": (SVDD(m), learned)}
+    timed = alternate(diffusion, both, held_out, 1, PROMPTS[: 2 * AT_ONCE])
     wall, cpu = (timed["learned"][key] / timed["mean"][key] for key in ("wall", "seconds"))
     lines = [
         "# Learned value and posterior mean",
         "",
-        f"Compressibility on the embedded model, T = {STEPS}, guidance scale 3, eta 1, {len(PROMPTS)} prompts that the "
-        f"value was not trained on. Made by `python -m benchmarks.values`.",
+        f"{reward.name} on the embedded model, T = {STEPS}, guidance scale 3, eta 1, {len(PROMPTS)} prompts that the "
+        f"value was not trained on. Made by `python -m benchmarks.values --reward {options.reward}`.",
         "",
         "## Correlation with the final reward, by step",
         "",
@@ -142,11 +156,12 @@ def main() -> None:
         f"{len(PROMPTS)} prompts x {images} images, paired by prompt, 95 % intervals. CPU seconds on one thread, "
         "measured alternating in one run.",
         "",
-        "| sampler | Compressibility | - unguided | CLIPScore - unguided (held out) | denoiser rows | CPU seconds |",
+        f"| sampler | {reward.name} | - unguided | {held_out.name} - unguided (held out) | denoiser rows "
+        "| CPU seconds |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, run in runs.items():
-        differences = ["", ""] if run is plain else [interval(run[key], plain[key]) for key in ("guide", "clip")]
+        differences = ["", ""] if run is plain else [interval(run[key], plain[key]) for key in ("guide", "held out")]
         lines.append(
             f"| {name} | {float(run['guide'].mean()):.3f} | {' | '.join(differences)} | {run['rows']:.0f} "
             f"| {run['seconds']:.2f} |"
@@ -154,7 +169,7 @@ def main() -> None:
     lines += [
         "",
         f"{rival} costs {rivals[rival]['seconds'] / guided['seconds']:.2f} times the CPU seconds of SVDD with the "
-        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])} kB. SVDD guides until "
+        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])}. SVDD guides until "
         f"{search['guide_stop']:g} of the chain; `every step` includes the last one, whose {m} candidates are decoded "
         "and scored by the reward itself.",
         "",
@@ -165,7 +180,7 @@ def main() -> None:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    options.output.write_text(text)
+    page.write_text(text)
 
 
 if __name__ == "__main__":

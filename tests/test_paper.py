@@ -1,61 +1,66 @@
-"""The configurations of the paper's experiments: every method and both rewards, with tiny models."""
+"""The paper's experiments, from the shipped files, with tiny models: both fits, then the study with every method."""
 
+import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from svdd.__main__ import main
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "paper"
 T, COUNT = 3, 20  # steps here; M and N of the configurations
 ROWS = {
-    None: 1 + COUNT * (T - 1),  # SVDD-PM, which the configuration of a reward selects
-    "svdd_mc": T,
-    "best_of_n": COUNT * T,
-    "smc": COUNT * T,
-    "dps": T,
-    "unguided": T,
+    "pretrained": T,
+    "best-of-N": COUNT * T,
+    "DPS": T,
+    "SMC": COUNT * T,
+    "SVDD-MC": T,
+    "SVDD-PM": 1 + COUNT * (T - 1),
+}
+SMALL = {  # what a test cannot afford, and what takes its place
+    r"num_inference_steps: 50": f"num_inference_steps: {T}",
+    r"prompts: \[cat, .*\]": "prompts: [cat, dog]\n  limit: 1",
+    r"images_per_prompt: 64": "images_per_prompt: 1",
+    r"num_rollouts: 4096": "num_rollouts: 6",
+    r"keep_every: 5": "keep_every: 1",
+    r"max_epochs: \d+": "max_epochs: 1",
+    r"channels: 64": "channels: 4",
+    r"scale: \[0.03, 0.1, .*?\]": "scale: [0.1]",
+    r"scale: \[1.0, 3.0, .*?\]": "scale: [1.0]",
 }
 
 
-@pytest.mark.parametrize("reward", ["compressibility", "aesthetic"])
-def test_every_method_of_the_paper_runs(reward, sd15, tiny_clip, tiny_head, tmp_path, monkeypatch, read_rows):
-    """The commands of the files' comments, with tiny models, fewer steps and images; a value is fitted first."""
+@pytest.fixture
+def small(sd15, tiny_clip, tiny_head, tmp_path, monkeypatch):
+    """The shipped files, in the working directory, where they win over the shipped ones; every change is found."""
+    head = f"{{class_path: Aesthetic, init_args: {{pretrained: {tiny_clip}, head: {tiny_head}}}}}"
+    models = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
+        "openai/clip-vit-large-patch14": tiny_clip,
+        "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth": tiny_head,
+        "reward: Aesthetic": f"reward: {head}",
+    }
+    changes = SMALL | {re.escape(name): str(folder) for name, folder in models.items()}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in CONFIGS.glob("*.yaml")}
+    assert all(any(re.search(old, text) for text in texts.values()) for old in changes)
+    (tmp_path / "paper").mkdir()
+    for name, text in texts.items():
+        for old, new in changes.items():
+            text = re.sub(old, new, text)
+        (tmp_path / "paper" / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    clip = {"init_args": {"pretrained": tiny_clip}}
-    model = {"diffusion": {"init_args": {"pretrained": sd15, "num_inference_steps": T}}}
-    if reward == "aesthetic":
-        model["reward"] = {"class_path": "Aesthetic", "init_args": {"pretrained": tiny_clip, "head": tiny_head}}
-    here = {"data": {"limit": 1}, "trainer": {"accelerator": "cpu", "devices": 1}}
-    (tmp_path / "predict.yaml").write_text(
-        yaml.safe_dump(
-            here | {"model": model | {"eval_rewards": [{"class_path": "CLIPScore"} | clip], "images_per_prompt": 1}}
-        )
-    )
-    value = {"pretrained_clip": tiny_clip} if reward == "aesthetic" else {"channels": 4}
-    fitted = here["data"] | {"num_rollouts": 6, "keep_every": 1}
-    (tmp_path / "fit.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "model": model | {"value": {"init_args": value}},
-                "data": fitted,
-                "trainer": here["trainer"] | {"max_epochs": 1},
-            }
-        )
-    )
-    words = ["--config", f"paper/fit_{reward}", "--config", "fit.yaml", "--output", "value"]
-    assert main(["fit", "--config", "paper/sd15", *words]) == 0
-    for method, rows in ROWS.items():
-        if reward == "aesthetic" and method not in (None, "svdd_mc", "dps"):
-            continue  # the same files as with the other reward
-        words = ["--config", f"paper/{reward}", *(["--config", f"paper/{method}"] if method else [])]
-        if method == "svdd_mc" or (method == "dps" and reward == "compressibility"):
-            words += ["--ckpt_path", "value/value.safetensors"]
-        words += ["--config", "predict.yaml", "--output", str(method)]
-        assert main(["predict", "--config", "paper/sd15", *words]) == 0
-        (row,) = read_rows(tmp_path / str(method))
-        assert row["prompt"] == "cat"
-        assert row["ledger"]["denoiser_rows"] == rows
-    tested = {"sd15", "compressibility", "aesthetic", "fit_compressibility", "fit_aesthetic"} | ROWS.keys() - {None}
-    assert tested <= {path.stem for path in CONFIGS.glob("*.yaml")}
+
+
+def test_the_paper_is_two_fits_and_a_study(small, read_rows):
+    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    for reward in ("compressibility", "aesthetic"):
+        words = ["--config", f"paper/fit_{reward}", *here, "--output", f"runs/paper/value-{reward}"]
+        assert main(["fit", "--config", "paper/sd15", *words]) == 0
+    assert main(["study", "paper/study", "--trainer.accelerator", "cpu", "--output", "study"]) == 0
+    for guide in ("compressibility", "aesthetic"):
+        for method, rows in ROWS.items():
+            (row,) = read_rows(Path("study") / "cells" / f"{guide}-{method}")
+            assert row["prompt"] == "cat"
+            assert row["ledger"]["denoiser_rows"] == rows
+    table = Path("study/table.md").read_text(encoding="utf-8")
+    assert all(statistic in table for statistic in ("median", "top 10 %", *ROWS))

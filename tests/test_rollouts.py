@@ -12,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from svdd import UserError
 from svdd.__main__ import main
 from svdd.commands.fit import _HARMLESS
+from svdd.rewards.base import Reward
 from svdd.runs.config import differences
 from svdd.values.training.data import RolloutDataModule
 from svdd.values.training.fitting import ValueFitting
@@ -275,3 +276,38 @@ def test_an_output_folder_belongs_to_one_training_at_a_time(command, tmp_path, l
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # another process of the training that holds the lock
     assert main(command("--data.num_rollouts", "0")) == 2
     assert "num_rollouts must be >= 4" in capsys.readouterr().err
+
+
+# ---- other prompts
+
+
+class Product(Reward):
+    """The prompt, a number, times the first entry of the latent."""
+
+    def forward(self, images, prompts):
+        return images[:, 0, 0, 0] * torch.tensor([float(prompt) for prompt in prompts], dtype=images.dtype)
+
+
+def test_every_state_is_also_trained_on_with_another_prompt(tmp_path):
+    """The second half of the training states has the reward of the same image for other prompts."""
+    prompts = ("-1", "0.5", "2")
+    options = {"num_rollouts": 70, "other_prompts": 4, "batch_size": 64, "epochs": 1, "prompts": prompts}
+    _, data, _ = fit(network(), tmp_path, GaussianDiffusion(3), Product(), **options)
+    training, held_out = data.states
+    assert len(training) == 2 * 63 * 2
+    assert len(held_out) == 7 * 2
+    own, other = (training.__getitems__(list(part)) for part in (range(126), range(126, 252)))
+    for name in ("x", "next_x", "step", "next_step"):
+        assert torch.equal(own[name], other[name])
+    assert (own["prompt"] != other["prompt"]).all()
+    assert set(other["prompt"].tolist()) == {0, 1, 2}
+    numbers = torch.tensor([float(prompt) for prompt in prompts])
+    ends = torch.cat([shard["end"] for shard in training.shards])[:63, 0, 0, 0].repeat_interleave(2).float()
+    for batch in (own, other):
+        torch.testing.assert_close(batch["reward"], ends * numbers[batch["prompt"]])
+    assert torch.equal(held_out.__getitems__([0, 2])["prompt"], torch.tensor([0, 1]))  # rollouts 63 and 64
+
+
+def test_other_prompts_need_two(tmp_path):
+    with pytest.raises(UserError, match="other_prompts=1 needs at least two prompts, got 1"):
+        RolloutDataModule(["0"], other_prompts=1)

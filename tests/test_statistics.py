@@ -467,6 +467,12 @@ def test_skewed_differences_give_fewer_false_alarms_than_students_t():
     assert sum(found) < 0.6 * former
 
 
+def test_evenly_spaced_differences_are_significant():
+    """Their skewness is 0 up to rounding, whose sign depends on their number."""
+    for count in range(6, 51):
+        assert p_value([1 + 0.01 * k for k in range(count)]) == pytest.approx(max(2.0 ** (1 - count), 2**-14), abs=2e-4)
+
+
 def test_a_fall_of_six_prompts_is_found():
     """All six fall: 2 of 64 flips are as far from 0. Of seven rewards each would need a smaller p-value."""
     fallen, risen = paired([-1.0, -1.2, -0.9, -1.1, -1.3, -0.8]), paired([1.0, 1.2, 0.9, 1.1, 1.3, 0.8])

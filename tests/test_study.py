@@ -318,3 +318,33 @@ def test_a_stopped_study_hands_out_nothing():
     work.stopping = True
     assert work.take(0, "a", []) == ([], None)
     assert work.next(1) == Order("stop")
+
+
+def test_a_guide_adds_settings_to_its_variants(tmp_path):
+    """Configurations are joined; what a guide adds may make a grid of its own."""
+    text = """
+base: quickstart
+guides:
+  A: {config: a, model.reward: Compressibility, variants: {DPS: {model.sampler.scale: [1, 2]}}}
+  B: {model.reward: CLIPScore}
+variants:
+  plain: {}
+  DPS: {config: dps}
+"""
+    found = {cell.name: cell.words[2:-2] for cell in expand(write(tmp_path, text)).cells}
+    assert found == {
+        "A-plain": ["--config", "a", "--model.reward=Compressibility"],
+        **{
+            f"A-DPS_scale={scale}": [
+                *("--config", "a", "--config", "dps", "--model.reward=Compressibility"),
+                f"--model.sampler.scale={scale}",
+            ]
+            for scale in (1, 2)
+        },
+        "B-plain": ["--model.reward=CLIPScore"],
+        "B-DPS": ["--config", "dps", "--model.reward=CLIPScore"],
+    }
+    with pytest.raises(
+        UserError, match=r"guides.A.variants: 'DPT' is no variant; known: plain, DPS; did you mean 'DPS'"
+    ):
+        expand(write(tmp_path, text.replace("{DPS:", "{DPT:")))

@@ -90,6 +90,7 @@ def read_side(run: Path, name: str | None = None) -> Side:
     """Reads a run, also one that is being drawn; raises a UserError if it is damaged or has no image."""
     folder, recorded = RunFolder(run), read_config(run)
     parts = read_object(run / FINGERPRINTS).get("parts")
+    parts = parts if isinstance(parts, dict) else {}
 
     def images() -> Images:
         return ((index, image) for (_, index), image in stream_images(run))
@@ -98,7 +99,7 @@ def read_side(run: Path, name: str | None = None) -> Side:
         name or str(run),
         images,
         {} if recorded is None else recorded.config,
-        parts=parts if isinstance(parts, dict) else {},
+        parts={each: content for each, content in parts.items() if isinstance(content, str)},
         reproducible=is_reproducible(run / FINGERPRINTS),
         unfinished=not folder.has_summary(),
         failed=frozenset(map(digest, folder.failed())),

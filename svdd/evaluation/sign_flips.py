@@ -50,7 +50,7 @@ def _skewed_t(differences: Sequence[float]) -> float:
     """Returns the two-sided p-value of Student's t, reduced by Hall's transformation if the longer tail points to 0.
 
     Here a < 0 is the skewness in the direction of the mean, divided by the root of n, and t becomes
-    ((1 + a t / 3)^3 - 1) / a + a / 6.
+    ((1 + a t / 3)^3 - 1) / a + a / 6, without the division, which would lose all digits at a near 0.
     """
     count, mean = len(differences), math.fsum(differences) / len(differences)
     rests = [math.copysign(1.0, mean) * (difference - mean) for difference in differences]
@@ -60,5 +60,5 @@ def _skewed_t(differences: Sequence[float]) -> float:
     t = abs(mean) * math.sqrt((count - 1) / variance)
     a = math.fsum(rest**3 for rest in rests) / count / variance**1.5 * math.sqrt(count - 1) / (count - 2)
     if a < 0:
-        t = max(0.0, ((1 + a * t / 3) ** 3 - 1) / a + a / 6)
+        t = max(0.0, t + a * t**2 / 3 + a**2 * t**3 / 27 + a / 6)
     return t_probability(t, count - 1)

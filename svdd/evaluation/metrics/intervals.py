@@ -8,6 +8,7 @@ degrees of freedom).
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from functools import cache
 
 __all__ = ["clustered", "mean_of", "spread_within", "standard_error", "t_interval", "t_probability", "t_quantile"]
 
@@ -59,6 +60,7 @@ def t_interval(mean: float, error: float, count: int, level: float = 0.95) -> tu
     return mean - half, mean + half
 
 
+@cache
 def t_quantile(level: float, freedom: int) -> float:
     """Returns t with P(|T| <= t) = `level`, in (0, 1), for Student's T; infinity without degrees of freedom."""
     if freedom < 1:

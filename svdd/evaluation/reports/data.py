@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ from svdd.evaluation.metrics.intervals import clustered, mean_of, standard_error
 from svdd.evaluation.pairing import pair
 from svdd.evaluation.sides import Side, read_side
 from svdd.runs.config import CONFIG
+from svdd.runs.files import regular_only
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.rows import ResultRow
@@ -22,6 +24,7 @@ __all__ = ["Estimate", "ReportImage", "ReportRun", "differences", "read_run"]
 
 _COLUMNS = ("ess", "alpha", "candidates", "value_mean", "value_std", "value_max", "value_chosen", "ancestors")
 _MOST_COLUMNS, _MOST_LETTERS = 20, 500  # of what a prompt file says besides the prompt
+_MOST_CONFIG = 2**20  # characters
 
 Estimate = dict[str, float | None]  # `mean`, and the ends `low` and `high` of its interval if it has one
 
@@ -101,10 +104,9 @@ def read_run(folder: Path, name: str, limit: int) -> ReportRun:
             hidden += len(members)
             continue
         images += _images(members, key[1] // len(members), traces.of(key))
-    try:
-        config = (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        config = ""
+    config = ""
+    with suppress(OSError), open(folder / CONFIG, encoding="utf-8", errors="replace", opener=regular_only) as file:
+        config = file.read(_MOST_CONFIG)
     return ReportRun(folder, images, hidden, config, read_side(folder, name))
 
 
@@ -142,7 +144,9 @@ class _Traces:
 
 
 def _key(trace: Mapping[str, Any]) -> tuple[int, int]:
-    return trace["prompt_index"], trace["image_index"]
+    """Returns the indices of a trace's prompt and image; (-1, -1), which comes first, if it is damaged."""
+    prompt, image = trace.get("prompt_index"), trace.get("image_index")
+    return (prompt, image) if type(prompt) is int and type(image) is int else (-1, -1)
 
 
 def _images(rows: list[ResultRow], number: int, trace: dict[str, Any] | None) -> Iterator[ReportImage]:

@@ -1,8 +1,6 @@
 """What a study is: a file that describes a grid of runs, each an ordinary run folder."""
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from svdd import UserError, did_you_mean, is_integer
+from svdd.evaluation.studies.names import as_text, folder_name, labels, shortened
 from svdd.runs.files import regular_only
 from svdd.runs.yaml_text import read_yaml
 
@@ -20,7 +19,7 @@ __all__ = ["STATISTICS", "Cell", "Specification", "Study", "words_of"]
 STATISTICS = ("mean", "median", "top10", "top20")
 _KEYS = ("base", "settings", "guides", "variants", "budgets", "baseline", "statistics")
 _OWN = {"output": "svdd study --output", "overwrite": "remove the run's folder instead", "model.budget": "budgets"}
-_MOST_BYTES, _MOST_CELLS, _MOST_NAME = 2**20, 10_000, 80
+_MOST_BYTES, _MOST_CELLS = 2**20, 10_000
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,21 @@ class _Variant(NamedTuple):
     budgets: list[int | None] | None  # None: those of the study
 
 
+class _Guide(NamedTuple):
+    """An entry of `guides` without lists: its label, its settings, and the variants with what it adds to them."""
+
+    label: str
+    settings: dict[str, Any]
+    variants: list[_Variant]
+
+
 @dataclass(frozen=True)
 class Specification:
     """The content of a study's file, checked, its lists expanded."""
 
     base: tuple[str, ...]
     settings: dict[str, Any]
-    guides: list[_Variant]
-    variants: list[_Variant]
+    guides: list[_Guide]
     budgets: list[int | None]
     baseline: str | None
     statistics: list[str]
@@ -120,27 +126,30 @@ class Specification:
         base = content.get("base")
         base = [base] if isinstance(base, str) else base
         if not isinstance(base, list) or not base or not all(isinstance(name, str) for name in base):
-            raise UserError(f"base must be the name of a configuration, or a list of them, got {_short(base)}")
+            raise UserError(f"base must be the name of a configuration, or a list of them, got {shortened(base)}")
         settings = _flat("settings", content.get("settings") or {})
-        variants = list(_expand("variants", content.get("variants")))
-        guides = list(_expand("guides", content["guides"])) if content.get("guides") else [_Variant("", {}, None)]
-        if own := [guide.label for guide in guides if guide.budgets is not None]:
-            raise UserError(f"guides.{own[0]}.budgets: a guide has no budgets; set them for the study or a variant")
+        variants = _mapping("variants", content.get("variants"))
+        guides = list(_guides(content["guides"], variants)) if content.get("guides") else []
+        guides = guides or [_Guide("", {}, list(_expand("variants", variants)))]
         baseline, statistics = content.get("baseline"), content.get("statistics") or ["mean"]
-        labels = [variant.label for variant in variants]
+        labels = list(dict.fromkeys(variant.label for guide in guides for variant in guide.variants))
         if baseline is not None and baseline not in labels:
             known = f"known: {', '.join(labels)}{did_you_mean(str(baseline), labels)}"
-            raise UserError(f"baseline {_short(baseline)} is no variant; {known}")
+            raise UserError(f"baseline {shortened(baseline)} is no variant; {known}")
         if (
             not isinstance(statistics, list)
             or not statistics
             or (wrong := [s for s in statistics if s not in STATISTICS])
         ):
-            got = _short(statistics if not isinstance(statistics, list) or not statistics else wrong[0])
+            got = shortened(statistics if not isinstance(statistics, list) or not statistics else wrong[0])
             raise UserError(f"statistics must be a list of {', '.join(STATISTICS)}, got {got}")
         budgets = _budgets("budgets", content.get("budgets")) or [None]
         base = tuple(name if Path(name).is_file() else _beside(folder, name) for name in base)
-        return cls(base, settings, guides, variants, budgets, baseline, statistics, more, content)
+        return cls(base, settings, guides, budgets, baseline, statistics, more, content)
+
+    def _pairs(self) -> Iterator[tuple[_Guide, _Variant]]:
+        for guide in self.guides:
+            yield from ((guide, variant) for variant in guide.variants)
 
     def study(
         self, folder: Path, guide_of: Callable[[list[str]], str], takes_budget: Callable[[list[str]], bool]
@@ -153,7 +162,7 @@ class Specification:
             takes_budget: Returns whether a budget can set the count of the sampler that it chooses.
         """
         cells: list[Cell] = []
-        for guide, variant in itertools.product(self.guides, self.variants):
+        for guide, variant in self._pairs():
             settings = _joined(self.settings, guide.settings, variant.settings, self.more)
             words = words_of(self.base, settings)
             asked = self.budgets if variant.budgets is None else variant.budgets
@@ -162,7 +171,7 @@ class Specification:
                 as_configured = budget is None and variant.budgets is None and budgets == asked
                 own = {} if as_configured else {"model.budget": budget}
                 label = "-".join(part for part in (guide.label, variant.label, str(budget or "")) if part)
-                name = _folder_name(label, {cell.name.lower() for cell in cells})
+                name = folder_name(label, {cell.name.lower() for cell in cells})
                 place = folder / "cells" / name
                 group = guide.label or guide_of(words)
                 cells.append(Cell(name, group, variant.label, budget, {**settings, **own}, place, self.base))
@@ -178,9 +187,14 @@ def _beside(folder: Path, name: str) -> str:
 
 
 def _joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all settings in the order in which a command line gives them: what is set again moves to the end."""
+    """Returns all settings in the order in which a command line gives them: what is set again moves to the end.
+
+    Configurations do not replace each other; `config` becomes their list.
+    """
     found: dict[str, Any] = {}
     for part in parts:
+        if "config" in part:
+            part = {**part, "config": found.get("config", []) + _list(part["config"])}
         for key in sorted(part, key=lambda key: key.count(".")):  # a class before its arguments
             found.pop(key, None)
             found[key] = part[key]
@@ -189,20 +203,19 @@ def _joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def words_of(base: tuple[str, ...], settings: Mapping[str, Any]) -> list[str]:
     """Returns configurations and settings as options of `svdd predict`; configurations come first."""
-    configs = [*base, *(str(value) for key, value in settings.items() if key == "config")]
-    options = [f"--{key}={_text(value)}" for key, value in settings.items() if key != "config"]
+    configs = [*base, *_list(settings.get("config", []))]
+    options = [f"--{key}={as_text(value)}" for key, value in settings.items() if key != "config"]
     return [word for config in configs for word in ("--config", config)] + options
 
 
-def _text(value: Any) -> str:
-    """Returns a setting as on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _list(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 
 def _mapping(what: str, tree: Any, known: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree or not all(isinstance(key, str) for key in tree):
         expected = f"a mapping with {', '.join(known)}" if known else "a mapping with text as keys"
-        raise UserError(f"{what}: expected {expected}, got {_short(tree)}")
+        raise UserError(f"{what}: expected {expected}, got {shortened(tree)}")
     return tree
 
 
@@ -221,6 +234,25 @@ def _flat(what: str, tree: Any) -> dict[str, Any]:
     return found
 
 
+def _guides(tree: Any, variants: Mapping[str, Any]) -> Iterator[_Guide]:
+    """Yields the guides, each with the variants, to which its own `variants` may add settings."""
+    for name, entry in _mapping("guides", tree).items():
+        own, what = dict(entry) if isinstance(entry, dict) else entry, f"guides.{name}.variants"
+        added = _mapping(what, own.pop("variants")) if isinstance(own, dict) and own.get("variants") else {}
+        if unknown := [each for each in added if each not in variants]:
+            known = f"known: {', '.join(variants)}{did_you_mean(unknown[0], variants)}"
+            raise UserError(f"{what}: {unknown[0]!r} is no variant; {known}")
+        both = {
+            each: {**_flat(f"variants.{each}", variants[each]), **_flat(f"{what}.{each}", added[each])}
+            for each in added
+        }
+        found = list(_expand("variants", {**variants, **both}))
+        for guide in _expand("guides", {name: own}):
+            if guide.budgets is not None:
+                raise UserError(f"guides.{name}.budgets: a guide has no budgets; set them for the study or a variant")
+            yield _Guide(guide.label, guide.settings, found)
+
+
 def _expand(what: str, tree: Any) -> Iterator[_Variant]:
     """Yields the entries of a mapping, one for each combination of the values in their lists."""
     for name, entry in _mapping(what, tree).items():
@@ -235,25 +267,7 @@ def _expand(what: str, tree: Any) -> Iterator[_Variant]:
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
             several = {key: value for key, value in chosen.items() if len(lists[key]) > 1}
-            yield _Variant(" ".join([name, *_labels(several)]), {**settings, **chosen}, budgets)
-
-
-def _labels(settings: Mapping[str, Any]) -> list[str]:
-    """Returns `alpha=0.0` for each setting, with as much of its key as tells it from the others."""
-    lasts = [key.rpartition(".")[2] for key in settings]
-    shown = [key if lasts.count(last) > 1 else last for key, last in zip(settings, lasts, strict=True)]
-    return [f"{key}={_value(value)}" for key, value in zip(shown, settings.values(), strict=True)]
-
-
-def _value(value: Any) -> str:
-    """Returns a setting as a part of a label: a class by its name and arguments."""
-    if isinstance(value, dict) and "class_path" in value:
-        arguments = value.get("init_args") or {}
-        inner = ",".join(f"{name}={_value(given)}" for name, given in arguments.items())
-        return str(value["class_path"]).rpartition(".")[2] + (f"({inner})" if inner else "")
-    if isinstance(value, list):
-        return "+".join(map(_value, value))
-    return _text(value)
+            yield _Variant(" ".join([name, *labels(several)]), {**settings, **chosen}, budgets)
 
 
 def _budgets(what: str, tree: Any) -> list[int | None] | None:
@@ -262,22 +276,7 @@ def _budgets(what: str, tree: Any) -> list[int | None] | None:
         return [None] if "." in what else None  # a variant that takes none
     given = tree if isinstance(tree, list) else [tree]
     if not given or any(each is not None and (not is_integer(each) or each < 1) for each in given):
-        raise UserError(f"{what} must be a list of integers >= 1, denoiser rows per image, got {_short(tree)}")
+        raise UserError(f"{what} must be a list of integers >= 1, denoiser rows per image, got {shortened(tree)}")
     if len(set(given)) < len(given):
-        raise UserError(f"{what} has the same budget twice: {_short(tree)}")
+        raise UserError(f"{what} has the same budget twice: {shortened(tree)}")
     return given
-
-
-def _folder_name(label: str, taken: set[str]) -> str:
-    """Returns a name that is valid as a folder's on any system, and new, also where case does not count."""
-    name = re.sub(r"_{2,}", "_", re.sub(r"[^\w.=+-]", "_", label, flags=re.ASCII)).strip("_. ") or "run"
-    if name != name[:_MOST_NAME] or name.lower() in taken:
-        name = f"{name[:_MOST_NAME]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-    if name.lower() in taken:
-        raise UserError(f"two runs are called {label!r}; give the variants other names")
-    return name
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -27,22 +27,26 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StateDataset(Dataset[Batch]):
-    """Every kept state of some rollouts, with the rollout's final reward."""
+    """Every kept state of some rollouts, with the rollout's final reward.
+
+    With rewards for other prompts, every state appears twice: with its own prompt, and with one of the others.
+    """
 
     shards: Sequence[Batch]  # what `RolloutCache.load` returned
     rollouts: range  # which rollouts, counted over all shards
     steps: Tensor  # the kept steps, increasing, int64 [steps]
-    rewards: Tensor  # of the rollouts of all shards, [rollouts]
-    prompts: Tensor  # index of each rollout's prompt, int64 [rollouts]
+    rewards: Tensor  # of the rollouts of all shards, for the own prompt and others, [rollouts, 1 + others]
+    prompts: Tensor  # the indices of these prompts, int64 [rollouts, 1 + others]
 
     def __len__(self) -> int:
-        return len(self.rollouts) * len(self.steps)
+        return len(self.rollouts) * len(self.steps) * min(2, self.prompts.shape[1])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Returns a batch of states and those one kept step later; after the last step -1, whose `next_x` is void."""
         count, size = len(self.steps), len(self.shards[0]["end"])
-        index = torch.tensor(indices)
-        rollout, k = self.rollouts.start + index // count, index % count
+        index, whole = torch.tensor(indices), len(self.rollouts) * count
+        rollout, k = self.rollouts.start + index % whole // count, index % count
+        column = index // whole * (1 + (rollout + k) % max(1, self.prompts.shape[1] - 1))
         following = (k + 1).clamp(max=count - 1)
         chains = [self.shards[r // size]["x"][r % size] for r in rollout.tolist()]
         return {
@@ -50,9 +54,16 @@ class StateDataset(Dataset[Batch]):
             "next_x": torch.stack([chain[j] for chain, j in zip(chains, following, strict=True)]),
             "step": self.steps[k],
             "next_step": torch.where(k + 1 < count, self.steps[following], -1),
-            "reward": self.rewards[rollout],
-            "prompt": self.prompts[rollout],
+            "reward": self.rewards[rollout, column],
+            "prompt": self.prompts[rollout, column],
+            "unit": torch.where(column > 0, self.unit, 1.0),
         }
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """Returns the spread of the rewards for the own prompts, in units of that for the others; 1 without any."""
+        own, others = self.rewards[self.rollouts, :1], self.rewards[self.rollouts, 1:]
+        return own.std() / others.std() if others.numel() and others.std() > 0 else torch.tensor(1.0)
 
     def spread(self, num_inference_steps: int) -> Tensor:
         """Returns the standard deviation of the inputs at step i, [T]; at other steps, that of the nearest."""
@@ -74,6 +85,8 @@ class RolloutDataModule(L.LightningDataModule):
         batch_size: States in a training batch, >= 1.
         rollout_batch_size: Chains drawn, and final images scored, at once, >= 1; at most the 64 of a shard.
         seed: Seed of the first rollout, >= 0.
+        other_prompts: Score each final image for this many other prompts too, and train on each state a second time
+            with one of them: for rewards that compare image and prompt, which one prompt per image teaches badly.
         cache: Folder of the caches.
         prompt_column: Name of the column, or JSON key, that holds the prompt.
         limit: Use at most this many prompts, the first ones.
@@ -93,18 +106,22 @@ class RolloutDataModule(L.LightningDataModule):
         cache: str = "runs/rollouts",
         prompt_column: str = "prompt",
         limit: int | None = None,
+        other_prompts: int = 0,
     ) -> None:
         super().__init__()
         require_at_least(4, num_rollouts=num_rollouts)
         require_at_least(1, keep_every=keep_every, batch_size=batch_size, rollout_batch_size=rollout_batch_size)
-        require_at_least(0, seed=seed)
+        require_at_least(0, seed=seed, other_prompts=other_prompts)
         require_numbers(validation=validation)
         if not 0 < validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {validation}")
         self.num_rollouts, self.keep_every, self.validation = num_rollouts, keep_every, validation
         self.batch_size, self.rollout_batch_size, self.seed, self.cache = batch_size, rollout_batch_size, seed, cache
+        self.other_prompts = other_prompts
         self.dataset = PromptDataset(prompts, prompt_column, limit)
         self.prompts = [self.dataset[k] for k in range(min(len(self.dataset), num_rollouts))]
+        if other_prompts and len(self.prompts) < 2:
+            raise UserError(f"other_prompts={other_prompts} needs at least two prompts, got {len(self.prompts)}")
 
     def setup(self, stage: str) -> None:
         """Discards the states of an earlier training, whose model may have been another."""
@@ -124,11 +141,12 @@ class RolloutDataModule(L.LightningDataModule):
         settings = diffusion.identity | own | {"dtype": str(diffusion.dtype)}
         count, cache = self.num_rollouts, RolloutCache(Path(self.cache), settings, self.num_rollouts)
         self._fill(cache, steps)
-        shards, prompts = cache.load(), torch.arange(count) % len(self.prompts)
-        contents = torch.tensor(steps), self._rewards(cache, shards), prompts
+        shards, prompts = cache.load(), self._scored_prompts()
+        rewards, kept = self._rewards(cache, shards, prompts), torch.tensor(steps)
         cut = count - max(1, round(self.validation * count))
-        training, held_out = (StateDataset(shards, part, *contents) for part in (range(cut), range(cut, count)))
-        value.set_units(training.rewards[:cut], training.spread(diffusion.num_inference_steps))
+        training = StateDataset(shards, range(cut), kept, rewards, prompts)
+        held_out = StateDataset(shards, range(cut, count), kept, rewards[:, :1], prompts[:, :1])
+        value.set_units(rewards[:cut, 0], training.spread(diffusion.num_inference_steps))
         module.encode_prompts([prompt.text for prompt in self.prompts])
         return training, held_out
 
@@ -178,19 +196,34 @@ class RolloutDataModule(L.LightningDataModule):
                 cache.write(shard, {"x": x, "end": end})
             trainer.strategy.barrier("svdd.values.training.rollouts.drawn")
 
-    @torch.no_grad()
-    def _rewards(self, cache: RolloutCache, shards: Sequence[Batch]) -> Tensor:
-        """Scores the final images, every process its share of the shards, and returns all scores, [rollouts]."""
-        trainer, module, rewards = self.trainer, self.trainer.lightning_module, torch.zeros(self.num_rollouts)
+    def _scored_prompts(self) -> Tensor:
+        """Returns the indices of the prompts that each rollout is scored for, its own first, [rollouts, 1 + others]."""
+        own, count = torch.arange(self.num_rollouts)[:, None] % len(self.prompts), len(self.prompts)
+        if not self.other_prompts:
+            return own
+        generator = torch.Generator().manual_seed(self.seed)
+        shift = torch.randint(1, count, (self.num_rollouts, self.other_prompts), generator=generator)
+        return torch.cat([own, (own + shift) % count], 1)
 
-        def score(ends: Tensor, texts: Sequence[str]) -> Tensor:
-            return module.reward.score(module.diffusion.decode(ends.to(module.device)), texts).cpu()
+    @torch.no_grad()
+    def _rewards(self, cache: RolloutCache, shards: Sequence[Batch], prompts: Tensor) -> Tensor:
+        """Scores the final images, every process its share of the shards, and returns all scores, as `prompts`."""
+        trainer, module = self.trainer, self.trainer.lightning_module
+        rewards = torch.zeros(prompts.shape)
+
+        def score(ends: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
+            images = module.diffusion.decode(ends.to(module.device))
+            columns = [module.reward.score(images, list(column)) for column in zip(*texts, strict=True)]
+            return torch.stack(columns, 1).cpu()
 
         for k in range(trainer.global_rank, len(shards), trainer.world_size):
-            ends = shards[k]["end"].split(self.rollout_batch_size)
-            for (rollouts, prompts), end in zip(self._parts(cache.shards[k]), ends, strict=True):
-                texts = [prompt.text for prompt in prompts]
-                rewards[rollouts.start : rollouts.stop] = module.diffusion.chunker.map(score, len(end), end, texts)
+            rollouts = cache.shards[k]
+            for start, end in zip(
+                rollouts[:: self.rollout_batch_size], shards[k]["end"].split(self.rollout_batch_size), strict=True
+            ):
+                part = slice(start, start + len(end))
+                texts = [[self.prompts[p].text for p in row] for row in prompts[part].tolist()]
+                rewards[part] = module.diffusion.chunker.map(score, len(end), end, texts)
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()
 
 

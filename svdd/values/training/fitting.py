@@ -127,4 +127,8 @@ class ValueFitting(L.LightningModule):
             with torch.no_grad():
                 ahead = value.predict(batch["next_x"], batch["next_step"].clamp(min=0), text)
             targets = torch.where(batch["next_step"] < 0, rewards, ahead)
-        return value.loss(predictions, targets.to(predictions), float(value.std)), predictions.detach(), rewards
+        unit = batch["unit"].to(
+            predictions
+        )  # errors for other prompts, whose rewards differ more, count by their spread
+        loss = value.loss(predictions * unit, targets.to(predictions) * unit, float(value.std))
+        return loss, predictions.detach(), rewards
