@@ -343,6 +343,6 @@ def test_plots_show_every_variant_in_three_forms(tmp_path, baseline, prompts):
 
 def test_a_summary_names_the_rewards_of_which_less_is_better():
     for others, expected in (({ERROR: False}, [ERROR]), ({JUDGE: True}, None)):
-        statistics = RunStatistics({GUIDE: True, **others}, [], [])
-        statistics.update([{"prompt_index": 0, "rewards": dict.fromkeys((GUIDE, *others), 1.0)}])
+        statistics = RunStatistics({GUIDE: True, **others}, [], LEDGER)
+        statistics.update([{"prompt_index": 0, "rewards": dict.fromkeys((GUIDE, *others), 1.0), "ledger": LEDGER}])
         assert statistics.compute().get("lower_is_better") == expected
