@@ -98,9 +98,7 @@ def test_a_damaged_line_of_the_merged_file_is_an_error(tmp_path):
         merged.write(b'{"prompt_index": [2], "image_index": 0}\n{"torn')
     rows = RunFolder(tmp_path).rows()
     assert [row["prompt_index"] for _, row in zip(range(3), rows, strict=False)] == [0, 1, [2]]
-    with pytest.raises(
-        UserError, match=r"line 4 is damaged \(not JSON\); to draw the image again: the `svdd p"
-    ):
+    with pytest.raises(UserError, match=r"line 4 is damaged \(not JSON\); to draw the image again: the `svdd p"):
         next(rows)
 
 
