@@ -1,8 +1,10 @@
 """What `svdd predict --dry_run` predicts, and what the run then takes, on one thread of a CPU.
 
-Writes benchmarks/estimates.md. Each estimate is followed at once by its run: both in wall time, and both in CPU time,
-which other programs on the machine disturb less. A run is what the command does once the model is loaded: the
-Trainer, drawing, scoring, and writing into a folder.
+Writes benchmarks/estimates.md.
+
+Each estimate is followed at once by its run: both in wall time, and both in CPU time, which other programs on the
+machine disturb less. A run is what the command does once the model is loaded: the Trainer, drawing, scoring, and
+writing into a folder.
 """
 
 import argparse
@@ -105,7 +107,7 @@ def write(output: Path, lines: list[str], largest: dict[str, float]) -> None:
     text = [
         "# Estimates",
         "",
-        *(line for line in (__doc__ or "").strip().splitlines() if not line.startswith("Writes")),
+        *(__doc__ or "").replace("Writes benchmarks/estimates.md.\n\n", "").strip().splitlines(),
         "",
         "Times are in seconds. In each line the estimates come first, by wall time and by CPU time, then the run.",
         "",

@@ -141,6 +141,8 @@ def main() -> None:
         if gain in ("none", "normal")
     }
     tables.append(table("scores, gain of mean 0", checks, [f"{p} x {i}" for p, i in three]))
+    known = [rate for rates in checks.values() for rate in rates if rate is not None]
+    mean = sum(known) / len(known)
     error, alarm = (0.95 * 0.05 / sets) ** 0.5, (0.025 * 0.975 / (sets // 2)) ** 0.5
     lines = [
         "# Coverage of differences between runs",
@@ -178,7 +180,7 @@ def main() -> None:
         "",
         f"The guide has risen; held-out rewards do not change, or change by prompt around 0; {sets // 2} runs in each "
         f"cell (standard error {alarm:.4f} at 0.025), a dash where the check says that it cannot tell. At most 0.025 "
-        f"is promised; found: {span(checks)}.",
+        f"is promised; found: {span(checks)}, on average {mean:.3f}.",
         *tables[3],
     ]
     options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -211,6 +211,14 @@ def test_an_unfinished_run_is_compared_on_what_both_have(compare, tmp_path):
     assert [float(found[name]["a"]) for name in found] == [1.5, 2.5, 3.5]
 
 
+def test_a_run_may_grow_while_it_is_read(tmp_path):
+    """Another process has drawn an earlier prompt when an image is looked up."""
+    run = save(tmp_path / "run", four()[1:], finished=False)
+    side = read_side(run)
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in four()))
+    assert [image.prompt for _, image in side.shown([0, 2])] == ["blue car", "owl"]
+
+
 def test_rewards_that_only_some_runs_have_are_blank(compare, tmp_path):
     """Also those that an image lacks, and the difference of one that was measured with other weights."""
     save(tmp_path / "one", [image(k, a=1.0, b=2.0) for k in range(4)])
@@ -365,6 +373,10 @@ def edit(run, change) -> None:
     for row in rows:
         change(row)
     (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_command_without_runs_is_refused(compare):
+    assert "the following arguments are required: RUN" in compare(code=2)
 
 
 def test_control_characters_of_prompts_and_rewards_are_escaped(compare, tmp_path):

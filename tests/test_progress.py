@@ -113,7 +113,7 @@ def test_lines_come_every_thirty_seconds_or_five_percent(capsys):
         assert now - before >= 30 or (following - share >= 0.05 * 14 and now - before >= 1)
     for now, share, text in said:
         found = LINE.match(text)
-        assert [int(found[k]) for k in (1, 2, 3)] == [round(100 * share / 14), int(share) + 8, 14 + 8]
+        assert [int(found[k]) for k in (1, 2, 3)] == [round(100 * (share + 8) / 22), int(share) + 8, 14 + 8]
         assert float(found[4]) == pytest.approx((now - begin) / share, rel=0.01)  # what was skipped is not in the rate
     assert ", mean TimedReward " not in said[0][2]
     assert re.search(r", mean TimedReward -?\d\.\d+$", said[-1][2])

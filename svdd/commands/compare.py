@@ -26,7 +26,7 @@ the images that it has."""
 _ADVICE = "draw both with the same settings, or compare without pairs by --unpaired true"
 _SUBSET = "draw both from the same prompts, or compare only the images that all runs have by --shared true"
 _HELP = {
-    "baseline": "the run with which the others are compared, one of RUN (default: the first)",
+    "baseline": "the run with which the others are compared (default: the first RUN)",
     "unpaired": "compare all images without pairs, also of other prompts, seeds, steps or models",
     "shared": "leave out images that only some of the runs have",
     "format": "form of the table; all but `text` leave everything else to stderr (default: text)",
@@ -56,7 +56,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.png", help=_HELP["output"])
     parser.add_argument("--limit", type=int, default=8, help=_HELP["limit"])
     flags = ("--unpaired", "--shared")  # alone they mean true
-    ends = [*words[1:], ""]
+    ends = [*words[1:], ""][: len(words)]
     alone = [word in flags and end not in ("true", "false") for word, end in zip(words, ends, strict=True)]
     return parser.parse_args([f"{word}=true" if lone else word for word, lone in zip(words, alone, strict=True)])
 

@@ -126,16 +126,21 @@ class _Progress(L.Callback):
         self._step = i
         self._show()
 
+    @property
+    def _counted(self) -> int:
+        """Images of an earlier run that count; one of several processes counts its own share only."""
+        return 0 if self._where else self._earlier * self._each
+
+    @property
+    def _share(self) -> float:
+        """The share of the images that is done."""
+        return (self._pace.done + self._counted) / max(self._pace.images + self._counted, 1)
+
     def _text(self) -> str:
         """Returns what is done, at which rate, and the time left."""
         pace, earlier = self._pace, self._earlier * self._each
-        done, images = int(pace.done), pace.images
-        if earlier and not self._where:
-            counted = f"{done + earlier:,} of {images + earlier:,} images ({earlier:,} done earlier)"
-        else:
-            counted = f"{done:,} of {images:,} images{self._where}" + (
-                f" ({earlier:,} done earlier)" if earlier else ""
-            )
+        counted = f"{int(pace.done) + self._counted:,} of {pace.images + self._counted:,} images{self._where}"
+        counted += f" ({earlier:,} done earlier)" if earlier else ""
         if pace.seconds_each is None or pace.left is None:
             return counted
         return f"{counted}, {pace.seconds_each:.3g} s an image, {duration(pace.left)} left"
@@ -164,8 +169,7 @@ class ProgressBars(_Progress):
             return
         self._shown = self._clock()
         batch = f"step {self._step} of {steps}{self._value}, {duration(pace.batch_seconds)}"
-        whole = pace.done / pace.images if pace.images else 1.0
-        for bar, share, text in zip(self._bars, (whole, pace.fraction), (self._text(), batch), strict=True):
+        for bar, share, text in zip(self._bars, (self._share, pace.fraction), (self._text(), batch), strict=True):
             shown = printable(text).replace("{", "{{").replace("}", "}}")
             bar.bar_format, bar.n = f"{printable(self._label)}{{percentage:3.0f}}%|{{bar}}| {shown}", share
             bar.ncols = _columns()
@@ -189,7 +193,7 @@ class ProgressLines(_Progress):
             return
         self._said, self._said_done = self._clock(), done
         mean = f", mean {self._module.reward.name} {self._total / self._scored:.4g}" if self._scored else ""
-        say(f"svdd: {self._label}{done / self._pace.images:.0%}, {self._text()}{mean}", error=True)
+        say(f"svdd: {self._label}{self._share:.0%}, {self._text()}{mean}", error=True)
 
 
 def _columns() -> int:
@@ -201,7 +205,8 @@ def _columns() -> int:
 
 def progress(earlier: int = 0, label: str = "") -> _Progress:
     """Returns the callback for this process's stderr."""
-    return (ProgressBars if sys.stderr.isatty() else ProgressLines)(earlier, label)
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return (ProgressBars if terminal else ProgressLines)(earlier, label)
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,6 @@ from svdd.runs.config import HARMLESS, HARMLESS_IF_REPRODUCIBLE
 
 __all__ = ["comparison_table", "differing_settings", "distinct_names"]
 
-_DERIVED = ("seed_everything", "data.prompts_sha256")
 _MOST_LETTERS = 40  # of a setting
 _WORK = {"denoiser_rows": "denoiser rows", "network_rows": "network rows", "seconds": "seconds"}  # as in WORK
 
@@ -46,7 +45,7 @@ def differing_settings(sides: Sequence[Side]) -> tuple[list[str], list[list[Cell
     rows: list[list[Cell]] = []
     for key in dict.fromkeys(key for side in sides for key, value in side.settings.items() if value != {}):
         values = [side.settings.get(key) for side in sides]
-        if not harmless.fullmatch(key) and key not in _DERIVED and any(value != values[0] for value in values):
+        if not harmless.fullmatch(key) and any(value != values[0] for value in values):
             rows.append([key.removesuffix(".class_path"), *map(_short, values)])
     return ["setting", *(side.name for side in sides)], rows
 

@@ -218,7 +218,7 @@ def _planned(prompts: PromptDataset, config: Mapping[str, Any]) -> Side:
     def images() -> Images:
         for k in range(len(prompts)):
             for index, image_seed in enumerate(prompts[k].image_seeds(seed, count)):
-                yield index, RunImage(prompts[k].text, "", {}, seed=image_seed)
+                yield (k, index), RunImage(prompts[k].text, "", {}, seed=image_seed)
 
     return Side.of("this run", images, config)
 

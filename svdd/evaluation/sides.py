@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from svdd import UserError
 from svdd.evaluation.images import RunImage, stream_images
+from svdd.runs.command_line import continuing
 from svdd.runs.config import leaves, read_config
 from svdd.runs.files import read_object
 from svdd.runs.fingerprints import FINGERPRINTS, is_reproducible
@@ -24,7 +25,7 @@ WORK = ("denoiser_rows", "network_rows", "seconds")
 _DIGEST = 16  # bytes
 
 Positions = npt.NDArray[np.int64]
-Images = Iterator[tuple[int, RunImage]]  # with their image indices
+Images = Iterator[tuple[tuple[int, int], RunImage]]  # with prompt and image index
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Side:
 
     Args:
         name: What messages call the run.
+        indices: Prompt and image index of each image, [n, 2].
         texts: Digest of each image's prompt, [n].
         keys: Digest of each image's prompt, index and seed, [n]; equal ones are numbered in order of occurrence.
-        images: Yields the images in order, with their indices.
+        images: Yields the images in order.
         settings: The configuration by dotted key; {} if it is unknown.
         rewards: Scores of each reward, [n], NaN where an image has none.
         work: Denoiser rows, network rows and seconds of each image, [n], NaN where they are unknown.
@@ -46,6 +48,7 @@ class Side:
     """
 
     name: str
+    indices: npt.NDArray[np.int64]
     texts: npt.NDArray[np.bytes_]
     keys: npt.NDArray[np.bytes_]
     images: Callable[[], Images]
@@ -64,7 +67,9 @@ class Side:
         rewards: dict[str, array[float]] = {}
         work: dict[str, array[float]] = {}
         last, text = None, b""
-        for count, (index, image) in enumerate(images()):
+        places = array("q")
+        for count, ((prompt, index), image) in enumerate(images()):
+            places.extend((prompt, index))
             if image.prompt != last:
                 last, text = image.prompt, digest(image.prompt)
             texts += text
@@ -72,17 +77,22 @@ class Side:
             _append(rewards, image.rewards, count)
             _append(work, {each: getattr(image, each) for each in WORK}, count)
         scores, costs = ({each: np.frombuffer(values) for each, values in table.items()} for table in (rewards, work))
-        return cls(name, _column(texts), _numbered(_column(keys)), images, leaves(config), scores, costs, **known)
+        indices = np.frombuffer(places, np.int64).reshape(-1, 2)
+        columns = indices, _column(texts), _numbered(_column(keys))
+        return cls(name, *columns, images, leaves(config), scores, costs, **known)
 
     def shown(self, positions: Sequence[int] | Positions) -> list[tuple[int, RunImage]]:
-        """Returns the images at some positions, with their indices."""
-        wanted, found = set(map(int, positions)), {}
-        for position, image in enumerate(self.images()) if wanted else ():
-            if position in wanted:
-                found[position] = image
+        """Returns the images at some positions, with their indices; more images may have come since."""
+        places = [tuple(self.indices[position].tolist()) for position in positions]
+        wanted, found = set(places), {}
+        for place, image in self.images() if wanted else ():
+            if place in wanted:
+                found[place] = image
                 if len(found) == len(wanted):
                     break
-        return [found[int(position)] for position in positions]
+        if len(found) < len(wanted):
+            raise UserError(f"{self.name} has lost images while it was read; start the same command again")
+        return [(place[1], found[place]) for place in places]
 
 
 def read_side(run: Path, name: str | None = None) -> Side:
@@ -91,12 +101,9 @@ def read_side(run: Path, name: str | None = None) -> Side:
     parts = read_object(run / FINGERPRINTS).get("parts")
     parts = parts if isinstance(parts, dict) else {}
 
-    def images() -> Images:
-        return ((index, image) for (_, index), image in stream_images(run))
-
     side = Side.of(
         name or str(run),
-        images,
+        lambda: stream_images(run),
         {} if recorded is None else recorded.config,
         parts={each: content for each, content in parts.items() if isinstance(content, str)},
         reproducible=is_reproducible(run / FINGERPRINTS),
@@ -104,7 +111,7 @@ def read_side(run: Path, name: str | None = None) -> Side:
         failed=frozenset(map(digest, folder.failed())),
     )
     if not len(side.keys):
-        raise UserError(f"{side.name} holds no image; draw some with the same `svdd predict`")
+        raise UserError(f"{side.name} holds no image; to draw some: {continuing(run)}")
     return side
 
 
