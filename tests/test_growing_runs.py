@@ -11,9 +11,9 @@ from PIL import Image
 import svdd.runs.images
 from svdd import UserError
 from svdd.__main__ import main
-from svdd.commands.command_line import overwriting
 from svdd.commands.predict import PredictCLI
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.command_line import overwriting
 from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.samplers.budget import settings
@@ -98,7 +98,7 @@ def test_a_damaged_line_of_the_merged_file_is_an_error(tmp_path):
         merged.write(b'{"prompt_index": [2], "image_index": 0}\n{"torn')
     rows = RunFolder(tmp_path).rows()
     assert [row["prompt_index"] for _, row in zip(range(3), rows, strict=False)] == [0, 1, [2]]
-    with pytest.raises(UserError, match=r"results\.jsonl, line 4 is damaged \(not JSON\)"):
+    with pytest.raises(UserError, match=r"line 4 is damaged \(not JSON\); to draw the image again: the `svdd p"):
         next(rows)
 
 
@@ -191,7 +191,7 @@ def test_other_edits_are_refused_with_what_differs(case, tmp_path, capsys):
     many = refused(lambda text: text.replace('"b"', '"c"'))
     assert "8 of the first 10 prompts differ (prompt 2: was 'b', now 'c'; prompt 3: was 'b', now 'c'; prompt 4" in many
     assert "; and 5 more); only new prompts at the end continue a run. Choose another --output, or remove" in many
-    assert "holds images of 1 more prompts than the 1 given" in refused(lambda text: text, "--data.limit", "1")
+    assert "holds images of 1 prompts beyond the 1 given" in refused(lambda text: text, "--data.limit", "1")
     (case.folder / "prompts.jsonl").rename(tmp_path / "lost")
     before.pop(case.folder / "prompts.jsonl")
     assert "a run with unknown prompts, as its prompts.jsonl is missing" in refused(lambda text: text)
@@ -243,6 +243,17 @@ def test_the_printed_command_removes_the_old_run(case, capsys):
     assert main(words[words.index("predict") :]) == 0
     assert [row["seed"] for row in RunFolder(case.folder).rows()] == [5, 6]
     assert "overwrite" not in yaml.safe_load((case.folder / "config.yaml").read_text())
+
+
+def test_a_damaged_run_names_the_command_that_repairs_it(case):
+    assert case.run() == 0
+    with open(case.folder / "results.jsonl", "ab") as file:
+        file.write(b"{")
+    with pytest.raises(UserError, match="to draw the image again: ") as error:
+        list(RunFolder(case.folder).rows())
+    words = shlex.split(str(error.value).partition("again: ")[2])
+    assert main(words[words.index("predict") :]) == 0
+    assert len(list(RunFolder(case.folder).rows())) == 2
 
 
 @pytest.mark.parametrize("words", [["--key.api_key", "abc"], ["--x", "hf_abcdefghijklmnop"], ["--x", "a\nb"]])

@@ -8,13 +8,13 @@ __all__ = ["toy"]
 
 
 def toy(link: Any, number: int) -> None:
-    """Draws batches of numbers; dies in the job `fatal`, and at the last batch if it only helps."""
+    """Draws batches of numbers; dies at the beginning of the job `fatal`."""
     while (order := link.ask("next")).kind != "stop":
+        if order.name == "fatal":
+            os.kill(os.getpid(), signal.SIGKILL)
         if order.kind == "draw":
             link.tell("begin", order.name, [[k] for k in range(4)], 1.0)
         batch: list[int] = []
         while batch := link.ask("take", order.name, batch)[0]:
-            if order.name == "fatal" or (order.kind == "assist" and batch == [3]):
-                os.kill(os.getpid(), signal.SIGKILL)
             print(order.name, batch)
         link.tell("end", order.name, "refused" if order.name == "bad" else "")

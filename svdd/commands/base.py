@@ -16,9 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
-from svdd.commands.command_line import overwriting
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
 from svdd.runs.changes import require_same
+from svdd.runs.command_line import overwriting
 from svdd.runs.config import HARMLESS, read_config, write_config
 from svdd.runs.files import OtherRun, RunError, os_errors_explained
 from svdd.runs.output import hold

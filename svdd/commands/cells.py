@@ -166,7 +166,7 @@ def attempt(order: Order, link: Link | None = None, number: int = 0) -> str:
     except Stopped:
         raise
     except Incomplete:
-        return "some prompts could not be drawn; failed.jsonl in its folder names them"
+        return "some prompts could not be drawn; its folder holds their list"
     except SystemExit as error:
         return f"ended with {error.code}"
     except UserError as error:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from svdd import UserError
 from svdd.evaluation.images import RunImage, stream_images
+from svdd.runs.command_line import continuing
 from svdd.runs.config import leaves, read_config
 from svdd.runs.files import read_object
 from svdd.runs.fingerprints import FINGERPRINTS, is_reproducible
@@ -110,7 +111,7 @@ def read_side(run: Path, name: str | None = None) -> Side:
         failed=frozenset(map(digest, folder.failed())),
     )
     if not len(side.keys):
-        raise UserError(f"{side.name} holds no image; draw some with the same `svdd predict`")
+        raise UserError(f"{side.name} holds no image; to draw some: {continuing(run)}")
     return side
 
 

@@ -258,9 +258,10 @@ class RunFolder:
             return
         more = changes.given - changes.recorded
         if more > 0:
-            say(f"svdd: {more} prompts were appended to the {changes.recorded} of {self.path}", error=True)
+            appended = f"{more} prompts were" if more > 1 else "a prompt was"
+            say(f"svdd: {appended} appended to the {changes.recorded} of {self.path}", error=True)
         elif drawn := {prompt for prompt, _ in self._rows.scan()[0] if prompt >= changes.given}:
-            what = f"{self.path} holds images of {len(drawn)} more prompts than the {changes.given} given"
+            what = f"{self.path} holds images of {len(drawn)} prompts beyond the {changes.given} given"
             raise OtherRun(f"{what}: to continue it, give at least its first {max(drawn) + 1} prompts")
 
     def _merge_traces(self, rows: RowIndex) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from svdd import SUMMARY_FILE, UserError
+from svdd.runs.command_line import continuing
 from svdd.runs.config import read_config
 from svdd.runs.files import regular_only
 from svdd.runs.images import RunImages
@@ -42,7 +43,7 @@ def read_rows(run: Path, results: ShardedFile, images: RunImages, checked: bool 
                 where = (
                     f"{results.path}, line {number}" if number else f"a line of {results.path.stem}-*.jsonl in {run}"
                 )
-                raise UserError(f"{where} is damaged ({fault}); run the same `svdd predict` again")
+                raise UserError(f"{where} is damaged ({fault}); to draw the image again: {continuing(run)}")
             yield row
     except OSError as error:
         raise UserError(f"cannot read {results.path}: {error.strerror or error}") from error
@@ -58,7 +59,7 @@ def read_summary(run: Path) -> dict[str, Any]:
         return summary
     except (OSError, ValueError, RecursionError) as error:
         what = f"{run} has no readable {SUMMARY_FILE}"
-        raise UserError(f"{what}; run the same `svdd predict` to its end") from error
+        raise UserError(f"{what}; to finish the run: {continuing(run)}") from error
 
 
 def read_sampler(run: Path) -> str:

@@ -81,7 +81,8 @@ class Work:
             job = next((job for job in free if job.model == self.models.get(worker, job.model)), free[0])
             job.state, job.owner, self.models[worker] = "drawing", worker, job.model
             return Order("draw", job.name, job.words)
-        held = [job for job in self.jobs.values() if job.state == "drawing" and job.left and worker not in job.refused]
+        held = [job for job in self.jobs.values() if job.state == "drawing" and job.left and not job.deaths]
+        held = [job for job in held if worker not in job.refused]
         if held:
             job = max(held, key=lambda job: len(job.left) * job.rows_per_prompt / (len(job.helpers) + 1))
             job.helpers.add(worker)

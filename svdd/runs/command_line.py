@@ -6,13 +6,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from svdd import printable
+from svdd.runs.config import CONFIG, is_older, read_config
 from svdd.runs.processes.environment import launcher
 from svdd.runs.processes.signals import AGENT
 from svdd.runs.secrets import redact, redacted
 
-__all__ = ["overwriting"]
+__all__ = ["continuing", "overwriting"]
 
 _BOOLEANS = {"true", "false", "yes", "no"}
 
@@ -36,6 +38,14 @@ def overwriting(words: Sequence[str]) -> str:
     hidden = not shown or redact(command) != command or redacted(settings) != settings
     launched = launcher() is not None and AGENT not in os.environ
     return "the same command with --overwrite" if hidden or launched else command
+
+
+def continuing(run: Path) -> str:
+    """Returns what continues a run: the command line with its own configuration, or a phrase if that is unknown."""
+    recorded = read_config(run)
+    if recorded is None or not recorded.config or is_older(recorded.config):
+        return f"the `svdd predict` that made {run}"
+    return _command(recorded.kind, "--config", str(run / CONFIG), "--output", str(run))
 
 
 def _command(*words: str) -> str:
