@@ -97,10 +97,10 @@ def main() -> None:
                 largest[kind] = max(largest[kind], abs(predicted / took - 1))
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-            write(arguments.output, sorted(lines), largest)
+            write(arguments.output, sorted(lines), largest, arguments.repeats)
 
 
-def write(output: Path, lines: list[str], largest: dict[str, float]) -> None:
+def write(output: Path, lines: list[str], largest: dict[str, float], repeats: int) -> None:
     """Writes the page with what is measured so far."""
     kinds = ["predicted", "took", "error", "estimate itself"]
     head = ["run", "denoiser rows", *(f"{kind}: {word}" for kind in largest for word in kinds)]
@@ -117,10 +117,7 @@ def write(output: Path, lines: list[str], largest: dict[str, float]) -> None:
         "",
         f"Largest error: {largest['wall']:.0%} in wall time, {largest['CPU']:.0%} in CPU time.",
         "",
-        f"`python -m benchmarks.estimates`, torch {torch.__version__}, float32, one thread of a machine of two cores",
-        "that other jobs used at the same time.",
-        "",
-        "If the number of other jobs changes between an estimate and its run, only their CPU times can be compared.",
+        f"`python -m benchmarks.estimates --repeats {repeats}`, torch {torch.__version__}, float32, one thread.",
     ]
     output.write_text("\n".join(text) + "\n")
 
