@@ -348,3 +348,14 @@ variants:
         UserError, match=r"guides.A.variants: 'DPT' is no variant; known: plain, DPS; did you mean 'DPS'"
     ):
         expand(write(tmp_path, text.replace("{DPS:", "{DPT:")))
+
+
+def test_a_dry_run_names_the_runs_that_cannot_be_drawn(tmp_path, capsys):
+    text = "{base: quickstart, settings: {data.prompts: none.txt}, variants: {plain: {model.sampler: Unguided}}}"
+    with pytest.raises(SystemExit) as ended:
+        main(["study", str(write(tmp_path, text)), "--output", str(tmp_path / "out"), "--dry_run"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 3
+    assert "plain cannot be drawn: none.txt: no such file" in error
+    assert "1 of 1 runs cannot be drawn" in error
+    assert not (tmp_path / "out").exists()

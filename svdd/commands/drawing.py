@@ -70,18 +70,21 @@ class Drawing:
             self.folder, lambda words: plan(words).guide, lambda words: plan(words).takes_budget
         )
 
-    def show(self) -> None:
-        """Prints the runs with what they cost; writes nothing."""
+    def show(self) -> tuple[Study, dict[str, str]]:
+        """Prints the runs with what they cost; returns the study, and the errors of runs that are refused."""
+        found = self.study()
+        failed: dict[str, str] = {}
         table: list[list[str | float | None]] = []
         left: list[float] = []  # hours of each run
         totals = [0, 0.0, 0.0, 0]
         with keeping_weights():
-            for cell in self.study().cells:
+            for cell in found.cells:
                 try:
                     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                         cost = Cost(cell.words).found
                 except UserError as error:
-                    table.append([cell.name, *[None] * 5, str(error)])
+                    failed[cell.name] = str(error)
+                    table.append([cell.name, *[None] * 5, "cannot be drawn"])
                     continue
                 entry = [cost.images, cost.denoiser_rows, cost.hours(left=False), cost.disk_bytes]
                 totals = [total + number for total, number in zip(totals, entry, strict=True)]
@@ -95,6 +98,7 @@ class Drawing:
         say(render(["run", "images", "denoiser rows", "hours", "MB", "hours left", ""], table, "text"))
         devices = f", {sum(left) / self._devices:.3g} hours on {self._devices} devices" if self._devices > 1 else ""
         say(f"{sum(left):.3g} hours are left{devices}; hours are measured on this machine, {_DRY_RUN}")
+        return found, failed
 
     def draw(self) -> tuple[Study, dict[str, str]]:
         """Draws what is not finished; returns the study, and the failed runs with their errors.

@@ -44,7 +44,7 @@ def study(words: list[str]) -> None:
 
     Raises:
         UserError: If the study's file, or the settings of one of its runs, cannot be used.
-        Incomplete: If runs have failed.
+        Incomplete: If runs have failed, or would fail in a dry run.
         Stopped: After a signal.
     """
     options, more = _parse(words)
@@ -53,15 +53,16 @@ def study(words: list[str]) -> None:
 
     with Drawing(options.study, more, options.output, options.devices) as drawing:
         if options.dry_run:
-            drawing.show()
-            return
-        found, failed = (drawing.study(), {}) if options.tables_only else drawing.draw()
-        for written in write_outputs(found):
-            say(f"wrote {written}")
+            found, failed = drawing.show()
+        else:
+            found, failed = (drawing.study(), {}) if options.tables_only else drawing.draw()
+            for written in write_outputs(found):
+                say(f"wrote {written}")
     for name, message in failed.items():
-        say(f"svdd: {name} failed: {message}", error=True)
+        say(f"svdd: {name} {'cannot be drawn' if options.dry_run else 'failed'}: {message}", error=True)
     if failed:
-        say(f"svdd: {len(failed)} of {len(found.cells)} runs failed; the same command tries them again", error=True)
+        what = "cannot be drawn" if options.dry_run else "failed; the same command tries them again"
+        say(f"svdd: {len(failed)} of {len(found.cells)} runs {what}", error=True)
         raise Incomplete(3)
 
 

@@ -35,6 +35,8 @@ def read_rows(run: Path, results: ShardedFile, images: RunImages, checked: bool 
     """
     if not has_rows(results):
         begun = read_config(run) is not None
+        if (run / "cells").is_dir():
+            raise UserError(f"{run} is a study, not a run; give folders in {run / 'cells'}")
         advice = "wait until an image is drawn" if begun else "give the --output folder of a `svdd predict`"
         raise UserError(f"{run} holds no {results.path.name}; {advice}")
     try:
