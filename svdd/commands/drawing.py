@@ -173,17 +173,20 @@ class _Report:
 
     def __init__(self, work_left: Work, total: int, done: int) -> None:
         self._work, self._total, self._done = work_left, total, done
+        self._ended: set[str] = set()
         self._begin = self._said = time.monotonic()
         say(f"{total} runs, {done} of them finished")
 
     def __call__(self, kind: str, name: str) -> None:
         job = self._work.jobs[name]
+        ended = job.state in ("done", "failed") and name not in self._ended  # processes that helped leave it later
         if kind == "lost":
             say(f"svdd: a process that drew {name} has died; the others go on", error=True)
-        if kind != "batch" and job.state in ("done", "failed"):
-            self._done += 1
+        if ended:
+            self._ended.add(name)
             words = f"failed: {job.message}" if job.state == "failed" else "done"
-            say(f"[{self._done}/{self._total}] {name}: {words}{self._time_left()}", error=job.state == "failed")
+            count = f"[{self._done + len(self._ended)}/{self._total}]"
+            say(f"{count} {name}: {words}{self._time_left()}", error=job.state == "failed")
         elif kind == "batch" and time.monotonic() - self._said > _EVERY:
             drawing = ", ".join(job.name for job in self._work.jobs.values() if job.state == "drawing")
             share = self._work.drawn / (self._work.drawn + self._work.left)
