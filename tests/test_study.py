@@ -16,6 +16,7 @@ from svdd.commands.plans import Plan
 from svdd.commands.study import study
 from svdd.evaluation.studies.specification import Specification, words_of
 from svdd.rewards.base import Reward
+from svdd.rewards.clip import CLIPScore
 from svdd.runs.processes.work import Job, Order, Work
 from svdd.runs.processes.workers import Link, Workers
 from tests.toy_worker import toy
@@ -352,6 +353,22 @@ def test_the_command_line_names_what_it_cannot_use(tmp_path):
         study(["study.yaml", "more.yaml", "--output", str(tmp_path)])
     with pytest.raises(UserError, match="no such file or shipped configuration"):  # not: expected true or false
         study(["--dry_run", "nothing", "--output", str(tmp_path)])
+
+
+def test_a_list_given_later_keeps_no_arguments_of_an_earlier_one(tmp_path):
+    reward = "{class_path: CLIPScore, init_args: {pretrained: emoji-judge}}"
+    (tmp_path / "base.yaml").write_text(f"model: {{reward: Compressibility, eval_rewards: [{reward}]}}")
+    (tmp_path / "more.yaml").write_text("model: {eval_rewards: [CLIPScore]}")
+    base = ["--config", "quickstart", "--config", str(tmp_path / "base.yaml")]
+
+    def judges(*words: str) -> list[str]:
+        return [each.init_args.get("pretrained") for each in Plan([*base, *words]).settings.model.eval_rewards]
+
+    plain = CLIPScore().pretrained
+    assert judges() == ["emoji-judge"]
+    assert judges('--model.eval_rewards=["CLIPScore"]') == judges("--config", str(tmp_path / "more.yaml")) == [plain]
+    assert judges("--model.eval_rewards+=CLIPScore") == ["emoji-judge", plain]
+    assert judges("--model.eval_rewards.pretrained=emoji") == ["emoji"]
 
 
 def test_a_stopped_study_hands_out_nothing():
