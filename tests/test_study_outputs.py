@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from svdd.evaluation.metrics import RewardStatistics
+from svdd.evaluation.metrics.run_statistics import RunStatistics
 from svdd.evaluation.sign_flips import p_value
 from svdd.evaluation.studies.comparisons import _resampled
 from svdd.evaluation.studies.outputs import write_outputs
@@ -338,3 +339,10 @@ def test_plots_show_every_variant_in_three_forms(tmp_path, baseline, prompts):
     if prompts == 1:
         write_outputs(study)
         assert drawn == [path.read_bytes() for path in paths[-3:]]
+
+
+def test_a_summary_names_the_rewards_of_which_less_is_better():
+    for others, expected in (({ERROR: False}, [ERROR]), ({JUDGE: True}, None)):
+        statistics = RunStatistics({GUIDE: True, **others}, [], LEDGER)
+        statistics.update([{"prompt_index": 0, "rewards": dict.fromkeys((GUIDE, *others), 1.0), "ledger": LEDGER}])
+        assert statistics.compute().get("lower_is_better") == expected

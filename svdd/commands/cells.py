@@ -32,6 +32,10 @@ __all__ = ["CellCLI", "attempt", "work"]
 class CellCLI(PredictCLI):
     """Makes one run in this process, on its only device."""
 
+    def __init__(self, words: Sequence[str], label: str | None = None) -> None:
+        self.label = label
+        super().__init__([*words])
+
     def _check_trainer(self) -> None:
         super()._check_trainer()
         trainer = self.settings.trainer
@@ -52,7 +56,7 @@ class _OwnerCLI(CellCLI):
     def __init__(self, words: Sequence[str], name: str, link: Link) -> None:
         self._name, self._link = name, link
         self._others: list[Any] = []  # result rows of the other processes
-        super().__init__([*words])
+        super().__init__(words, "")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the callback that talks to the other processes, before the last, which ends the run on a signal."""
@@ -105,7 +109,7 @@ class _AssistantCLI(CellCLI):
         self._name, self._link, self._rank = name, link, rank
         self._drawn: list[Any] = []  # result rows of the last batch
         self._count = 0
-        super().__init__([*words])
+        super().__init__(words)
 
     def before_instantiate_classes(self) -> None:
         """Reads the prompts; their owner has checked them."""
@@ -150,11 +154,10 @@ def attempt(order: Order, link: Link | None = None, number: int = 0) -> str:
         Stopped: After a signal.
         Exception: If the device has failed, so that nothing more can be drawn in this process.
     """
-    CellCLI.label = f"{order.name}: "  # before its progress
     try:
         with warnings.catch_warnings(), exits_explained():
             if link is None:
-                CellCLI([*order.words])
+                CellCLI(order.words, f"{order.name}: " if sys.stderr.isatty() else None)
             elif order.kind == "draw":
                 _OwnerCLI(order.words, order.name, link)
             else:

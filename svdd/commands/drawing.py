@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -13,17 +14,20 @@ from svdd.assets.loaded import keeping_weights
 from svdd.commands.cells import attempt, work
 from svdd.commands.parser import find_config
 from svdd.commands.plans import Cost, Plan
+from svdd.commands.progress import duration
 from svdd.evaluation.rendering import render
 from svdd.evaluation.studies.specification import Cell, Specification, Study, words_of
 from svdd.runs.config import write_config
 from svdd.runs.files import os_errors_explained
 from svdd.runs.output import check, hold
 from svdd.runs.processes.devices import environments, gpus, one_device
+from svdd.runs.processes.signals import STOP_EXIT_CODES, signals
 from svdd.runs.processes.work import Job, Work
 from svdd.runs.processes.workers import Workers, environment
 
 __all__ = ["Drawing"]
 
+_EVERY = 30.0  # seconds between two lines about the time left
 _DRY_RUN = "without start-up and evaluation; nothing was written"
 
 
@@ -119,6 +123,7 @@ class Drawing:
                 self._draw_here(work_left, report) if self._workers is None else self._workers.serve(work_left, report)
             )
             if code is not None:
+                signals.say(f"ended: {STOP_EXIT_CODES[code]}; what is finished is kept, and the same command continues")
                 raise Stopped(code)
         left = {job.name: job.message for job in jobs if job.state != "done"}
         return found, failed | {name: message or "all processes have died" for name, message in left.items()}
@@ -164,10 +169,11 @@ def _numbers(entry: Sequence[float]) -> list[str]:
 
 
 class _Report:
-    """Prints a line for each run that ends."""
+    """Prints a line for each run that ends, and now and then one with the time left."""
 
     def __init__(self, work_left: Work, total: int, done: int) -> None:
         self._work, self._total, self._done = work_left, total, done
+        self._begin = self._said = time.monotonic()
         say(f"{total} runs, {done} of them finished")
 
     def __call__(self, kind: str, name: str) -> None:
@@ -177,4 +183,15 @@ class _Report:
         if kind != "batch" and job.state in ("done", "failed"):
             self._done += 1
             words = f"failed: {job.message}" if job.state == "failed" else "done"
-            say(f"[{self._done}/{self._total}] {name}: {words}", error=job.state == "failed")
+            say(f"[{self._done}/{self._total}] {name}: {words}{self._time_left()}", error=job.state == "failed")
+        elif kind == "batch" and time.monotonic() - self._said > _EVERY:
+            drawing = ", ".join(job.name for job in self._work.jobs.values() if job.state == "drawing")
+            share = self._work.drawn / (self._work.drawn + self._work.left)
+            say(f"svdd: {share:.0%} of the rows{self._time_left()}; now {drawing}", error=True)
+
+    def _time_left(self) -> str:
+        """Returns the time that the other rows take, at the rate of those that are drawn."""
+        self._said = time.monotonic()
+        if not self._work.drawn or not self._work.left:
+            return ""
+        return f", {duration((self._said - self._begin) * self._work.left / self._work.drawn)} left"

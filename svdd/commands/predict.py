@@ -39,7 +39,7 @@ class PredictCLI(ModelCLI):
     purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
     finished: Collection[int] = ()  # indices of the prompts that the folder holds
-    label = ""  # what stands before the progress
+    label: str | None = ""  # what stands before the progress; None hides it
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
@@ -89,7 +89,8 @@ class PredictCLI(ModelCLI):
         given = self._get(self.config_init, "trainer.callbacks") or []
         own = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
         trainer: Any = super().instantiate_trainer(enable_progress_bar=own and wanted, **kwargs)
-        shown = [progress(len(self.finished), self.label)] if not own and wanted and trainer.is_global_zero else []
+        wanted = wanted and not own and trainer.is_global_zero and self.label is not None
+        shown = [progress(len(self.finished), self.label or "")] if wanted else []
         trainer.callbacks += [self.writer, *shown, self.watchdog, self.stop]
         return trainer
 

@@ -107,8 +107,9 @@ def _looks(study: Study) -> dict[str, _Look]:
 
 def _label(name: str) -> str:
     """Returns a name as matplotlib shows it: without formulas, on one line, and not hidden from the legend."""
-    text = shown(name, "text").replace("\\", r"\\").replace("$", r"\$") or "?"
-    text = text if len(text) <= 48 else f"{text[:45]}..."
+    text = shown(name, "text") or "?"
+    text = text if len(text) <= 48 else f"{text[:22]}...{text[-23:]}"
+    text = text.replace("\\", r"\\").replace("$", r"\$")
     return rf"$\_${text[1:]}" if text.startswith("_") else text
 
 

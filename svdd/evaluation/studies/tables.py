@@ -81,14 +81,13 @@ def _table(study: Study, group: Group) -> tuple[list[str], list[list[Cell]]]:
     ]
     for key in ((reward, statistic) for reward in group.rewards for statistic in study.statistics):
         name = key[0] if study.statistics == ["mean"] else f"{key[0]}, {_WORDS[key[1]]}"
-        digits, best = _digits(entries, key), _best(group, key)
-        values = [_value(each.values.get(key), digits) for each in entries]
-        columns += [(name, [Bold(text) if k in best and text else text for k, text in enumerate(values)])]
-        columns += [
-            (f"\u2212 {study.baseline}", [_difference(each.differences.get(key), digits) for each in entries]),
-        ]
+        values = [each.values.get(key) for each in entries]
+        changes = [each.differences.get(key) for each in entries]
+        texts, best = [_value(each, _digits(values)) for each in values], _best(group, key)
+        columns += [(name, [Bold(text) if k in best and text else text for k, text in enumerate(texts)])]
+        columns += [(f"\u2212 {study.baseline}", [_difference(each, _digits(changes)) for each in changes])]
     columns += [("diversity", [_text(each.diversity.get(_diversity(group)), "{:.3f}".format) for each in entries])]
-    columns += [("KL", [each.path_kl and _value(each.path_kl, _digits_of([each.path_kl.error])) for each in entries])]
+    columns += [("KL", [each.path_kl and _value(each.path_kl, _digits([each.path_kl])) for each in entries])]
     for name, heading in (("rows", "rows"), ("seconds", "seconds")):
         columns += [(heading, [_text(each.work[name], _short) for each in entries])]
     kept = [(heading, cells) for heading, cells in columns if heading == "variant" or any(cells)]
@@ -175,16 +174,10 @@ def _best(group: Group, key: Key) -> set[int]:
     return found
 
 
-def _digits(entries: Sequence[Entry], key: Key) -> int | None:
-    """Returns the decimals of a reward's columns; None for three or four significant digits."""
-    errors = [each.values[key].error for each in entries if key in each.values]
-    return _digits_of([*errors, *(each.differences[key].error for each in entries if key in each.differences)])
-
-
-def _digits_of(errors: Sequence[float]) -> int | None:
-    """Returns the decimals with which a typical error has two significant digits, if that is readable."""
-    known = [error for error in errors if error > 0]
-    digits = 1 - math.floor(math.log10(median(known))) if known else -99
+def _digits(found: Sequence[Estimate | Difference | None]) -> int | None:
+    """Returns the decimals with which a typical error has two significant digits; None if these would be too many."""
+    errors = [each.error for each in found if each is not None and each.error > 0]
+    digits = 1 - math.floor(math.log10(median(errors))) if errors else -99
     return max(0, digits) if -4 <= digits <= 7 else None
 
 

@@ -65,6 +65,12 @@ class Work:
         self.jobs = {job.name: job for job in sorted(jobs, key=lambda job: -job.rows)}
         self.models: dict[int, Hashable] = {}  # of each worker's last job
         self.stopping = False
+        self.drawn = 0.0  # denoiser rows
+
+    @property
+    def left(self) -> float:
+        """Denoiser rows that are not drawn yet."""
+        return sum(job.rows_left for job in self.jobs.values())
 
     def next(self, worker: int) -> Order | None:
         """Returns what an idle worker does next."""
@@ -98,6 +104,7 @@ class Work:
         job = self.jobs[name]
         if (finished := job.out.pop(worker, None)) is not None:
             job.prompts_left = (job.prompts_left or 0) - len(finished)
+            self.drawn += len(finished) * job.rows_per_prompt
             if worker != job.owner:
                 job.results += results
         if self.stopping:
@@ -125,6 +132,7 @@ class Work:
         elif job.again:
             job.state, job.again = "waiting", False
         else:
+            self.drawn += job.rows_left if job.prompts_left is None else 0.0
             job.state = "done"
 
     def lose(self, worker: int) -> list[str]:

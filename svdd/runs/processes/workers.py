@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svdd import Stopped
-from svdd.runs.processes.signals import signals
+from svdd.runs.processes.signals import die_with_parent, signals
 from svdd.runs.processes.work import Work
 
 __all__ = ["Link", "Workers", "environment"]
@@ -77,6 +77,13 @@ class Workers:
             work: The jobs.
             on_event: Is called with `batch`, `end` or `lost`, and the name of the job.
         """
+        signals.deferred, signals.unit = True, "batch of each process"
+        try:
+            return self._serve(work, on_event)
+        finally:
+            signals.deferred = False
+
+    def _serve(self, work: Work, on_event: Callable[[str, str], None]) -> int | None:
         asking: dict[int, tuple[Any, ...]] = {}
         told = False
         while self._links:
@@ -145,5 +152,6 @@ def _serve(connection: Any, number: int, log: str, work: Callable[[Link, int], N
         os.dup2(descriptor, stream)
     os.close(descriptor)
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    die_with_parent()
     signals.listen()
     work(Link(connection), number)
