@@ -243,7 +243,7 @@ def test_images_of_other_seeds_and_rewards_of_other_weights_are_not_compared(tmp
     assert [found["seeds", "10"][f"{name}.mean.difference"] for name in (GUIDE, JUDGE)] == ["", ""]
     assert [bool(found["weights", "10"][f"{name}.mean.difference"]) for name in (GUIDE, JUDGE)] == [True, False]
     printed = capsys.readouterr().err
-    assert f"{GUIDE} was measured of images of other prompts or random seeds in cell-1 than in cell-0" in printed
+    assert "images of other prompts or random seeds were drawn in cell-1 than in cell-0: no difference" in printed
     assert f"{JUDGE} was measured with other weights or settings in cell-2 than in cell-0: no difference" in printed
 
 

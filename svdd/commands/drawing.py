@@ -9,7 +9,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from svdd import Stopped, UserError, say
+from svdd import Stopped, UserError, first_line, say
 from svdd.assets.loaded import keeping_weights
 from svdd.commands.cells import attempt, work
 from svdd.commands.parser import find_config
@@ -24,6 +24,7 @@ from svdd.runs.processes.devices import environments, gpus, one_device
 from svdd.runs.processes.signals import STOP_EXIT_CODES, signals
 from svdd.runs.processes.work import Job, Work
 from svdd.runs.processes.workers import Workers, environment
+from svdd.runs.secrets import redact
 
 __all__ = ["Drawing"]
 
@@ -80,8 +81,9 @@ class Drawing:
                 try:
                     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                         cost = Cost(cell.words).found
-                except UserError as error:
-                    table.append([cell.name, *[None] * 5, str(error)])
+                except Exception as error:
+                    why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+                    table.append([cell.name, *[None] * 5, redact(why)])
                     continue
                 entry = [cost.images, cost.denoiser_rows, cost.hours(left=False), cost.disk_bytes]
                 totals = [total + number for total, number in zip(totals, entry, strict=True)]

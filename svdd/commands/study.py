@@ -82,6 +82,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         option = re.fullmatch(r"--([a-z]\w*(?:\.\w+)+\+?|config)(?:=(.*))?", word := rest.pop(0), re.DOTALL)
         if option is None:
             parser.error(f"unrecognized arguments: {word}")
+        if option[1].rstrip("+") == "model.budget":
+            parser.error(f"{word.partition('=')[0]} is set by the study: use budgets in its file")
         if option[2] is None and not rest:
             parser.error(f"argument {word}: expected a value")
         more[option[1]] = rest.pop(0) if option[2] is None else option[2]

@@ -115,9 +115,10 @@ def _entry(
         if baseline is None or reward in others or (plain := scores_of(baseline, reward)) is None:
             continue
         found = differences(scores, plain, statistics, group.comparisons, best_is_high)
-        if not found and drawn.finished and baseline.finished:
-            _warn(drawn, baseline, f"{reward} was measured of images of other prompts or random seeds")
         changes |= {(reward, key): each for key, each in found.items()}
+    if baseline is not None and drawn.finished and baseline.finished and not changes:
+        if (drawn.rewards.keys() & baseline.rewards.keys()) - others:
+            _warn(drawn, baseline, "images of other prompts or random seeds were drawn")
     divergence = scores_of(drawn, "path_kl_sample")
     return Entry(
         drawn,
