@@ -116,9 +116,9 @@ def _entry(
             continue
         found = differences(scores, plain, statistics, group.comparisons, best_is_high)
         changes |= {(reward, key): each for key, each in found.items()}
-    if baseline is not None and drawn.finished and baseline.finished and not changes:
-        if (drawn.rewards.keys() & baseline.rewards.keys()) - others:
-            _warn(drawn, baseline, "images of other prompts or random seeds were drawn")
+    shared = set() if baseline is None else (drawn.rewards.keys() & baseline.rewards.keys()) - others
+    if baseline is not None and shared and not changes and drawn.finished and baseline.finished:
+        _warn(drawn, baseline, "images of other prompts or random seeds were drawn")
     divergence = scores_of(drawn, "path_kl_sample")
     return Entry(
         drawn,
