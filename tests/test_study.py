@@ -1,6 +1,7 @@
 """`svdd study`: the file, the runs, several processes, and what a failure leaves."""
 
 import json
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -371,6 +372,20 @@ def test_a_list_given_later_keeps_no_arguments_of_an_earlier_one(tmp_path):
     assert judges('--model.eval_rewards=["CLIPScore"]') == judges("--config", str(tmp_path / "more.yaml")) == [plain]
     assert judges("--model.eval_rewards+=CLIPScore") == ["emoji-judge", plain]
     assert judges("--model.eval_rewards.pretrained=emoji") == ["emoji"]
+
+
+def test_the_last_batch_of_a_run_counts_for_the_time_left():
+    work = Work([Job("a", []), Job("b", [])])
+    work.next(0)
+    work.begin("a", [[0, 1], [2]], 10.0)
+    assert [work.take(0, "a", []), work.take(0, "a", [])] == [([0, 1], []), ([2], [])]
+    work.end(0, "a")  # Lightning knows the number of batches and asks for no other
+    assert (work.drawn, work.jobs["a"].state, work.jobs["a"].left) == (30.0, "done", deque())
+    work.next(0)
+    work.begin("b", [[0]], 10.0)
+    work.take(0, "b", [])
+    work.end(0, "b", "no memory")
+    assert work.drawn == 30.0
 
 
 def test_a_stopped_study_hands_out_nothing():
