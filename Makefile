@@ -51,6 +51,7 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (a day on 2 
 	$(BIN)/python -m benchmarks.previews
 	$(BIN)/python -m benchmarks.over_optimisation
 	$(BIN)/python -m benchmarks.values
+	$(BIN)/python -m benchmarks.values --reward clipscore
 	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.transitions
 	$(BIN)/python -m benchmarks.compute

@@ -105,11 +105,12 @@ def main() -> None:
     m = search["num_candidates"]
     diffusion = StableDiffusion("emoji", STEPS, guidance_scale=3.0, eta=1.0)
     learned, mean = load_value(options.pretrained or config["value"]["init_args"]["pretrained"]), PosteriorMean()
+    kind = type(learned).__name__
     for value in (learned, mean):
         value.bind(reward, diffusion)
         value.eval()
 
-    tables = correlations(diffusion, {"LatentConvValue": learned, "PosteriorMean": mean}, images=4)
+    tables = correlations(diffusion, {kind: learned, "PosteriorMean": mean}, images=4)
     plot(
         picture,
         tables,
@@ -120,16 +121,25 @@ def main() -> None:
     samplers: dict[str, tuple[Sampler, Value]] = {
         "Unguided": (Unguided(), mean),
         **{f"BestOfN, N = {n}": (BestOfN(n), mean) for n in options.best_of},
-        f"SVDD, M = {m}, LatentConvValue": (SVDD(**search), learned),
-        f"SVDD, M = {m}, LatentConvValue, every step": (SVDD(m), learned),
+        f"SVDD, M = {m}, {kind}": (SVDD(**search), learned),
+        f"SVDD, M = {m}, {kind}, every step": (SVDD(m), learned),
     }
+    if "guide_stop" not in search:
+        del samplers[f"SVDD, M = {m}, {kind}, every step"]
     runs = alternate(diffusion, samplers, held_out, images)
-    plain, guided = runs["Unguided"], runs[f"SVDD, M = {m}, LatentConvValue"]
+    plain, guided = runs["Unguided"], runs[f"SVDD, M = {m}, {kind}"]
     rivals = {name: run for name, run in runs.items() if name.startswith("BestOfN")}
     rival = min(rivals, key=lambda name: abs(rivals[name]["seconds"] - guided["seconds"]))
     both: dict[str, tuple[Sampler, Value]] = {"mean": (SVDD(m), mean), "learned": (SVDD(m), learned)}
     timed = alternate(diffusion, both, held_out, 1, PROMPTS[: 2 * AT_ONCE])
     wall, cpu = (timed["learned"][key] / timed["mean"][key] for key in ("wall", "seconds"))
+    stopped = ""
+    if "guide_stop" in search:
+        stopped = (
+            f" SVDD guides until {search['guide_stop']:g} of the chain; `every step` includes the last one, whose {m} "
+            "candidates are decoded and scored by the reward itself."
+        )
+    rows = 1 + (m if learned.most_rows else 1) * (STEPS - 1)
     lines = [
         "# Learned value and posterior mean",
         "",
@@ -145,7 +155,7 @@ def main() -> None:
         "| posterior mean, explained variance |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for a, b in zip(tables["LatentConvValue"], tables["PosteriorMean"], strict=True):
+    for a, b in zip(tables[kind], tables["PosteriorMean"], strict=True):
         keys = ("spearman", "spearman_within", "explained_variance")
         cells = [f"{table[key]:.3f}" for key in keys for table in (a, b)]
         lines.append(f"| {a['step']} | {' | '.join(cells)} |")
@@ -169,14 +179,12 @@ def main() -> None:
     lines += [
         "",
         f"{rival} costs {rivals[rival]['seconds'] / guided['seconds']:.2f} times the CPU seconds of SVDD with the "
-        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])}. SVDD guides until "
-        f"{search['guide_stop']:g} of the chain; `every step` includes the last one, whose {m} candidates are decoded "
-        "and scored by the reward itself.",
+        f"learned value. SVDD - {rival}: {interval(guided['guide'], rivals[rival]['guide'])}." + stopped,
         "",
         "## Time",
         "",
         f"SVDD, M = {m}, every step, learned value / posterior mean, alternating on {2 * AT_ONCE} images: {wall:.3f} "
-        f"of the wall time, {cpu:.3f} of the CPU time, one thread. Denoiser rows: {STEPS} / {1 + m * (STEPS - 1)}.",
+        f"of the wall time, {cpu:.3f} of the CPU time, one thread. Denoiser rows: {rows} / {1 + m * (STEPS - 1)}.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -96,7 +96,7 @@ def printable(text: object) -> str:
 
 def say(text: object, error: bool = False) -> None:
     """Prints a message, which may quote what others have written, to stdout or stderr."""
-    print(printable(text), file=sys.stderr if error else sys.stdout, flush=error)
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str], separator: str = "; ") -> str:

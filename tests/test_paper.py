@@ -1,5 +1,6 @@
 """The paper's experiments, from the shipped files, with tiny models: both fits, then the study with every method."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -64,3 +65,22 @@ def test_the_paper_is_two_fits_and_a_study(small, read_rows):
             assert row["ledger"]["denoiser_rows"] == rows
     table = Path("study/table.md").read_text(encoding="utf-8")
     assert all(statistic in table for statistic in ("median", "top 10 %", *ROWS))
+
+
+def test_the_study_runs_on_the_embedded_model(tmp_path, monkeypatch, read_rows):
+    """The shipped values take T = 25, so two prompts and M = N = 2 keep it short."""
+    (tmp_path / "paper").mkdir()
+    for path in CONFIGS.glob("*.yaml"):
+        text = re.sub("(num_candidates|num_particles): 20", r"\1: 2", path.read_text(encoding="utf-8"))
+        if path.name == "emoji.yaml":
+            text, found = re.subn(r"  best-of-N: .*\n  DPS: .*\n  SMC: .*\n(?=(.|\n)*baseline)", "", text)
+            assert found == 1
+            text = re.sub(r"      DPS: .*\n", "", text)
+        (tmp_path / "paper" / path.name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.limit", "2", "--model.images_per_prompt", "1", "--trainer.accelerator", "cpu"]
+    assert main(["study", "paper/emoji", *small, "--output", "study"]) == 0
+    for guide, method in itertools.product(("JPEG_size", "CLIPScore"), ("pretrained", "SVDD-MC", "SVDD-PM")):
+        found = read_rows(Path("study") / "cells" / f"{guide}-{method}")
+        assert [row["prompt"] for row in found] == ["apple on a yellow background", "avocado on a blue background"]
+        assert {row["ledger"]["denoiser_rows"] for row in found} == {49 if method == "SVDD-PM" else 25}

@@ -172,7 +172,7 @@ def test_differences_and_means_are_those_of_the_other_commands(runs):
 
 
 def test_full_pictures_can_be_embedded(runs, tmp_path):
-    assert main(["report", str(runs / "svdd"), "--output", str(tmp_path / "r.html"), "--embed"]) == 0
+    assert main(["report", "--embed", str(runs / "svdd"), "--output", str(tmp_path / "r.html")]) == 0
     for detail, row in zip(Page(tmp_path / "r.html").details, RunFolder(runs / "svdd").rows(), strict=True):
         assert base64.b64decode(detail["full"].partition("base64,")[2]) == read_image(runs / "svdd", row["file"])
 
@@ -268,7 +268,7 @@ def test_the_folder_of_a_study_stands_for_its_cells(tmp_path):
         ([], "the following arguments are required: RUN; `svdd report --help` lists all settings"),
         (["absent"], "absent holds no results.jsonl"),
         (["run", "--limit", "0"], "--limit must be >= 1, got 0"),
-        (["run", "--embed", "maybe"], "expected true or false, got 'maybe'"),
+        (["run", "--embed=maybe"], "expected true or false, got 'maybe'"),
         (["run", "--output", "r.png"], "--output must be a file whose name ends in .html, got r.png"),
         (["run", "--output", "folder.html"], "--output must be a file whose name ends in .html"),
         (["run", "--output", "mine.html"], "mine.html exists and was not written by `svdd report`; choose another"),

@@ -184,7 +184,7 @@ def test_only_used_prompts_are_encoded_in_blocks(tmp_path):
     _, data, _ = train(tmp_path, 150, diffusion, prompts=prompts)
     assert max(len(pairs) for pairs in diffusion.encoded) == 64
     assert {text for pairs in diffusion.encoded for text, _ in pairs} == set(prompts[:150])
-    assert data.states[0].prompts.tolist() == list(range(150))
+    assert data.states[0].prompts.flatten().tolist() == list(range(150))
 
 
 def test_features_of_prompts_do_not_depend_on_the_blocks(sd15, monkeypatch):

@@ -1,6 +1,7 @@
 """`svdd study`: the file, the runs, several processes, and what a failure leaves."""
 
 import json
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from svdd import UserError
 from svdd.__main__ import main
 from svdd.assets.loaded import keeping_weights
 from svdd.commands.cells import attempt
+from svdd.commands.drawing import _Report
 from svdd.commands.plans import Plan
+from svdd.commands.study import study
 from svdd.evaluation.studies.specification import Specification, words_of
 from svdd.rewards.base import Reward
+from svdd.rewards.clip import CLIPScore
 from svdd.runs.processes.work import Job, Order, Work
 from svdd.runs.processes.workers import Link, Workers
 from tests.toy_worker import toy
@@ -88,6 +92,15 @@ def test_folders_have_new_valid_names(tmp_path):
         ("variants:", "variants: expected a mapping with text as keys, got None"),
         ("variants: [SVDD]", "variants: expected a mapping with text as keys, got ['SVDD']"),
         ("variants: {SVDD: SVDD}", "variants.SVDD: expected a mapping with text as keys, got 'SVDD'"),
+        ("variants: {a: 5}", "variants.a: expected a mapping with text as keys, got 5"),
+        ("variants: {a: budgets}", "variants.a: expected a mapping with text as keys, got 'budgets'"),
+        ("guides: {G: 5}", "guides.G: expected a mapping with text as keys, got 5"),
+        ("variants: {a: {data.prompts: 2024-01-01}}", "datetime.date(2024, 1, 1) is no text and no number; put it in"),
+        ("variants: {a: {x.y: {2024-01-01: 1}}}", "a key is no text (keys must be str"),
+        (
+            f"variants: {{a: {{x.y: {[*range(101)]}, x.z: {[*range(100)]}}}}}",
+            "variants.a: its lists make more than 10000 runs; split the study",
+        ),
         ("variants: {a: {sampler SVDD: 1}}", "variants.a: 'sampler SVDD' is no setting, expected a dotted key"),
         ("variants: {a: {model.sampler: []}}", "variants.a.model.sampler: the list is empty"),
         ("variants: {a: {model.budget: 3}}", "variants.a.model.budget is set by the study: use budgets"),
@@ -309,6 +322,70 @@ def test_batches_are_handed_out_once_and_again_if_lost():
     work.end(0, "a")
     assert work.next(0) == work.next(1) == Order("stop")
     assert [work.jobs[name].state for name in "abc"] == ["done", "done", "failed"]
+
+
+def test_a_run_is_reported_once_also_where_helpers_leave_it_later(capsys):
+    work = Work([Job("a", []), Job("b", [])])
+    report = _Report(work, 3, 1)
+    assert [work.next(0).name, work.next(1).name] == ["a", "b"]
+    work.end(1, "b", "no memory")
+    report("end", "b")
+    work.begin("a", [[0], [1]], 10.0)
+    assert work.next(1) == Order("assist", "a", [])
+    work.end(0, "a")
+    report("end", "a")
+    work.end(1, "a")
+    report("end", "a")
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == ["3 runs, 1 of them finished", "[3/3] a: done"]
+    assert [line.partition(",")[0] for line in captured.err.splitlines()] == ["[2/3] b: failed: no memory"]
+
+
+@pytest.mark.parametrize("name", ["dry_run", "overwrite"])
+def test_a_configuration_may_not_say_what_the_study_decides(tmp_path, name):
+    path = write(tmp_path, SMALL.replace("base: quickstart", f"base: [quickstart, {tmp_path / 'more.yaml'}]"))
+    (tmp_path / "more.yaml").write_text(f"{name}: true")
+    with pytest.raises(UserError, match=f"{name} is true in a configuration; remove it there, and "):
+        study([str(path), "--output", str(tmp_path / "out"), "--dry_run"])
+
+
+def test_the_command_line_names_what_it_cannot_use(tmp_path):
+    with pytest.raises(UserError, match=r"unrecognized arguments: more\.yaml; `svdd study --help`"):
+        study(["study.yaml", "more.yaml", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--model\.budget is set by the study: use budgets in its file"):
+        study(["study.yaml", "--model.budget", "5", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="no such file or shipped configuration"):  # not: expected true or false
+        study(["--dry_run", "nothing", "--output", str(tmp_path)])
+
+
+def test_a_list_given_later_keeps_no_arguments_of_an_earlier_one(tmp_path):
+    reward = "{class_path: CLIPScore, init_args: {pretrained: emoji-judge}}"
+    (tmp_path / "base.yaml").write_text(f"model: {{reward: Compressibility, eval_rewards: [{reward}]}}")
+    (tmp_path / "more.yaml").write_text("model: {eval_rewards: [CLIPScore]}")
+    base = ["--config", "quickstart", "--config", str(tmp_path / "base.yaml")]
+
+    def judges(*words: str) -> list[str]:
+        return [each.init_args.get("pretrained") for each in Plan([*base, *words]).settings.model.eval_rewards]
+
+    plain = CLIPScore().pretrained
+    assert judges() == ["emoji-judge"]
+    assert judges('--model.eval_rewards=["CLIPScore"]') == judges("--config", str(tmp_path / "more.yaml")) == [plain]
+    assert judges("--model.eval_rewards+=CLIPScore") == ["emoji-judge", plain]
+    assert judges("--model.eval_rewards.pretrained=emoji") == ["emoji"]
+
+
+def test_the_last_batch_of_a_run_counts_for_the_time_left():
+    work = Work([Job("a", []), Job("b", [])])
+    work.next(0)
+    work.begin("a", [[0, 1], [2]], 10.0)
+    assert [work.take(0, "a", []), work.take(0, "a", [])] == [([0, 1], []), ([2], [])]
+    work.end(0, "a")  # Lightning knows the number of batches and asks for no other
+    assert (work.drawn, work.jobs["a"].state, work.jobs["a"].left) == (30.0, "done", deque())
+    work.next(0)
+    work.begin("b", [[0]], 10.0)
+    work.take(0, "b", [])
+    work.end(0, "b", "no memory")
+    assert work.drawn == 30.0
 
 
 def test_a_stopped_study_hands_out_nothing():

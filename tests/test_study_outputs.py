@@ -21,6 +21,7 @@ from svdd.evaluation.studies.comparisons import _resampled
 from svdd.evaluation.studies.outputs import write_outputs
 from svdd.evaluation.studies.specification import Cell, Study
 from svdd.rewards.clip import CLIPScore
+from svdd.runs.fingerprints import FINGERPRINTS
 from svdd.runs.folder import RunFolder
 
 GUIDE, JUDGE, ERROR = "G_%&$", "cell", "error"  # names that LaTeX or other columns also use
@@ -48,7 +49,7 @@ def draw(cell: Cell, rewards: dict[str, np.ndarray], features: str | None = None
         for k in range(images * particles):
             image, particle = divmod(k, particles)
             row = {"prompt_index": p, "image_index": k, "num_images": images * particles}
-            row |= {"prompt": options.get("prompts", PROMPTS)[p], "seed": 2 * p + image}
+            row |= {"prompt": options.get("prompts", PROMPTS)[p], "seed": options.get("seed", 0) + 2 * p + image}
             if particles > 1:
                 row |= {"particle": particle, "particle_weight": options["weights"][particle]}
             row["rewards"] = {name: float(scores[p, image, particle]) for name, scores in rewards.items()}
@@ -229,6 +230,21 @@ def test_unfinished_damaged_and_missing_cells_are_marked_and_count_with_what_the
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line.split("|")[3].strip() for line in lines[6:11]] == ["12", "6 of 12", "0", "4 of 12", "12"]
     assert any("3 of 5 cells are unfinished" in line for line in lines)
+
+
+def test_images_of_other_seeds_and_rewards_of_other_weights_are_not_compared(tmp_path, no_plots, capsys):
+    study = study_of(tmp_path, [("A", "plain", None), ("A", "seeds", 10), ("A", "weights", 10)])
+    for cell, seed in zip(study.cells, (0, 1000, 0), strict=True):
+        draw(cell, {GUIDE: scores(1), JUDGE: scores(2)}, seed=seed)
+        parts = {f"reward {GUIDE}": "one", f"reward {JUDGE}": "other" if cell.variant == "weights" else "one"}
+        (cell.folder / FINGERPRINTS).write_text(json.dumps({"parts": parts}))
+    write_outputs(study)
+    found = table(study)
+    assert [found["seeds", "10"][f"{name}.mean.difference"] for name in (GUIDE, JUDGE)] == ["", ""]
+    assert [bool(found["weights", "10"][f"{name}.mean.difference"]) for name in (GUIDE, JUDGE)] == [True, False]
+    printed = capsys.readouterr().err
+    assert "images of other prompts or random seeds were drawn in cell-1 than in cell-0: no difference" in printed
+    assert f"{JUDGE} was measured with other weights or settings in cell-2 than in cell-0: no difference" in printed
 
 
 def test_a_diversity_is_measured_once_and_again_when_the_pictures_change(tmp_path, tiny_clip, no_plots):

@@ -28,6 +28,11 @@ from svdd.samplers.budget import Uncountable, count
 
 __all__ = ["CellCLI", "attempt", "work"]
 
+_STUDYS_OWN = {
+    "dry_run": "give `svdd study --dry_run true`",
+    "overwrite": "remove the folders of runs that are to be drawn again",
+}
+
 
 class CellCLI(PredictCLI):
     """Makes one run in this process, on its only device."""
@@ -46,6 +51,9 @@ class CellCLI(PredictCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Lets the run share the weights of earlier ones that computed in the same way."""
         super().parse_arguments(parser, args)
+        for name, way_out in _STUDYS_OWN.items():
+            if self.settings[name]:
+                raise UserError(f"{name} is true in a configuration; remove it there, and {way_out}")
         trainer = self.settings.trainer
         next_run(repr([trainer[name] for name in ("accelerator", "precision", "plugins", "strategy")]))
 

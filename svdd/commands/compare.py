@@ -4,11 +4,11 @@ import argparse
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from svdd import UserError, say
+from svdd.commands.options import Options
 from svdd.evaluation.comparison import comparison_table, differing_settings, distinct_names
 from svdd.evaluation.pairing import incomparable, mismatches, pair, require_pairs, same_prompts
 from svdd.evaluation.rendering import render
@@ -35,30 +35,16 @@ _HELP = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `svdd compare --help` lists all settings")
-
-
-def _flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
-
-
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="svdd compare", description=_DESCRIPTION)
+    parser = Options("svdd compare", _DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--baseline", type=Path, metavar="RUN", help=_HELP["baseline"])
     for name in ("unpaired", "shared"):
-        parser.add_argument(f"--{name}", type=_flag, default=False, metavar="true|false", help=_HELP[name])
+        parser.add_flag(f"--{name}", _HELP[name])
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text", help=_HELP["format"])
     parser.add_argument("--output", type=Path, metavar="FILE.png", help=_HELP["output"])
     parser.add_argument("--limit", type=int, default=8, help=_HELP["limit"])
-    flags = ("--unpaired", "--shared")  # alone they mean true
-    ends = [*words[1:], ""][: len(words)]
-    alone = [word in flags and end not in ("true", "false") for word, end in zip(words, ends, strict=True)]
-    return parser.parse_args([f"{word}=true" if lone else word for word, lone in zip(words, alone, strict=True)])
+    return parser.parse_args(parser.spelled_out(words))
 
 
 def compare(words: list[str]) -> None:

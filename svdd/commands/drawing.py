@@ -9,7 +9,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from svdd import Stopped, UserError, say
+from svdd import Stopped, UserError, first_line, say
 from svdd.assets.loaded import keeping_weights
 from svdd.commands.cells import attempt, work
 from svdd.commands.parser import find_config
@@ -24,6 +24,7 @@ from svdd.runs.processes.devices import environments, gpus, one_device
 from svdd.runs.processes.signals import STOP_EXIT_CODES, signals
 from svdd.runs.processes.work import Job, Work
 from svdd.runs.processes.workers import Workers, environment
+from svdd.runs.secrets import redact
 
 __all__ = ["Drawing"]
 
@@ -82,8 +83,9 @@ class Drawing:
                 try:
                     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                         cost = Cost(cell.words).found
-                except UserError as error:
-                    failed[cell.name] = str(error)
+                except Exception as error:
+                    why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+                    failed[cell.name] = redact(why)
                     table.append([cell.name, *[None] * 5, "cannot be drawn"])
                     continue
                 entry = [cost.images, cost.denoiser_rows, cost.hours(left=False), cost.disk_bytes]
@@ -177,17 +179,20 @@ class _Report:
 
     def __init__(self, work_left: Work, total: int, done: int) -> None:
         self._work, self._total, self._done = work_left, total, done
+        self._ended: set[str] = set()
         self._begin = self._said = time.monotonic()
         say(f"{total} runs, {done} of them finished")
 
     def __call__(self, kind: str, name: str) -> None:
         job = self._work.jobs[name]
+        ended = job.state in ("done", "failed") and name not in self._ended  # processes that helped leave it later
         if kind == "lost":
             say(f"svdd: a process that drew {name} has died; the others go on", error=True)
-        if kind != "batch" and job.state in ("done", "failed"):
-            self._done += 1
+        if ended:
+            self._ended.add(name)
             words = f"failed: {job.message}" if job.state == "failed" else "done"
-            say(f"[{self._done}/{self._total}] {name}: {words}{self._time_left()}", error=job.state == "failed")
+            count = f"[{self._done + len(self._ended)}/{self._total}]"
+            say(f"{count} {name}: {words}{self._time_left()}", error=job.state == "failed")
         elif kind == "batch" and time.monotonic() - self._said > _EVERY:
             drawing = ", ".join(job.name for job in self._work.jobs.values() if job.state == "drawing")
             share = self._work.drawn / (self._work.drawn + self._work.left)

@@ -30,7 +30,7 @@ __all__ = ["Parser", "as_user_errors", "explain", "find_config", "with_shipped_c
 _MAX_CONFIG = 2**24  # bytes
 _SECTIONS = {"model", "data", "trainer", "evaluation"}
 _LEAST, _MOST = 1e-30, 1e30  # of a number that is not 0: float32 must hold it, and its ratio to a reward
-_CARRY_OVER = "discard_init_args_on_class_path_change"
+_CARRY_OVER, _ADAPT = "discard_init_args_on_class_path_change", "adapt_typehints"
 _NOISE = re.compile(
     r"Expected a <class 'NoneType'>|Expected a path but |Does not validate against|Given value|^\s*(Subtypes|Errors):"
 )
@@ -52,10 +52,11 @@ class Parser(LightningArgumentParser):
             from transformers.utils.logging import disable_progress_bar
 
             disable_progress_bar()
-        if not hasattr(typehints, _CARRY_OVER):
-            found = f"jsonargparse {jsonargparse.__version__} lacks {_CARRY_OVER}, which svdd replaces"
+        if lacking := [name for name in (_CARRY_OVER, _ADAPT) if not hasattr(typehints, name)]:
+            found = f"jsonargparse {jsonargparse.__version__} lacks {lacking[0]}, which svdd replaces"
             raise ImportError(f"{found}; install a version that the requirements of svdd allow")
         setattr(typehints, _CARRY_OVER, _discard_all)
+        setattr(typehints, _ADAPT, _adapt_anew)
         loaders.yaml_load = loaders.loaders["yaml"] = _load_yaml
         setattr(jsonargparse.Path, "read_text", _read_config)  # noqa: B010  (its own blocks on a FIFO)
         super().__init__(*args, **kwargs)
@@ -92,6 +93,16 @@ def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
     if previous and "init_args" in previous and previous["class_path"] != following["class_path"]:
         kept = previous["init_args"].items() if _names_a_family(previous, following) else ()
         previous["init_args"] = jsonargparse.Namespace(**{name: value for name, value in kept if value is not None})
+
+
+_adapt: Any = getattr(typehints, _ADAPT, None)
+
+
+def _adapt_anew(value: Any, *args: Any, **options: Any) -> Any:
+    """Reads a value; a whole list replaces an earlier one, of which its elements keep no arguments."""
+    if isinstance(value, list) and not options.get("append") and isinstance(options.get("prev_val"), list):
+        options["prev_val"] = None
+    return _adapt(value, *args, **options)
 
 
 def _names_a_family(previous: Any, following: Any) -> bool:

@@ -15,11 +15,8 @@ from svdd import printable, say
 __all__ = ["Pace", "ProgressBars", "ProgressLines", "duration", "progress"]
 
 _REFRESH = 0.1  # seconds between two drawings of the bars
-_EVERY, _SHARE, _LEAST = (
-    30.0,
-    0.05,
-    1.0,
-)  # a line after these seconds or this share of the images; seconds between lines
+_EVERY, _SHARE = 30.0, 0.05  # a line after these seconds or this share of the images
+_LEAST = 1.0  # seconds between two lines
 
 
 class Pace:

@@ -6,9 +6,9 @@ import sys
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import NoReturn
 
 from svdd import UserError, say
+from svdd.commands.options import Options
 from svdd.evaluation.comparison import distinct_names
 from svdd.evaluation.reports.data import read_run
 from svdd.evaluation.reports.page import check_page, write_page
@@ -19,11 +19,6 @@ __all__ = ["gallery", "report"]
 _SUFFIXES = (".html", ".htm")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists all settings")
-
-
 def report(words: list[str]) -> None:
     """Runs `svdd report` with the command line after its name.
 
@@ -32,7 +27,7 @@ def report(words: list[str]) -> None:
     """
     parser = _parser("svdd report", "Runs as one HTML page that needs no server: pictures, rewards, traces, settings.")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file (default: report.html)")
-    _write(parser.parse_args(words))
+    _write(parser.parse_args(parser.spelled_out(words)))
 
 
 def gallery(words: list[str]) -> None:
@@ -41,7 +36,7 @@ def gallery(words: list[str]) -> None:
     In a folder that cannot be written, it goes to a temporary one. Raises a UserError as `report` does.
     """
     parser = _parser("svdd gallery", "Writes gallery.html, a report, into the first run's folder and opens it.")
-    options = parser.parse_args(words)
+    options = parser.parse_args(parser.spelled_out(words))
     options.output = options.runs[0] / "gallery.html"
     if options.runs[0].is_dir() and not os.access(options.runs[0], os.W_OK):
         options.output = Path(tempfile.mkdtemp(prefix="svdd-gallery-"), "gallery.html")
@@ -51,22 +46,16 @@ def gallery(words: list[str]) -> None:
         say(f"no browser was found; open {os.path.abspath(options.output)} in one")
 
 
-def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=name, description=description)
+def _parser(name: str, description: str) -> Options:
+    parser = Options(name, description)
     runs = "run folders, also of unfinished runs, or the folder of a study for all its cells"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs)
     parser.add_argument("--baseline", type=Path, help="run with which the others are compared when the page opens")
     limit = "at most this many pictures of each run, the first of its prompts (default: 10000)"
     parser.add_argument("--limit", type=int, default=10_000, help=limit)
     embed = "true puts the full pictures into the page, to be sent on its own (default: false, which links to them)"
-    parser.add_argument("--embed", type=_truth, nargs="?", const=True, default=False, metavar="BOOL", help=embed)
+    parser.add_flag("--embed", embed)
     return parser
-
-
-def _truth(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
-    return word.lower() == "true"
 
 
 def _write(options: argparse.Namespace) -> None:

@@ -2,9 +2,10 @@
 
 import argparse
 import re
-from typing import Any, NoReturn
+from typing import Any
 
 from svdd import Incomplete, UserError, say
+from svdd.commands.options import Options
 
 __all__ = ["study"]
 
@@ -32,11 +33,6 @@ kept, and failed ones are tried again. Settings of `svdd predict` on the command
 
   svdd study studies/emoji --data.limit 2 --output runs/try
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `svdd study --help` lists all settings")
 
 
 def study(words: list[str]) -> None:
@@ -68,10 +64,8 @@ def study(words: list[str]) -> None:
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Returns the command's own options, and the settings of `svdd predict` by dotted keys."""
-    parser = _Parser(
-        "svdd study", "svdd study STUDY [options] [--SETTING VALUE ...]", _PURPOSE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    usage, form = "svdd study STUDY [options] [--SETTING VALUE ...]", argparse.RawDescriptionHelpFormatter
+    parser = Options("svdd study", _PURPOSE, usage=usage, formatter_class=form)
     parser.add_argument("study", metavar="STUDY", help="a YAML file, or the name of a study that ships with svdd")
     parser.add_argument("--output", help="folder of the study (default: runs/ and the file's name)")
     help = "processes that draw at once: on GPUs one each, on the CPU with an equal share of its cores (default: 1)"
@@ -80,22 +74,18 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "dry_run": "list the runs with what they cost, and write nothing",
         "tables_only": "write tables and plots of what is drawn, and draw nothing",
     }.items():
-        parser.add_argument(
-            f"--{name}", type=_truth, nargs="?", const=True, default=False, metavar="true", help=purpose
-        )
-    options, rest = parser.parse_known_args(words)
+        parser.add_flag(f"--{name}", purpose)
+    options, rest = parser.parse_known_args(parser.spelled_out(words))
     if options.devices < 1:
         raise UserError(f"--devices must be >= 1, got {options.devices}")
     more: dict[str, Any] = {}
     while rest:
-        option = re.fullmatch(r"--([a-z]\w*(?:\.\w+)+\+?|config)(?:=(.*))?", rest.pop(0), re.DOTALL)
-        if option is None or (option[2] is None and not rest):
-            parser.error(f"unrecognized arguments: {option[0] if option else words[len(words) - len(rest) - 1]}")
+        option = re.fullmatch(r"--([a-z]\w*(?:\.\w+)+\+?|config)(?:=(.*))?", word := rest.pop(0), re.DOTALL)
+        if option is None:
+            parser.error(f"unrecognized arguments: {word}")
+        if option[1].rstrip("+") == "model.budget":
+            parser.error(f"{word.partition('=')[0]} is set by the study: use budgets in its file")
+        if option[2] is None and not rest:
+            parser.error(f"argument {word}: expected a value")
         more[option[1]] = rest.pop(0) if option[2] is None else option[2]
     return options, more
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"

@@ -1,7 +1,8 @@
 """Pairs the images of runs by prompt text, image index and random seed, and says why runs cannot be paired."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,22 @@ _SHOWN = 3  # examples in a message
 _STEPS = "model.diffusion.num_inference_steps"
 _PRECISION = ("trainer.precision", "model.diffusion.dtype")  # other ones give other digests of the same weights
 _MODEL = tuple(f"model.diffusion.{name}" for name in ("pretrained", "revision", "lora", "weight_name", "lora_scale"))
+
+
+class Measured(Protocol):
+    """A run whose rewards are compared: see `Side`."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The configuration by dotted key; {} if it is unknown."""
+
+    @property
+    def rewards(self) -> Mapping[str, npt.NDArray[np.float64]]:
+        """The scores of each reward."""
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """The recorded digests of weights; {} if they are unknown."""
 
 
 def pair(sides: Sequence[Side]) -> list[Positions]:
@@ -118,7 +135,7 @@ def same_prompts(one: npt.NDArray[np.bytes_], other: npt.NDArray[np.bytes_]) -> 
     return np.array_equal(np.unique(one), np.unique(other))
 
 
-def incomparable(one: Side, other: Side) -> set[str]:
+def incomparable(one: Measured, other: Measured) -> set[str]:
     """Returns the rewards of one name that were measured with other weights or settings."""
     if not _same_precision(one, other):
         return set()
@@ -129,7 +146,7 @@ def incomparable(one: Side, other: Side) -> set[str]:
     }
 
 
-def _same_precision(one: Side, other: Side) -> bool:
+def _same_precision(one: Measured, other: Measured) -> bool:
     both = [name for name in _PRECISION if name in one.settings and name in other.settings]
     return all(one.settings[name] == other.settings[name] for name in both)
 

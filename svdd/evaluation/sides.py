@@ -15,8 +15,7 @@ from svdd import UserError
 from svdd.evaluation.images import RunImage, stream_images
 from svdd.runs.command_line import continuing
 from svdd.runs.config import leaves, read_config
-from svdd.runs.files import read_object
-from svdd.runs.fingerprints import FINGERPRINTS, is_reproducible
+from svdd.runs.fingerprints import FINGERPRINTS, is_reproducible, recorded_parts
 from svdd.runs.folder import RunFolder
 
 __all__ = ["WORK", "Images", "Positions", "Side", "digest", "read_side"]
@@ -98,14 +97,11 @@ class Side:
 def read_side(run: Path, name: str | None = None) -> Side:
     """Reads a run, also one that is being drawn; raises a UserError if it is damaged or has no image."""
     folder, recorded = RunFolder(run), read_config(run)
-    parts = read_object(run / FINGERPRINTS).get("parts")
-    parts = parts if isinstance(parts, dict) else {}
-
     side = Side.of(
         name or str(run),
         lambda: stream_images(run),
         {} if recorded is None else recorded.config,
-        parts={each: content for each, content in parts.items() if isinstance(content, str)},
+        parts=recorded_parts(run / FINGERPRINTS),
         reproducible=is_reproducible(run / FINGERPRINTS),
         unfinished=not folder.has_summary(),
         failed=frozenset(map(digest, folder.failed())),

@@ -6,7 +6,7 @@ from pathlib import Path
 from svdd.runs.files import OtherRun, RunError, os_errors_explained, read_object, write_atomically
 from svdd.runs.json_lines import encode
 
-__all__ = ["FINGERPRINTS", "compare", "is_reproducible", "rows_at_once"]
+__all__ = ["FINGERPRINTS", "compare", "is_reproducible", "recorded_parts", "rows_at_once"]
 
 FINGERPRINTS = "fingerprints.json"
 _ROWS_AT_ONCE = "rows_at_once"  # `Chunker.most`, with which the images are drawn
@@ -36,6 +36,12 @@ def compare(file: Path, found: Mapping[str, str], versions: Mapping[str, str]) -
 def is_reproducible(file: Path) -> bool:
     """Whether the images were drawn in the reproducible mode."""
     return bool(read_object(file).get(_ROWS_AT_ONCE))
+
+
+def recorded_parts(file: Path) -> dict[str, str]:
+    """Returns the recorded digests by the names of their parts; {} if they are unknown."""
+    parts = read_object(file).get("parts")
+    return {each: found for each, found in parts.items() if isinstance(found, str)} if isinstance(parts, dict) else {}
 
 
 def rows_at_once(file: Path, most: int | None, drawn: bool, record: bool) -> int | None:

@@ -1,6 +1,7 @@
 """A network on CLIP features of a decoded latent, as for the aesthetic score in Li et al., 2024, arXiv 2408.08252."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class FeatureValue(LearnedValue):
         pretrained_clip: The CLIP model: `emoji`, a folder or a hub name.
         decode_from: What is decoded: `x`, as in the authors' code, or `x0`, far more informative for one denoiser row.
         width: Width of the network, >= 1.
-        use_prompt: Whether the network reads the prompt's text features.
+        use_prompt: Whether the network reads the CLIP's embedding of the prompt, and its product with the image's.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
         learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
         pretrained: A file that `svdd fit` wrote. Arguments above that are left at their defaults are taken from it.
@@ -53,9 +54,13 @@ class FeatureValue(LearnedValue):
         self.input, self.clip = self.decode_from, CLIPScore(self.pretrained_clip)
         self.settings = {"clip": self.clip.identity}
         self._decoder = (diffusion,)  # a tuple, so that the model is not registered a second time
-        inputs = self.clip.network.width + 3 + (diffusion.prompt_features_size if self.use_prompt else 0)
+        inputs = self.clip.network.width * (3 if self.use_prompt else 1) + 3
         first, second = nn.Linear(inputs, self.width), nn.Linear(self.width, self.width)
         self.network = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(self.width, 1))
+
+    def prompt_features(self, diffusion: Diffusion, conditioning: Any, prompts: Sequence[str]) -> Tensor | None:
+        """Returns the CLIP's embeddings of the prompts, [p, d]."""
+        return self.clip.network.text_features(prompts) if self.use_prompt else None
 
     def network_output(self, x: Tensor, progress: Tensor, text: Tensor | None) -> Tensor:
         """Returns predictions in units of the rewards' spread about their mean, [n]."""
@@ -63,5 +68,5 @@ class FeatureValue(LearnedValue):
         require_finite("decoder", x, images)
         features = self.clip.image_features(images) * 10  # entries of about unit size
         waves = torch.stack([progress, (torch.pi * progress).sin(), (torch.pi * progress).cos()], 1)
-        texts = [text] if self.use_prompt and text is not None else []
-        return self.network(torch.cat([features.to(waves), waves, *texts], 1))[:, 0]
+        texts = [] if text is None else [10 * text, features * 10 * text]  # the products sum to 100 times the cosine
+        return self.network(torch.cat([features, waves, *texts], 1).to(waves))[:, 0]

@@ -3,6 +3,7 @@
 import inspect
 import json
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -76,6 +77,10 @@ class LearnedValue(Value):
             text: Features of each row's prompt, [n, d]; None if the diffusion model has none.
         """
 
+    def prompt_features(self, diffusion: Diffusion, conditioning: Any, prompts: Sequence[str]) -> Tensor | None:
+        """Returns the features of the encoded prompts that the network reads, [p, d], by default the text encoder's."""
+        return diffusion.prompt_features(conditioning)
+
     @property
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments that are plain data, without those of the training."""
@@ -111,7 +116,7 @@ class LearnedValue(Value):
         name, context = type(self).__name__, state.context
         if not self.trained:
             raise UserError(f"{name} is not trained yet: run `svdd fit` first, and set --model.value.pretrained FILE")
-        features = context.diffusion.prompt_features(context.conditioning)
+        features = self.prompt_features(context.diffusion, context.conditioning, context.prompts)
         x, step = getattr(state, self.input), torch.full_like(state.row, state.i)
         rows = (x, step) if features is None else (x, step, features[state.row])
         with context.ledger.timed("decoder_seconds", x.device) if self.decodes else nullcontext():

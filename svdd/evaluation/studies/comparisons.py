@@ -48,7 +48,7 @@ class Scores(NamedTuple):
     weights: np.ndarray
     prompts: np.ndarray
     images: np.ndarray
-    texts: np.ndarray
+    starts: np.ndarray
 
     def only(self, chosen: np.ndarray) -> "Scores":
         """Returns some of the entries."""
@@ -60,7 +60,7 @@ def scores_of(drawn: Drawn, name: str) -> Scores | None:
     scores = drawn.divergence if name == "path_kl_sample" else drawn.rewards.get(name)
     if scores is None or not (known := np.isfinite(scores)).any():
         return None
-    return Scores(scores, drawn.weights, drawn.prompts, drawn.images, drawn.texts).only(known)
+    return Scores(scores, drawn.weights, drawn.prompts, drawn.images, drawn.starts).only(known)
 
 
 def estimates(scores: Scores, statistics: Sequence[str], higher_is_better: bool = True) -> dict[str, Estimate]:
@@ -80,6 +80,8 @@ def differences(
     ours: Scores, baseline: Scores, statistics: Sequence[str], comparisons: int = 1, higher_is_better: bool = True
 ) -> dict[str, Difference]:
     """Returns the differences of statistics over the images that both have drawn; none if they share none.
+
+    Images are the same if prompt, text, number and random seed are.
 
     That of means is `paired` by prompt. That of quantiles is the difference of the two quantiles; its error comes from
     a bootstrap that draws the same prompts for both, and its interval from Student's t, whose degrees of freedom are
@@ -119,7 +121,7 @@ def _values(scores: Scores, higher_is_better: bool) -> dict[str, float]:
 
 def _shared(*sides: Scores) -> list[Scores]:
     """Returns both sides without the pictures of images that the other does not have, in the order of the images."""
-    keys = [np.stack([side.prompts, side.texts, side.images], 1) for side in sides]
+    keys = [np.stack([side.prompts, side.starts, side.images], 1) for side in sides]
     codes = np.unique(np.concatenate(keys), axis=0, return_inverse=True)[1].reshape(-1)
     ours, others = np.split(codes, [len(keys[0])])
     both = (np.isin(ours, others), np.isin(others, ours))

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,8 +17,9 @@ import numpy as np
 
 from svdd import UserError, say
 from svdd.evaluation.studies.specification import Cell
-from svdd.runs.config import read_config
+from svdd.runs.config import leaves, read_config
 from svdd.runs.files import read_object, replacing
+from svdd.runs.fingerprints import FINGERPRINTS, recorded_parts
 from svdd.runs.folder import RunFolder
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import ResultRow
@@ -39,7 +40,7 @@ class Drawn:
     Args:
         cell: The cell.
         prompts: The index of the prompt, int64 [n].
-        texts: A number that is equal for equal texts of prompts, int64 [n].
+        starts: A number that is equal for equal texts of prompts with equal random seeds, int64 [n].
         images: The number of the image among those of its prompt, equal for all its particles, int64 [n].
         weights: The share of the picture in its image: 1, or that of a particle, float64 [n].
         rewards: The scores by reward, the guide first, float64 [n]; NaN where a row has none.
@@ -48,6 +49,8 @@ class Drawn:
         finished: Whether the run is complete.
         expected: The pictures of the finished run; None if that is unknown.
         lower_is_better: The rewards whose lowest scores are the best.
+        settings: The configuration by dotted key; {} if it is unknown.
+        parts: The recorded digests of weights; {} if they are unknown.
         digest: A checksum of the pictures.
         features: The CLIP in whose features diversity is measured; None if none fits.
         diversity: As recorded in the summary of the run; empty if it is not.
@@ -55,7 +58,7 @@ class Drawn:
 
     cell: Cell
     prompts: np.ndarray
-    texts: np.ndarray
+    starts: np.ndarray
     images: np.ndarray
     weights: np.ndarray
     rewards: dict[str, np.ndarray]
@@ -64,6 +67,8 @@ class Drawn:
     finished: bool = False
     expected: int | None = None
     lower_is_better: frozenset[str] = frozenset()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
     features: str | None = None
     diversity: dict[str, float | None] = field(default_factory=dict)
@@ -107,7 +112,7 @@ def _rows(cell: Cell, warn: bool = False) -> Iterator[ResultRow]:
 
 def _read(cell: Cell, names: Sequence[str], around: Path, writer: Any) -> Drawn:
     """Reads the rows of a cell and writes a line for each."""
-    whole = {name: array("q") for name in ("prompts", "texts", "first")}
+    whole = {name: array("q") for name in ("prompts", "starts", "first")}
     real = {name: array("d") for name in ("weights", "divergence", *_WORK)}
     rewards = {name: array("d") for name in names}
     measured: dict[str, None] = {}
@@ -121,7 +126,7 @@ def _read(cell: Cell, names: Sequence[str], around: Path, writer: Any) -> Drawn:
         where = (row["prompt_index"], row["image_index"], row["prompt"], row.get("seed"), f"{prefix}/{row['file']}")
         writer.writerow([*about, *where, *map(row.get, _PARTICLE), *scores, *work, divergence])
         whole["prompts"].append(row["prompt_index"])
-        whole["texts"].append(hash(row["prompt"]))
+        whole["starts"].append(hash((row["prompt"], row.get("seed"))))
         whole["first"].append(row["image_index"] - particle)
         for name, number in zip(real, (weight, divergence, *work), strict=True):
             real[name].append(np.nan if number is None else number)
@@ -135,7 +140,7 @@ def _read(cell: Cell, names: Sequence[str], around: Path, writer: Any) -> Drawn:
     return Drawn(
         cell,
         integers["prompts"],
-        integers["texts"],
+        integers["starts"],
         _image_numbers(integers["prompts"], integers["first"]),
         numbers["weights"],
         {name: np.array(rewards[name]) for name in measured if name in rewards},
@@ -155,7 +160,7 @@ def _image_numbers(prompts: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 
 def _facts(folder: Path, drawn: int, num_images: int | None) -> dict[str, Any]:
-    """Returns what the run folder says about the run: the last five entries of `Drawn` but for the digest."""
+    """Returns what the run folder says about the run: the last entries of `Drawn` but for the digest."""
     summary = read_object(RunFolder(folder).summary)
     recorded = read_config(folder) if os.path.isdir(folder) else None
     config: Any = {} if recorded is None else recorded.config
@@ -178,6 +183,8 @@ def _facts(folder: Path, drawn: int, num_images: int | None) -> dict[str, Any]:
         "finished": bool(summary) and drawn == expected,
         "expected": expected,
         "lower_is_better": frozenset(summary.get("lower_is_better", ())),
+        "settings": leaves(config),
+        "parts": recorded_parts(folder / FINGERPRINTS),
         "features": features,
         "diversity": summary.get("diversity", {}),
     }

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from svdd import say
 from svdd.evaluation.baseline import over_optimised
+from svdd.evaluation.pairing import incomparable
 from svdd.evaluation.studies.comparisons import Difference, Estimate, differences, estimates, scores_of
 from svdd.evaluation.studies.measures import Drawn
 from svdd.evaluation.studies.specification import Study
@@ -102,15 +104,21 @@ def _entry(
     values: dict[Key, Estimate] = {}
     changes: dict[Key, Difference] = {}
     statistics = list(dict.fromkeys(["mean", *study.statistics]))
+    others = set() if baseline is None else incomparable(drawn, baseline)
+    for reward in sorted(others):
+        _warn(drawn, baseline, f"{reward} was measured with other weights or settings")
     for reward in group.rewards:
         if (scores := scores_of(drawn, reward)) is None:
             continue
         best_is_high = reward not in group.lower_is_better
         values |= {(reward, key): each for key, each in estimates(scores, statistics, best_is_high).items()}
-        if baseline is None or (plain := scores_of(baseline, reward)) is None:
+        if baseline is None or reward in others or (plain := scores_of(baseline, reward)) is None:
             continue
         found = differences(scores, plain, statistics, group.comparisons, best_is_high)
         changes |= {(reward, key): each for key, each in found.items()}
+    shared = set() if baseline is None else (drawn.rewards.keys() & baseline.rewards.keys()) - others
+    if baseline is not None and shared and not changes and drawn.finished and baseline.finished:
+        _warn(drawn, baseline, "images of other prompts or random seeds were drawn")
     divergence = scores_of(drawn, "path_kl_sample")
     return Entry(
         drawn,
@@ -122,6 +130,11 @@ def _entry(
         _work(drawn, group.unit),
         _over_optimised(group, changes),
     )
+
+
+def _warn(drawn: Drawn, baseline: Drawn | None, what: str) -> None:
+    name = "" if baseline is None else baseline.cell.name
+    say(f"svdd: warning: {what} in {drawn.cell.name} than in {name}: no difference", error=True)
 
 
 def _unit(drawn: Sequence[Drawn]) -> int:

@@ -1,11 +1,13 @@
 """What a study is: a file that describes a grid of runs, each an ordinary run folder."""
 
 import itertools
+import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
@@ -121,6 +123,10 @@ class Specification:
     @classmethod
     def _of(cls, tree: Any, folder: Path, more: dict[str, Any]) -> "Specification":
         content = _mapping("a study", tree, _KEYS)
+        try:
+            json.dumps(content, default=_refuse)
+        except TypeError as error:
+            raise UserError(f"a key is no text ({error}); put it in quotes") from error
         if unknown := [key for key in content if key not in _KEYS]:
             raise UserError(f"unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}{did_you_mean(unknown[0], _KEYS)}")
         base = content.get("base")
@@ -256,18 +262,24 @@ def _guides(tree: Any, variants: Mapping[str, Any]) -> Iterator[_Guide]:
 def _expand(what: str, tree: Any) -> Iterator[_Variant]:
     """Yields the entries of a mapping, one for each combination of the values in their lists."""
     for name, entry in _mapping(what, tree).items():
-        given = dict(entry) if isinstance(entry, dict) else entry
-        budgets = _budgets(f"{what}.{name}.budgets", given.pop("budgets")) if given and "budgets" in given else None
-        settings = _flat(f"{what}.{name}", given or {})
+        given = {} if entry in (None, {}) else dict(_mapping(f"{what}.{name}", entry))
+        budgets = _budgets(f"{what}.{name}.budgets", given.pop("budgets")) if "budgets" in given else None
+        settings = _flat(f"{what}.{name}", given)
         if empty := [key for key, value in settings.items() if value == []]:
             raise UserError(
                 f"{what}.{name}.{empty[0]}: the list is empty; give a value, or [[]] for a list without any"
             )
         lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+        if math.prod(map(len, lists.values())) > _MOST_CELLS:
+            raise UserError(f"{what}.{name}: its lists make more than {_MOST_CELLS} runs; split the study")
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
             several = {key: value for key, value in chosen.items() if len(lists[key]) > 1}
             yield _Variant(" ".join([name, *labels(several)]), {**settings, **chosen}, budgets)
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise UserError(f"{shortened(value)} is no text and no number; put it in quotes")
 
 
 def _budgets(what: str, tree: Any) -> list[int | None] | None:

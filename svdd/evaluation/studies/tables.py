@@ -87,7 +87,7 @@ def _table(study: Study, group: Group) -> tuple[list[str], list[list[Cell]]]:
         columns += [(name, [Bold(text) if k in best and text else text for k, text in enumerate(texts)])]
         columns += [(f"\u2212 {study.baseline}", [_difference(each, _digits(changes)) for each in changes])]
     columns += [("diversity", [_text(each.diversity.get(_diversity(group)), "{:.3f}".format) for each in entries])]
-    columns += [("KL", [each.path_kl and _value(each.path_kl, _digits([each.path_kl])) for each in entries])]
+    columns += [("KL", [_value(each.path_kl, _digits([each.path_kl])) for each in entries])]
     for name, heading in (("rows", "rows"), ("seconds", "seconds")):
         columns += [(heading, [_text(each.work[name], _short) for each in entries])]
     kept = [(heading, cells) for heading, cells in columns if heading == "variant" or any(cells)]
@@ -168,15 +168,16 @@ def _best(group: Group, key: Key) -> set[int]:
         ]
         if not rivals:
             continue
-        change = group.entries[(best := max(rivals)[1])].differences.get(key)
-        if change is not None and (change.low > 0 if sign > 0 else change.high < 0):
-            found.add(best)
+        for best in (k for score, k in rivals if score == max(rivals)[0]):
+            change = group.entries[best].differences.get(key)
+            if change is not None and (change.low > 0 if sign > 0 else change.high < 0):
+                found.add(best)
     return found
 
 
 def _digits(found: Sequence[Estimate | Difference | None]) -> int | None:
     """Returns the decimals with which a typical error has two significant digits; None if these would be too many."""
-    errors = [each.error for each in found if each is not None and each.error > 0]
+    errors = [each.error for each in found if each is not None and each.error > 1e-9 * abs(each.value)]
     digits = 1 - math.floor(math.log10(median(errors))) if errors else -99
     return max(0, digits) if -4 <= digits <= 7 else None
 
@@ -186,10 +187,11 @@ def _number(number: float, digits: int | None, sign: str = "") -> str:
 
 
 def _value(estimate: Estimate | None, digits: int | None) -> str | None:
-    """Returns a statistic and its error as text; blank without one."""
+    """Returns a statistic and its error as text, without the error where the scores are equal up to rounding."""
     if estimate is None or not math.isfinite(estimate.value):
         return None
-    error = f" \u00b1 {_number(estimate.error, digits)}" if math.isfinite(estimate.error) else ""
+    known = math.isfinite(estimate.error) and estimate.error > 1e-9 * abs(estimate.value)
+    error = f" \u00b1 {_number(estimate.error, digits)}" if known else ""
     return f"{_number(estimate.value, digits)}{error}"
 
 

@@ -104,8 +104,7 @@ class Work:
         """
         job = self.jobs[name]
         if (finished := job.out.pop(worker, None)) is not None:
-            job.prompts_left = (job.prompts_left or 0) - len(finished)
-            self.drawn += len(finished) * job.rows_per_prompt
+            self._count(job, finished)
             if worker != job.owner:
                 job.results += results
         if self.stopping:
@@ -122,6 +121,8 @@ class Work:
     def end(self, worker: int, name: str, message: str = "") -> None:
         """Notes that a worker has left a job; with a message the job, or its own last batch, has failed."""
         job = self.jobs[name]
+        if worker == job.owner and not message and worker in job.out:  # which asked for no batch beyond all of them
+            self._count(job, job.out.pop(worker))
         self._return(worker, job)
         if worker != job.owner:
             job.helpers.discard(worker)
@@ -149,6 +150,11 @@ class Work:
                 if job.deaths >= _MOST_DEATHS:
                     job.state, job.message = "failed", f"{job.deaths} processes that drew it have died"
         return [job.name for job in lost]
+
+    def _count(self, job: Job, batch: list[int]) -> None:
+        """Counts a finished batch."""
+        job.prompts_left = (job.prompts_left or 0) - len(batch)
+        self.drawn += len(batch) * job.rows_per_prompt
 
     def _return(self, worker: int, job: Job) -> None:
         """Hands the batch of a worker that has not finished it to the others."""

@@ -55,8 +55,9 @@ class ValueFitting(L.LightningModule):
     def encode_prompts(self, texts: list[str]) -> None:
         """Keeps the features of the prompts, which batches refer to by index; encodes them in blocks."""
         blocks = [texts[k : k + _PROMPTS_PER_BLOCK] for k in range(0, len(texts), _PROMPTS_PER_BLOCK)]
-        encoded = (self.diffusion.encode(block, [None] * len(block)) for block in blocks)
-        parts = [part for part in map(self.diffusion.prompt_features, encoded) if part is not None]
+        encoded = ((self.diffusion.encode(block, [None] * len(block)), block) for block in blocks)
+        found = (self.value.prompt_features(self.diffusion, *each) for each in encoded)
+        parts = [part for part in found if part is not None]
         self._prompt_features = torch.cat(parts) if parts else None
 
     def on_train_epoch_start(self) -> None:
