@@ -15,7 +15,7 @@ from svdd.commands.cells import attempt
 from svdd.commands.drawing import _Report
 from svdd.commands.plans import Plan
 from svdd.commands.study import study
-from svdd.evaluation.studies.specification import Specification, words_of
+from svdd.evaluation.studies.specification import Cell, Specification, words_of
 from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
 from svdd.runs.processes.work import Job, Order, Work
@@ -372,6 +372,13 @@ def test_a_list_given_later_keeps_no_arguments_of_an_earlier_one(tmp_path):
     assert judges('--model.eval_rewards=["CLIPScore"]') == judges("--config", str(tmp_path / "more.yaml")) == [plain]
     assert judges("--model.eval_rewards+=CLIPScore") == ["emoji-judge", plain]
     assert judges("--model.eval_rewards.pretrained=emoji") == ["emoji"]
+
+
+def test_a_part_that_is_null_is_its_default(tmp_path):
+    cell = Cell("a", "g", "v", None, {}, tmp_path)
+    plan = Plan(["--config", "quickstart", "--model.sampler=null", "--model.diffusion=null"])
+    assert plan.takes_budget
+    assert plan.job(cell).model == Plan([*plan._words[1:], "--model.sampler=Unguided"]).job(cell).model
 
 
 def test_the_last_batch_of_a_run_counts_for_the_time_left():
