@@ -352,6 +352,9 @@ def test_a_configuration_may_not_say_what_the_study_decides(tmp_path, name):
 def test_the_command_line_names_what_it_cannot_use(tmp_path):
     with pytest.raises(UserError, match=r"unrecognized arguments: more\.yaml; `svdd study --help`"):
         study(["study.yaml", "more.yaml", "--output", str(tmp_path)])
+    path = write(tmp_path, SMALL)
+    with pytest.raises(UserError, match="out holds no run of a study; leave out --tables_only, or check --output"):
+        study([str(path), "--tables_only", "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"--model\.budget is set by the study: use budgets in its file"):
         study(["study.yaml", "--model.budget", "5", "--output", str(tmp_path)])
     with pytest.raises(UserError, match="no such file or shipped configuration"):  # not: expected true or false
