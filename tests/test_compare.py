@@ -375,6 +375,12 @@ def edit(run, change) -> None:
     (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_the_folder_of_a_study_is_no_run(compare, tmp_path):
+    (tmp_path / "study").mkdir()
+    write_config(tmp_path / "study", "study", {})
+    assert "study holds no results.jsonl; give the folders of runs in study" in compare("study", "other", code=2)
+
+
 def test_a_command_without_runs_is_refused(compare):
     assert "the following arguments are required: RUN" in compare(code=2)
 

@@ -89,9 +89,6 @@ def test_a_folder_without_rows_says_what_to_do(tmp_path):
     RunFolder(tmp_path).claim({"model": {}})
     with pytest.raises(UserError, match=r"holds no results\.jsonl; wait until an image is drawn"):
         scores(tmp_path)
-    (tmp_path / "cells").mkdir()
-    with pytest.raises(UserError, match=r"is a study, not a run; give folders in .*cells"):
-        scores(tmp_path)
 
 
 def test_a_damaged_line_of_the_merged_file_is_an_error(tmp_path):

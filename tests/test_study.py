@@ -15,7 +15,7 @@ from svdd.commands.cells import attempt
 from svdd.commands.drawing import _Report
 from svdd.commands.plans import Plan
 from svdd.commands.study import study
-from svdd.evaluation.studies.specification import Specification, words_of
+from svdd.evaluation.studies.specification import Cell, Specification, words_of
 from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
 from svdd.runs.processes.work import Job, Order, Work
@@ -352,6 +352,9 @@ def test_a_configuration_may_not_say_what_the_study_decides(tmp_path, name):
 def test_the_command_line_names_what_it_cannot_use(tmp_path):
     with pytest.raises(UserError, match=r"unrecognized arguments: more\.yaml; `svdd study --help`"):
         study(["study.yaml", "more.yaml", "--output", str(tmp_path)])
+    path = write(tmp_path, SMALL)
+    with pytest.raises(UserError, match="out holds no run of a study; leave out --tables_only, or check --output"):
+        study([str(path), "--tables_only", "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"--model\.budget is set by the study: use budgets in its file"):
         study(["study.yaml", "--model.budget", "5", "--output", str(tmp_path)])
     with pytest.raises(UserError, match="no such file or shipped configuration"):  # not: expected true or false
@@ -372,6 +375,13 @@ def test_a_list_given_later_keeps_no_arguments_of_an_earlier_one(tmp_path):
     assert judges('--model.eval_rewards=["CLIPScore"]') == judges("--config", str(tmp_path / "more.yaml")) == [plain]
     assert judges("--model.eval_rewards+=CLIPScore") == ["emoji-judge", plain]
     assert judges("--model.eval_rewards.pretrained=emoji") == ["emoji"]
+
+
+def test_a_part_that_is_null_is_its_default(tmp_path):
+    cell = Cell("a", "g", "v", None, {}, tmp_path)
+    plan = Plan(["--config", "quickstart", "--model.sampler=null", "--model.diffusion=null"])
+    assert plan.takes_budget
+    assert plan.job(cell).model == Plan([*plan._words[1:], "--model.sampler=Unguided"]).job(cell).model
 
 
 def test_the_last_batch_of_a_run_counts_for_the_time_left():

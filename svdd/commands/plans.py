@@ -6,6 +6,8 @@ from functools import cache
 from pkgutil import resolve_name
 from typing import Any
 
+from jsonargparse import Namespace
+
 from svdd import SUMMARY_FILE
 from svdd.commands.cells import CellCLI
 from svdd.commands.estimate import Estimate
@@ -43,7 +45,7 @@ class Plan(CellCLI):
     @property
     def takes_budget(self) -> bool:
         """Whether a budget can set a count of the sampler."""
-        made = resolve_name(self.settings.model.sampler.class_path)
+        made = resolve_name(self._part("sampler").class_path)
         return getattr(made, "budget_argument", None) is not None
 
     def images(self) -> int:
@@ -52,14 +54,18 @@ class Plan(CellCLI):
 
     def job(self, cell: Cell) -> Job:
         """Returns the work of a cell with these settings; its rows are a guess."""
-        model = self.settings.model
-        arguments = dict(model.diffusion.get("init_args") or {})
-        given = (model.sampler.get("init_args") or {}).values() if self.takes_budget else ()
+        diffusion, sampler = self._part("diffusion"), self._part("sampler")
+        arguments = dict(diffusion.get("init_args") or {})
+        given = (sampler.get("init_args") or {}).values() if self.takes_budget else ()
         count = max((number for number in given if type(number) is int), default=1)
         each = cell.budget or count * int(arguments.get("num_inference_steps") or _STEPS)
         heavy = {name: value for name, value in arguments.items() if name not in _LIGHT}
-        weights = json.dumps([model.diffusion.class_path, self.settings.trainer.precision, heavy], default=str)
+        weights = json.dumps([diffusion.class_path, self.settings.trainer.precision, heavy], default=str)
         return Job(cell.name, cell.words, float(each * self.images()), weights)
+
+    def _part(self, name: str) -> Any:
+        """Returns the settings of a part of the model; without any, those of its default class."""
+        return self.settings.model[name] or Namespace(class_path=self.classes[name])
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether the run of a cell with these settings is complete; a RunError if its folder cannot be used."""

@@ -51,6 +51,8 @@ def study(words: list[str]) -> None:
         if options.dry_run:
             found, failed = drawing.show()
         else:
+            if options.tables_only and not (drawing.folder / "cells").is_dir():
+                raise UserError(f"{drawing.folder} holds no run of a study; leave out --tables_only, or check --output")
             found, failed = (drawing.study(), {}) if options.tables_only else drawing.draw()
             for written in write_outputs(found):
                 say(f"wrote {written}")

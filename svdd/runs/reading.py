@@ -34,10 +34,10 @@ def read_rows(run: Path, results: ShardedFile, images: RunImages, checked: bool 
         UserError: If the folder holds no rows, a merged line is not JSON, or a checked row is damaged.
     """
     if not has_rows(results):
-        begun = read_config(run) is not None
-        if (run / "cells").is_dir():
-            raise UserError(f"{run} is a study, not a run; give folders in {run / 'cells'}")
-        advice = "wait until an image is drawn" if begun else "give the --output folder of a `svdd predict`"
+        recorded = read_config(run)
+        advice = "give the --output folder of a `svdd predict`" if recorded is None else "wait until an image is drawn"
+        if recorded is not None and recorded.kind == "study":
+            advice = f"give the folders of runs in {run / 'cells'}"
         raise UserError(f"{run} holds no {results.path.name}; {advice}")
     try:
         for number, row in results.entries(images.is_there):
