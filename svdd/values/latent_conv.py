@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdd import UserError, require_at_least, require_numbers
+from svdd import UserError, require_at_least
 from svdd.diffusion.base import Diffusion, per_row
-from svdd.values.learned import LearnedValue
+from svdd.values.learned import LearnedValue, require_dropout
 from svdd.values.losses import ValueLoss
 
 __all__ = ["LatentConvValue"]
@@ -47,9 +47,7 @@ class LatentConvValue(LearnedValue):
     ) -> None:
         super().__init__(loss, learning_rate, pretrained)
         require_at_least(1, channels=channels, num_blocks=num_blocks)
-        require_numbers(dropout=dropout)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        require_dropout(dropout)
         self.channels, self.num_blocks = channels, num_blocks
         self.use_prompt, self.dropout, self.mirror = use_prompt, dropout, mirror
 

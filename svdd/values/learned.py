@@ -21,7 +21,7 @@ from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.losses import MeanLoss, ValueLoss
 
-__all__ = ["HEADER", "LearnedValue", "read_checkpoint", "to_safetensors", "weights_file"]
+__all__ = ["HEADER", "LearnedValue", "read_checkpoint", "require_dropout", "to_safetensors", "weights_file"]
 
 _WEIGHTS = ("weights", "weights_bfloat16")  # digests of one model's weights, which agree if one of them does
 HEADER = "svdd_value"  # the entry, in both kinds of file, with the value's `identity` and `arguments`
@@ -168,6 +168,13 @@ def weights_file(pretrained: str) -> Path:
     """Returns the file that `pretrained` names: one that ships with svdd, or a path."""
     built_in = Path(str(files("svdd") / "assets" / "values" / f"{pretrained}.safetensors"))
     return built_in if built_in.is_file() else Path(pretrained).expanduser()
+
+
+def require_dropout(dropout: float) -> None:
+    """Raises ValueError for a rate that is no number at least 0 and below 1."""
+    require_numbers(dropout=dropout)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
 def read_checkpoint(pretrained: str) -> dict[str, Any]:
