@@ -1,7 +1,6 @@
 """Draws the runs of a study: all in this process, or in several that share them."""
 
 import io
-import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,8 +45,7 @@ class Drawing:
     """
 
     def __init__(self, name: str, more: dict[str, Any], output: str | None, devices: int) -> None:
-        shipped = not Path(name).exists() and re.fullmatch(r"[\w-]+", name)
-        path = Path(find_config(f"studies/{name}" if shipped else name))
+        path = Path(find_config(name, study=True))
         self._specification = Specification.read(path, more)
         self.folder, self._devices = Path(output or f"runs/{path.stem}"), devices
         with os_errors_explained(self.folder):
@@ -154,7 +152,10 @@ class Drawing:
             try:
                 self._plans[key] = Plan([*words])
             except UserError as error:
-                raise UserError(f"`svdd predict {' '.join(words)}` cannot run: {error}") from error
+                way_out = ""
+                if str(error).endswith(": expected list"):
+                    way_out = "; a list expands to several runs, so a value that is a list stands in a list: [[A, B]]"
+                raise UserError(f"`svdd predict {' '.join(words)}` cannot run: {error}{way_out}") from error
             if self._starts and self._workers is None:
                 self._start(str(self._plans[key].settings.trainer.accelerator))
         return self._plans[key]

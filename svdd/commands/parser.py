@@ -178,21 +178,22 @@ def with_shipped_configs(words: list[str]) -> list[str]:
     return found
 
 
-def find_config(name: str) -> str:
-    """Returns the path of a shipped configuration, or the name itself if it is a path; UserError if it is neither."""
+def find_config(name: str, study: bool = False) -> str:
+    """Returns the path of a shipped configuration or study, or the name itself if it is a path; else a UserError."""
     if not re.fullmatch(r"[\w-]+(/[\w-]+)*(\.yaml)?", name) or Path(name).is_file():
         return name
     wheel, source_tree = Path(__file__).parents[1] / "assets" / "configs", Path(__file__).parents[2] / "configs"
     root, stem = wheel if wheel.is_dir() else source_tree, name.removesuffix(".yaml")
-    known = {path.relative_to(root).with_suffix("").as_posix(): str(path) for path in sorted(root.glob("**/*.yaml"))}
+    paths = [path for path in sorted(root.glob("**/*.yaml")) if ("\nvariants:" in path.read_text("utf-8")) == study]
+    known = {path.relative_to(root).with_suffix("").as_posix().removeprefix("studies/"): str(path) for path in paths}
     if Path(f"{stem}.yaml").is_file():
         return f"{stem}.yaml"
     if stem in known:
         return known[stem]
     if not (root / name).parent.is_dir():
         return name  # a path of the user's
-    told = f"known: {', '.join(known)}{did_you_mean(name, known)}"
-    raise UserError(f"--config {name}: no such file or shipped configuration; {told}")
+    what, kind = (name, "study") if study else (f"--config {name}", "configuration")
+    raise UserError(f"{what}: no such file or shipped {kind}; known: {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def _check_config(name: str) -> str:

@@ -31,7 +31,7 @@ STUDY.yaml names a configuration of `svdd predict`, and what changes from run to
 Each run is that of `svdd predict` in FOLDER/cells/NAME, bit for bit. The same command continues: finished runs are
 kept, and failed ones are tried again. Settings of `svdd predict` on the command line hold for all runs:
 
-  svdd study studies/emoji --data.limit 2 --output runs/try
+  svdd study emoji --data.limit 2 --output runs/try
 """
 
 

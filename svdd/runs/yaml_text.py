@@ -1,4 +1,6 @@
-"""YAML of unknown origin: refused before it is built, if it nests too deep or its aliases stand for too much."""
+"""YAML of unknown origin: refused before it is built if a key stands twice, or it nests or repeats too much."""
+
+from dataclasses import dataclass
 
 import yaml
 
@@ -12,20 +14,41 @@ MAX_ALIASED = 10_000  # entries that the aliases of a text stand for, all togeth
 SafeLoader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+@dataclass
+class _Part:
+    """A list or mapping that is not closed yet."""
+
+    anchor: str | None
+    keys: set[str] | None  # of a mapping, so far
+    size: int = 1  # in entries, with its aliases spelled out
+    entries: int = 0  # keys and values
+
+    def add(self, event: yaml.NodeEvent) -> None:
+        """Counts an entry; raises a UserError for a key that the mapping has already."""
+        if self.keys is not None and self.entries % 2 == 0 and isinstance(event, yaml.ScalarEvent):
+            if event.value in self.keys and event.value != "<<":
+                where = f"in line {event.start_mark.line + 1}"
+                raise UserError(f"YAML key {event.value!r} stands twice in one mapping, again {where}; remove one")
+            self.keys.add(event.value)
+        self.entries += 1
+
+
 def check_yaml(text: str) -> None:
-    """Raises a UserError if a text exceeds one of the limits; what is not YAML passes, up to where it ends to be."""
-    sizes: dict[str | None, int] = {}  # of the anchored parts, in entries, with their aliases spelled out
-    around: list[tuple[str | None, int]] = []  # anchor and size so far of each list and mapping that is not closed yet
+    """Raises a UserError for a key that stands twice, or at a limit; what is not YAML passes, up to where it ends."""
+    sizes: dict[str | None, int] = {}  # of the anchored parts
+    around: list[_Part] = []
     aliased = 0
     try:
         for event in yaml.parse(text, SafeLoader):
+            if around and isinstance(event, yaml.NodeEvent):
+                around[-1].add(event)
             if isinstance(event, yaml.CollectionStartEvent):
-                around.append((event.anchor, 1))
+                around.append(_Part(event.anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
                 if len(around) > MAX_DEPTH:
                     raise UserError(f"YAML nests deeper than {MAX_DEPTH} levels; make it flatter")
                 continue
             if isinstance(event, yaml.AliasEvent):
-                if any(anchor == event.anchor for anchor, _ in around):
+                if any(part.anchor == event.anchor for part in around):
                     raise UserError(f"YAML alias *{event.anchor} stands within the part that it names; remove it")
                 size = sizes.get(event.anchor, 1)
                 aliased += size
@@ -35,12 +58,13 @@ def check_yaml(text: str) -> None:
                 size = 1
                 sizes |= {event.anchor: 1} if event.anchor else {}
             elif isinstance(event, yaml.CollectionEndEvent):
-                anchor, size = around.pop()
-                sizes |= {anchor: size} if anchor else {}
+                closed = around.pop()
+                size = closed.size
+                sizes |= {closed.anchor: size} if closed.anchor else {}
             else:
                 continue
             if around:
-                around[-1] = (around[-1][0], around[-1][1] + size)
+                around[-1].size += size
     except (yaml.YAMLError, UnicodeEncodeError):
         pass  # left to the reader
 
