@@ -114,7 +114,7 @@ def test_folders_have_new_valid_names(tmp_path):
             "baseline 'plan' is no variant; known: plain, SVDD alpha=0.0, SVDD alpha=auto, SMC; did you",
         ),
         ("statistics: [mode]", "statistics must be a list of mean, median, top10, top20, got 'mode'"),
-        ("variants: {a: {x.y: 1}, b: {x.y: 2}, a: {x.y: 3}}", "YAML key 'a' stands twice in one mapping, again in line"),
+        ("variants: {a: {x.y: 1}, b: {x.y: 2}, a: {x.y: 3}}", "YAML key 'a' stands twice in one mapping"),
         ("base: [", "cannot be read as YAML"),
     ],
 )
@@ -358,7 +358,7 @@ def test_the_command_line_names_what_it_cannot_use(tmp_path):
         study([str(path), "--tables_only", "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"--model\.budget is set by the study: use budgets in its file"):
         study(["study.yaml", "--model.budget", "5", "--output", str(tmp_path)])
-    with pytest.raises(UserError, match="nothing: no such file or shipped study; known: .*emoji"):  # not: expected true or false
+    with pytest.raises(UserError, match="nothing: no such file or shipped study"):  # not: expected true or false
         study(["--dry_run", "nothing", "--output", str(tmp_path)])
 
 

@@ -24,8 +24,8 @@ class FeatureValue(LearnedValue):
         pretrained_clip: The CLIP model: `emoji`, a folder or a hub name.
         decode_from: What is decoded: `x`, as in the authors' code, or `x0`, far more informative for one denoiser row.
         width: Width of the network, >= 1.
-        use_prompt: Whether the network reads the CLIP's embedding of the prompt and its cosine with the image's, to which
-            a part of the value is proportional.
+        use_prompt: Whether the network reads the CLIP's embedding of the prompt and its cosine with the image's, to
+            which a part of the value is proportional.
         dropout: Dropout rate in training, >= 0 and < 1.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
         learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
