@@ -27,8 +27,8 @@ class _Part:
         """Counts an entry; raises a UserError for a key that the mapping has already."""
         if self.keys is not None and self.entries % 2 == 0 and isinstance(event, yaml.ScalarEvent):
             if event.value in self.keys and event.value != "<<":
-                where = f"in line {event.start_mark.line + 1}"
-                raise UserError(f"YAML key {event.value!r} stands twice in one mapping, again {where}; remove one")
+                where = f", again in line {mark.line + 1}" if (mark := event.start_mark) else ""
+                raise UserError(f"YAML key {event.value!r} stands twice in one mapping{where}; remove one")
             self.keys.add(event.value)
         self.entries += 1
 
