@@ -10,6 +10,7 @@ from pathlib import Path
 from svdd import UserError, say
 from svdd.commands.options import Options
 from svdd.evaluation.comparison import distinct_names
+from svdd.evaluation.pairing import counted
 from svdd.evaluation.reports.data import read_run
 from svdd.evaluation.reports.page import check_page, write_page
 from svdd.runs.folder import RunFolder
@@ -79,13 +80,13 @@ def _write(options: argparse.Namespace) -> None:
     for run in runs:
         if run.hidden:
             more = f"--limit {len(run.images) + run.hidden} shows all"
-            say(f"svdd: warning: {_counted(run.hidden, 'picture')} of {run.folder} left out; {more}", error=True)
+            say(f"svdd: warning: {counted(run.hidden, 'picture')} of {run.folder} left out; {more}", error=True)
     if written.faults:
-        what = f"{_counted(len(written.faults), 'picture')} cannot be read, the first one: {written.faults[0]}"
+        what = f"{counted(len(written.faults), 'picture')} cannot be read, the first one: {written.faults[0]}"
         say(f"svdd: warning: {what}", error=True)
     count = sum(len(run.images) for run in runs)
-    beside = f", {_counted(written.files, 'thumbnail')} in {output.stem}_files" if written.files else ""
-    what = f"{_counted(count, 'picture')} of {_counted(len(runs), 'run')}"
+    beside = f", {counted(written.files, 'thumbnail')} in {output.stem}_files" if written.files else ""
+    what = f"{counted(count, 'picture')} of {counted(len(runs), 'run')}"
     say(f"wrote {output}: {what}, {written.bytes / 2**20:.1f} MB{beside}")
 
 
@@ -93,7 +94,3 @@ def _cells(folder: Path) -> list[Path]:
     """Returns the drawn cells of a study's folder; of any other folder, that folder."""
     drawn = sorted(path for path in folder.glob("cells/*") if RunFolder(path).has_rows())
     return drawn or [folder]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"

@@ -63,7 +63,7 @@ class Chunker:
     ) -> Rows:
         """Returns `function(*arguments)`, computed on slices of the rows.
 
-        `work` is for those who measure: calls with equal work and shapes take the same time.
+        `work` names the kind of work, for estimates of time: calls of one kind and shape take equally long.
 
         Each argument has the same number of rows, at least 1: the rows of each of `images` images in turn. The function
         returns a tensor, or a named tuple or dictionary of tensors, with one row per row of the slice.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from svdd import UserError
 from svdd.evaluation.sides import Positions, Side, digest
 
-__all__ = ["incomparable", "mismatches", "omissions", "other_model", "pair", "require_pairs", "same_prompts"]
+__all__ = ["counted", "incomparable", "mismatches", "omissions", "other_model", "pair", "require_pairs", "same_prompts"]
 
 _SHOWN = 3  # examples in a message
 _STEPS = "model.diffusion.num_inference_steps"
@@ -120,13 +120,13 @@ def omissions(one: Side, other: Side, images: bool = True) -> tuple[list[str], l
     unknown, known = [], []
     if not failed.all():
         count, first = _distinct(one, absent[~failed])
-        unknown.append(f"{other.name} lacks {_counted(count, 'prompt')} of {one.name}, {first}")
+        unknown.append(f"{other.name} lacks {counted(count, 'prompt')} of {one.name}, {first}")
     if failed.any():
-        known.append(f"{_counted(len(np.unique(one.texts[absent[failed]])), 'prompt')} failed in {other.name}")
+        known.append(f"{counted(len(np.unique(one.texts[absent[failed]])), 'prompt')} failed in {other.name}")
     more = np.setdiff1d(lacking, absent)
     if images and len(more):
         count, first = _distinct(one, more)
-        unknown.append(f"{other.name} has fewer images than {one.name} of {_counted(count, 'prompt')}, {first}")
+        unknown.append(f"{other.name} has fewer images than {one.name} of {counted(count, 'prompt')}, {first}")
     return unknown, known
 
 
@@ -184,7 +184,8 @@ def _distinct(side: Side, positions: Positions) -> tuple[int, str]:
     return len(texts), ", ".join(_quoted(image.prompt) for _, image in shown) + more
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """Returns `1 image` or `2 images`."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 

@@ -25,7 +25,7 @@ class FeatureValue(LearnedValue):
         decode_from: What is decoded: `x`, as in the authors' code, or `x0`, far more informative for one denoiser row.
         width: Width of the network, >= 1.
         use_prompt: Whether the network reads the CLIP's embedding of the prompt and its cosine with the image's, to
-            which a part of the value is proportional.
+            which a part of the value is proportional; false for rewards that ignore the prompt.
         dropout: Dropout rate in training, >= 0 and < 1.
         loss: `MeanLoss` (the expected reward) or `SoftLoss` (the soft value at a temperature).
         learning_rate: Peak learning rate of AdamW, > 0; cosine to 0.
