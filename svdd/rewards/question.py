@@ -1,7 +1,5 @@
 """Rewards that ask a vision-language model a yes/no question about each image."""
 
-import os
-import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd import UserError
+from svdd.rewards.models.http_client import from_environment
 from svdd.rewards.models.local_vlm import Answers, read_vlm
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Endpoint
@@ -100,7 +99,7 @@ class QuestionReward(PretrainedReward):
         """
         pictures, texts = to_pil(images), list(questions)
         if self.service is not None:
-            found = self.service.answers(pictures, texts, answer, self.key())
+            found = self.service.log_probabilities(pictures, texts, self.key(), answer)
             return Answers(*(images.new_tensor(column, dtype=torch.float32) for column in zip(*found, strict=True)))
         chunks = (slice(k, k + self.batch_size) for k in range(0, len(images), self.batch_size))
         parts = [self.network(pictures[chunk], texts[chunk], answer) for chunk in chunks]
@@ -113,13 +112,4 @@ class QuestionReward(PretrainedReward):
 
     def key(self) -> str | None:
         """Returns the endpoint's key from the environment; raises UserError if it is not set or unprintable."""
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            problem = "holds no key" if key else "is not set"
-            shown = (  # it may be the key itself
-                self.api_key_env if re.fullmatch("[A-Z]+(_[A-Z0-9]+)+", self.api_key_env) else "that api_key_env names"
-            )
-            raise UserError(f"the environment variable {shown} {problem}")
-        return key
+        return None if self.api_key_env is None else from_environment(self.api_key_env)
