@@ -13,5 +13,6 @@ from .pick_score import PickScore as PickScore
 from .sharpness import Sharpness as Sharpness
 from .threshold import Threshold as Threshold
 from .vlm_judge import VLMJudge as VLMJudge
+from .vqa_score import VQAScore as VQAScore
 from .weighted_sum import WeightedSum as WeightedSum
 from .z_scored import ZScored as ZScored

@@ -14,9 +14,19 @@ from svdd import RewardError, UserError, first_line
 
 __all__ = ["Reward", "is_device_failure"]
 
-# Arguments that do not change the result; the second line holds those of an endpoint.
+# Arguments that do not change the result; the later lines hold those of an endpoint.
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
-_NO_EFFECT |= {"api_key", "api_key_env", "password", "token", "backoff", "concurrency", "retries", "timeout"}
+_NO_EFFECT |= {
+    "endpoint",
+    "api_key",
+    "api_key_env",
+    "password",
+    "token",
+    "backoff",
+    "concurrency",
+    "retries",
+    "timeout",
+}
 
 _DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
     *("cuda error", "out of memory"),

@@ -1,7 +1,7 @@
 """Answers to yes/no questions about images by a vision-language model of transformers.
 
-Sources: Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, arXiv 2404.01291; Huang et
-al., T2I-CompBench, 2023, arXiv 2307.06350 (BLIP).
+Sources: Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Generation, 2024, arXiv 2404.01291; Huang
+et al., T2I-CompBench, 2023, arXiv 2307.06350 (BLIP).
 """
 
 import inspect
