@@ -364,7 +364,7 @@ def save_tiny_hps_v3(folder: Path) -> str:
         old = name.removeprefix("model.") if name.startswith("model.visual.") else name.replace(".language_model.", ".")
         state[old] = tensor.clone()
     for place, rows, columns in ((0, 1024, 32), (3, 16, 1024), (5, 2, 16)):
-        _linear(state, f"rm_head.{place}", rows, columns, gain=2)
+        _linear(state, f"rm_head.{place}", rows, columns)
     save_file(state, folder / "HPSv3.safetensors")
     return str(folder)
 
@@ -418,7 +418,7 @@ def save_tiny_instruct_blip(folder: Path) -> str:
             d_ff=64,
             num_layers=2,
             num_heads=2,
-            initializer_factor=3.0,
+            initializer_factor=1.5,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,

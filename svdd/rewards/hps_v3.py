@@ -4,7 +4,7 @@ Source: Ma et al., HPSv3: Towards Wide-Spectrum Human Preference Score, 2025, ar
 network and its inputs are those of the authors' code (github.com/MizzenAI/HPSv3, MIT).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class HPSv3(PretrainedReward):
     base: str = "Qwen/Qwen2-VL-7B-Instruct"
     pixels: int = 256 * 28 * 28
     batch_size: int = 8
-    dtype: Precision = "bfloat16"
+    dtype: Precision = field(default="bfloat16", kw_only=True)
     differentiable = True
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ Source: Lin et al., Evaluating Text-to-Visual Generation with Image-to-Text Gene
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class VQAScore(QuestionReward):
     question: str = 'Does this figure show "{prompt}"? Please answer yes or no.'
     answer: str = "Yes"
     logit: bool = False
-    dtype: Precision = "bfloat16"
+    dtype: Precision = field(default="bfloat16", kw_only=True)
     default = "Qwen/Qwen2.5-VL-7B-Instruct"
 
     def __post_init__(self) -> None:

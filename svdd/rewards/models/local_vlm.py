@@ -167,5 +167,9 @@ class _Blip(LocalVLM):
             ids[:, 0] = first + 1  # [ENC], as in training
         seen = model.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
         read = model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
-        start = torch.full_like(ids[:, :1], first)
-        return model.text_decoder(start, encoder_hidden_states=read, encoder_attention_mask=mask).logits
+        start, lengths = torch.full_like(ids[:, :1], first), mask.sum(1)
+        logits = [
+            model.text_decoder(start[row : row + 1], encoder_hidden_states=read[row : row + 1, :length]).logits
+            for row, length in enumerate(lengths.tolist())  # transformers ignores a mask here
+        ]
+        return torch.cat(logits)

@@ -154,5 +154,6 @@ def read_log_probabilities(answer: Answer, exact: str) -> tuple[float, float, fl
         return float(np.logaddexp.reduce([logprob for token, logprob in tokens if matches(token)] or [lowest]))
 
     said = total(lambda token: token == exact)
-    spared = total(lambda token: token != exact) if said > -0.7 else float(np.log1p(-np.exp(said)))
+    certain = said > -1e-3  # then 1 - p has few digits, and the other tokens have more
+    spared = total(lambda token: token != exact) if certain else float(np.log1p(-np.exp(said)))
     return total(lambda token: token.lower() == "yes"), total(lambda token: token.lower() == "no"), said, spared
