@@ -38,9 +38,11 @@ from svdd.rewards.aesthetic import Aesthetic
 from svdd.rewards.base import Reward
 from svdd.rewards.classifier import Classifier, Preprocessing, find_label
 from svdd.rewards.clip import CLIPScore
+from svdd.rewards.http_reward import HTTPReward
 from svdd.rewards.image_reward import GroundedText, ImageReward
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
 from svdd.rewards.vlm_judge import VLMJudge
+from tests.test_http_reward import brightness
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
 from tests.tiny_reward_models import (
     BLIP_TOKENS,
@@ -70,6 +72,7 @@ def models(tmp_path_factory):
         "llava": save_tiny_llava,
         "qwen": save_tiny_qwen,
         "endpoint": lambda folder: servers.enter_context(chat_server(lambda body, handler: judge(body)))[0],
+        "server": lambda folder: servers.enter_context(chat_server(brightness))[0],
     }
 
     def folder(name: str) -> str:
@@ -93,6 +96,7 @@ TESTED = {
     "VLMJudge-llava": lambda models: VLMJudge(models("llava")),
     "VLMJudge-qwen": lambda models: VLMJudge(models("qwen"), batch_size=3),
     "VLMJudge-endpoint": lambda models: VLMJudge(endpoint=models("endpoint"), model="tiny"),
+    "HTTPReward": lambda models: HTTPReward(models("server"), batch_size=3),
 }
 
 
@@ -666,7 +670,9 @@ def test_log_odds_keep_their_digits_where_half_precision_is_the_default():
 
 
 def test_a_request_is_retried_after_a_transient_failure():
-    failures = iter(["hang up", (429, {}, {"Retry-After": "0"}), (503, b"<html>busy</html>", {}), (500, {}, {})])
+    failures = iter(
+        ["hang up", (429, {}, {"Retry-After": "0"}), (503, b"<html>busy</html>", {}), (500, {}, {}), (425, {}, {})]
+    )
 
     def answer(body, handler):
         said = next(failures, None)
@@ -676,8 +682,8 @@ def test_a_request_is_retried_after_a_transient_failure():
         return judge(body) if said is None else said
 
     with chat_server(answer) as (address, asked):
-        assert ask(address, retries=4, concurrency=1).isfinite().all()
-        assert len(asked) == 4 + 2
+        assert ask(address, retries=5, concurrency=1).isfinite().all()
+        assert len(asked) == 5 + 2
 
 
 def test_retries_are_limited():
@@ -688,11 +694,17 @@ def test_retries_are_limited():
 
 
 def test_waits_between_attempts_double(monkeypatch):
-    waits = []
-    monkeypatch.setattr("svdd.rewards.models.vlm_endpoint.time.sleep", waits.append)
-    with chat_server(lambda body, handler: (503, {}, {})) as (address, _):
-        failure(address, retries=8, backoff=0.5, concurrency=1)
-    assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    waits, after = [], iter(["", "70", "1000", *[""] * 20])
+
+    async def note(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr("svdd.rewards.models.http_client.sleep", note)
+    with chat_server(lambda body, handler: (503, {}, {"Retry-After": next(after)})) as (address, _):
+        failure(address, retries=10, backoff=0.5, concurrency=1)
+    least = [0.5, 70, 120, 4, 8, 16, *[30] * 4]
+    assert all(low <= wait <= 1.25 * low for low, wait in zip(least, waits, strict=True))
+    assert len(set(waits[-4:])) == 4  # jitter
 
 
 def test_an_endpoint_that_hangs_times_out():
@@ -738,7 +750,8 @@ def test_an_unreachable_endpoint():
     [
         (b"<html>hello</html>", "the answer is not JSON; is this the address of the API"),
         (b"\xff\xfe", "the answer is not JSON"),
-        ([], "the answer has no logprobs"),
+        ([], "the answer is no chat completion with a choice and logprobs: '[]'"),
+        ({"choices": [{"logprobs": {"content": [{"token": "yes"}]}}]}, "the answer is no chat completion"),
         ({"choices": [{"message": {"content": "yes"}, "logprobs": None}]}, "the answer has no logprobs"),
         (logprobs(perhaps=-0.5, maybe=-1.5), "neither yes nor no is among the 2 most likely tokens; first 'perhaps'"),
         ((404, {"error": {"message": "The model `tiny` does not exist."}}, {}), "404 Not Found: The model `tiny` does"),

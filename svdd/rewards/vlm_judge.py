@@ -5,8 +5,6 @@ Black et al., Training Diffusion Models with Reinforcement Learning, 2023, arXiv
 """
 
 import inspect
-import os
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.hub import check_tokenizer, read_auto, read_model
+from svdd.rewards.models.http_client import from_environment
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Endpoint
 from svdd.rewards.pretrained import Precision, PretrainedReward
@@ -103,16 +102,7 @@ class VLMJudge(PretrainedReward):
 
     def key(self) -> str | None:
         """Returns the endpoint's key from the environment; raises UserError if it is not set or unprintable."""
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            problem = "holds no key" if key else "is not set"
-            shown = (
-                self.api_key_env if re.fullmatch("[A-Z]+(_[A-Z0-9]+)+", self.api_key_env) else "that api_key_env names"
-            )
-            raise UserError(f"the environment variable {shown} {problem}")
-        return key
+        return None if self.api_key_env is None else from_environment(self.api_key_env)
 
 
 class LocalVLM(nn.Module):
