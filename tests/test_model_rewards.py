@@ -38,10 +38,12 @@ from svdd.rewards.aesthetic import Aesthetic
 from svdd.rewards.base import Reward
 from svdd.rewards.classifier import Classifier, Preprocessing, find_label
 from svdd.rewards.clip import CLIPScore
+from svdd.rewards.hps_v3 import HPSv3
 from svdd.rewards.http_reward import HTTPReward
 from svdd.rewards.image_reward import GroundedText, ImageReward
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
 from svdd.rewards.vlm_judge import VLMJudge
+from svdd.rewards.vqa_score import VQAScore
 from tests.test_http_reward import brightness
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
 from tests.tiny_reward_models import (
@@ -52,7 +54,10 @@ from tests.tiny_reward_models import (
     judge,
     logprobs,
     plain_image_reward,
+    save_tiny_blip,
+    save_tiny_hps_v3,
     save_tiny_image_reward,
+    save_tiny_instruct_blip,
     save_tiny_llava,
     save_tiny_qwen,
     save_tiny_resnet,
@@ -71,6 +76,9 @@ def models(tmp_path_factory):
         "resnet": save_tiny_resnet,
         "llava": save_tiny_llava,
         "qwen": save_tiny_qwen,
+        "blip": save_tiny_blip,
+        "instruct_blip": save_tiny_instruct_blip,
+        "hps_v3": save_tiny_hps_v3,
         "endpoint": lambda folder: servers.enter_context(chat_server(lambda body, handler: judge(body)))[0],
         "server": lambda folder: servers.enter_context(chat_server(brightness))[0],
     }
@@ -96,6 +104,16 @@ TESTED = {
     "VLMJudge-llava": lambda models: VLMJudge(models("llava")),
     "VLMJudge-qwen": lambda models: VLMJudge(models("qwen"), batch_size=3),
     "VLMJudge-endpoint": lambda models: VLMJudge(endpoint=models("endpoint"), model="tiny"),
+    "VQAScore-qwen": lambda models: VQAScore(models("qwen"), answer="yes", batch_size=3, dtype="float32"),
+    "VQAScore-blip": lambda models: VQAScore(models("blip"), answer="no", dtype="float32"),
+    "VQAScore-instruct_blip": lambda models: VQAScore(models("instruct_blip"), logit=True, dtype="float32"),
+    "HPSv3": lambda models: HPSv3(
+        models("hps_v3") + "/HPSv3.safetensors",
+        models("hps_v3") + "/base",
+        pixels=64 * 64,
+        batch_size=3,
+        dtype="float32",
+    ),
     "HTTPReward": lambda models: HTTPReward(models("server"), batch_size=3),
 }
 
@@ -165,7 +183,8 @@ def test_the_module_may_be_bfloat16(name, when, models):
         reward.load()
     reward.to(torch.bfloat16)
     scores = reward.score(images, PROMPTS[:2])
-    assert {parameter.dtype for parameter in reward.parameters()} <= {torch.bfloat16}
+    kept = "pretrained_network.head." if name == "HPSv3" else "-"  # in float32, as its help says
+    assert {weights.dtype for key, weights in reward.named_parameters() if not key.startswith(kept)} <= {torch.bfloat16}
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, TESTED[name](models).score(images, PROMPTS[:2]), rtol=0.1, atol=0.1)
 
@@ -784,7 +803,7 @@ def test_a_key_is_sent_and_never_shown(monkeypatch, capfd):
         answers = [logprobs(yes=-1.0, no=-1.0)] * 2
         reward = VLMJudge(endpoint=address, model="tiny", api_key_env="JUDGE_KEY")
         assert reward.score(pictures(2), PROMPTS[:2]).tolist() == [0, 0]
-    assert key not in f"{reward!r} {vars(reward)} {reward.endpoint!r} {capfd.readouterr()}"
+    assert key not in f"{reward!r} {vars(reward)} {reward.service!r} {capfd.readouterr()}"
 
 
 @pytest.mark.parametrize(("value", "message"), [(None, "JUDGE_KEY.* is not set"), ("a\nb", "JUDGE_KEY.* holds no key")])

@@ -198,7 +198,7 @@ def test_hps_v3_is_that_of_the_authors(folder):
     expected = plain_hps_v3(folder("hps_v3"), images, prompts, 64 * 64)
     reward = hps_v3(folder, batch_size=3)
     torch.testing.assert_close(reward.score(images, prompts), expected, rtol=0, atol=1e-5)
-    assert expected.std() > 0.2
+    assert expected.std() > 0.05
     images = pictures(2, 40, 56) * 0.5 + 0.25
     images, area = (images * 255).round() / 255, 256 * 28 * 28
     expected = plain_hps_v3(folder("hps_v3"), images, prompts[:2], area)

@@ -288,7 +288,7 @@ def tiny_qwen_config(
             "hidden_size": 32,
             "num_heads": 2,
             "patch_size": 8,
-            "initializer_range": 0.3,
+            "initializer_range": spread,
         },
         text_config={
             "vocab_size": words,
@@ -297,7 +297,7 @@ def tiny_qwen_config(
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
-            "initializer_range": 0.3,
+            "initializer_range": spread,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
             "bos_token_id": start,
             "eos_token_id": end,
@@ -352,7 +352,7 @@ def save_tiny_hps_v3(folder: Path) -> str:
         special_tokens=True,
     )
     index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
-    config = tiny_qwen_config(len(tokenizer) + 5, index)  # some rows are spare, as in Qwen2-VL
+    config = tiny_qwen_config(len(tokenizer) + 5, index, spread=0.2)  # some rows are spare, as in Qwen2-VL
     config.save_pretrained(folder / "base")
     pixels, videos = Qwen2VLImageProcessor(patch_size=8), Qwen2VLVideoProcessor(patch_size=8)
     Qwen2VLProcessor(pixels, tokenizer, videos, chat_template=QWEN_CHAT).save_pretrained(folder / "base")
@@ -364,7 +364,7 @@ def save_tiny_hps_v3(folder: Path) -> str:
         old = name.removeprefix("model.") if name.startswith("model.visual.") else name.replace(".language_model.", ".")
         state[old] = tensor.clone()
     for place, rows, columns in ((0, 1024, 32), (3, 16, 1024), (5, 2, 16)):
-        _linear(state, f"rm_head.{place}", rows, columns)
+        _linear(state, f"rm_head.{place}", rows, columns, gain=2)
     save_file(state, folder / "HPSv3.safetensors")
     return str(folder)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from svdd.rewards.models.local_vlm import LocalVLM
 from svdd.rewards.pretrained import Precision
 from svdd.rewards.question import QuestionReward
 
@@ -43,7 +44,7 @@ class VQAScore(QuestionReward):
     def read(self) -> nn.Module:
         """Returns the local model; raises UserError if the answer is not a token of it."""
         network = super().read()
-        if self.service is None:
+        if isinstance(network, LocalVLM):
             network.spell(self.answer)
         return network
 

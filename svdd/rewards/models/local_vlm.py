@@ -6,7 +6,7 @@ et al., T2I-CompBench, 2023, arXiv 2307.06350 (BLIP).
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,8 @@ def read_vlm(pretrained: str, dtype: torch.dtype, options: dict[str, Any]) -> "L
 
 class LocalVLM(nn.Module, ABC):
     """A vision-language model of transformers with its processor."""
+
+    limits: Mapping[str, Any] = {}  # of the lengths of texts
 
     def __init__(self, model: Any, pretrained: str, options: dict[str, Any]) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class LocalVLM(nn.Module, ABC):
             texts = [self.place() + question for question in questions]
         processor.tokenizer.padding_side = "right"  # positions are those of unpadded texts
         images = [[picture] for picture in pictures]
-        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", **self.limits, **options)
         return inputs.to(self.model.device, self.model.dtype)
 
     def place(self) -> str:
@@ -156,6 +158,10 @@ class _EncoderDecoder(LocalVLM):
 
 class _Blip(LocalVLM):
     """BLIP for visual question answering: a decoder reads what an encoder of the question has seen in the image."""
+
+    def __init__(self, model: Any, pretrained: str, options: dict[str, Any]) -> None:
+        super().__init__(model, pretrained, options)
+        self.limits = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
 
     def place(self) -> str:
         return ""

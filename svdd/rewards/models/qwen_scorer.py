@@ -34,9 +34,10 @@ class Scorer(nn.Module):
 
     def forward(self, images: Tensor, prompts: list[str], area: int) -> Tensor:
         """Returns the mean of the preference for each image, resized to an area in pixels, float32 [n]."""
-        device, how = self.head[0].weight.device, self.processor.image_processor
-        size = smart_size(*images.shape[-2:], how.patch_size * how.merge_size, area)
-        if size != images.shape[-2:]:
+        device, how = images.device, self.processor.image_processor
+        height, width = images.shape[-2:]
+        size = smart_size(height, width, how.patch_size * how.merge_size, area)
+        if size != (height, width):
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
         pixels = patches(normalise(images.clamp(0, 1), how.image_mean, how.image_std), how)
         grid = torch.tensor([[1, *(side // how.patch_size for side in size)]], device=device)
@@ -77,10 +78,10 @@ def smart_size(height: int, width: int, factor: int, area: int) -> tuple[int, in
     rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
     if rows * columns > area:
         shrink = math.sqrt(height * width / area)
-        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))  # type: ignore[return-value]
-    if rows * columns < area:
+        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif rows * columns < area:
         grow = math.sqrt(area / (height * width))
-        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))  # type: ignore[return-value]
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return rows, columns
 
 
@@ -127,8 +128,9 @@ def read_scorer(
     if len(words) < (known := len(processor.tokenizer)):
         raise UserError(f"{source} has {len(words)} words, but the tokenizer of {base!r} has {known} with {token}")
     config.text_config.vocab_size = len(words)
-    with loading(source):  # both layouts of names: transformers has changed them
-        model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+    kind: Any = Qwen2VLForConditionalGeneration
+    with loading(source):  # of either layout of names: transformers has changed them
+        model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     check_loaded("Qwen2-VL", info, source)
