@@ -366,3 +366,19 @@ def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# ---- a server with the protocol of HTTPReward
+
+
+def images_of_request(body: dict) -> np.ndarray:
+    """Returns the images of a request, uint8 [n, h, w, 3]."""
+    files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+    assert {file.format for file in files} == {body["format"].upper()}
+    return np.stack([np.asarray(file) for file in files])
+
+
+def brightness(body: dict, handler=None) -> dict:
+    """Answers with the brightness of each image plus the length of its prompt."""
+    lengths = [len(prompt) for prompt in body["prompts"]]
+    return {"scores": (images_of_request(body).mean((1, 2, 3)) / 255 + lengths).tolist()}
