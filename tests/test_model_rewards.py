@@ -41,6 +41,7 @@ from svdd.rewards.clip import CLIPScore
 from svdd.rewards.http_reward import HTTPReward
 from svdd.rewards.image_reward import GroundedText, ImageReward
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
+from svdd.rewards.rubric_judge import RubricJudge
 from svdd.rewards.vlm_judge import VLMJudge
 from tests.test_http_reward import brightness
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
@@ -52,6 +53,7 @@ from tests.tiny_reward_models import (
     judge,
     logprobs,
     plain_image_reward,
+    rubric_server,
     save_tiny_image_reward,
     save_tiny_llava,
     save_tiny_qwen,
@@ -72,6 +74,7 @@ def models(tmp_path_factory):
         "llava": save_tiny_llava,
         "qwen": save_tiny_qwen,
         "endpoint": lambda folder: servers.enter_context(chat_server(lambda body, handler: judge(body)))[0],
+        "rubric": lambda folder: servers.enter_context(chat_server(rubric_server))[0],
         "server": lambda folder: servers.enter_context(chat_server(brightness))[0],
     }
 
@@ -97,6 +100,7 @@ TESTED = {
     "VLMJudge-qwen": lambda models: VLMJudge(models("qwen"), batch_size=3),
     "VLMJudge-endpoint": lambda models: VLMJudge(endpoint=models("endpoint"), model="tiny"),
     "HTTPReward": lambda models: HTTPReward(models("server"), batch_size=3),
+    "RubricJudge": lambda models: RubricJudge(endpoint=models("rubric"), model="tiny", rubric="{prompt}?", highest=9),
 }
 
 
