@@ -25,6 +25,8 @@ from tests.tiny_reward_models import (
     brightness,
     chat_server,
     judge,
+    marks,
+    rubric_server,
     save_tiny_image_reward,
     save_tiny_llava,
     save_tiny_qwen,
@@ -75,6 +77,8 @@ MODELS: dict[str, Callable[[ExitStack, Path], str]] = {
     "llava": saved(save_tiny_llava),
     "qwen": saved(save_tiny_qwen),
     "endpoint": server(lambda body, handler: judge(body)),
+    "rubric": server(rubric_server),
+    "marks": server(marks),
     "server": server(brightness),
 }
 
@@ -184,6 +188,10 @@ TESTED: dict[str, Case] = {
     "VLMJudge, LLaVA": Case(lambda models: rewards.VLMJudge(models("llava")), tolerance=1e-5),
     "VLMJudge, Qwen2-VL": Case(lambda models: rewards.VLMJudge(models("qwen"), batch_size=3), tolerance=1e-5),
     "VLMJudge, endpoint": Case(lambda models: rewards.VLMJudge(endpoint=models("endpoint"), model="tiny")),
+    "RubricJudge": Case(
+        lambda models: rewards.RubricJudge(endpoint=models("rubric"), model="tiny", rubric="{prompt}?", highest=9)
+    ),
+    "UnifiedReward": Case(lambda models: rewards.UnifiedReward(endpoint=models("marks"), model="tiny")),
     "HTTPReward": Case(lambda models: rewards.HTTPReward(models("server"), batch_size=3)),
     "FunctionReward": Case(lambda models: rewards.FunctionReward(mean_red, differentiable=True)),
     "FunctionReward, one by one": Case(
