@@ -20,39 +20,20 @@ from svdd.rewards.hps_v3 import INSTRUCTION, HPSv3
 from svdd.rewards.models.qwen_scorer import patches, smart_size
 from svdd.rewards.vlm_judge import VLMJudge
 from svdd.rewards.vqa_score import VQAScore
-from tests.test_rewards import PROMPTS, as_pil, pictures
+from tests.tested_rewards import PROMPTS, as_pil, pictures, serving
 from tests.tiny_reward_models import (
     HPS_V3_TOKEN,
     chat_server,
     logprobs,
-    save_tiny_blip,
-    save_tiny_hps_v3,
-    save_tiny_instruct_blip,
-    save_tiny_llava,
-    save_tiny_qwen,
     seen_and_asked,
 )
-
-SAVE = {
-    "llava": save_tiny_llava,
-    "qwen": save_tiny_qwen,
-    "instruct_blip": save_tiny_instruct_blip,
-    "blip": save_tiny_blip,
-    "hps_v3": save_tiny_hps_v3,
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Folders of tiny models by name, saved at first use."""
-    saved = {}
-
-    def find(name: str) -> str:
-        if name not in saved:
-            saved[name] = SAVE[name](tmp_path_factory.mktemp(name))
-        return saved[name]
-
-    return find
+    with serving(tmp_path_factory.mktemp) as found:
+        yield found
 
 
 # ---- VQAScore

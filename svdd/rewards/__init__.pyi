@@ -12,8 +12,10 @@ from .image_reward import ImageReward as ImageReward
 from .jpeg import Compressibility as Compressibility
 from .jpeg import Incompressibility as Incompressibility
 from .pick_score import PickScore as PickScore
+from .rubric_judge import RubricJudge as RubricJudge
 from .sharpness import Sharpness as Sharpness
 from .threshold import Threshold as Threshold
+from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
 from .vqa_score import VQAScore as VQAScore
 from .weighted_sum import WeightedSum as WeightedSum

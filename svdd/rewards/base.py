@@ -158,6 +158,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | Path):
         path = Path(value).expanduser()  # may move, but not be renamed
         return path.name if path.exists() else str(value)
+    if isinstance(value, dict):
+        named = {str(key): _plain(part) for key, part in value.items()}
+        return ... if ... in named.values() else named
     if isinstance(value, list | tuple | nn.ModuleList):
         parts = [_plain(part) for part in value]
         return ... if ... in parts else parts
