@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BlipForQuestionAnswering,
@@ -42,14 +43,12 @@ QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 
 
 @torch.no_grad()
-def plain_vqa_score(folder: str, name: str, image, prompt: str) -> tuple[float, float]:
+def plain_vqa_score(name: str, model, processor, image, prompt: str) -> tuple[float, float]:
     """Returns the probability of the answer as the authors of VQAScore compute it, and that of BLIP's benchmark.
 
     For FLAN-T5 it is exp of minus the mean cross-entropy of the answer and its end; T2I-CompBench takes
     p(yes) / (p(yes) + p(no)) of the first token after [DEC], to a question that begins with [ENC].
     """
-    auto = BlipForQuestionAnswering if name == "blip" else AutoModelForImageTextToText
-    model, processor = auto.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     tokenizer, question = processor.tokenizer, QUESTION.format(prompt)
     if name == "qwen":
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
@@ -74,8 +73,10 @@ def plain_vqa_score(folder: str, name: str, image, prompt: str) -> tuple[float, 
 @pytest.mark.parametrize("name", ["llava", "qwen", "instruct_blip", "blip"])
 def test_vqa_score_is_the_probability_of_the_answer(folder, name):
     images, prompts = pictures(4, 40, 56), ["a", "a longer prompt", "panda", "{prompt}"]
+    auto = BlipForQuestionAnswering if name == "blip" else AutoModelForImageTextToText
+    model, processor = auto.from_pretrained(folder(name)).eval(), AutoProcessor.from_pretrained(folder(name))
     pairs = zip(as_pil(images), prompts, strict=True)
-    expected = torch.tensor([plain_vqa_score(folder(name), name, *pair) for pair in pairs])
+    expected = torch.tensor([plain_vqa_score(name, model, processor, *pair) for pair in pairs])
     reward = VQAScore(folder(name), answer="yes" if name == "blip" else "Yes", batch_size=3, dtype="float32")
     scores = reward.score(images, prompts)
     torch.testing.assert_close(scores, expected[:, 0], rtol=1e-4, atol=1e-7)
@@ -128,7 +129,7 @@ def plain_hps_v3(folder: str, images: torch.Tensor, prompts: list[str], area: in
     processor = AutoProcessor.from_pretrained(f"{folder}/base")
     processor.tokenizer.add_special_tokens({"additional_special_tokens": [HPS_V3_TOKEN]})
     state = load_file(f"{folder}/HPSv3.safetensors")
-    config = AutoModelForImageTextToText.from_config(processor_config(folder)).config
+    config = AutoConfig.from_pretrained(f"{folder}/base")
     config.text_config.vocab_size = len(processor.tokenizer)
     model = Qwen2VLForConditionalGeneration(config).eval()
     names = {}
@@ -161,12 +162,6 @@ def plain_hps_v3(folder: str, images: torch.Tensor, prompts: list[str], area: in
     return read[:, 0]
 
 
-def processor_config(folder: str):
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(f"{folder}/base")
-
-
 def hps_v3(folder, name: str = "HPSv3.safetensors", **options) -> HPSv3:
     home = folder("hps_v3")
     return HPSv3(f"{home}/{name}", base=f"{home}/base", **{"dtype": "float32", "pixels": 64 * 64, **options})
@@ -183,7 +178,7 @@ def test_hps_v3_is_that_of_the_authors(folder):
     images = pictures(2, 40, 56) * 0.5 + 0.25
     images, area = (images * 255).round() / 255, 256 * 28 * 28
     expected = plain_hps_v3(folder("hps_v3"), images, prompts[:2], area)
-    torch.testing.assert_close(hps_v3(folder, pixels=area).score(images, prompts[:2]), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(hps_v3(folder, pixels=area).score(images, prompts[:2]), expected, rtol=0.01, atol=0.02)
 
 
 @pytest.mark.parametrize("size", [(512, 512), (40, 56), (1024, 768), (300, 90), (448, 448)])
