@@ -1,6 +1,5 @@
 """A reward on a server: the protocol, faults of the server, and runs that it guides."""
 
-import base64
 import io
 import json
 import os
@@ -20,8 +19,8 @@ from svdd import RewardError, UserError
 from svdd.__main__ import main
 from svdd.rewards.http_reward import HTTPReward
 from svdd.rewards.jpeg import Compressibility
-from tests.test_rewards import PROMPTS, pictures
-from tests.tiny_reward_models import chat_server
+from tests.tested_rewards import PROMPTS, pictures
+from tests.tiny_reward_models import brightness, chat_server, images_of_request
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "reward_server.py"
 QUICK = {"backoff": 0.001, "timeout": 20.0}
@@ -32,23 +31,10 @@ def without_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
 
-def seen(body: dict) -> np.ndarray:
-    """Returns the images of a request, uint8 [n, h, w, 3]."""
-    files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
-    assert {file.format for file in files} == {body["format"].upper()}
-    return np.stack([np.asarray(file) for file in files])
-
-
 def jpeg(image: np.ndarray) -> np.ndarray:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="jpeg", quality=95)
     return np.asarray(Image.open(buffer))
-
-
-def brightness(body: dict, handler=None) -> dict:
-    """Answers with the brightness of each image plus the length of its prompt."""
-    lengths = [len(prompt) for prompt in body["prompts"]]
-    return {"scores": (seen(body).mean((1, 2, 3)) / 255 + lengths).tolist()}
 
 
 @pytest.mark.parametrize("answer", ["object", "list"])
@@ -78,8 +64,8 @@ def test_the_server_receives_what_the_protocol_says(monkeypatch, image_format, a
     assert (first["headers"]["Authorization"], first["headers"]["X-Tenant"]) == ("Bearer key-1", "t-7")
     sent = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     sent = sent if image_format == "png" else np.stack([jpeg(image) for image in sent])
-    assert np.array_equal(seen(first["body"]), sent[:3])
-    assert np.array_equal(seen(second["body"]), sent[3:])
+    assert np.array_equal(images_of_request(first["body"]), sent[:3])
+    assert np.array_equal(images_of_request(second["body"]), sent[3:])
     expected = sent.mean((1, 2, 3)) / 255 + [len(prompt) for prompt in PROMPTS]
     assert torch.equal(scores, torch.from_numpy(expected).float())
     assert "key-1" not in f"{reward!r} {vars(reward)} {reward.identity}"

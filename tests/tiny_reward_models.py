@@ -350,6 +350,14 @@ def rubric_server(body: dict, handler: Any = None) -> dict:
     return logprobs(**dict(sorted({**tokens, "The": np.log(0.1)}.items(), key=lambda pair: -pair[1])))
 
 
+def marks(body: dict, handler: Any = None) -> dict:
+    """Answers with the lines of UnifiedReward: the marks grow with brightness and the length of the question."""
+    picture, question = seen_and_asked(body)
+    mark = 1 + 2 * picture.mean() / 255 + len(question) / 1000
+    text = "".join(f"{aspect} Score (1-5): {mark:.4f}\n" for aspect in ("Alignment", "Coherence", "Style"))
+    return {"choices": [{"message": {"content": text}}]}
+
+
 @contextmanager
 def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[dict]]]:
     """Serves `answer(body, handler)` on this machine; yields the address up to /v1 and the list of requests.
@@ -386,3 +394,19 @@ def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# ---- a server with the protocol of HTTPReward
+
+
+def images_of_request(body: dict) -> np.ndarray:
+    """Returns the images of a request, uint8 [n, h, w, 3]."""
+    files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+    assert {file.format for file in files} == {body["format"].upper()}
+    return np.stack([np.asarray(file) for file in files])
+
+
+def brightness(body: dict, handler=None) -> dict:
+    """Answers with the brightness of each image plus the length of its prompt."""
+    lengths = [len(prompt) for prompt in body["prompts"]]
+    return {"scores": (images_of_request(body).mean((1, 2, 3)) / 255 + lengths).tolist()}
