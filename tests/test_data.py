@@ -150,9 +150,7 @@ def test_parquet_values_are_preserved(tmp_path):
     rows = [{"prompt": None, "n": 1, "tags": ["a"]}, {"prompt": "b", "n": None, "tags": ["x"]}]
     write_rows(tmp_path / "p.parquet", rows)
     with pytest.warns(UserWarning, match="skipped a blank prompt, the first at row 1"):
-        assert rows_of(str(tmp_path / "p.parquet")) == [
-            Prompt(0, "b", None, None, {"n": None, "tags": ["x"]})
-        ]
+        assert rows_of(str(tmp_path / "p.parquet")) == [Prompt(0, "b", None, None, {"n": None, "tags": ["x"]})]
 
 
 def test_quoted_fields_may_hold_newlines_and_delimiters(write):
