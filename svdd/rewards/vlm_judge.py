@@ -17,7 +17,9 @@ __all__ = ["VLMJudge"]
 class VLMJudge(QuestionReward):
     """Log-odds of "yes" against "no" when a vision-language model is asked about the image.
 
-    The local model is `Qwen/Qwen2-VL-2B-Instruct` by default.
+    Args:
+        pretrained: A local model: a folder or a hub name of an image-text-to-text model of transformers, or of BLIP for
+            visual question answering. Default: `Qwen/Qwen2-VL-2B-Instruct`.
     """
 
     default = "Qwen/Qwen2-VL-2B-Instruct"

@@ -21,9 +21,9 @@ __all__ = ["VQAScore"]
 class VQAScore(QuestionReward):
     """Probability of the answer "Yes" when a vision-language model is asked whether the image shows the prompt.
 
-    The local model is `Qwen/Qwen2.5-VL-7B-Instruct` by default.
-
     Args:
+        pretrained: A local model: a folder or a hub name of an image-text-to-text model of transformers, or of BLIP for
+            visual question answering. Default: `Qwen/Qwen2.5-VL-7B-Instruct`.
         question: The question; `{prompt}` stands for the prompt.
         answer: The answer whose probability is the score: a single token of the model. The authors use `yes` for
             InstructBLIP and `Yes` for all others.
