@@ -14,4 +14,5 @@ from .sharpness import Sharpness as Sharpness
 from .threshold import Threshold as Threshold
 from .vlm_judge import VLMJudge as VLMJudge
 from .weighted_sum import WeightedSum as WeightedSum
+from .win_rate import WinRate as WinRate
 from .z_scored import ZScored as ZScored
