@@ -10,16 +10,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from svdd import UserError, is_integer, require_at_least
+from svdd import is_integer, require_at_least
 from svdd.assets.content import digest, sources
 from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
 from svdd.evaluation.metrics.run_statistics import RunStatistics
-from svdd.rewards.base import Reward, is_device_failure
-from svdd.rewards.conversion import RewardLike, as_reward
+from svdd.rewards.base import Reward, full_precision, is_device_failure, sparing_rewards
+from svdd.rewards.columns import columns_of
+from svdd.rewards.conversion import RewardLike, check_rewards
 from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
+from svdd.runs.prompts import PromptDataset
 from svdd.runs.requests import requests
 from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
@@ -88,16 +90,14 @@ class GuidedDiffusion(L.LightningModule):
         if budget is not None and (not is_integer(budget) or budget < 1):
             raise ValueError(f"budget must be an integer >= 1, in denoiser rows per image, got {budget!r}")
         require_at_least(0, seed=seed)
-        self.reward = reward = as_reward(reward)
-        self.eval_rewards = nn.ModuleList(
-            as_reward(each, f"eval_rewards[{k}]") for k, each in enumerate(eval_rewards or [])
-        )
+        self.reward, held_out = check_rewards(reward, eval_rewards or [])
+        self.eval_rewards = nn.ModuleList(held_out)
         if diffusion is not None and not isinstance(diffusion, Diffusion):
             diffusion = from_pipeline(diffusion)
         self.diffusion = AutoDiffusion() if diffusion is None else diffusion
         self.sampler = SVDD() if sampler is None else sampler
         self.value = PosteriorMean() if value is None else value
-        self.value.bind(reward, self.diffusion)
+        self.value.bind(self.reward, self.diffusion)
         self.images_per_prompt, self.budget, self.seed, self.on_error = images_per_prompt, budget, seed, on_error
         self.sampler.check(self.diffusion, self.value)
         if budget is not None:
@@ -109,15 +109,7 @@ class GuidedDiffusion(L.LightningModule):
             self.cost = cost = count(self.sampler, self.diffusion, self.value)
             often = 2 * cost.decoded_images >= cost.denoiser_rows  # small calls of the decoder are the cheaper ones
             self._costs_nothing = cost.together >= (_TOGETHER if often else _TOGETHER_UNDECODED)
-        if reward.groupwise and reward.differentiable:
-            raise UserError(
-                f"{reward.name} is groupwise, so an image has no gradient of its own: differentiable = False"
-            )
-        if not reward.higher_is_better:
-            raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
-        names = [each.name for each in (reward, *self.eval_rewards)]
-        if len(set(names)) < len(names):
-            raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate, or name a function otherwise")
+        self.columns = columns_of(*self.rewards.values())
         best = {name: reward.higher_is_better for name, reward in self.rewards.items()}
         self.statistics = RunStatistics(best, STATISTICS, [each.name for each in fields(Ledger)])
         self.summary: dict[str, Any] = {}
@@ -215,7 +207,8 @@ class GuidedDiffusion(L.LightningModule):
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
-        final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
+        texts = [self.columns.text(prompt) for prompt, _ in jobs]
+        final = self.draw(texts, seeds, [prompt.negative_prompt for prompt, _ in jobs])
         returned = len(final.x) // len(jobs)
         scores = {name: rounded(self._score(reward, final, len(batch))) for name, reward in self.rewards.items()}
         trace, ledger = final.context.trace, final.context.ledger.per_image(len(final.x))
@@ -253,6 +246,10 @@ class GuidedDiffusion(L.LightningModule):
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""
         self.statistics.update(rows)
 
+    def check_prompts(self, prompts: PromptDataset) -> None:
+        """Raises UserError if a prompt lacks a column that a reward needs, or a file that it names."""
+        self.columns.check(prompts, prompts.place)
+
     def fingerprints(self) -> dict[str, str]:
         """Returns digests of all weights, files and user's code that images and scores depend on, by what they are."""
         self.configure_model()
@@ -264,8 +261,9 @@ class GuidedDiffusion(L.LightningModule):
 
     def configure_model(self) -> None:
         """Reads the rewards' weights before anything is drawn; Lightning calls it on every process."""
-        for reward in self.rewards.values():
-            reward.load()
+        with full_precision():
+            for reward in self.rewards.values():
+                reward.load()
 
     def on_predict_start(self) -> None:
         """Resets the statistics of an earlier prediction; callbacks add those of a resumed run after this."""
@@ -291,6 +289,10 @@ class GuidedDiffusion(L.LightningModule):
                     if math.isfinite(number)
                 }
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedDiffusion":
+        """Moves and converts the model, as `to` and Lightning do; rewards keep their precision."""
+        return super()._apply(sparing_rewards(self, fn), recurse)
 
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""

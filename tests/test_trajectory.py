@@ -105,7 +105,7 @@ def test_every_particle_descends_from_its_parent_and_the_images_stay_the_same(na
 @pytest.mark.parametrize("name", ["svdd", "svdd, two particles", "beams", "smc", "rollover"])
 def test_values_are_those_of_the_selections(name):
     model = GuidedDiffusion(Linear([1.0, -0.5]), GaussianDiffusion(STEPS), SAMPLERS[name])
-    images, scores, found = model.sample(["0", "1"], trajectory=True)
+    _, scores, found = model.sample(["0", "1"], trajectory=True)
     torch.testing.assert_close(found.values[:, -1], scores)
     for selection in found.selections:
         chosen = found.values[:, selection.i]
@@ -279,7 +279,7 @@ def test_a_function_is_a_reward(sd15):
     diffusion, scaled = StableDiffusion(sd15, 2), partial(lambda k, images, prompts: k * redness(images, prompts), 0.5)
     model = GuidedDiffusion(lambda images, prompts: -redness(images, prompts), diffusion, SVDD(3), None, [redness])
     assert list(model.rewards) == ["lambda", "redness"]
-    with pytest.raises(UserError, match=r"distinct names, got lambda, lambda; .* name a function otherwise"):
+    with pytest.raises(UserError, match=r"distinct names, got lambda, lambda; .* give a function another name"):
         GuidedDiffusion(lambda images, prompts: 0, diffusion, eval_rewards=[scaled])
     images, scores = model.sample(["a", "b"], seed=1)
     assert torch.equal(scores, -redness(images, []))

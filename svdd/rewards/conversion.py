@@ -1,7 +1,7 @@
 """What stands for a reward in Python: a reward, or any callable."""
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from svdd import UserError
 from svdd.rewards.base import Reward
 from svdd.rewards.function import FunctionReward
 
-__all__ = ["RewardLike", "as_reward"]
+__all__ = ["RewardLike", "as_reward", "check_rewards"]
 
 if TYPE_CHECKING:
     RewardLike = Reward | Callable[[Tensor, list[str]], Any]
@@ -34,3 +34,17 @@ def as_reward(given: Any, name: str = "reward") -> Reward:
     elif isinstance(given, list | tuple | dict):
         found += ". For several at once: WeightedSum([...])"
     raise UserError(found)
+
+
+def check_rewards(guide: Any, held_out: Sequence[Any]) -> tuple[Reward, list[Reward]]:
+    """Returns the guide and the held-out rewards; UserError if the first cannot guide, or two have one name."""
+    reward, others = as_reward(guide), [as_reward(each, f"eval_rewards[{k}]") for k, each in enumerate(held_out)]
+    if reward.groupwise and reward.differentiable:
+        raise UserError(f"{reward.name} is groupwise, so an image has no gradient of its own: differentiable = False")
+    if not reward.higher_is_better:
+        raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
+    names = [each.name for each in (reward, *others)]
+    if len(set(names)) < len(names):
+        help = "remove the duplicate, or give a function another name"
+        raise UserError(f"rewards need distinct names, got {', '.join(names)}; {help}")
+    return reward, others
