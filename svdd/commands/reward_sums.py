@@ -157,8 +157,8 @@ def _number(node: ast.expr) -> float | None:
     match node:
         case ast.Constant(int() | float() as value) if not isinstance(value, bool):
             return float(value)
-        case ast.UnaryOp(ast.USub(), operand) if (value := _number(operand)) is not None:
-            return -value
+        case ast.UnaryOp(ast.USub(), operand) if (inner := _number(operand)) is not None:
+            return -inner
     return None
 
 
