@@ -1,5 +1,6 @@
 """A reward on a server: the protocol, faults of the server, and runs that it guides."""
 
+import asyncio
 import io
 import json
 import os
