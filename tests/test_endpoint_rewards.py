@@ -11,6 +11,7 @@ from PIL import Image
 
 from svdd import RewardError, UserError
 from svdd.__main__ import main
+from svdd.rewards.columns import PromptText
 from svdd.rewards.models.answers import find_score
 from svdd.rewards.models.vlm_endpoint import Answer
 from svdd.rewards.rubric_judge import RubricJudge
@@ -171,11 +172,11 @@ def test_a_scale_of_several_digits_is_read_from_the_answer():
 def test_a_rubric_asks_each_criterion_alone():
     images, criteria = pictures(2), {"hands": 3.0, "light and colour": 1.0, "unused": 0.0}
     with chat_server(rubric_server) as (address, asked):
-        rubric = "Judge {criterion} in {prompt}."
+        rubric = "Judge {criterion} in {prompt} ({count})."
         reward = RubricJudge(endpoint=address, rubric=rubric, criteria=criteria, label="x", highest=7, **QUICK)
-        scores = reward.score(images, PROMPTS[:2])
+        scores = reward.score(images, [PromptText(prompt, {"count": "{prompt}"}) for prompt in PROMPTS[:2]])
     end = "\n\nAnswer with a whole number from 1 (worst) to 7 (best), and nothing else."
-    questions = {(p, c): f"Judge {c} in {p}.{end}" for p in PROMPTS[:2] for c in [*criteria][:2]}
+    questions = {(p, c): f"Judge {c} in {p} ({{prompt}}).{end}" for p in PROMPTS[:2] for c in [*criteria][:2]}
     assert sorted(seen_and_asked(request["body"])[1] for request in asked) == sorted(questions.values())
     for request in asked:
         body = request["body"]

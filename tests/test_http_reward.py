@@ -1,5 +1,6 @@
 """A reward on a server: the protocol, faults of the server, and runs that it guides."""
 
+import asyncio
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 
 from svdd import RewardError, UserError
 from svdd.__main__ import main
+from svdd.rewards.columns import PromptText
 from svdd.rewards.http_reward import HTTPReward
 from svdd.rewards.jpeg import Compressibility
 from tests.tested_rewards import PROMPTS, pictures
@@ -49,17 +51,22 @@ def test_the_server_receives_what_the_protocol_says(monkeypatch, image_format, a
             address,
             label="bright",
             arguments={"model": "a", "options": {"top": 3}},
+            columns=["count", "note"],
             image_format=image_format,
             batch_size=3,
             api_key_env="MY_SERVER_KEY",
             headers_env={"X-Tenant": "MY_TENANT"},
             **QUICK,
         )
-        scores = reward.score(images, PROMPTS)
+        prompts = [PromptText(prompt, {"count": k, "note": "n", "other": 1}) for k, prompt in enumerate(PROMPTS)]
+        scores = reward.score(images, prompts)
+        with pytest.raises(RewardError, match="reward HTTPReward-bright needs column 'count' of the prompt"):
+            reward.score(images, PROMPTS)
     assert reward.name == "HTTPReward-bright"
     first, second = sorted(asked, key=lambda request: -len(request["body"]["images"]))
     assert [request["body"]["prompts"] for request in (first, second)] == [PROMPTS[:3], PROMPTS[3:]]
-    assert {*first["body"]} == {"images", "format", "prompts", "model", "options"}
+    assert {*first["body"]} == {"images", "format", "prompts", "model", "options", "columns"}
+    assert first["body"]["columns"] == [{"count": k, "note": "n"} for k in range(3)]
     assert (first["body"]["model"], first["body"]["options"]) == ("a", {"top": 3})
     assert (first["headers"]["Authorization"], first["headers"]["X-Tenant"]) == ("Bearer key-1", "t-7")
     sent = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -69,6 +76,14 @@ def test_the_server_receives_what_the_protocol_says(monkeypatch, image_format, a
     expected = sent.mean((1, 2, 3)) / 255 + [len(prompt) for prompt in PROMPTS]
     assert torch.equal(scores, torch.from_numpy(expected).float())
     assert "key-1" not in f"{reward!r} {vars(reward)} {reward.identity}"
+
+
+def test_a_notebook_may_score_while_its_event_loop_runs():
+    async def cell(address):
+        return HTTPReward(address, **QUICK).score(pictures(1), PROMPTS[:1])
+
+    with chat_server(brightness) as (address, _):
+        assert asyncio.run(cell(address)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -19,4 +19,5 @@ from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
 from .vqa_score import VQAScore as VQAScore
 from .weighted_sum import WeightedSum as WeightedSum
+from .win_rate import WinRate as WinRate
 from .z_scored import ZScored as ZScored

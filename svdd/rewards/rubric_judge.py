@@ -5,7 +5,7 @@ Q-Align: Teaching LMMs for Visual Scoring via Discrete Text-Defined Levels, 2023
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from svdd import UserError, is_integer
+from svdd.rewards.columns import column
 from svdd.rewards.endpoint_reward import EndpointReward
 from svdd.rewards.models.answers import expected_score, find_score
 from svdd.rewards.models.vlm_endpoint import Answer
 
 __all__ = ["RubricJudge"]
 
+_PLACE = re.compile(r"\{(\w+)\}")
 _FILE = re.compile(r"\S+\.(txt|md)")
 
 
@@ -31,7 +33,7 @@ class RubricJudge(EndpointReward):
 
     Args:
         rubric: What to judge and how, as a text or a .txt or .md file; `{prompt}` stands for the prompt, `{criterion}`
-            for a criterion.
+            for a criterion, and any other `{name}` for that column of the prompt file.
         criteria: Criteria with weights: each is asked for alone, and the score is the weighted mean.
         lowest: The lowest mark, a whole number.
         highest: The highest mark.
@@ -54,7 +56,9 @@ class RubricJudge(EndpointReward):
         criteria = self.criteria or {"": 1.0}
         if not (min(criteria.values()) >= 0 and max(criteria.values()) > 0):
             raise UserError(f"weights of criteria must be >= 0, and one of them > 0, got {[*criteria.values()]}")
-        if ("{criterion}" in self.text) != bool(self.criteria):
+        names = dict.fromkeys(_PLACE.findall(self.text))
+        self.columns = tuple(name for name in names if name not in ("prompt", "criterion"))
+        if ("criterion" in names) != bool(self.criteria):
             raise UserError("criteria and {criterion} in the rubric belong together; got only one of the two")
         self.weights = {name: weight for name, weight in criteria.items() if weight}
 
@@ -66,7 +70,8 @@ class RubricJudge(EndpointReward):
     def questions(self, prompt: str) -> Sequence[str]:
         """Returns the rubric with a request for one mark, for each criterion."""
         end = f"\n\nAnswer with a whole number from {self.lowest} (worst) to {self.highest} (best), and nothing else."
-        return [self.text.replace("{criterion}", name).replace("{prompt}", prompt) + end for name in self.weights]
+        known = {name: column(prompt, name) for name in self.columns} | {"prompt": prompt}
+        return [_fill(self.text, {**known, "criterion": name}) + end for name in self.weights]
 
     def read(self, answer: Answer) -> float:
         """Returns the expected mark, or else the mark in the answer."""
@@ -77,6 +82,11 @@ class RubricJudge(EndpointReward):
         """Returns the weighted mean over the criteria."""
         weights = scores.new_tensor([*self.weights.values()])
         return scores @ weights / weights.sum()
+
+
+def _fill(text: str, values: Mapping[str, Any]) -> str:
+    """Returns a text with values in place of their names in braces."""
+    return _PLACE.sub(lambda match: str(values[match[1]]), text)
 
 
 def _read_text(rubric: str) -> str:
