@@ -194,16 +194,7 @@ TESTED: dict[str, Case] = {
     "VLMJudge, LLaVA": Case(lambda models: rewards.VLMJudge(models("llava")), tolerance=1e-5),
     "VLMJudge, Qwen2-VL": Case(lambda models: rewards.VLMJudge(models("qwen"), batch_size=3), tolerance=1e-5),
     "VLMJudge, endpoint": Case(lambda models: rewards.VLMJudge(endpoint=models("endpoint"), model="tiny")),
-    "VQAScore, Qwen2-VL": Case(
-        lambda models: rewards.VQAScore(models("qwen"), answer="yes", batch_size=3, dtype="float32")
-    ),
     "VQAScore, BLIP": Case(lambda models: rewards.VQAScore(models("blip"), answer="no", dtype="float32")),
-    "VQAScore, InstructBLIP": Case(
-        lambda models: rewards.VQAScore(models("instruct_blip"), logit=True, dtype="float32"), tolerance=1e-5
-    ),
-    "VQAScore, endpoint": Case(
-        lambda models: rewards.VQAScore(endpoint=models("endpoint"), model="tiny", answer="yes", logit=True)
-    ),
     "HPSv3": Case(
         lambda models: rewards.HPSv3(
             models("hps_v3") + "/HPSv3.safetensors",
