@@ -1,6 +1,7 @@
 """LPIPS by torchmetrics, whose package holds its linear layers; the backbone is torchvision's."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def read_lpips(pretrained: str, local_files_only: bool) -> nn.Module:
 
     state, source = _backbone(pretrained, local_files_only)
     features = {name.removeprefix("features."): each for name, each in state.items() if name.startswith("features.")}
-    kind = "alex" if "10.weight" in features and "12.weight" not in features else "vgg"
+    kind: Literal["alex", "vgg"] = "alex" if "10.weight" in features and "12.weight" not in features else "vgg"
     network = _NoTrainLpips(net=kind, pnet_rand=True)
     layers = {name: layer for part in network.net.children() for name, layer in part.named_children()}
     fit_weights(nn.ModuleDict(layers), features, source)  # layers keep torchvision's names
