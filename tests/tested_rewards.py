@@ -205,6 +205,7 @@ TESTED: dict[str, Case] = {
     ),
     "ZScored": Case(lambda models: rewards.ZScored(rewards.Brightness(), mean=0.4, std=0.1)),
     "Threshold": Case(lambda models: rewards.Threshold(rewards.Brightness(), at_least=0.7)),
+    "WinRate": Case(lambda models: rewards.WinRate(rewards.CLIPScore(models("clip")), temperature=0.5)),
     "a user's network": Case(lambda models: Edges()),
     "the reward of docs/extending.md": Case(lambda models: redness()),
     "the example plug-in": Case(
