@@ -219,6 +219,7 @@ TESTED: dict[str, Case] = {
         lambda models: rewards.Similarity("lpips", models("alexnet"), reference=models("reference")), tolerance=1e-5
     ),
     "Threshold": Case(lambda models: rewards.Threshold(rewards.Brightness(), at_least=0.7)),
+    "WinRate": Case(lambda models: rewards.WinRate(rewards.CLIPScore(models("clip")), temperature=0.5)),
     "a user's network": Case(lambda models: Edges()),
     "the reward of docs/extending.md": Case(lambda models: redness()),
     "the example plug-in": Case(
