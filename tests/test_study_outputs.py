@@ -360,13 +360,13 @@ def test_plots_show_every_variant_in_three_forms(tmp_path, baseline, prompts):
 
 def test_fronts_of_two_rewards_with_and_without_doubt(tmp_path, capsys):
     """For the error lower is better, so that `far` is beaten in both and `near` by less than its noise."""
-    places = {"plain": (0.0, 0.0), "one": (3.0, 0.0), "other": (0.5, -3.0), "near": (2.9, 0.05), "far": (1.0, 1.0)}
+    places = {"plain": (0.0, 0.0), "one": (3.0, 0.0), "other": (0.5, -3.0), "near": (2.95, 0.05), "far": (1.0, 1.0)}
     study = study_of(tmp_path, [("A", name, 10) for name in places] + [("A", "far", 20), ("A", "missing", 10)])
     study = dataclasses.replace(study, fronts=((GUIDE, ERROR), (GUIDE, "Jugde")))
-    for k, (cell, (x, y)) in enumerate(zip(study.cells, [*places.values(), (1.0, 1.0)], strict=False)):
-        noisy = 5.0 if cell.variant == "near" else 1.0
-        rewards = {GUIDE: scores(k, x), ERROR: scores(30 + k, y)}
-        rewards[GUIDE] += noisy * np.random.default_rng(60 + k).normal(0, 0.1, (6, 1, 1))
+    for k, (cell, place) in enumerate(zip(study.cells, [*places.values(), (1.0, 1.0)], strict=False)):
+        noise = np.random.default_rng(k).normal(0, 0.1, (2, 6, 2, 1))
+        noise -= noise.mean((1, 2, 3), keepdims=True)
+        rewards = {name: scores(0) + part + x for name, part, x in zip((GUIDE, ERROR), noise, place, strict=True)}
         draw(cell, rewards, lower=[ERROR])
     paths = write_outputs(study)
     assert "no run measured 'Jugde'" in capsys.readouterr().err
