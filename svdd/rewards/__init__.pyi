@@ -17,4 +17,5 @@ from .threshold import Threshold as Threshold
 from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
 from .weighted_sum import WeightedSum as WeightedSum
+from .win_rate import WinRate as WinRate
 from .z_scored import ZScored as ZScored
