@@ -13,6 +13,7 @@ from .jpeg import Incompressibility as Incompressibility
 from .pick_score import PickScore as PickScore
 from .rubric_judge import RubricJudge as RubricJudge
 from .sharpness import Sharpness as Sharpness
+from .similarity import Similarity as Similarity
 from .threshold import Threshold as Threshold
 from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
