@@ -38,9 +38,11 @@ from svdd.rewards.aesthetic import Aesthetic
 from svdd.rewards.base import Reward
 from svdd.rewards.classifier import Classifier, Preprocessing, find_label
 from svdd.rewards.clip import CLIPScore
+from svdd.rewards.http_reward import HTTPReward
 from svdd.rewards.image_reward import GroundedText, ImageReward
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, normalise
 from svdd.rewards.vlm_judge import VLMJudge
+from tests.test_http_reward import brightness
 from tests.test_rewards import PROMPTS, as_pil, pictures, within_gamut
 from tests.tiny_reward_models import (
     BLIP_TOKENS,
@@ -70,6 +72,7 @@ def models(tmp_path_factory):
         "llava": save_tiny_llava,
         "qwen": save_tiny_qwen,
         "endpoint": lambda folder: servers.enter_context(chat_server(lambda body, handler: judge(body)))[0],
+        "server": lambda folder: servers.enter_context(chat_server(brightness))[0],
     }
 
     def folder(name: str) -> str:
@@ -93,6 +96,7 @@ TESTED = {
     "VLMJudge-llava": lambda models: VLMJudge(models("llava")),
     "VLMJudge-qwen": lambda models: VLMJudge(models("qwen"), batch_size=3),
     "VLMJudge-endpoint": lambda models: VLMJudge(endpoint=models("endpoint"), model="tiny"),
+    "HTTPReward": lambda models: HTTPReward(models("server"), batch_size=3),
 }
 
 

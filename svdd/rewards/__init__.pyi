@@ -6,6 +6,7 @@ from .clip import CLIPScore as CLIPScore
 from .colorfulness import Colorfulness as Colorfulness
 from .function import FunctionReward as FunctionReward
 from .hps_v2 import HPSv2 as HPSv2
+from .http_reward import HTTPReward as HTTPReward
 from .image_reward import ImageReward as ImageReward
 from .jpeg import Compressibility as Compressibility
 from .jpeg import Incompressibility as Incompressibility
