@@ -59,8 +59,6 @@ class Detector(nn.Module):
         processor: Its image processor.
     """
 
-    from_files = ("processor",)
-
     model: Any
 
     def __init__(self, model: nn.Module, processor: Any) -> None:

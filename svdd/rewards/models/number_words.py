@@ -52,38 +52,24 @@ def _number(word: str) -> int | None:
 
 
 def _object(count: int, words: list[str]) -> tuple[int, str] | None:
+    """Returns the number with the name, in the singular, at the beginning of these words; None if there is none."""
     name: list[str] = []
     for word in words:
-        if (
-            word in _ENDS
-            or not word[0].isalpha()
-            or word in _NUMBERS
-            or word in _ONE
-            or (name and word.endswith("ing"))
-        ):
+        participle = bool(name) and word.endswith("ing")
+        if participle or not word[0].isalpha() or word in _ENDS or word in _ONE or word in _NUMBERS:
             break
         name.append(word)
         if count != 1 and word != "sports" and (word in _SINGULAR or singular(word) != word):
             break
-    return (count, " ".join([*name[:-1], singular(name[-1]) if count != 1 else name[-1]])) if name else None
+    if count != 1 and name:
+        name[-1] = singular(name[-1])
+    return (count, " ".join(name)) if name else None
 
 
 def singular(noun: str) -> str:
     """Returns the singular of an English noun, by its ending and a list of exceptions."""
-    if noun in _SINGULAR:
-        return _SINGULAR[noun]
-    for ending, cut, added in (
-        ("ies", 3, "y"),
-        ("sses", 2, ""),
-        ("shes", 2, ""),
-        ("ches", 2, ""),
-        ("xes", 2, ""),
-        ("oes", 2, ""),
-    ):
-        if noun.endswith(ending) and len(noun) > len(ending) + 1:
-            return noun[:-cut] + added
-    return (
-        noun[:-1]
-        if noun.endswith("s") and not noun.endswith(("ss", "us", "sis", "nis", "ris", "xis")) and len(noun) > 2
-        else noun
-    )
+    if noun in _SINGULAR or len(noun) < 3 or noun.endswith(("ss", "us", "sis", "nis", "ris", "xis")):
+        return _SINGULAR.get(noun, noun)
+    if noun.endswith("ies") and len(noun) > 4:
+        return f"{noun[:-3]}y"
+    return noun[:-2] if noun.endswith(("sses", "shes", "ches", "xes", "oes")) else noun.removesuffix("s")
