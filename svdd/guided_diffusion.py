@@ -16,7 +16,7 @@ from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
 from svdd.evaluation.metrics.run_statistics import RunStatistics
-from svdd.rewards.base import Reward, is_device_failure
+from svdd.rewards.base import Reward, full_precision, is_device_failure, sparing_rewards
 from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
 from svdd.runs.rows import Prompt, ResultRow, result_row
@@ -219,8 +219,9 @@ class GuidedDiffusion(L.LightningModule):
 
     def configure_model(self) -> None:
         """Reads the rewards' weights before anything is drawn; Lightning calls it on every process."""
-        for reward in self.rewards.values():
-            reward.load()
+        with full_precision():
+            for reward in self.rewards.values():
+                reward.load()
 
     def on_predict_start(self) -> None:
         """Resets the statistics of an earlier prediction; callbacks add those of a resumed run after this."""
@@ -246,6 +247,10 @@ class GuidedDiffusion(L.LightningModule):
                     if math.isfinite(number)
                 }
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedDiffusion":
+        """Moves and converts the model, as `to` and Lightning do; rewards keep their precision."""
+        return super()._apply(sparing_rewards(self, fn), recurse)
 
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""

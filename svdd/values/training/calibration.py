@@ -18,7 +18,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from svdd import UserError, check_bound, require_at_least
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
-from svdd.rewards.base import Reward
+from svdd.rewards.base import Reward, sparing_rewards
 from svdd.runs.bounds import check_images
 from svdd.runs.config import plain
 from svdd.runs.files import os_errors_explained, write_atomically
@@ -133,6 +133,10 @@ class Calibration(L.LightningModule):
             mean, std = chains[:, 2 + steps :].chunk(2, 1)
             found = reliability(own, mean, std, self.candidates, own[:, -1], prompts)
             self.fit_schedule = partial(schedule, std.mean(0), *found, self.average_candidates)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Calibration":
+        """Moves and converts model and value, as `to` and Lightning do; rewards keep their precision."""
+        return super()._apply(sparing_rewards(self, fn), recurse)
 
 
 def require_chains(num_chains: int) -> None:
