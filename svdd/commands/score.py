@@ -1,6 +1,7 @@
 """`svdd score`: measures pictures that exist already."""
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from svdd import UserError, first_line, require_at_least, say
+from svdd import UserError, require_at_least, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
@@ -23,6 +24,7 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.output import check, hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
+from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.secrets import refuse_secrets
 
@@ -50,6 +52,10 @@ def score_parser() -> Parser:
 
 def score(words: list[str]) -> None:
     """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
+    if any(re.match(r"--benchmark\b", word) for word in words):
+        from svdd.commands.benchmark import score_benchmark
+
+        return score_benchmark(words)
     parser = score_parser()
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(words))
@@ -60,7 +66,7 @@ def score(words: list[str]) -> None:
     if len(rewards) < 1 + len(settings.eval_rewards):
         names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
         raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
-    device, pictures = _device(settings.device), _find(settings)
+    device, pictures = named_device(settings.device), _find(settings)
     folder = None if settings.output is None else Path(settings.output)
     with ExitStack() as around:
         if folder is not None:
@@ -142,12 +148,3 @@ def _find(settings: Any) -> list[Picture]:
         raise UserError(f"{found}; expected one that is not blank for each, in the order of the pictures' names")
     first = {text: k for k, text in reversed([*enumerate(texts)])}
     return [replace(pictures[k], prompt_index=first[text], prompt=text) for k, text in enumerate(texts)]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} cannot be used: {first_line(error)}") from error

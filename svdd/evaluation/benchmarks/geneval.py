@@ -85,7 +85,9 @@ class GenEval(Benchmark):
             if clause.get("color", "red") not in COLOURS:
                 return f"requires the color {clause['color']!r}, which is none of {', '.join(COLOURS)}"
             if "position" in clause:
-                relation, index = [*clause["position"], None, None][:2] if isinstance(clause["position"], list) else (0, 0)
+                relation, index = (
+                    [*clause["position"], None, None][:2] if isinstance(clause["position"], list) else (0, 0)
+                )
                 if relation not in _RELATIONS or not is_integer(index) or not 0 <= index < k:
                     return f"requires the position {clause['position']!r}; expected a relation and an earlier index"
         return ""
@@ -119,7 +121,7 @@ class GenEval(Benchmark):
 
     @torch.no_grad()
     def colours_of(self, image: Tensor, name: str, objects: Sequence[Detection]) -> list[str]:
-        """Returns the colour of each object of a class in an image, float32 [3, h, w]: that of CLIP's highest cosine."""
+        """Returns each object's colour, that of CLIP's highest cosine, in an image, float32 [3, h, w]."""
         clip = self.clip.network
         features = torch.cat([clip.image_features(crop(image, one)[None]) for one in objects])
         texts = [template.format(colour=colour, name=name) for colour in COLOURS for template in _TEMPLATES]

@@ -118,5 +118,7 @@ def _misplaced(
     for one in found:
         for target in targets:
             if relation not in (true := relations(one.box, target.box, threshold)):
-                return f"expected {name} {relation} {target.label}, found {' and '.join(sorted(true)) or 'no direction'}"
+                return (
+                    f"expected {name} {relation} {target.label}, found {' and '.join(sorted(true)) or 'no direction'}"
+                )
     return ""

@@ -52,7 +52,10 @@ def match(entries: Sequence[Entry], pictures: Sequence[Picture], partial: bool) 
     if not any(found.values()):
         first = f"the first picture's is {pictures[0].prompt!r}, the benchmark's is {entries[0].text!r}"
         raise UserError(f"no picture has a prompt of the benchmark: {first}; draw its prompts")
-    notes, counts = [], {k: len({(picture.prompt_index, picture.image) for picture in group}) for k, group in found.items()}
+    notes, counts = (
+        [],
+        {k: len({(picture.prompt_index, picture.image) for picture in group}) for k, group in found.items()},
+    )
     most = max(counts.values())
     lacking = [entry.text for k, entry in enumerate(entries) if not counts[k]]
     fewer = [entry.text for k, entry in enumerate(entries) if 0 < counts[k] < most]

@@ -92,4 +92,4 @@ def mean_over(lines: Sequence[Line]) -> Line:
 
 def _wilson(mean: float, size: float, t: float) -> tuple[float, float]:
     centre, half = mean + t**2 / (2 * size), t * math.sqrt(mean * (1 - mean) / size + t**2 / (4 * size**2))
-    return (centre - half) / (1 + t**2 / size), (centre + half) / (1 + t**2 / size)
+    return max((centre - half) / (1 + t**2 / size), 0.0), min((centre + half) / (1 + t**2 / size), 1.0)

@@ -43,8 +43,8 @@ def counted_object(prompt: str) -> tuple[int, str] | None:
         if (number := _number(word)) is not None and number != 1 and (found := _object(number, words[k + 1 :]))
     ]
     ones = [found for k, word in enumerate(words) if word in _ONE | {"1"} and (found := _object(1, words[k + 1 :]))]
-    found = many or [one for one in ones if one[1] not in _PICTURES]
-    return found[0] if len(found) == 1 else None
+    counted = many or [one for one in ones if one[1] not in _PICTURES]
+    return counted[0] if len(counted) == 1 else None
 
 
 def _number(word: str) -> int | None:
