@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoPr
 
 from svdd import UserError
 from svdd.rewards.models.detectors import Detection, read_detector, suppressed
-from tests.test_rewards import as_pil, pictures
+from tests.tested_rewards import as_pil, pictures
 from tests.tiny_detectors import TINY_DETECTORS
 
 OPTIONS = {"local_files_only": True}

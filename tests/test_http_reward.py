@@ -1,6 +1,6 @@
 """A reward on a server: the protocol, faults of the server, and runs that it guides."""
 
-import base64
+import asyncio
 import io
 import json
 import os
@@ -18,10 +18,11 @@ from PIL import Image
 
 from svdd import RewardError, UserError
 from svdd.__main__ import main
+from svdd.rewards.columns import PromptText
 from svdd.rewards.http_reward import HTTPReward
 from svdd.rewards.jpeg import Compressibility
-from tests.test_rewards import PROMPTS, pictures
-from tests.tiny_reward_models import chat_server
+from tests.tested_rewards import PROMPTS, pictures
+from tests.tiny_reward_models import brightness, chat_server, images_of_request
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "reward_server.py"
 QUICK = {"backoff": 0.001, "timeout": 20.0}
@@ -32,23 +33,10 @@ def without_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
 
-def seen(body: dict) -> np.ndarray:
-    """Returns the images of a request, uint8 [n, h, w, 3]."""
-    files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
-    assert {file.format for file in files} == {body["format"].upper()}
-    return np.stack([np.asarray(file) for file in files])
-
-
 def jpeg(image: np.ndarray) -> np.ndarray:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="jpeg", quality=95)
     return np.asarray(Image.open(buffer))
-
-
-def brightness(body: dict, handler=None) -> dict:
-    """Answers with the brightness of each image plus the length of its prompt."""
-    lengths = [len(prompt) for prompt in body["prompts"]]
-    return {"scores": (seen(body).mean((1, 2, 3)) / 255 + lengths).tolist()}
 
 
 @pytest.mark.parametrize("answer", ["object", "list"])
@@ -63,26 +51,39 @@ def test_the_server_receives_what_the_protocol_says(monkeypatch, image_format, a
             address,
             label="bright",
             arguments={"model": "a", "options": {"top": 3}},
+            columns=["count", "note"],
             image_format=image_format,
             batch_size=3,
             api_key_env="MY_SERVER_KEY",
             headers_env={"X-Tenant": "MY_TENANT"},
             **QUICK,
         )
-        scores = reward.score(images, PROMPTS)
+        prompts = [PromptText(prompt, {"count": k, "note": "n", "other": 1}) for k, prompt in enumerate(PROMPTS)]
+        scores = reward.score(images, prompts)
+        with pytest.raises(RewardError, match="reward HTTPReward-bright needs column 'count' of the prompt"):
+            reward.score(images, PROMPTS)
     assert reward.name == "HTTPReward-bright"
     first, second = sorted(asked, key=lambda request: -len(request["body"]["images"]))
     assert [request["body"]["prompts"] for request in (first, second)] == [PROMPTS[:3], PROMPTS[3:]]
-    assert {*first["body"]} == {"images", "format", "prompts", "model", "options"}
+    assert {*first["body"]} == {"images", "format", "prompts", "model", "options", "columns"}
+    assert first["body"]["columns"] == [{"count": k, "note": "n"} for k in range(3)]
     assert (first["body"]["model"], first["body"]["options"]) == ("a", {"top": 3})
     assert (first["headers"]["Authorization"], first["headers"]["X-Tenant"]) == ("Bearer key-1", "t-7")
     sent = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     sent = sent if image_format == "png" else np.stack([jpeg(image) for image in sent])
-    assert np.array_equal(seen(first["body"]), sent[:3])
-    assert np.array_equal(seen(second["body"]), sent[3:])
+    assert np.array_equal(images_of_request(first["body"]), sent[:3])
+    assert np.array_equal(images_of_request(second["body"]), sent[3:])
     expected = sent.mean((1, 2, 3)) / 255 + [len(prompt) for prompt in PROMPTS]
     assert torch.equal(scores, torch.from_numpy(expected).float())
     assert "key-1" not in f"{reward!r} {vars(reward)} {reward.identity}"
+
+
+def test_a_notebook_may_score_while_its_event_loop_runs():
+    async def cell(address):
+        return HTTPReward(address, **QUICK).score(pictures(1), PROMPTS[:1])
+
+    with chat_server(brightness) as (address, _):
+        assert asyncio.run(cell(address)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from svdd.evaluation.benchmarks.matching import Matched, match
 from svdd.evaluation.benchmarks.summary import Line, Score, summarise
 from svdd.evaluation.rendering import render
 from svdd.rewards.base import Reward
+from svdd.rewards.columns import Columns, columns_of
 from svdd.runs.config import write_config
 from svdd.runs.files import os_errors_explained, write_atomically
 from svdd.runs.folder import RunFolder
@@ -62,7 +63,8 @@ def score_benchmark(words: list[str]) -> None:
     rewards = [*([settings.reward] if settings.reward else []), *settings.eval_rewards] or benchmark.default_rewards()
     if len({reward.name for reward in rewards}) < len(rewards):
         raise UserError(f"rewards need distinct names, got {', '.join(reward.name for reward in rewards)}")
-    entries, matched = _find(benchmark, settings)
+    columns = columns_of(*rewards)
+    entries, matched = _find(benchmark, settings, columns)
     device, folder = named_device(settings.device), None if settings.output is None else Path(settings.output)
     with ExitStack() as around:
         if folder is not None:  # before scoring, which may take hours
@@ -72,7 +74,7 @@ def score_benchmark(words: list[str]) -> None:
                 write_config(folder, "score", config)
         for note in matched.notes:
             say(f"svdd: warning: {note}", error=True)
-        rows, scores = _judge(benchmark, rewards, entries, matched, settings.batch_size, device)
+        rows, scores = _judge(benchmark, rewards, columns, entries, matched, settings.batch_size, device)
         proportions = frozenset({benchmark.metric} if benchmark.proportion else ())
         lines = summarise(scores, proportions, benchmark.known, benchmark.whole)
         say(table(lines).rstrip())
@@ -108,7 +110,7 @@ def _class_of(name: str) -> str:
     return BENCHMARKS.get(name, name)
 
 
-def _find(benchmark: Benchmark, settings: Any) -> tuple[list[Entry], Matched]:
+def _find(benchmark: Benchmark, settings: Any, columns: Columns) -> tuple[list[Entry], Matched]:
     """Returns the prompts of the benchmark and the run's pictures of them; raises UserError if they do not fit."""
     folder = Path(settings.run)
     pictures = find_pictures(folder)
@@ -117,6 +119,7 @@ def _find(benchmark: Benchmark, settings: Any) -> tuple[list[Entry], Matched]:
     source = str(folder / PROMPTS) if settings.benchmark_prompts is None else settings.benchmark_prompts
     with as_user_errors():
         entries = benchmark.read(source)
+    columns.check(entries, lambda k: f"{source}, the prompt {entries[k].text!r}")
     if settings.benchmark_prompts is None and len(entries) < benchmark.size and not settings.partial:
         what = f"{folder} was drawn with {len(entries)} of the {benchmark.size} prompts"
         raise UserError(f"{what}; draw all, give --benchmark_prompts, or measure these with --partial")
@@ -127,6 +130,7 @@ def _find(benchmark: Benchmark, settings: Any) -> tuple[list[Entry], Matched]:
 def _judge(
     benchmark: Benchmark,
     rewards: Sequence[Reward],
+    columns: Columns,
     entries: Sequence[Entry],
     matched: Matched,
     count: int,
@@ -143,7 +147,7 @@ def _judge(
         shown, indices = images.to(device), [next(places) for _ in part]
         own = [entries[k] for k in indices]
         judgements = benchmark.judge(shown, own)
-        prompts = [entry.text for entry in own]
+        prompts = [columns.text(entry) for entry in own]
         measured = {reward.name: chunker.map(reward.score, len(part), shown, prompts).tolist() for reward in rewards}
         for j, (picture, index, entry, judgement) in enumerate(zip(part, indices, own, judgements, strict=True)):
             row = {"file": str(picture.folder / picture.file), "prompt_index": index, "prompt": entry.text}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd import RewardError, UserError, first_line
+from svdd.rewards.columns import require_columns
 
 __all__ = ["Reward", "full_precision", "is_device_failure", "sparing_rewards"]
 
@@ -41,6 +42,9 @@ class Reward(nn.Module, ABC):
             several prompts' images in the reproducible mode too.
         from_files: Names of attributes, beyond weights and tokenizers, that were read from files: a run continues only
             while they and the reward's source are the same.
+        columns: Names of columns of the prompt file that the reward needs: see `svdd.rewards.columns`.
+        optional_columns: Names of columns that it reads if they are there.
+        path_columns: Those of both that hold paths of files.
     """
 
     differentiable: bool = False
@@ -49,6 +53,9 @@ class Reward(nn.Module, ABC):
     variant: str = ""
     one_call: bool = False
     from_files: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    optional_columns: tuple[str, ...] = ()
+    path_columns: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,6 +94,7 @@ class Reward(nn.Module, ABC):
             RewardError: If the images or the scores are not finite, one score per image, or `forward` failed, unless
                 the device did.
         """
+        require_columns(self.name, self.columns, prompts)
         if len(bad := (~images.detach().flatten(1).sum(1).isfinite()).nonzero()):
             first = f"{len(bad)} of {len(images)} images, first for the prompt {prompts[int(bad[0])]!r}"
             help = "a decoder in float16 may overflow: set --trainer.precision to bf16-true or 32-true"
@@ -157,6 +165,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | Path):
         path = Path(value).expanduser()  # may move, but not be renamed
         return path.name if path.exists() else str(value)
+    if isinstance(value, dict):
+        named = {str(key): _plain(part) for key, part in value.items()}
+        return ... if ... in named.values() else named
     if isinstance(value, list | tuple | nn.ModuleList):
         parts = [_plain(part) for part in value]
         return ... if ... in parts else parts

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from svdd import RewardError, UserError, is_number, require_at_least
 from svdd.rewards.base import Reward
+from svdd.rewards.columns import column
 from svdd.rewards.models.http_client import HTTPClient, from_environment, shorten
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import encoded
@@ -32,6 +33,7 @@ class HTTPReward(Reward):
         url: Where the requests go, `http://localhost:8000/score`. Host and port may change when a run continues.
         label: Makes the name of the reward `HTTPReward-LABEL`, as several in one run need.
         arguments: Further fields of each request, the same in all.
+        columns: Columns of the prompt file that are sent along; each prompt needs them.
         image_format: `png` keeps the 8-bit images as they are; `jpeg` is smaller.
         quality: Quality of JPEG images, 1 to 100.
         batch_size: Images in a request. With 1, the server cannot let a score depend on the other images of a call.
@@ -56,6 +58,7 @@ class HTTPReward(Reward):
         url: str,
         label: str = "",
         arguments: dict[str, Any] | None = None,
+        columns: list[str] | None = None,
         image_format: Literal["png", "jpeg"] = "png",
         quality: int = 95,
         batch_size: int = 8,
@@ -74,7 +77,7 @@ class HTTPReward(Reward):
         if image_format not in ("png", "jpeg"):
             raise UserError(f"image_format must be png or jpeg, got {image_format!r}")
         self.server = HTTPClient(url, timeout, retries, backoff, concurrency, "url", f"HTTPReward {url}")
-        self.variant, self.arguments = label, dict(arguments or {})
+        self.variant, self.arguments, self.columns = label, dict(arguments or {}), tuple(columns or ())
         self.image_format, self.quality, self.batch_size = image_format, quality, batch_size
         self.higher_is_better, self.one_call = higher_is_better, batch_size == 1
         self.api_key_env, self.headers_env = api_key_env, dict(headers_env or {})
@@ -92,7 +95,8 @@ class HTTPReward(Reward):
     def identity(self) -> Any:
         """What the scores depend on: of the address only the path, since a server may move."""
         form = [self.image_format] if self.image_format == "png" else [self.image_format, self.quality]
-        return {"name": self.name, "path": self.path, "arguments": self.arguments, "images": form}
+        asked = {"arguments": self.arguments, "columns": list(self.columns), "images": form}
+        return {"name": self.name, "path": self.path, **asked}
 
     @property
     def path(self) -> str:
@@ -132,7 +136,9 @@ class HTTPReward(Reward):
     def body(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         """Returns the JSON of a request."""
         files = [encoded(picture, self.image_format, self.quality) for picture in pictures]
-        return {"images": files, "format": self.image_format, "prompts": list(prompts), **self.arguments}
+        body = {"images": files, "format": self.image_format, "prompts": list(prompts), **self.arguments}
+        columns = [{name: column(prompt, name) for name in self.columns} for prompt in prompts]
+        return body | ({"columns": columns} if self.columns else {})
 
     def _accept(self, version: object) -> None:
         """Remembers the server's version, and refuses a change of it."""

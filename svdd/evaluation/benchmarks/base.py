@@ -1,7 +1,7 @@
 """What all benchmarks share: prompts with what the benchmark says about them, and judgements of pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,12 +24,14 @@ class Entry:
     Attributes:
         text: The prompt.
         category: The task, or whatever the benchmark reports separately.
-        columns: All other columns of the prompt file.
+        extra: All other columns of the prompt file.
+        folder: That to which relative paths in columns refer.
     """
 
     text: str
     category: str
-    columns: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,17 @@ class Benchmark(nn.Module, ABC):
         entries = []
         with closing(PromptDataset(source, max_prompt_length=MAX_LINE)) as dataset:
             for prompt in (dataset[k] for k in range(len(dataset))):
-                columns = {name.lower(): value for name, value in prompt.extra.items()}
-                if not isinstance(category := columns.get(self.category_column), str):
+                names = {name.lower(): name for name in prompt.extra}
+                category = prompt.extra.get(names.get(self.category_column, ""))
+                if not isinstance(category, str):
                     found = f"the prompt {prompt.text!r} has no {self.category_column}"
-                    raise UserError(f"{source}: {found}; {self._expected(columns)}")
-                entries.append(Entry(prompt.text, category.strip(), columns))
+                    raise UserError(f"{source}: {found}; {self._expected(names)}")
+                entries.append(Entry(prompt.text, category.strip(), prompt.extra, prompt.folder))
                 if problem := self.fault(entries[-1]):
-                    raise UserError(f"{source}: the prompt {prompt.text!r} {problem}; {self._expected(columns)}")
+                    raise UserError(f"{source}: the prompt {prompt.text!r} {problem}; {self._expected(names)}")
         return entries
 
-    def _expected(self, columns: Mapping[str, Any]) -> str:
+    def _expected(self, columns: Iterable[str]) -> str:
         hint = did_you_mean(self.category_column, columns)
         return f"expected the public prompt file of {type(self).__name__}{hint}"
 

@@ -140,7 +140,7 @@ def crop(image: Tensor, one: Detection) -> Tensor:
 
 
 def _clauses(entry: Entry, kind: str) -> Sequence[Mapping[str, Any]]:
-    found = entry.columns.get(kind) or []
+    found = entry.extra.get(kind) or []
     return found if isinstance(found, list) else [found]
 
 

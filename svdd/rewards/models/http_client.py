@@ -60,8 +60,9 @@ class HTTPClient:
         except (ValueError, httpx.InvalidURL):
             valid = False
         if not valid or url.query or url.fragment or re.search("@|%40", self.address):  # not shown: may hold a password
-            problem = f"{self.setting} must be an address such as http://localhost:8000/v1"
-            problem += ", without a query, user or password (a run saves it)"
+            example = f"http://localhost:8000/{'v1' if self.setting == 'endpoint' else 'score'}"
+            problem = f"{self.setting} must be an address such as {example}, without a query, user or password"
+            problem += " (a run saves it)"
             raise UserError(f"{problem}; give a key in the variable that api_key_env names")
         for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
             if not getattr(self, name) >= least:
