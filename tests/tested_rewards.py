@@ -109,7 +109,7 @@ class Edges(Reward):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Conv2d(3, 4, 3).requires_grad_(False).eval()
+        self.layer = nn.Conv2d(3, 4, 3, bias=False).requires_grad_(False).eval()
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             self.layer.weight.copy_(torch.randn(4, 3, 3, 3, generator=generator))
