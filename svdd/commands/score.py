@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.recorded_prompts import run_prompts_folder
 from svdd.runs.secrets import refuse_secrets
+from svdd.state.scoring import score as call
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
@@ -127,20 +129,33 @@ def _score(
 ) -> tuple[list, dict]:
     """Returns one row per picture, and the statistics of each reward, which reads `text_of` each picture."""
     metrics = {name: RewardStatistics(higher_is_better=reward.higher_is_better) for name, reward in rewards.items()}
-    rows, chunker = [], Chunker()
+    rows, chunker = {}, Chunker()
     for reward in rewards.values():
         reward.to(device).eval().load()
-    for part, images in read_pictures(pictures, count):
+    by_prompt = any(reward.groupwise for reward in rewards.values())
+    for part, images in _whole_prompts(pictures) if by_prompt else read_pictures(pictures, count):
         prompts, shown = [text_of(picture) for picture in part], images.to(device)
-        scores = {name: chunker.map(reward.score, len(part), shown, prompts).cpu() for name, reward in rewards.items()}
+        scores = {name: call(reward, chunker, 1, shown, prompts).cpu() for name, reward in rewards.items()}
         for name, metric in metrics.items():
             indices, weights = zip(*((picture.prompt_index, picture.weight) for picture in part), strict=True)
             metric.update(scores[name].double(), torch.tensor(indices), torch.tensor(weights, dtype=torch.float64))
         for k, picture in enumerate(part):
             file = str(picture.folder / picture.file)
             row = {"file": file, "prompt_index": picture.prompt_index, "prompt": picture.prompt}
-            rows.append(row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}})
-    return rows, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
+            rows[file] = row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}}
+    ordered = [rows[str(picture.folder / picture.file)] for picture in pictures]
+    return ordered, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
+
+
+def _whole_prompts(pictures: list[Picture]) -> Iterator[tuple[list[Picture], torch.Tensor]]:
+    """Yields all pictures of a prompt at once, which a groupwise reward compares; UserError if that cannot be."""
+    for _, same in groupby(sorted(pictures, key=lambda each: each.prompt_index), key=lambda each: each.prompt_index):
+        group = list(same)
+        parts = list(read_pictures(group, len(group)))
+        if len(parts) > 1:
+            sizes = "they differ in size, or are too many"
+            raise UserError(f"the {len(group)} pictures of {group[0].prompt!r} cannot be compared at once: {sizes}")
+        yield parts[0]
 
 
 def _find(settings: Any, columns: Columns) -> tuple[list[Picture], str | None]:

@@ -14,8 +14,10 @@ from .object_count import ObjectCount as ObjectCount
 from .pick_score import PickScore as PickScore
 from .rubric_judge import RubricJudge as RubricJudge
 from .sharpness import Sharpness as Sharpness
+from .similarity import Similarity as Similarity
 from .threshold import Threshold as Threshold
 from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
 from .weighted_sum import WeightedSum as WeightedSum
+from .win_rate import WinRate as WinRate
 from .z_scored import ZScored as ZScored
