@@ -10,7 +10,9 @@ from .image_reward import ImageReward as ImageReward
 from .jpeg import Compressibility as Compressibility
 from .jpeg import Incompressibility as Incompressibility
 from .pick_score import PickScore as PickScore
+from .safety import Safety as Safety
 from .sharpness import Sharpness as Sharpness
+from .text_rendering import TextRendering as TextRendering
 from .threshold import Threshold as Threshold
 from .vlm_judge import VLMJudge as VLMJudge
 from .weighted_sum import WeightedSum as WeightedSum
