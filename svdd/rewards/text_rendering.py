@@ -34,12 +34,12 @@ class TextRendering(Reward):
         ignore_case: Whether upper and lower case are the same.
         ignore_spaces: Leave out spaces and line breaks; otherwise they count as letters.
         without_text: Score of a prompt that states no text; by default such a prompt is an error.
-        min_side: Pictures with a shorter side are enlarged before reading, in pixels.
+        side: Smaller pictures are enlarged before reading to the area of a square of so many pixels.
         detector: File of another text detector of PP-OCR in ONNX: a path, or owner/name/file on the hub.
         recognizer: File of another recogniser, for other scripts.
 
     Raises:
-        ValueError: If both `text` and `text_column` are given, or `min_side` is below 32.
+        ValueError: If both `text` and `text_column` are given, or `side` is below 32.
     """
 
     range, one_call, from_files = (0.0, 1.0), True, ("weights",)
@@ -53,18 +53,18 @@ class TextRendering(Reward):
         ignore_case: bool = True,
         ignore_spaces: bool = True,
         without_text: float | None = None,
-        min_side: int = 320,
+        side: int = 320,
         detector: str | None = None,
         recognizer: str | None = None,
     ) -> None:
         super().__init__()
         if text is not None and text_column is not None:
             raise ValueError("give text or text_column, not both")
-        if min_side < 32:
-            raise ValueError(f"min_side must be >= 32 pixels, got {min_side}")
+        if side < 32:
+            raise ValueError(f"side must be >= 32 pixels, got {side}")
         self.text, self.text_column, self.soft, self.whole = text, text_column, soft, whole
         self.ignore_case, self.ignore_spaces = ignore_case, ignore_spaces
-        self.without_text, self.min_side = without_text, min_side
+        self.without_text, self.side = without_text, side
         self.detector, self.recognizer = detector, recognizer
         self.reader: PerProcess[TextReader] | None = None
 
@@ -88,7 +88,7 @@ class TextRendering(Reward):
         """Returns the share of the wanted text that can be read in each image, float32 [n]."""
         self.load()
         wanted = [self._known(prompt) for prompt in prompts]
-        scores = in_threads(self._score, zip(enlarge(images, self.min_side), wanted, strict=True))
+        scores = in_threads(self._score, zip(enlarge(images, self.side), wanted, strict=True))
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _known(self, prompt: str) -> list[str]:

@@ -6,7 +6,6 @@ Weights and package: Apache-2.0.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -43,7 +42,9 @@ class TextReader:
             self.engine = rapidocr.RapidOCR(params={"Global.log_level": "critical", **threads, **files, **limits})
             self.detect, self.recognize = self.engine._load_det_model(), self.engine._load_rec_model()
             self.characters: list[str] = self.recognize.postprocess_op.character  # the first is CTC's blank
-            self.space = np.eye(1, len(self.characters), self.characters.index(" "), dtype=np.float32)[0]  # of a line break
+            self.space = np.eye(1, len(self.characters), self.characters.index(" "), dtype=np.float32)[
+                0
+            ]  # of a line break
         except Exception as error:  # of onnxruntime and of RapidOCR
             what = f"detector={str(detector)!r} and recognizer={str(recognizer)!r} are not networks of PP-OCR in ONNX"
             raise UserError(f"{what}: {first_line(error)}") from error
@@ -83,9 +84,10 @@ def bundled_weights() -> tuple[Path, Path]:
 
 
 def enlarge(images: Tensor, side: int) -> Tensor:
-    """Returns images whose shorter side is at least `side`, as uint8 [n, 3, h, w], from float [n, 3, h, w] in [0, 1]."""
-    factor = side / min(images.shape[-2:])
+    """Returns images of at least the area of a square, as uint8 [n, 3, h, w], from float [n, 3, h, w] in [0, 1]."""
+    height, width = images.shape[-2:]
+    factor = side / (height * width) ** 0.5
     if factor > 1:
-        size = [round(factor * extent) for extent in images.shape[-2:]]
+        size = [round(factor * extent) for extent in (height, width)]
         images = F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False)
     return (images.detach().float().clamp(0, 1) * 255).round().byte()

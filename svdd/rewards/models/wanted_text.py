@@ -15,7 +15,9 @@ __all__ = ["Alphabet", "distance", "quoted"]
 # Double quotes of the usual languages; single ones count if there are no double ones, and apostrophes do not.
 _DOUBLE = re.compile('"([^"]+)"|[“„‟]([^“”„]+)[”“]|«([^»]+)»|»([^«]+)«|「([^」]+)」|『([^』]+)』|＂([^＂]+)＂')
 _SINGLE = re.compile(r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))+)'(?!\w)|[‘‚]((?:[^‘’]|(?<=\w)’(?=\w))+)[’‘](?!\w)|‹([^›]+)›")
-_ALIKE = str.maketrans({"’": "'", "‘": "'", "`": "'", "´": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": "-", "−": "-"})
+_ALIKE = str.maketrans(
+    {"’": "'", "‘": "'", "`": "'", "´": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": "-", "−": "-"}
+)
 
 
 def quoted(prompt: str) -> list[str]:
