@@ -64,8 +64,8 @@ def main() -> None:
     words, known, images = zip(*cases(), strict=True)
     lines = [
         *("# Reading words of which a known share can be read", ""),
-        f"{len(WORDS)} words in PIL's own font, {', '.join(map(str, SIZES))} pixels, in three pairs of colours. From none to "
-        f"all of their letters are {', '.join(DAMAGES[:-1])} or {DAMAGES[-1]} by others. `TextRendering` with RapidOCR "
+        f"{len(WORDS)} words in PIL's own font, {', '.join(map(str, SIZES))} pixels, in three pairs of colours. Of "
+        f"their letters, none to all are {', '.join(DAMAGES[:-1])} or {DAMAGES[-1]}. `TextRendering` with RapidOCR "
         f"{version('rapidocr')} and the weights in its wheel. Made by `python -m benchmarks.text_rendering`.",
         *("", "| pictures | arguments | rank correlation | mean absolute difference | CPU seconds a picture |"),
         "|---|---|---:|---:|---:|",

@@ -16,9 +16,11 @@ from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
 from svdd.evaluation.metrics.run_statistics import RunStatistics
-from svdd.rewards.base import Reward, is_device_failure
+from svdd.rewards.base import Reward, full_precision, is_device_failure, sparing_rewards
+from svdd.rewards.columns import columns_of
 from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
+from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.budget import Cost, Uncountable, count, current_count, fit_budget, settings
@@ -106,6 +108,7 @@ class GuidedDiffusion(L.LightningModule):
         names = [each.name for each in (reward, *self.eval_rewards)]
         if len(set(names)) < len(names):
             raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate")
+        self.columns = columns_of(*self.rewards.values())
         best = {name: reward.higher_is_better for name, reward in self.rewards.items()}
         self.statistics = RunStatistics(best, STATISTICS, [each.name for each in fields(Ledger)])
         self.summary: dict[str, Any] = {}
@@ -170,7 +173,8 @@ class GuidedDiffusion(L.LightningModule):
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
-        final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
+        texts = [self.columns.text(prompt) for prompt, _ in jobs]
+        final = self.draw(texts, seeds, [prompt.negative_prompt for prompt, _ in jobs])
         returned = len(final.x) // len(jobs)
         scores = {name: rounded(self._score(reward, final)) for name, reward in self.rewards.items()}
         trace, ledger = final.context.trace, final.context.ledger.per_image(len(final.x))
@@ -208,6 +212,10 @@ class GuidedDiffusion(L.LightningModule):
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""
         self.statistics.update(rows)
 
+    def check_prompts(self, prompts: PromptDataset) -> None:
+        """Raises UserError if a prompt lacks a column that a reward needs, or a file that it names."""
+        self.columns.check(prompts, prompts.place)
+
     def fingerprints(self) -> dict[str, str]:
         """Returns digests of all weights, files and user's code that images and scores depend on, by what they are."""
         self.configure_model()
@@ -219,8 +227,9 @@ class GuidedDiffusion(L.LightningModule):
 
     def configure_model(self) -> None:
         """Reads the rewards' weights before anything is drawn; Lightning calls it on every process."""
-        for reward in self.rewards.values():
-            reward.load()
+        with full_precision():
+            for reward in self.rewards.values():
+                reward.load()
 
     def on_predict_start(self) -> None:
         """Resets the statistics of an earlier prediction; callbacks add those of a resumed run after this."""
@@ -246,6 +255,10 @@ class GuidedDiffusion(L.LightningModule):
                     if math.isfinite(number)
                 }
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedDiffusion":
+        """Moves and converts the model, as `to` and Lightning do; rewards keep their precision."""
+        return super()._apply(sparing_rewards(self, fn), recurse)
 
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""

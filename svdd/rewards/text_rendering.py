@@ -6,6 +6,7 @@ arXiv 2505.05470.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from svdd import UserError
 from svdd.assets.hub import find_file
 from svdd.rewards.base import Reward
+from svdd.rewards.columns import column
 from svdd.rewards.models.onnx import PerProcess, digest_of_file, in_threads
 from svdd.rewards.models.text_reader import TextReader, bundled_weights, enlarge
 from svdd.rewards.models.wanted_text import Alphabet, distance, quoted
@@ -66,7 +68,9 @@ class TextRendering(Reward):
         self.ignore_case, self.ignore_spaces = ignore_case, ignore_spaces
         self.without_text, self.side = without_text, side
         self.detector, self.recognizer = detector, recognizer
-        self.reader: PerProcess[TextReader] | None = None
+        read = () if text_column is None else (text_column,)
+        self.columns, self.optional_columns = (read, ()) if without_text is None else ((), read)
+        self.reader: Any = None  # a PerProcess[TextReader], once the weights are found
 
     def load(self) -> None:
         """Reads the weights in this process."""
@@ -80,35 +84,42 @@ class TextRendering(Reward):
 
     def wanted(self, prompt: str) -> list[str]:
         """Returns the texts that a picture for this prompt should show; none if the prompt states none."""
-        found = quoted(prompt) if self.text is None else self.text
-        return [found] if isinstance(found, str) else list(found)
+        found = self.text if self.text_column is None else column(prompt, self.text_column)
+        found = quoted(prompt) if self.text is None and self.text_column is None else found
+        listed = found if isinstance(found, list | tuple) else [found or ""]
+        return [str(text) for text in listed if str(text).strip()]
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises UserError if the prompt states no text, unless that has a score."""
+        if self.without_text is None and not self.wanted(prompt):
+            help = 'quote it ("..."), give text or text_column, or set without_text to a score'
+            raise UserError(f"{self.name}: the prompt {str(prompt)!r} states no text to read; {help}")
 
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the share of the wanted text that can be read in each image, float32 [n]."""
         self.load()
         wanted = [self._known(prompt) for prompt in prompts]
-        scores = in_threads(self._score, zip(enlarge(images, self.side), wanted, strict=True))
+        jobs = zip(enlarge(images, self.side), wanted, strict=True)
+        scores = in_threads(lambda job: self._score(*job), jobs)
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _known(self, prompt: str) -> list[str]:
         """Returns the wanted texts in the recogniser's characters."""
+        self.check_prompt(prompt)
         texts = [self.alphabet.fold(text) for text in self.wanted(prompt)]
-        if not any(texts) and self.without_text is None:
-            help = 'quote it ("..."), give text or text_column, or set without_text to its score'
-            raise UserError(f"TextRendering: the prompt {prompt!r} states no text to read; {help}")
         if unknown := self.alphabet.unknown("".join(texts)):
             warnings.warn(f"TextRendering leaves out {unknown!r}, which its recogniser cannot read", stacklevel=2)
             texts = [text.translate(dict.fromkeys(map(ord, unknown))) for text in texts]
+        if self.without_text is None and not any(texts):
+            raise UserError(f"{self.name}: of the text for {str(prompt)!r}, its recogniser can read no letter")
         return list(filter(None, texts))
 
-    def _score(self, job: tuple[Tensor, list[str]]) -> float:
-        image, texts = job
+    def _score(self, image: Tensor, texts: list[str]) -> float:
         if not texts:
-            return self.without_text
+            return self.without_text or 0.0
         probabilities = self.reader.get()(image)
         texts = ["".join(texts)] if self.whole else texts
         pairs = [self.alphabet.match(text, probabilities, self.soft) for text in texts]
-        cost = sum(distance(*pair, self.whole) for pair in pairs)
-        letters = len("".join(texts))
+        cost, letters = sum(distance(*pair, self.whole) for pair in pairs), len("".join(texts))
         return 1 - cost / (max(letters, len(pairs[0][1])) if self.whole else letters)

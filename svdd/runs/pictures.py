@@ -4,12 +4,12 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -41,12 +41,14 @@ class Picture:
     prompt: str = ""  # empty if it is unknown
     image: int = 0  # equal for all particles of an image
     weight: float = 1.0  # of the particle among those of its image
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other columns of the prompt's source that were asked for
 
 
-def find_pictures(folder: Path) -> list[Picture]:
+def find_pictures(folder: Path, columns: Collection[str] = ()) -> list[Picture]:
     """Returns the pictures of a run in the order of its rows, or those of any folder and its subfolders by name.
 
-    Numbers in names count as numbers: 2.png comes before 10.png. Hidden files and folders are left out.
+    Those of a run have these columns of its prompts. Numbers in names count as numbers: 2.png comes before 10.png.
+    Hidden files and folders are left out.
 
     Raises:
         UserError: If there are none, or a picture's name is that of a FIFO, a device or a broken link.
@@ -61,6 +63,7 @@ def find_pictures(folder: Path) -> list[Picture]:
                 row["prompt"],
                 row["image_index"] - row.get("particle", 0),
                 row.get("particle_weight", 1.0),
+                {name: cast(Any, row)[name] for name in columns if name in row},
             )
             for row in run.rows(checked=True)
         ]

@@ -66,7 +66,7 @@ class Context:
         texts = [text for text, _ in distinct]
         return cls(
             diffusion,
-            diffusion.encode(texts, [negative for _, negative in distinct]),
+            diffusion.encode([str(text) for text in texts], [negative for _, negative in distinct]),
             texts,
             torch.tensor([distinct[pair] for pair in pairs]).to(diffusion.device),
             [torch.Generator().manual_seed(seed) for seed in seeds],

@@ -1,28 +1,42 @@
-"""Yes or no from a vision-language model behind OpenAI's chat API; keys are never shown or redirected."""
+"""A vision-language model behind OpenAI's chat API, as vLLM, SGLang and many services speak it."""
 
-import asyncio
 import base64
 import io
 import json
-import os
-import re
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
-import httpx
 import numpy as np
 from PIL import Image
 
-from svdd import RewardError, UserError, first_line
+from svdd.rewards.models.http_client import HTTPClient, shorten
 
-__all__ = ["Endpoint"]
+__all__ = ["Answer", "Endpoint", "encoded"]
 
-_MOST_BYTES = 2**20  # of an answer, which holds the logarithms of 20 probabilities
+_TOP = 20  # most likely first tokens, the most that OpenAI's API and vLLM's default allow
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: The whole answer; empty if there is none.
+        first: The most likely first tokens, without space around them, and their log-probabilities; blank tokens at the
+            beginning are passed over. Empty if the endpoint gives none.
+        cut_off: Whether the answer ended because it reached `max_tokens`.
+        refusal: The endpoint's words in place of an answer.
+        max_tokens: The largest number of tokens, as asked for.
+    """
+
+    text: str
+    first: tuple[tuple[str, float], ...] = ()
+    cut_off: bool = False
+    refusal: str = ""
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,21 +51,13 @@ class Endpoint:
     concurrency: int
 
     def __post_init__(self) -> None:
-        try:
-            url = urlsplit(self.address)
-            valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        except ValueError:
-            valid = False
-        if (
-            not valid or url.query or url.fragment or re.search("@|%40", self.address)
-        ):  # not shown: it may hold a password
-            problem = "endpoint must be an address such as http://localhost:8000/v1, without a query, user or password"
-            raise UserError(f"{problem} (a run saves it); give a key in the variable that api_key_env names")
-        for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not self.timeout > 0:
-            raise UserError(f"timeout must be > 0, got {self.timeout}")
+        _ = self.server
+
+    @cached_property
+    def server(self) -> HTTPClient:
+        """Where the requests go."""
+        label = f"endpoint {self.address.rstrip('/')}, model {self.model!r}"
+        return HTTPClient(self.address, self.timeout, self.retries, self.backoff, self.concurrency, label=label)
 
     @property
     def identity(self) -> str:
@@ -60,103 +66,85 @@ class Endpoint:
 
     def log_odds(self, images: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
         """Returns log p(yes) - log p(no) for each image and question; raises RewardError if an answer is unusable."""
-        failed: list[RewardError] = []
+        return self.ask(images, questions, key, read_log_odds, max_tokens=1)
 
-        def ask(image: Image.Image, question: str) -> float:
-            if failed:  # send no more requests
-                raise failed[0]
-            try:
-                return read_log_odds(self._post(request_body(self.model, image, question), key))
-            except ValueError as error:
-                failed.append(RewardError(f"endpoint {self.address.rstrip('/')}, model {self.model!r}: {error}"))
-                raise failed[0] from None
+    def ask(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        key: str | None,
+        read: Callable[[Answer], T],
+        max_tokens: int,
+        logprobs: bool = True,
+    ) -> list[T]:
+        """Returns what `read` makes of the answer to each image and question, at temperature 0.
 
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(ask, images, questions))
+        Args:
+            images: The images.
+            questions: A question about each.
+            key: The endpoint's key.
+            read: Raises ValueError for an answer that is unusable.
+            max_tokens: The largest number of tokens of an answer.
+            logprobs: Ask for the log-probabilities of the most likely first tokens too, as not every endpoint allows.
 
-    def _post(self, body: Any, key: str | None) -> bytes:
-        """Returns the answer; raises ValueError if there is none after all attempts, or a refusal or redirect."""
-        headers = {"User-Agent": "svdd"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        address = self.address.rstrip("/") + "/chat/completions"
-        for attempt in range(self.retries + 1):
-            wait, transient = self.backoff * 2**attempt, True
-            try:
-                answer = asyncio.run(asyncio.wait_for(_send(address, body, headers), self.timeout))
-                if answer.is_success:
-                    return answer.content
-                problem, transient = _refusal(answer, key), answer.status_code in (408, 429) or answer.is_server_error
-                after = answer.headers.get("Retry-After", "")
-                wait = float(after) if after.isdigit() else wait
-            except asyncio.TimeoutError:
-                problem = f"no answer within {self.timeout:g} s"
-            except (httpx.HTTPError, OSError) as error:
-                problem = _reason(error)
-            if not transient or attempt == self.retries:
-                break
-            time.sleep(min(wait, 30.0))
-        raise ValueError(problem + (f" after {attempt + 1} attempts" if attempt else ""))
+        Raises:
+            RewardError: If a request fails or an answer is unusable.
+        """
+        pairs = zip(images, questions, strict=True)
+        bodies = [partial(request_body, self.model, *pair, max_tokens, logprobs) for pair in pairs]
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return self.server.post(
+            bodies, lambda content: read(read_answer(content, max_tokens)), headers, "/chat/completions"
+        )
 
 
-def _reason(error: BaseException) -> str:
-    """Returns the system's reason for a failed connection, or the first line of the message if there is none."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno:
-            return os.strerror(cause.errno).lower()
-        cause = cause.__cause__ or cause.__context__
-    return first_line(error)
-
-
-async def _send(address: str, body: Any, headers: dict[str, str]) -> httpx.Response:
-    """Returns the whole answer; asynchronous, so that it can be cancelled even while bytes arrive one by one."""
-    content = bytearray()
-    async with (
-        httpx.AsyncClient(timeout=None) as client,
-        client.stream("POST", address, json=body, headers=headers | {"Accept-Encoding": "identity"}) as answer,
-    ):
-        async for part in answer.aiter_raw():
-            content += part
-            if len(content) > _MOST_BYTES:
-                raise ValueError(f"the answer is larger than {_MOST_BYTES} bytes")
-    kept = {name: value for name, value in answer.headers.items() if name == "retry-after"}
-    return httpx.Response(answer.status_code, headers=kept, content=bytes(content), extensions=answer.extensions)
-
-
-def _refusal(answer: httpx.Response, key: str | None) -> str:
-    """Returns the status and the service's message, except for messages about a key."""
-    message = ""
-    if answer.status_code not in (401, 403, 407):
-        with suppress(ValueError, AttributeError):
-            told = answer.json()
-            told = told.get("error", told.get("detail", told.get("message", "")))
-            message = str(told.get("message", "") if isinstance(told, dict) else told).strip()
-    message = message.replace(key, "***") if key else message
-    status = f"{answer.status_code} {answer.reason_phrase}".strip()
-    return f"{status}: {first_line(message)[:300]}" if message else status
-
-
-def request_body(model: str, image: Image.Image, question: str) -> dict[str, Any]:
-    """Returns a request for the most likely first tokens of the answer."""
+def encoded(image: Image.Image, format: str = "png", quality: int = 95) -> str:
+    """Returns an image file in base64; `quality` is that of a JPEG."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format=format, **({"quality": quality} if format == "jpeg" else {}))
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def request_body(model: str, image: Image.Image, question: str, max_tokens: int, logprobs: bool) -> dict[str, Any]:
+    """Returns a request about an image."""
+    url = "data:image/png;base64," + encoded(image)
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    options = {"max_tokens": max_tokens, "temperature": 0}
+    options |= {"logprobs": True, "top_logprobs": _TOP} if logprobs else {}
     return {"model": model, "messages": [{"role": "user", "content": content}], **options}
 
 
-def read_log_odds(answer: bytes) -> float:
-    """Returns log p(yes) - log p(no), with the lowest log-probability for a missing word; or raises ValueError."""
+def read_answer(content: bytes, max_tokens: int) -> Answer:
+    """Returns an answer in the form of OpenAI's chat completions; raises ValueError for something else."""
     try:
-        content = json.loads(answer)
+        told = json.loads(content)
     except ValueError:
         raise ValueError("the answer is not JSON; is this the address of the API, with its /v1?") from None
     try:
-        first = content["choices"][0]["logprobs"]["content"][0]
-        tokens = [(str(token["token"]), float(token["logprob"])) for token in first["top_logprobs"] or [first]]
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise ValueError("the answer has no logprobs; the model must be served with top_logprobs") from None
-    tokens = [(token.strip(" \n▁Ġ").lower(), max(logprob, -1e4)) for token, logprob in tokens]
+        choice = told["choices"][0]
+        message = choice.get("message") or {}
+        text, refusal = message.get("content") or "", message.get("refusal") or ""
+        first: tuple[tuple[str, float], ...] = ()
+        if places := (choice.get("logprobs") or {}).get("content"):
+            place = next((each for each in places if _word(each["token"])), places[0])
+            tokens = place.get("top_logprobs") or [place]
+            first = tuple((_word(token["token"]), max(float(token["logprob"]), -1e4)) for token in tokens)
+        return Answer(str(text), first, choice.get("finish_reason") == "length", str(refusal), max_tokens)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        found = shorten(content.decode(errors="replace"))
+        raise ValueError(f"the answer is no chat completion with a choice and logprobs: {found}") from None
+
+
+def _word(token: object) -> str:
+    """Returns a token without space around it, which tokenizers also write as ▁ and Ġ."""
+    return str(token).strip(" \n▁Ġ")
+
+
+def read_log_odds(answer: Answer) -> float:
+    """Returns log p(yes) - log p(no), with the lowest log-probability for a missing word; or raises ValueError."""
+    if not answer.first:
+        raise ValueError("the answer has no logprobs; the model must be served with top_logprobs")
+    tokens = [(token.lower(), logprob) for token, logprob in answer.first]
     if not {token for token, _ in tokens} & {"yes", "no"}:
         raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
     lowest = min(logprob for _, logprob in tokens)

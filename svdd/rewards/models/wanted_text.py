@@ -13,11 +13,10 @@ import numpy as np
 __all__ = ["Alphabet", "distance", "quoted"]
 
 # Double quotes of the usual languages; single ones count if there are no double ones, and apostrophes do not.
+# ruff: noqa: RUF001
 _DOUBLE = re.compile('"([^"]+)"|[“„‟]([^“”„]+)[”“]|«([^»]+)»|»([^«]+)«|「([^」]+)」|『([^』]+)』|＂([^＂]+)＂')
 _SINGLE = re.compile(r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))+)'(?!\w)|[‘‚]((?:[^‘’]|(?<=\w)’(?=\w))+)[’‘](?!\w)|‹([^›]+)›")
-_ALIKE = str.maketrans(
-    {"’": "'", "‘": "'", "`": "'", "´": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": "-", "−": "-"}
-)
+_ALIKE = str.maketrans("’‘`´“”„–—−", "''''\"\"\"---")
 
 
 def quoted(prompt: str) -> list[str]:
