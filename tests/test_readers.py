@@ -154,8 +154,8 @@ def test_missing_packages_and_wrong_files_are_named(monkeypatch, tmp_path):
 
 def test_guidance_by_reading_spells_better():
     """A small part of benchmarks/guided_text.py; the spelling is held out."""
-    diffusion, prompts = Misspelling(8, length=6), ['a sign "GARDEN"', 'a sign "BRIDGE"']
-    reward = TextRendering(side=96)
+    diffusion, prompts = Misspelling(8, knowledge=1.0, length=6), ['a sign "GARDEN"', 'a sign "BRIDGE"']
+    reward = TextRendering(side=96, soft=True)
     measured = []
     for sampler in (Unguided(), SVDD(5)):
         final = GuidedDiffusion(reward, diffusion, sampler).draw(prompts, [0, 1])

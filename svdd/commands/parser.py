@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, did_you_mean, missing_methods
 from svdd.commands.registry import KINDS, catalogue, import_all
+from svdd.commands.reward_sums import expanded
 from svdd.runs.config import is_older
 from svdd.runs.yaml_text import check_yaml, read_yaml
 
@@ -99,10 +100,10 @@ _adapt: Any = getattr(typehints, _ADAPT, None)
 
 
 def _adapt_anew(value: Any, *args: Any, **options: Any) -> Any:
-    """Reads a value; a whole list replaces an earlier one, of which its elements keep no arguments."""
+    """Reads a value, also a sum of rewards; a whole list replaces an earlier one, whose elements keep no arguments."""
     if isinstance(value, list) and not options.get("append") and isinstance(options.get("prev_val"), list):
         options["prev_val"] = None
-    return _adapt(value, *args, **options)
+    return _adapt(expanded(value, *args[:1]), *args, **options)
 
 
 def _names_a_family(previous: Any, following: Any) -> bool:
