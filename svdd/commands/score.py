@@ -1,10 +1,12 @@
 """`svdd score`: measures pictures that exist already."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from svdd import UserError, first_line, require_at_least, say
+from svdd import UserError, require_at_least, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
@@ -26,9 +28,11 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.output import check, hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
+from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.recorded_prompts import run_prompts_folder
 from svdd.runs.secrets import refuse_secrets
+from svdd.state.scoring import score as call
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
@@ -54,6 +58,10 @@ def score_parser() -> Parser:
 
 def score(words: list[str]) -> None:
     """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
+    if any(re.match(r"--benchmark\b", word) for word in words):
+        from svdd.commands.benchmark import score_benchmark
+
+        return score_benchmark(words)
     parser = score_parser()
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(words))
@@ -65,7 +73,7 @@ def score(words: list[str]) -> None:
         names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
         raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
     columns = columns_of(*rewards.values())
-    device, (pictures, source) = _device(settings.device), _find(settings, columns)
+    device, (pictures, source) = named_device(settings.device), _find(settings, columns)
     folder = None if settings.output is None else Path(settings.output)
     with ExitStack() as around:
         if folder is not None:
@@ -121,20 +129,33 @@ def _score(
 ) -> tuple[list, dict]:
     """Returns one row per picture, and the statistics of each reward, which reads `text_of` each picture."""
     metrics = {name: RewardStatistics(higher_is_better=reward.higher_is_better) for name, reward in rewards.items()}
-    rows, chunker = [], Chunker()
+    rows, chunker = {}, Chunker()
     for reward in rewards.values():
         reward.to(device).eval().load()
-    for part, images in read_pictures(pictures, count):
+    by_prompt = any(reward.groupwise for reward in rewards.values())
+    for part, images in _whole_prompts(pictures) if by_prompt else read_pictures(pictures, count):
         prompts, shown = [text_of(picture) for picture in part], images.to(device)
-        scores = {name: chunker.map(reward.score, len(part), shown, prompts).cpu() for name, reward in rewards.items()}
+        scores = {name: call(reward, chunker, 1, shown, prompts).cpu() for name, reward in rewards.items()}
         for name, metric in metrics.items():
             indices, weights = zip(*((picture.prompt_index, picture.weight) for picture in part), strict=True)
             metric.update(scores[name].double(), torch.tensor(indices), torch.tensor(weights, dtype=torch.float64))
         for k, picture in enumerate(part):
             file = str(picture.folder / picture.file)
             row = {"file": file, "prompt_index": picture.prompt_index, "prompt": picture.prompt}
-            rows.append(row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}})
-    return rows, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
+            rows[file] = row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}}
+    ordered = [rows[str(picture.folder / picture.file)] for picture in pictures]
+    return ordered, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
+
+
+def _whole_prompts(pictures: list[Picture]) -> Iterator[tuple[list[Picture], torch.Tensor]]:
+    """Yields all pictures of a prompt at once, which a groupwise reward compares; UserError if that cannot be."""
+    for _, same in groupby(sorted(pictures, key=lambda each: each.prompt_index), key=lambda each: each.prompt_index):
+        group = list(same)
+        parts = list(read_pictures(group, len(group)))
+        if len(parts) > 1:
+            sizes = "they differ in size, or are too many"
+            raise UserError(f"the {len(group)} pictures of {group[0].prompt!r} cannot be compared at once: {sizes}")
+        yield parts[0]
 
 
 def _find(settings: Any, columns: Columns) -> tuple[list[Picture], str | None]:
@@ -171,12 +192,3 @@ def _prompt(picture: Picture, source: str | None) -> Prompt:
 
 def _text(columns: Columns, source: str | None, picture: Picture) -> str:
     return columns.text(_prompt(picture, source))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} cannot be used: {first_line(error)}") from error

@@ -40,6 +40,8 @@ class Reward(nn.Module, ABC):
         variant: Which of the class's rewards this is, for its name; empty if there is only one.
         one_call: Whether a score never depends on the other images of a call, to the last bit; then one call may score
             several prompts' images in the reproducible mode too.
+        groupwise: Whether a score depends on the other images of the call, as a rank does. A call then holds exactly
+            one group: the rows of one image that compete at a step, or the finished images of one prompt.
         from_files: Names of attributes, beyond weights and tokenizers, that were read from files: a run continues only
             while they and the reward's source are the same.
         columns: Names of columns of the prompt file that the reward needs: see `svdd.rewards.columns`.
@@ -52,6 +54,7 @@ class Reward(nn.Module, ABC):
     range: tuple[float, float] = (-math.inf, math.inf)
     variant: str = ""
     one_call: bool = False
+    groupwise: bool = False
     from_files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()

@@ -41,7 +41,7 @@ class FunctionReward(Reward):
             raise ValueError("one_by_one gives the function a PIL image, which has no gradient: drop one of the two")
         self.function = _find(function) if isinstance(function, str) else function
         self.one_by_one, self.differentiable, self.higher_is_better = one_by_one, differentiable, higher_is_better
-        self.label = function.rsplit(".", 1)[-1] if isinstance(function, str) else getattr(function, "__name__", "call")
+        self.label = function.rsplit(".", 1)[-1] if isinstance(function, str) else _name(function)
 
     @property
     def name(self) -> str:
@@ -65,6 +65,12 @@ class FunctionReward(Reward):
             found = f"function {self.label} returned {reprlib.repr(scores)}, a {type(scores).__name__}"
             expected = "one number" if self.one_by_one else "one number per image"
             raise RewardError(f"{found}; expected {expected}") from error
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Returns the name of a function, of the function in a partial one, or of the class of another callable."""
+    inner = getattr(function, "func", function)
+    return str(getattr(inner, "__name__", type(inner).__name__)).strip("<>")  # <lambda>
 
 
 def _scores(returned: Any) -> Any:

@@ -27,6 +27,7 @@ from svdd.runs.rows import Prompt
 from svdd.samplers.base import require_noise
 from svdd.state.state import State
 from svdd.values.base import Value
+from svdd.values.learned import require_single_score
 from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.training.allocation import allocate, expected_maximum, reliability, shrink
 from svdd.values.training.rollouts import draw_rollouts
@@ -89,6 +90,7 @@ class Calibration(L.LightningModule):
             raise UserError(
                 f"calibrate measures one value: give one part of {type(self.value).__name__} as model.value"
             )
+        require_single_score("svdd calibrate", reward)
         self.value.bind(reward, self.diffusion)
         self.columns = columns_of(reward)
         reward.load()
