@@ -289,7 +289,7 @@ LAZY = sorted(f"svdd.{noun}" for noun in NOUNS)  # folders that re-export their 
 MAY_IMPORT = {  # a folder or module of svdd: the others that it may import, also inside functions
     "assets": set(),
     "evaluation.metrics": set(),
-    "runs": set(),
+    "runs": {"assets"},
     "diffusion": {"assets"},
     "rewards": {"assets"},
     "state": {"diffusion"},
@@ -305,7 +305,7 @@ FOREIGN = {  # a library: the only folders that may import it
     "diffusers": {"diffusion"},
     "transformers": {"diffusion", "rewards", "commands"},
     "lightning": {"guided_diffusion", "values.training", "evaluation", "runs", "commands"},
-    "PIL": {"rewards", "runs", "evaluation", "commands"},
+    "PIL": {"assets", "rewards", "runs", "evaluation", "commands"},
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from svdd import rewards
 from svdd.rewards import Reward
 from tests.test_docs import unpack
+from tests.tiny_detectors import save_tiny_owl
 from tests.tiny_models import save_tiny_aesthetic_head, save_tiny_clip, save_tiny_open_clip
 from tests.tiny_reward_models import (
     brightness,
@@ -27,6 +28,8 @@ from tests.tiny_reward_models import (
     judge,
     marks,
     rubric_server,
+    save_alexnet,
+    save_tiny_dinov2,
     save_tiny_image_reward,
     save_tiny_llava,
     save_tiny_qwen,
@@ -56,6 +59,11 @@ def as_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
 
 
+def save_reference(folder: Path) -> str:
+    as_pil(pictures(1, 48, 64, seed=1))[0].save(folder / "reference.png")
+    return str(folder / "reference.png")
+
+
 # ---- models
 
 
@@ -69,6 +77,7 @@ def saved(save: Callable[[Path], str]) -> Callable[[ExitStack, Path], str]:
 
 MODELS: dict[str, Callable[[ExitStack, Path], str]] = {
     "clip": saved(save_tiny_clip),
+    "owl": saved(save_tiny_owl),
     "open_clip": saved(save_tiny_open_clip),
     "head": saved(lambda folder: save_tiny_aesthetic_head(folder, 8)),
     "image_reward": saved(save_tiny_image_reward),
@@ -76,6 +85,9 @@ MODELS: dict[str, Callable[[ExitStack, Path], str]] = {
     "resnet": saved(save_tiny_resnet),
     "llava": saved(save_tiny_llava),
     "qwen": saved(save_tiny_qwen),
+    "dinov2": saved(save_tiny_dinov2),
+    "alexnet": saved(save_alexnet),
+    "reference": saved(save_reference),
     "endpoint": server(lambda body, handler: judge(body)),
     "rubric": server(rubric_server),
     "marks": server(marks),
@@ -192,6 +204,9 @@ TESTED: dict[str, Case] = {
         lambda models: rewards.RubricJudge(endpoint=models("rubric"), model="tiny", rubric="{prompt}?", highest=9)
     ),
     "UnifiedReward": Case(lambda models: rewards.UnifiedReward(endpoint=models("marks"), model="tiny")),
+    "ObjectCount": Case(
+        lambda models: rewards.ObjectCount(models("owl"), object="panda", count=3, softness=0.2), tolerance=1e-5
+    ),
     "HTTPReward": Case(lambda models: rewards.HTTPReward(models("server"), batch_size=3)),
     "FunctionReward": Case(lambda models: rewards.FunctionReward(mean_red, differentiable=True)),
     "FunctionReward, one by one": Case(
@@ -204,6 +219,10 @@ TESTED: dict[str, Case] = {
         lambda models: rewards.WeightedSum([rewards.Compressibility(), rewards.Brightness()])
     ),
     "ZScored": Case(lambda models: rewards.ZScored(rewards.Brightness(), mean=0.4, std=0.1)),
+    "Similarity": Case(lambda models: rewards.Similarity("dinov2", models("dinov2"), reference=models("reference"))),
+    "Similarity, LPIPS": Case(
+        lambda models: rewards.Similarity("lpips", models("alexnet"), reference=models("reference")), tolerance=1e-5
+    ),
     "Threshold": Case(lambda models: rewards.Threshold(rewards.Brightness(), at_least=0.7)),
     "WinRate": Case(lambda models: rewards.WinRate(rewards.CLIPScore(models("clip")), temperature=0.5)),
     "a user's network": Case(lambda models: Edges()),

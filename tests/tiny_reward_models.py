@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     BertTokenizer,
+    BitImageProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     ConvNextImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -410,3 +414,23 @@ def brightness(body: dict, handler=None) -> dict:
     """Answers with the brightness of each image plus the length of its prompt."""
     lengths = [len(prompt) for prompt in body["prompts"]]
     return {"scores": (images_of_request(body).mean((1, 2, 3)) / 255 + lengths).tolist()}
+
+
+# ---- Similarity
+
+
+def save_tiny_dinov2(folder: Path) -> str:
+    """Saves a random DINOv2 with its processor."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_alexnet(folder: Path) -> str:
+    """Saves random weights of AlexNet's convolutions, as torchvision names them."""
+    torch.manual_seed(0)
+    state = torchvision.models.alexnet().features.state_dict()
+    torch.save({f"features.{name}": tensor for name, tensor in state.items()}, folder / "alexnet.pth")
+    return str(folder / "alexnet.pth")

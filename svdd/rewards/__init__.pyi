@@ -10,9 +10,11 @@ from .http_reward import HTTPReward as HTTPReward
 from .image_reward import ImageReward as ImageReward
 from .jpeg import Compressibility as Compressibility
 from .jpeg import Incompressibility as Incompressibility
+from .object_count import ObjectCount as ObjectCount
 from .pick_score import PickScore as PickScore
 from .rubric_judge import RubricJudge as RubricJudge
 from .sharpness import Sharpness as Sharpness
+from .similarity import Similarity as Similarity
 from .threshold import Threshold as Threshold
 from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
