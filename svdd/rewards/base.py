@@ -3,7 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,4 +120,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple | nn.ModuleList):
         parts = [_plain(part) for part in value]
         return ... if ... in parts else parts
+    if isinstance(value, Mapping):
+        entries = {str(key): _plain(entry) for key, entry in value.items()}
+        return ... if ... in entries.values() else entries
     return f"{value.__module__}.{value.__qualname__}" if inspect.isroutine(value) else ...
