@@ -10,23 +10,30 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from svdd import UserError, is_integer, require_at_least
+from svdd import is_integer, require_at_least
 from svdd.assets.content import digest, sources
 from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
 from svdd.evaluation.metrics.run_statistics import RunStatistics
-from svdd.rewards.base import Reward, is_device_failure
+from svdd.rewards.base import Reward, full_precision, is_device_failure, sparing_rewards
+from svdd.rewards.columns import columns_of
+from svdd.rewards.conversion import RewardLike, check_rewards
 from svdd.runs.bounds import check_images
 from svdd.runs.prediction import Prediction, predict_or_skip
+from svdd.runs.prompts import PromptDataset
+from svdd.runs.requests import requests
 from svdd.runs.rows import Prompt, ResultRow, result_row
 from svdd.samplers.base import Sampler, require_at_least_one
 from svdd.samplers.budget import Cost, Uncountable, count, current_count, fit_budget, settings
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
+from svdd.state.recorder import Recorder, recorded
+from svdd.state.scoring import score
 from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.state.trace import STATISTICS, rounded
+from svdd.state.trajectory import Trajectory, frame_steps
 from svdd.values.base import Value
 from svdd.values.posterior_mean import PosteriorMean
 
@@ -40,7 +47,7 @@ class GuidedDiffusion(L.LightningModule):
     """A pretrained diffusion model whose samples are steered towards a reward.
 
     Args:
-        reward: The guide reward.
+        reward: The guide reward; in Python also a function of images, float [n, 3, h, w] in [0, 1], and their prompts.
         diffusion: The pretrained model, or in Python a pipeline object of diffusers, which stays as it is; by default
             the model that ships with svdd.
         sampler: The algorithm; by default `SVDD` with 20 candidates.
@@ -67,11 +74,11 @@ class GuidedDiffusion(L.LightningModule):
 
     def __init__(
         self,
-        reward: Reward,
+        reward: RewardLike,
         diffusion: Diffusion | None = None,
         sampler: Sampler | None = None,
         value: Value | None = None,
-        eval_rewards: list[Reward] | None = None,
+        eval_rewards: list[RewardLike] | None = None,
         images_per_prompt: int = 1,
         budget: int | None = None,
         seed: int = 0,
@@ -83,13 +90,14 @@ class GuidedDiffusion(L.LightningModule):
         if budget is not None and (not is_integer(budget) or budget < 1):
             raise ValueError(f"budget must be an integer >= 1, in denoiser rows per image, got {budget!r}")
         require_at_least(0, seed=seed)
-        self.reward, self.eval_rewards = reward, nn.ModuleList(eval_rewards or [])
+        self.reward, held_out = check_rewards(reward, eval_rewards or [])
+        self.eval_rewards = nn.ModuleList(held_out)
         if diffusion is not None and not isinstance(diffusion, Diffusion):
             diffusion = from_pipeline(diffusion)
         self.diffusion = AutoDiffusion() if diffusion is None else diffusion
         self.sampler = SVDD() if sampler is None else sampler
         self.value = PosteriorMean() if value is None else value
-        self.value.bind(reward, self.diffusion)
+        self.value.bind(self.reward, self.diffusion)
         self.images_per_prompt, self.budget, self.seed, self.on_error = images_per_prompt, budget, seed, on_error
         self.sampler.check(self.diffusion, self.value)
         if budget is not None:
@@ -101,11 +109,7 @@ class GuidedDiffusion(L.LightningModule):
             self.cost = cost = count(self.sampler, self.diffusion, self.value)
             often = 2 * cost.decoded_images >= cost.denoiser_rows  # small calls of the decoder are the cheaper ones
             self._costs_nothing = cost.together >= (_TOGETHER if often else _TOGETHER_UNDECODED)
-        if not reward.higher_is_better:
-            raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
-        names = [each.name for each in (reward, *self.eval_rewards)]
-        if len(set(names)) < len(names):
-            raise UserError(f"rewards need distinct names, got {', '.join(names)}; remove the duplicate")
+        self.columns = columns_of(*self.rewards.values())
         best = {name: reward.higher_is_better for name, reward in self.rewards.items()}
         self.statistics = RunStatistics(best, STATISTICS, [each.name for each in fields(Ledger)])
         self.summary: dict[str, Any] = {}
@@ -129,19 +133,50 @@ class GuidedDiffusion(L.LightningModule):
     @torch.no_grad()
     @redrawn
     def sample(
-        self, prompts: Sequence[str] | str, seed: int = 0, seeds: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draws guided images outside of a Trainer: as many per prompt as the sampler returns, mostly one.
+        self,
+        prompts: Sequence[str] | str,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        *,
+        num_images: int = 1,
+        negative_prompts: Sequence[str | None] | str | None = None,
+        callback: Callable[[int, State], object] | None = None,
+        trajectory: bool | int | Sequence[int] = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Trajectory]:
+        """Draws guided images outside of a Trainer.
 
-        Image k starts from the seed `seeds[k]`, by default `seed + k`. Returns images, float32 [n, 3, h, w] in [0, 1],
-        and the guide reward of each, float32 [n].
+        Args:
+            prompts: A text or several.
+            seed: Image k of prompt p starts from the seed `seed + p * num_images + k`, as in `svdd predict`.
+            seeds: Or one seed per image; or one per prompt, whose image k starts from the prompt's seed + k.
+            num_images: Images of each prompt.
+            negative_prompts: What no image should show, or a text or None for each prompt.
+            callback: Called as `callback(i, state)` after each step: i = 1 .. T, and the `State` of the particles that
+                go on, which it may read. An exception that it raises ends the call. Searches pass 1 .. T - 1 in each
+                of their rounds.
+            trajectory: Also return a `Trajectory`, with frames of all steps (True), of so many, or of these steps.
+
+        Returns:
+            Images, float32 [n, 3, h, w] in [0, 1], the first prompt's first; the guide reward of each, float32 [n]; the
+            trajectory, if wanted. n is the number of images, times the number that the sampler returns for each.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        final = self.draw(texts, range(seed, seed + len(texts)) if seeds is None else seeds)
-        return final.images, self._score(self.reward, final)
+        wanted = requests(prompts, seed, seeds, num_images, negative_prompts)
+        frames = [] if trajectory is False else frame_steps(trajectory, self.diffusion.num_inference_steps)
+        recorder = Recorder(frames, callback) if frames or callback is not None else None
+        texts, starts, negatives = zip(*wanted, strict=True)
+        final = self.draw(texts, starts, negatives, recorder)
+        scores = self._score(self.reward, final, len(wanted) // num_images)
+        if recorder is None or not frames:
+            return final.images, scores
+        own = [each for each in starts for _ in range(len(final.x) // len(starts))]
+        return final.images, scores, Trajectory.of(recorder, final, own, scores)
 
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str | None] | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str | None] | None = None,
+        recorder: Recorder | None = None,
     ) -> State:
         """Runs the sampler and returns the end of the chain, decoded, with as many rows per image as it returns."""
         self.value.eval()
@@ -151,10 +186,12 @@ class GuidedDiffusion(L.LightningModule):
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
-            start.context.on_step, self.ledger = self.on_step, start.context.ledger
+            start.context.on_step, start.context.recorder = self.on_step, recorder
+            self.ledger = start.context.ledger
             with start.context.ledger.timed("total_seconds", self.diffusion.device):
                 final = self.sampler(start, self.value)
                 _ = final.images
+            recorded(final)
         return final
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Prediction:
@@ -170,9 +207,10 @@ class GuidedDiffusion(L.LightningModule):
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
-        final = self.draw([prompt.text for prompt, _ in jobs], seeds, [prompt.negative_prompt for prompt, _ in jobs])
+        texts = [self.columns.text(prompt) for prompt, _ in jobs]
+        final = self.draw(texts, seeds, [prompt.negative_prompt for prompt, _ in jobs])
         returned = len(final.x) // len(jobs)
-        scores = {name: rounded(self._score(reward, final)) for name, reward in self.rewards.items()}
+        scores = {name: rounded(self._score(reward, final, len(batch))) for name, reward in self.rewards.items()}
         trace, ledger = final.context.trace, final.context.ledger.per_image(len(final.x))
         weights = None if trace.weights is None else rounded(trace.weights.flatten())
         path_kl: Sequence[float | None] = [None] * len(jobs)
@@ -200,13 +238,17 @@ class GuidedDiffusion(L.LightningModule):
         ]
         return Prediction(final.images.cpu(), rows, traces)
 
-    def _score(self, reward: Reward, final: State) -> Tensor:
-        groups = 1 if reward.one_call else final.num_images
-        return self.diffusion.chunker.map(reward.score, groups, final.images, final.prompts, work=("reward", reward))
+    def _score(self, reward: Reward, final: State, prompts: int) -> Tensor:
+        groups = prompts if reward.groupwise else final.num_images
+        return score(reward, self.diffusion.chunker, groups, final.images, final.prompts)
 
     def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""
         self.statistics.update(rows)
+
+    def check_prompts(self, prompts: PromptDataset) -> None:
+        """Raises UserError if a prompt lacks a column that a reward needs, or a file that it names."""
+        self.columns.check(prompts, prompts.place)
 
     def fingerprints(self) -> dict[str, str]:
         """Returns digests of all weights, files and user's code that images and scores depend on, by what they are."""
@@ -219,8 +261,9 @@ class GuidedDiffusion(L.LightningModule):
 
     def configure_model(self) -> None:
         """Reads the rewards' weights before anything is drawn; Lightning calls it on every process."""
-        for reward in self.rewards.values():
-            reward.load()
+        with full_precision():
+            for reward in self.rewards.values():
+                reward.load()
 
     def on_predict_start(self) -> None:
         """Resets the statistics of an earlier prediction; callbacks add those of a resumed run after this."""
@@ -246,6 +289,10 @@ class GuidedDiffusion(L.LightningModule):
                     if math.isfinite(number)
                 }
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedDiffusion":
+        """Moves and converts the model, as `to` and Lightning do; rewards keep their precision."""
+        return super()._apply(sparing_rewards(self, fn), recurse)
 
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""

@@ -164,7 +164,7 @@ class Linear(Reward):
         self.register_buffer("b", torch.tensor(b, dtype=torch.float64))
 
     def forward(self, images, prompts):
-        return images[:, 0].flatten(1) @ self.b
+        return images[:, 0].flatten(1).to(self.b) @ self.b
 
 
 class ExactSoftValue(Value):

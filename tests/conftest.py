@@ -1,5 +1,8 @@
+import gc
+import importlib
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use no hub
@@ -56,3 +59,18 @@ def read_rows():
         return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
 
     return read
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty, importable working directory; its modules are unloaded afterwards."""
+    before = set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # a copy: `main` adds to it
+    monkeypatch.setattr(sys, "argv", ["svdd"])
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+    gc.collect()  # a base class lists a subclass until it is collected

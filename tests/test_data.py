@@ -93,18 +93,24 @@ def message(source, **arguments):
 # Formats
 
 
+def rows_of(path, **options):
+    """The prompts of a file, each of which states the file's folder."""
+    rows = list(PromptDataset(path, **options))
+    assert {row.folder for row in rows} == {str(Path(path).parent)}
+    return [row._replace(folder=None) for row in rows]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet", "CSV"])
 def test_every_column_survives_in_every_format(tmp_path, suffix):
     path = tmp_path / f"prompts.{suffix}"
     write_rows(Path(str(path).lower()), ROWS)
     if suffix.isupper():
         Path(str(path).lower()).rename(path)
-    assert list(PromptDataset(str(path))) == EXPECTED
+    assert rows_of(str(path)) == EXPECTED
 
 
 def test_txt_has_one_prompt_a_line(write):
-    dataset = PromptDataset(write("p.txt", "a red apple\na blue cup, on a table"))
-    assert list(dataset) == [
+    assert rows_of(write("p.txt", "a red apple\na blue cup, on a table")) == [
         Prompt(0, "a red apple", None, None, {}),
         Prompt(1, "a blue cup, on a table", None, None, {}),
     ]
@@ -144,9 +150,7 @@ def test_parquet_values_are_preserved(tmp_path):
     rows = [{"prompt": None, "n": 1, "tags": ["a"]}, {"prompt": "b", "n": None, "tags": ["x"]}]
     write_rows(tmp_path / "p.parquet", rows)
     with pytest.warns(UserWarning, match="skipped a blank prompt, the first at row 1"):
-        assert list(PromptDataset(str(tmp_path / "p.parquet"))) == [
-            Prompt(0, "b", None, None, {"n": None, "tags": ["x"]})
-        ]
+        assert rows_of(str(tmp_path / "p.parquet")) == [Prompt(0, "b", None, None, {"n": None, "tags": ["x"]})]
 
 
 def test_quoted_fields_may_hold_newlines_and_delimiters(write):
@@ -162,7 +166,7 @@ def test_whitespace_is_collapsed_and_stripped():
 
 def test_prompt_column(write):
     path = write("p.csv", "caption,seed\nx,3\n")
-    assert list(PromptDataset(path, prompt_column="caption")) == [Prompt(0, "x", None, 3, {})]
+    assert rows_of(path, prompt_column="caption") == [Prompt(0, "x", None, 3, {})]
     assert texts(["inline is unaffected"], prompt_column="caption") == ["inline is unaffected"]
 
 

@@ -150,12 +150,13 @@ def test_a_skipped_prompt_shows_its_traceback_without_secrets(own, sd15, capsys,
 def test_functions_are_rewards_in_yaml_in_studies_and_in_score(own, sd15, capsys):
     (own / "two.yaml").write_text(
         "model:\n  reward: {class_path: own_code.first_pixel, init_args: {arguments: {scale: 2}}}\n"
-        "  eval_rewards: [own_code.first_pixels, own_code.red]\n"
+        "  eval_rewards: [own_code.first_pixels, own_code.red(scale=0.5)]\n"
     )
     assert main([*words(sd15), "--config", "two.yaml"]) == 0
     for row in RunFolder(own / "run").rows():
         scores, picture = row["rewards"], Image.open(own / "run" / row["file"])
         assert scores["first_pixel"] == pytest.approx(2 * picture.getpixel((0, 0))[0] / 255)
+        assert 0 < scores["red"] < 0.5
         assert scores["first_pixels"] == pytest.approx(scores["first_pixel"] / 2)
     scored = ["--reward", "own_code.first_pixel", "--reward.arguments.scale", "1", "--eval_rewards+=own_code.red"]
     assert main(["score", "--images", "run", *scored]) == 0

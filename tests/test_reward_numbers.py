@@ -33,7 +33,7 @@ from svdd.rewards.weighted_sum import WeightedSum
 from svdd.rewards.z_scored import ZScored
 from svdd.runs.prediction import predict_or_skip
 from svdd.runs.prompts import Prompt
-from tests.test_rewards import PROMPTS, as_pil, pictures
+from tests.tested_rewards import PROMPTS, as_pil, pictures
 
 LAION_HEAD = Path(os.environ.get("SVDD_TEST_DATA", "../shared/data")) / "sac+logos+ava1-l14-linearMSE.pth"
 

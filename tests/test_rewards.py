@@ -1,180 +1,21 @@
-"""All rewards fulfil one contract; the numbers of each are checked against an independent computation."""
+"""`Reward.score` enforces the contract; JPEG sizes and CLIP scores equal an independent computation."""
 
-import copy
 import io
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch.nn import ModuleList
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
 from svdd import RewardError, UserError
-from svdd.rewards.aesthetic import Aesthetic
 from svdd.rewards.base import Reward
 from svdd.rewards.brightness import Brightness
 from svdd.rewards.clip import CLIPScore
-from svdd.rewards.colorfulness import Colorfulness
-from svdd.rewards.function import FunctionReward
-from svdd.rewards.hps_v2 import HPSv2
 from svdd.rewards.jpeg import Compressibility, Incompressibility
-from svdd.rewards.pick_score import PickScore
-from svdd.rewards.sharpness import Sharpness
-from svdd.rewards.threshold import Threshold
 from svdd.rewards.weighted_sum import WeightedSum
-from svdd.rewards.z_scored import ZScored
-
-PROMPTS = ["a red apple", "blue car", "panda", "a house, on a hill!"]
-
-
-def mean_red(images, prompts):
-    return images[:, 0].mean((1, 2))
-
-
-TESTED = {
-    "Compressibility": lambda clip, open_clip, head: Compressibility(),
-    "Incompressibility": lambda clip, open_clip, head: Incompressibility(),
-    "Colorfulness": lambda clip, open_clip, head: Colorfulness(),
-    "Sharpness": lambda clip, open_clip, head: Sharpness(),
-    "Brightness": lambda clip, open_clip, head: Brightness(),
-    "CLIPScore": lambda clip, open_clip, head: CLIPScore(clip),
-    "CLIPScore of open_clip": lambda clip, open_clip, head: CLIPScore(architecture=open_clip),
-    "PickScore": lambda clip, open_clip, head: PickScore(clip, processor=None),
-    "HPSv2": lambda clip, open_clip, head: HPSv2(
-        open_clip.removeprefix("local-dir:") + "/open_clip_pytorch_model.bin", "tiny-open-clip"
-    ),
-    "Aesthetic": lambda clip, open_clip, head: Aesthetic(clip, head),
-    "FunctionReward": lambda clip, open_clip, head: FunctionReward(mean_red, differentiable=True),
-    "FunctionReward, one by one": lambda clip, open_clip, head: FunctionReward(
-        lambda image, prompt: np.asarray(image).mean(), one_by_one=True
-    ),
-    "WeightedSum": lambda clip, open_clip, head: WeightedSum([CLIPScore(clip), Brightness()], [2.0, -0.5]),
-    "WeightedSum without gradient": lambda clip, open_clip, head: WeightedSum([Compressibility(), Brightness()]),
-    "ZScored": lambda clip, open_clip, head: ZScored(Brightness(), mean=0.4, std=0.1),
-    "Threshold": lambda clip, open_clip, head: Threshold(Brightness(), at_least=0.7),
-}
-
-
-def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> torch.Tensor:
-    """Returns smooth to noisy images whose pixels are multiples of 1/255."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 6, 6, generator=generator)
-    smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
-    noise = torch.rand(count, 3, height, width, generator=generator) - 0.5
-    strength = torch.linspace(0, 0.6, count).view(-1, 1, 1, 1)
-    return ((smooth + strength * noise).clamp(0, 1) * 255).round() / 255
-
-
-def as_pil(images: torch.Tensor) -> list[Image.Image]:
-    arrays = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
-
-
-# ---- the contract
-
-
-@pytest.fixture(scope="module", params=TESTED)
-def reward(request, tiny_clip, tiny_open_clip, tiny_head) -> Reward:
-    return TESTED[request.param](tiny_clip, tiny_open_clip, tiny_head)
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_one_finite_float32_per_image(reward, count):
-    scores = reward.score(pictures(count), PROMPTS[:count])
-    assert scores.shape == (count,)
-    assert scores.dtype == torch.float32
-    assert scores.isfinite().all()
-
-
-def test_a_score_belongs_to_its_row(reward):
-    images, order = pictures(4), [2, 0, 3, 1]
-    scores = reward.score(images, PROMPTS)
-    assert len(set(scores.tolist())) == 4
-    permuted = reward.score(images[order], [PROMPTS[k] for k in order])
-    torch.testing.assert_close(permuted, scores[order], rtol=0, atol=1e-6)
-    for k in range(4):
-        alone = reward.score(images[k : k + 1], PROMPTS[k : k + 1])
-        torch.testing.assert_close(alone, scores[k : k + 1], rtol=0, atol=1e-6)
-
-
-def test_images_are_left_alone(reward):
-    images = pictures(2)
-    before = images.clone()
-    reward.score(images, PROMPTS[:2])
-    assert torch.equal(images, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_every_float_type_is_accepted(reward, dtype):
-    images = pictures(2)
-    scores = reward.score(images.to(dtype), PROMPTS[:2])
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, reward.score(images, PROMPTS[:2]), rtol=0.1, atol=0.02)
-
-
-def test_non_square_images_are_accepted(reward):
-    assert reward.score(pictures(2, 24, 56), PROMPTS[:2]).shape == (2,)
-
-
-def test_non_contiguous_images_are_accepted(reward):
-    images = pictures(4)
-    part = images.permute(0, 1, 3, 2)[::2]
-    torch.testing.assert_close(reward.score(part, PROMPTS[::2]), reward.score(part.contiguous(), PROMPTS[::2]))
-
-
-def test_the_gradient_is_the_slope(reward):
-    if not reward.differentiable:
-        images = pictures(1).requires_grad_()
-        assert not reward(images, PROMPTS[:1]).requires_grad
-        return
-    images = pictures(2, 36, 44).clamp(0.2, 0.8)
-    images.requires_grad_()
-    scores = reward(images, PROMPTS[:2])
-    (gradient,) = torch.autograd.grad(scores.sum(), images)
-    assert gradient.isfinite().all()
-    assert gradient.flatten(1).norm(dim=1).min() > 0
-    direction = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    step = 0.05
-    with torch.no_grad():
-        ahead, behind = (reward(images + sign * step * direction, PROMPTS[:2]) for sign in (1, -1))
-    slope = (ahead - behind) / (2 * step)
-    torch.testing.assert_close(slope, (gradient * direction).flatten(1).sum(1), rtol=0.02, atol=1e-5)
-
-
-def test_the_gradient_of_a_row_comes_from_that_row(reward):
-    if not reward.differentiable:
-        pytest.skip("no gradient")
-    images = pictures(3).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:3])[1], images)
-    assert gradient[[0, 2]].abs().max() == 0
-    assert gradient[1].abs().max() > 0
-
-
-def test_scores_lie_in_the_stated_range(reward):
-    low, high = reward.range
-    scores = reward.score(
-        torch.cat([pictures(4), torch.zeros(1, 3, 40, 40), torch.ones(1, 3, 40, 40)]), PROMPTS[:3] * 2
-    )
-    assert scores.min() >= low - 1e-5
-    assert scores.max() <= high + 1e-5
-
-
-def test_a_module_of_half_precision_scores_nearly_the_same(reward):
-    exact = reward.score(pictures(4), PROMPTS)
-    half = copy.deepcopy(reward).to(torch.bfloat16)
-    scores = half.score(pictures(4).bfloat16(), PROMPTS)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.05)
-
-
-def test_no_parameter_is_trainable(reward):
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
-    assert not any(module.training for module in reward.modules() if not isinstance(module, Reward | ModuleList))
-
+from tests.tested_rewards import PROMPTS, as_pil, pictures
 
 # ---- score() enforces the contract
 

@@ -54,6 +54,11 @@ def test_other_texts_stay(text):
     }
 
 
+def test_names_of_variables_stay():
+    tree = {"api_key_env": "MY_SERVER_KEY", "headers_env": {"X-Api-Key": "MY_KEY", "Authorization": "MY_TOKEN"}}
+    assert redacted(tree) == tree
+
+
 def test_a_folder_records_that_a_secret_changed_but_not_which(tmp_path):
     one, other = ({"reward": {"init_args": {"token": token}}} for token in ("hunter2", "hunter3"))
     write_config(tmp_path, "predict", one)
@@ -79,11 +84,13 @@ def test_a_reward_does_not_write_its_secret_into_the_files_of_values():
         ({"endpoint": f"http://user%40{KEY}/v1"}, "without a user, a password or a query"),
         ({"endpoint": f"//user:{KEY}@host/v1"}, "must be an address such as"),
         ({"endpoint": f"https://host/v1#{KEY}"}, "must be an address such as"),
+        ({"url": f"https://host/score?api_key={KEY}"}, "without a user, a password or a query, which a run would save"),
+        ({"headers_env": {"X-Tenant": KEY}}, "takes the name of an environment variable .*: no variable of the given"),
     ],
 )
 def test_secrets_in_the_wrong_place_are_refused_without_being_repeated(settings, message):
     tree = {"model": {"eval_rewards": [{"class_path": "VLMJudge", "init_args": settings}]}}
-    with pytest.raises(UserError, match=f"model.eval_rewards.0.{next(iter(settings))} .*{message}") as caught:
+    with pytest.raises(UserError, match=f"model.eval_rewards.0.{next(iter(settings))}.*{message}") as caught:
         refuse_secrets(tree)
     assert KEY not in str(caught.value)
 

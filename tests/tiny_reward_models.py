@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     BertTokenizer,
+    BitImageProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     ConvNextImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -330,6 +334,34 @@ def judge(body: dict) -> dict:
     return logprobs(yes=yes, No=-1.0, maybe=-9.0)
 
 
+def rubric_shares(picture: np.ndarray, question: str) -> dict[int, float]:
+    """Returns the probabilities of the marks from 1 to 9: the mean grows with brightness and the question's length."""
+    centre = 1 + 4 * picture.mean() / 255 + len(question) / 100
+    shares = {mark: float(np.exp(-((mark - centre) ** 2))) for mark in range(1, 10)}
+    return {mark: 0.9 * share / sum(shares.values()) for mark, share in shares.items()}
+
+
+def rubric_mark(picture: np.ndarray, question: str) -> float:
+    """Returns the expected mark, on the scale that the question ends with."""
+    highest = int(question.partition(" to ")[2][0])
+    shares = {mark: share for mark, share in rubric_shares(picture, question).items() if mark <= highest}
+    return sum(mark * share for mark, share in shares.items()) / sum(shares.values())
+
+
+def rubric_server(body: dict, handler: Any = None) -> dict:
+    """Answers with the probabilities of the marks, and another word with a tenth."""
+    tokens = {str(mark): np.log(share) for mark, share in rubric_shares(*seen_and_asked(body)).items()}
+    return logprobs(**dict(sorted({**tokens, "The": np.log(0.1)}.items(), key=lambda pair: -pair[1])))
+
+
+def marks(body: dict, handler: Any = None) -> dict:
+    """Answers with the lines of UnifiedReward: the marks grow with brightness and the length of the question."""
+    picture, question = seen_and_asked(body)
+    mark = 1 + 2 * picture.mean() / 255 + len(question) / 1000
+    text = "".join(f"{aspect} Score (1-5): {mark:.4f}\n" for aspect in ("Alignment", "Coherence", "Style"))
+    return {"choices": [{"message": {"content": text}}]}
+
+
 @contextmanager
 def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[dict]]]:
     """Serves `answer(body, handler)` on this machine; yields the address up to /v1 and the list of requests.
@@ -366,3 +398,39 @@ def chat_server(answer: Callable[[dict, Any], Any]) -> Iterator[tuple[str, list[
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# ---- a server with the protocol of HTTPReward
+
+
+def images_of_request(body: dict) -> np.ndarray:
+    """Returns the images of a request, uint8 [n, h, w, 3]."""
+    files = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+    assert {file.format for file in files} == {body["format"].upper()}
+    return np.stack([np.asarray(file) for file in files])
+
+
+def brightness(body: dict, handler=None) -> dict:
+    """Answers with the brightness of each image plus the length of its prompt."""
+    lengths = [len(prompt) for prompt in body["prompts"]]
+    return {"scores": (images_of_request(body).mean((1, 2, 3)) / 255 + lengths).tolist()}
+
+
+# ---- Similarity
+
+
+def save_tiny_dinov2(folder: Path) -> str:
+    """Saves a random DINOv2 with its processor."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_alexnet(folder: Path) -> str:
+    """Saves random weights of AlexNet's convolutions, as torchvision names them."""
+    torch.manual_seed(0)
+    state = torchvision.models.alexnet().features.state_dict()
+    torch.save({f"features.{name}": tensor for name, tensor in state.items()}, folder / "alexnet.pth")
+    return str(folder / "alexnet.pth")

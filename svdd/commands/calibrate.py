@@ -59,10 +59,12 @@ class CalibrateCLI(ModelCLI):
         self.claim(self.prompts.dataset, FILES, HARMLESS_IF_REPRODUCIBLE)  # they may change a measurement's last bits
 
     def before_calibrate(self) -> None:
-        """Refuses too few chains before any is drawn."""
+        """Refuses prompts that lack what the reward reads, and too few chains, before any is drawn."""
         if is_rank_zero():
             self.datamodule.adopt(self.prompts)
-        self.chains = len(self.datamodule.dataset) * self.model.images_per_prompt
+        dataset = self.datamodule.dataset
+        self.model.columns.check(dataset, dataset.place)
+        self.chains = len(dataset) * self.model.images_per_prompt
         require_chains(self.chains)
 
     def after_calibrate(self) -> None:

@@ -155,7 +155,9 @@ class Drawing:
     def _plan(self, words: list[str]) -> Plan:
         if (key := tuple(words)) not in self._plans:
             try:
-                self._plans[key] = Plan([*words])
+                plan = Plan([*words])
+                plan.check_prompts()
+                self._plans[key] = plan
             except UserError as error:
                 way_out = ""
                 if str(error).endswith(": expected list"):

@@ -11,6 +11,7 @@ import jsonargparse._actions as actions
 import jsonargparse._typehints as typehints
 
 from svdd import UserError, did_you_mean, first_line
+from svdd.commands.reward_sums import expanded
 from svdd.diffusion.base import Diffusion
 from svdd.rewards.base import Reward, is_device_failure
 from svdd.rewards.function import FunctionReward, import_path
@@ -22,6 +23,9 @@ __all__ = ["adapt_anew", "discard_all", "own_error", "resolve_help"]
 
 _KINDS = (Reward, Sampler, Value, Diffusion)
 _FUNCTION_REWARD = f"{FunctionReward.__module__}.{FunctionReward.__name__}"
+
+
+_PARAMETERS = inspect.signature(FunctionReward).parameters
 
 
 def own_error(error: Exception) -> UserError | None:
@@ -61,16 +65,23 @@ _adapt: Any = typehints.adapt_typehints
 
 
 def adapt_anew(value: Any, typehint: Any, *args: Any, **options: Any) -> Any:
-    """Reads a value as jsonargparse does, with two exceptions.
+    """Reads a value as jsonargparse does, with three exceptions.
 
-    A whole list replaces an earlier one, of which its elements keep no arguments; and a function where a reward belongs
-    becomes a `FunctionReward`.
+    A whole list replaces an earlier one, of which its elements keep no arguments. Where a reward belongs, a sum in the
+    short form becomes a `WeightedSum`, and a function a `FunctionReward`.
     """
     if isinstance(value, list) and not options.get("append") and isinstance(options.get("prev_val"), list):
         options["prev_val"] = None
+    value = expanded(value, typehint)
     kind = next((each for each in (typehint, *get_args(typehint)) if each in _KINDS), None)
     if kind is not None and (path := _path(value)) is not None and _import(path, kind) is not None:
         given = {} if isinstance(value, str) else dict(value.get("init_args") or {})
+        own = {name: argument for name, argument in given.items() if name not in _PARAMETERS}
+        if own:  # the function's, as in `my_file.my_function(scale=2)`
+            given = {
+                **{k: v for k, v in given.items() if k not in own},
+                "arguments": own | (given.get("arguments") or {}),
+            }
         value = {"class_path": _FUNCTION_REWARD, "init_args": {"function": path, **given}}
     return _adapt(value, typehint, *args, **options)
 

@@ -11,9 +11,11 @@ from jsonargparse import Namespace
 from svdd import SUMMARY_FILE
 from svdd.commands.cells import CellCLI
 from svdd.commands.estimate import Estimate
-from svdd.commands.parser import as_user_errors
+from svdd.commands.parser import Parser, as_user_errors
 from svdd.commands.predict import PredictCLI
 from svdd.evaluation.studies.specification import Cell
+from svdd.rewards.base import Reward
+from svdd.rewards.columns import columns_of
 from svdd.runs.config import read_config
 from svdd.runs.files import read_object
 from svdd.runs.processes.work import Job
@@ -53,6 +55,12 @@ class Plan(CellCLI):
         """Returns the number of images of the run."""
         return _num_prompts(json.dumps(self.settings.data.as_dict())) * int(self.settings.model.images_per_prompt)
 
+    def check_prompts(self) -> None:
+        """Raises UserError if a prompt lacks a column that a reward needs."""
+        model = self.settings.model
+        for reward in (model.reward, *model.eval_rewards):
+            _check_columns(json.dumps(self.settings.data.as_dict()), json.dumps(reward.as_dict(), default=str))
+
     def job(self, cell: Cell) -> Job:
         """Returns the work of a cell with these settings; its rows are a guess."""
         diffusion, sampler = self._part("diffusion"), self._part("sampler")
@@ -91,6 +99,23 @@ def _num_prompts(data: str) -> int:
         prompts = PromptDataModule(**json.loads(data))
         try:
             return len(prompts.dataset)
+        finally:
+            prompts.teardown()
+
+
+@cache
+def _check_columns(data: str, reward: str) -> None:
+    """Raises UserError if a prompt lacks a column that a reward needs; both are settings as JSON."""
+    parser = Parser()
+    parser.add_argument("--reward", type=Reward)
+    try:
+        made = parser.instantiate_classes(parser.parse_object({"reward": json.loads(reward)})).reward
+    except (Exception, SystemExit):
+        return  # the run says what is wrong
+    if (columns := columns_of(made)).needed or columns.paths:
+        prompts = PromptDataModule(**json.loads(data))
+        try:
+            columns.check(prompts.dataset, prompts.dataset.place)
         finally:
             prompts.teardown()
 

@@ -119,7 +119,8 @@ class PredictCLI(ModelCLI):
         self.datamodule.skip(self.finished)
 
     def _check_model(self) -> None:
-        """Compares the model with that of the baseline, and prints what a budget chose."""
+        """Checks the columns that rewards read, compares with the baseline, and prints what a budget chose."""
+        self.model.check_prompts(self.prompts.dataset)
         if self.evaluation.baseline is not None:
             self.evaluation.check_model(self.model.rewards, self.model.fingerprints())
         if self.trainer.is_global_zero and self.model.budget is not None:

@@ -56,11 +56,12 @@ class Rehearsal(Chunker):
         *arguments: Sequence | Tensor,
         parallel: bool = False,
         work: Work = (),
+        whole: bool = False,
     ) -> Rows:
         """Returns what `Chunker.map` does, or what an earlier call of the same kind returned."""
 
         def compute() -> Rows:
-            return super(Rehearsal, self).map(function, images, *arguments, parallel=parallel, work=work)
+            return super(Rehearsal, self).map(function, images, *arguments, parallel=parallel, work=work, whole=whole)
 
         if self._inside:
             return compute()

@@ -1,9 +1,12 @@
 """`svdd score`: measures pictures that exist already."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
 from svdd.rewards.base import Reward
+from svdd.rewards.columns import Columns, columns_of
 from svdd.runs.bounds import MAX_LINE
 from svdd.runs.config import write_config
 from svdd.runs.files import os_errors_explained, write_atomically
@@ -23,8 +27,10 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.output import check, hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
-from svdd.runs.prompts import PromptDataset
+from svdd.runs.prompts import Prompt, PromptDataset
+from svdd.runs.recorded_prompts import run_prompts_folder
 from svdd.runs.secrets import refuse_secrets
+from svdd.state.scoring import score as call
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
@@ -60,7 +66,8 @@ def score(words: list[str]) -> None:
     if len(rewards) < 1 + len(settings.eval_rewards):
         names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
         raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
-    device, pictures = _device(settings.device), _find(settings)
+    columns = columns_of(*rewards.values())
+    device, (pictures, source) = _device(settings.device), _find(settings, columns)
     folder = None if settings.output is None else Path(settings.output)
     with ExitStack() as around:
         if folder is not None:
@@ -71,7 +78,7 @@ def score(words: list[str]) -> None:
             with os_errors_explained(folder):
                 around.callback(hold(folder, "score").release)
                 write_config(folder, "score", config)
-        rows, statistics = _score(pictures, rewards, settings.batch_size, device)
+        rows, statistics = _score(pictures, rewards, settings.batch_size, device, partial(_text, columns, source))
         if not any(picture.prompt for picture in pictures):
             say(f"svdd: warning: {_NO_PROMPTS}", error=True)
         summary = {"images": len(rows), "rewards": statistics, **settings.evaluation.measure(pictures, device)}
@@ -107,41 +114,78 @@ def _words(entry: Mapping[str, float]) -> str:
 
 
 @torch.inference_mode()
-def _score(pictures: list[Picture], rewards: dict[str, Reward], count: int, device: torch.device) -> tuple[list, dict]:
-    """Returns one row per picture, and the statistics of each reward."""
+def _score(
+    pictures: list[Picture],
+    rewards: dict[str, Reward],
+    count: int,
+    device: torch.device,
+    text_of: Callable[[Picture], str] = attrgetter("prompt"),
+) -> tuple[list, dict]:
+    """Returns one row per picture, and the statistics of each reward, which reads `text_of` each picture."""
     metrics = {name: RewardStatistics(higher_is_better=reward.higher_is_better) for name, reward in rewards.items()}
-    rows, chunker = [], Chunker()
+    rows, chunker = {}, Chunker()
     for reward in rewards.values():
         reward.to(device).eval().load()
-    for part, images in read_pictures(pictures, count):
-        prompts, shown = [picture.prompt for picture in part], images.to(device)
-        scores = {name: chunker.map(reward.score, len(part), shown, prompts).cpu() for name, reward in rewards.items()}
+    by_prompt = any(reward.groupwise for reward in rewards.values())
+    for part, images in _whole_prompts(pictures) if by_prompt else read_pictures(pictures, count):
+        prompts, shown = [text_of(picture) for picture in part], images.to(device)
+        scores = {name: call(reward, chunker, 1, shown, prompts).cpu() for name, reward in rewards.items()}
         for name, metric in metrics.items():
             indices, weights = zip(*((picture.prompt_index, picture.weight) for picture in part), strict=True)
             metric.update(scores[name].double(), torch.tensor(indices), torch.tensor(weights, dtype=torch.float64))
         for k, picture in enumerate(part):
             file = str(picture.folder / picture.file)
             row = {"file": file, "prompt_index": picture.prompt_index, "prompt": picture.prompt}
-            rows.append(row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}})
-    return rows, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
+            rows[file] = row | {"rewards": {name: float(f"{values[k]:.7g}") for name, values in scores.items()}}
+    ordered = [rows[str(picture.folder / picture.file)] for picture in pictures]
+    return ordered, {name: {k: v.item() for k, v in metric.compute().items()} for name, metric in metrics.items()}
 
 
-def _find(settings: Any) -> list[Picture]:
-    """Returns the pictures; those of a folder get the prompts of a file, line by line, and each the first's index."""
-    folder, file = Path(settings.images), settings.prompts
-    pictures = find_pictures(folder)
+def _whole_prompts(pictures: list[Picture]) -> Iterator[tuple[list[Picture], torch.Tensor]]:
+    """Yields all pictures of a prompt at once, which a groupwise reward compares; UserError if that cannot be."""
+    for _, same in groupby(sorted(pictures, key=lambda each: each.prompt_index), key=lambda each: each.prompt_index):
+        group = list(same)
+        parts = list(read_pictures(group, len(group)))
+        if len(parts) > 1:
+            sizes = "they differ in size, or are too many"
+            raise UserError(f"the {len(group)} pictures of {group[0].prompt!r} cannot be compared at once: {sizes}")
+        yield parts[0]
+
+
+def _find(settings: Any, columns: Columns) -> tuple[list[Picture], str | None]:
+    """Returns the pictures, and the folder to which paths in their columns refer.
+
+    Those of a folder get the prompts of a file, line by line, and each the index of the first that is the same.
+    """
+    folder, file, names = Path(settings.images), settings.prompts, {**columns.needed, **columns.optional}
+    pictures = find_pictures(folder, names)
     if file is None:
-        return pictures
+        source = run_prompts_folder(folder)
+        rows = [_prompt(picture, source) for picture in pictures] if names else []
+        columns.check(rows, lambda k: f"{folder / pictures[k].file}")
+        return pictures, source
     if RunFolder(folder).has_rows():
         raise UserError(f"{folder} is a run folder, which brings its own prompts: leave out --prompts")
     with as_user_errors(), closing(PromptDataset(file, settings.prompt_column, max_prompt_length=MAX_LINE)) as dataset:
-        texts = [dataset[k].text for k in range(len(dataset))]
-    if len(texts) != len(pictures):
-        name = file if isinstance(file, str) else "--prompts"
-        found = f"{name} has {len(texts)} prompts for {len(pictures)} pictures in {folder}"
-        raise UserError(f"{found}; expected one that is not blank for each, in the order of the pictures' names")
-    first = {text: k for k, text in reversed([*enumerate(texts)])}
-    return [replace(pictures[k], prompt_index=first[text], prompt=text) for k, text in enumerate(texts)]
+        if len(dataset) != len(pictures):
+            name = file if isinstance(file, str) else "--prompts"
+            found = f"{name} has {len(dataset)} prompts for {len(pictures)} pictures in {folder}"
+            raise UserError(f"{found}; expected one that is not blank for each, in the order of the pictures' names")
+        columns.check(dataset, dataset.place)
+        given, first = list[Picture](), dict[str, int]()
+        for picture, prompt in zip(pictures, dataset, strict=True):
+            index = first.setdefault(prompt.text, prompt.index)
+            extra = {name: prompt.extra[name] for name in names if name in prompt.extra}
+            given.append(replace(picture, prompt_index=index, prompt=prompt.text, extra=extra))
+        return given, dataset.folder
+
+
+def _prompt(picture: Picture, source: str | None) -> Prompt:
+    return Prompt(picture.prompt_index, picture.prompt, None, None, dict(picture.extra), source)
+
+
+def _text(columns: Columns, source: str | None, picture: Picture) -> str:
+    return columns.text(_prompt(picture, source))
 
 
 def _device(name: str) -> torch.device:

@@ -60,27 +60,31 @@ class Chunker:
         *arguments: Sequence | Tensor,
         parallel: bool = False,
         work: Work = (),
+        whole: bool = False,
     ) -> Rows:
         """Returns `function(*arguments)`, computed on slices of the rows.
 
         `work` names the kind of work, for estimates of time: calls of one kind and shape take equally long.
 
         Each argument has the same number of rows, at least 1: the rows of each of `images` images in turn. The function
-        returns a tensor, or a named tuple or dictionary of tensors, with one row per row of the slice.
+        returns a tensor, or a named tuple or dictionary of tensors, with one row per row of the slice. With `whole`, a
+        slice holds all rows of one image, whatever the chunk size.
 
         Raises:
-            torch.OutOfMemoryError: If a single row, or a chunk of fixed size, does not fit. In the reproducible mode
-                also when `most` is halved: then the batch must be drawn again, see `redrawn`.
+            torch.OutOfMemoryError: If a single row, a chunk of fixed size, or a whole image does not fit. In the
+                reproducible mode also when `most` is halved: then the batch must be drawn again, see `redrawn`.
         """
         count = len(arguments[0])
         if getattr(_state, "inside", False):
             return function(*arguments)
-        if self.most is None:
+        if self.most is None and not whole:
             return self._in_chunks(function, count, arguments)
         per_image = count // images
-        parts = -(-per_image // self.most)
+        parts = 1 if self.most is None or whole else -(-per_image // self.most)
         ends = [g * per_image + per_image * (k + 1) // parts for g in range(images) for k in range(parts)]
         slices = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        if self.most is None:
+            return _join([function(*(argument[part] for argument in arguments)) for part in slices])
         try:
             with _deterministic() as threads:
                 compute = partial(
@@ -92,7 +96,7 @@ class Chunker:
                 return _join([compute(part) for part in slices])
         except torch.OutOfMemoryError as error:
             largest = max(part.stop - part.start for part in slices)
-            if largest == 1:
+            if largest == 1 or whole:
                 raise
             self.most = largest // 2
             _free()

@@ -6,12 +6,17 @@ from .clip import CLIPScore as CLIPScore
 from .colorfulness import Colorfulness as Colorfulness
 from .function import FunctionReward as FunctionReward
 from .hps_v2 import HPSv2 as HPSv2
+from .http_reward import HTTPReward as HTTPReward
 from .image_reward import ImageReward as ImageReward
 from .jpeg import Compressibility as Compressibility
 from .jpeg import Incompressibility as Incompressibility
 from .pick_score import PickScore as PickScore
+from .rubric_judge import RubricJudge as RubricJudge
 from .sharpness import Sharpness as Sharpness
+from .similarity import Similarity as Similarity
 from .threshold import Threshold as Threshold
+from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
 from .weighted_sum import WeightedSum as WeightedSum
+from .win_rate import WinRate as WinRate
 from .z_scored import ZScored as ZScored

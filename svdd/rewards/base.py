@@ -3,7 +3,8 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from svdd import RewardError, UserError, first_line
+from svdd.rewards.columns import require_columns
 
-__all__ = ["Reward", "is_device_failure"]
+__all__ = ["Reward", "full_precision", "is_device_failure", "sparing_rewards"]
 
 # Arguments that do not change the result; the second line holds those of an endpoint.
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
 _NO_EFFECT |= {"api_key", "api_key_env", "password", "token", "backoff", "concurrency", "retries", "timeout"}
+
+_UNSTATED = {("revision", None), ("dtype", "float32")}  # arguments that the identity leaves out
+
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices
 
 _DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
     *("cuda error", "out of memory"),
@@ -34,8 +40,13 @@ class Reward(nn.Module, ABC):
         variant: Which of the class's rewards this is, for its name; empty if there is only one.
         one_call: Whether a score never depends on the other images of a call, to the last bit; then one call may score
             several prompts' images in the reproducible mode too.
+        groupwise: Whether a score depends on the other images of the call, as a rank does. A call then holds exactly
+            one group: the rows of one image that compete at a step, or the finished images of one prompt.
         from_files: Names of attributes, beyond weights and tokenizers, that were read from files: a run continues only
             while they and the reward's source are the same.
+        columns: Names of columns of the prompt file that the reward needs: see `svdd.rewards.columns`.
+        optional_columns: Names of columns that it reads if they are there.
+        path_columns: Those of both that hold paths of files.
     """
 
     differentiable: bool = False
@@ -43,7 +54,11 @@ class Reward(nn.Module, ABC):
     range: tuple[float, float] = (-math.inf, math.inf)
     variant: str = ""
     one_call: bool = False
+    groupwise: bool = False
     from_files: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    optional_columns: tuple[str, ...] = ()
+    path_columns: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,10 +67,17 @@ class Reward(nn.Module, ABC):
 
     @property
     def identity(self) -> Any:
-        """The name, and the constructor arguments that the scores depend on, as plain data; a revision only if set."""
+        """The name, and the constructor arguments that the scores depend on, as plain data.
+
+        A revision is left out if none is set, and a dtype if it is float32.
+        """
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_EFFECT]
         plain = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
-        own = {name: value for name, value in plain.items() if value is not ... and (name, value) != ("revision", None)}
+        own = {
+            name: value
+            for name, value in plain.items()
+            if value is not ... and not (isinstance(value, str | None) and (name, value) in _UNSTATED)
+        }
         return {"name": self.name, **own} if own else self.name
 
     def load(self) -> None:
@@ -66,21 +88,23 @@ class Reward(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Returns one score per image, float [n], from images, float [n, 3, h, w] in [0, 1], and their n prompts."""
+        """Returns one score per image, float [n], from images, float32 [n, 3, h, w] in [0, 1], and their n prompts."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns the scores of `forward` as float32 [n].
+        """Returns the scores of `forward` as float32 [n]; it gets float32 images, and runs in `full_precision`.
 
         Raises:
             RewardError: If the images or the scores are not finite, one score per image, or `forward` failed, unless
                 the device did.
         """
+        require_columns(self.name, self.columns, prompts)
         if len(bad := (~images.detach().flatten(1).sum(1).isfinite()).nonzero()):
             first = f"{len(bad)} of {len(images)} images, first for the prompt {prompts[int(bad[0])]!r}"
             help = "a decoder in float16 may overflow: set --trainer.precision to bf16-true or 32-true"
             raise RewardError(f"reward {self.name} received NaN or infinity in {first}; {help}")
         try:
-            scores = self(images, list(prompts))
+            with full_precision():
+                scores = self(images.float(), list(prompts))
         except UserError:
             raise
         except Exception as error:
@@ -100,6 +124,33 @@ class Reward(nn.Module, ABC):
         raise RewardError(f"reward {self.name} returned {returned}; {expected}")
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switches autocast off and makes float32 the default type of new tensors, which a Trainer's precision changes."""
+    before = torch.get_default_dtype()
+    with ExitStack() as around:
+        for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
+            around.enter_context(torch.autocast(kind, enabled=False))
+        around.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def sparing_rewards(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns a conversion of the module's tensors that moves those of its rewards, but does not cast them.
+
+    A module that holds rewards uses it in `_apply`, so that a Trainer's precision leaves the rewards as they are.
+    """
+    rewards = [part for part in module.modules() if isinstance(part, Reward)]
+    kept = {id(tensor) for reward in rewards for tensor in (*reward.parameters(), *reward.buffers())}
+
+    def converted(tensor: Tensor) -> Tensor:
+        target = convert(tensor.new_empty(0)) if id(tensor) in kept else tensor
+        return convert(tensor) if target.dtype == tensor.dtype else tensor.to(target.device)
+
+    return converted
+
+
 def is_device_failure(error: Exception) -> bool:
     """Whether the device or a lack of memory, not the reward, caused the error or one that it was raised from."""
     kinds = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
@@ -117,10 +168,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | Path):
         path = Path(value).expanduser()  # may move, but not be renamed
         return path.name if path.exists() else str(value)
+    if isinstance(value, dict):
+        named = {str(key): _plain(part) for key, part in value.items()}
+        return ... if ... in named.values() else named
     if isinstance(value, list | tuple | nn.ModuleList):
         parts = [_plain(part) for part in value]
         return ... if ... in parts else parts
-    if isinstance(value, Mapping):
-        entries = {str(key): _plain(entry) for key, entry in value.items()}
-        return ... if ... in entries.values() else entries
     return f"{value.__module__}.{value.__qualname__}" if inspect.isroutine(value) else ...

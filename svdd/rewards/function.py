@@ -53,7 +53,7 @@ class FunctionReward(Reward):
     ) -> None:
         super().__init__()
         self.function = _find(function) if isinstance(function, str) else function
-        self.label = function.rsplit(".", 1)[-1] if isinstance(function, str) else getattr(function, "__name__", "call")
+        self.label = function.rsplit(".", 1)[-1] if isinstance(function, str) else _name(function)
         self.arguments = dict(arguments or {})
         self.takes_prompts = _check_arguments(self.function, self.label, self.arguments)
         annotation = _annotation(self.function)
@@ -123,6 +123,12 @@ def import_path(path: str) -> Any:
     for name in attributes:
         found = getattr(found, name)
     return found
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Returns the name of a function, of the function in a partial one, or of the class of another callable."""
+    inner = getattr(function, "func", function)
+    return str(getattr(inner, "__name__", type(inner).__name__)).strip("<>")  # <lambda>
 
 
 def _scores(returned: Any) -> Any:

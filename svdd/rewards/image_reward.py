@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svdd import UserError
 from svdd.assets.hub import find_file, fit_weights, locate, read_tokenizer, read_weights
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise
-from svdd.rewards.pretrained import PretrainedReward, linear_head
+from svdd.rewards.pretrained import Precision, PretrainedReward, linear_head
 
 __all__ = ["GroundedText", "ImageReward"]
 
@@ -40,6 +40,7 @@ class ImageReward(PretrainedReward):
         tokenizer: A BERT tokenizer: a hub name or a folder.
         revision: Branch, tag or commit of the weights on the hub.
         local_files_only: Use local files and the hub's cache only.
+        dtype: Precision of the network, whatever that of the Trainer.
     """
 
     differentiable = True
@@ -50,8 +51,9 @@ class ImageReward(PretrainedReward):
         tokenizer: str = "google-bert/bert-base-uncased",
         revision: str | None = None,
         local_files_only: bool = False,
+        dtype: Precision = "float32",
     ) -> None:
-        super().__init__(revision=revision, local_files_only=local_files_only)
+        super().__init__(revision=revision, local_files_only=local_files_only, dtype=dtype)
         self.pretrained, self.tokenizer = pretrained, tokenizer
 
     def read(self) -> nn.Module:

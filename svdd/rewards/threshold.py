@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from svdd.rewards.base import Reward
+from svdd.rewards.conversion import RewardLike, as_reward
 
 __all__ = ["Threshold"]
 
@@ -19,14 +20,15 @@ class Threshold(Reward):
         ValueError: If there is no limit, or `at_least` exceeds `at_most`.
     """
 
-    def __init__(self, reward: Reward, at_least: float | None = None, at_most: float | None = None) -> None:
+    def __init__(self, reward: RewardLike, at_least: float | None = None, at_most: float | None = None) -> None:
         super().__init__()
+        reward = as_reward(reward)
         if at_least is None and at_most is None:
             raise ValueError("Threshold needs at_least, at_most or both, got neither")
         if at_least is not None and at_most is not None and at_least > at_most:
             raise ValueError(f"at_least must not exceed at_most, got {at_least} and {at_most}")
         self.reward, self.at_least, self.at_most = reward, at_least, at_most
-        self.differentiable, self.variant = reward.differentiable, reward.name
+        self.differentiable, self.groupwise, self.variant = reward.differentiable, reward.groupwise, reward.name
         self.range = (-float("inf"), 0.0)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:

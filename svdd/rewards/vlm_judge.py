@@ -17,7 +17,7 @@ from svdd.assets.hub import check_tokenizer, read_auto, read_model
 from svdd.rewards.models.http_client import from_environment
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Endpoint
-from svdd.rewards.pretrained import PretrainedReward
+from svdd.rewards.pretrained import Precision, PretrainedReward
 
 __all__ = ["VLMJudge"]
 
@@ -38,6 +38,7 @@ class VLMJudge(PretrainedReward):
         concurrency: Number of simultaneous requests.
         revision: Branch, tag or commit of a hub model.
         local_files_only: Use local files and the hub's cache only.
+        dtype: Precision of a local model, whatever that of the Trainer: half precision saves memory, and time on a GPU.
 
     Raises:
         UserError: If an argument is out of range, or the arguments contradict each other.
@@ -57,8 +58,9 @@ class VLMJudge(PretrainedReward):
         concurrency: int = 8,
         revision: str | None = None,
         local_files_only: bool = False,
+        dtype: Precision = "float32",
     ) -> None:
-        super().__init__(revision=revision, local_files_only=local_files_only)
+        super().__init__(revision=revision, local_files_only=local_files_only, dtype=dtype)
         if batch_size < 1:
             raise UserError(f"batch_size must be >= 1, got {batch_size}")
         self.question, self.batch_size, self.api_key_env = question, batch_size, api_key_env
@@ -79,7 +81,7 @@ class VLMJudge(PretrainedReward):
 
     def loading_key(self) -> Hashable:
         """Returns what determines the local model."""
-        return (type(self), self.pretrained, *self.options.values()) if self.endpoint is None else None
+        return (type(self), self.pretrained, self.dtype, *self.options.values()) if self.endpoint is None else None
 
     def read(self) -> nn.Module:
         """Returns the local model, or an empty module for an endpoint."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from svdd.rewards.base import Reward
+from svdd.rewards.conversion import RewardLike, as_reward
 
 __all__ = ["WeightedSum"]
 
@@ -21,18 +22,20 @@ class WeightedSum(Reward):
         ValueError: If there is no reward, or not one finite weight for each.
     """
 
-    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+    def __init__(self, rewards: list[RewardLike], weights: list[float] | None = None) -> None:
         super().__init__()
         if not rewards:
             raise ValueError("WeightedSum needs at least one reward, got none")
+        parts = [as_reward(reward, f"rewards[{k}]") for k, reward in enumerate(rewards)]
         self.weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(rewards) or not torch.tensor(self.weights).isfinite().all():
             raise ValueError(f"weights must be one finite number per reward ({len(rewards)}), got {weights}")
-        self.rewards: Any = nn.ModuleList(rewards)
-        self.differentiable = all(reward.differentiable for reward in rewards)
+        self.rewards: Any = nn.ModuleList(parts)
+        self.differentiable = all(reward.differentiable for reward in parts)
+        self.groupwise = any(reward.groupwise for reward in parts)
         ends = [
             sorted(weight * end for end in reward.range) if weight else [0.0, 0.0]
-            for reward, weight in zip(rewards, self.weights, strict=True)
+            for reward, weight in zip(parts, self.weights, strict=True)
         ]
         self.range = (sum(low for low, _ in ends), sum(high for _, high in ends))
 

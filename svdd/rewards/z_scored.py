@@ -8,6 +8,7 @@ from torch import Tensor
 
 from svdd import SUMMARY_FILE, UserError
 from svdd.rewards.base import Reward
+from svdd.rewards.conversion import RewardLike, as_reward
 
 __all__ = ["ZScored"]
 
@@ -28,9 +29,10 @@ class ZScored(Reward):
     from_files = ("mean", "std")
 
     def __init__(
-        self, reward: Reward, mean: float | None = None, std: float | None = None, statistics: str | None = None
+        self, reward: RewardLike, mean: float | None = None, std: float | None = None, statistics: str | None = None
     ) -> None:
         super().__init__()
+        reward = as_reward(reward)
         if statistics is not None and mean is None and std is None:
             mean, std = _read_statistics(Path(statistics).expanduser(), reward.name)
         elif statistics is not None or mean is None or std is None:
@@ -38,7 +40,8 @@ class ZScored(Reward):
         if not std > 0:
             raise ValueError(f"std must be > 0, got {std}: the reward does not vary")
         self.reward, self.mean, self.std = reward, float(mean), float(std)
-        self.differentiable, self.higher_is_better = reward.differentiable, reward.higher_is_better
+        self.differentiable, self.groupwise = reward.differentiable, reward.groupwise
+        self.higher_is_better = reward.higher_is_better
         low, high = ((end - self.mean) / self.std for end in reward.range)
         self.range, self.variant = (low, high), reward.name
 

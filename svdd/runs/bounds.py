@@ -13,7 +13,6 @@ MAX_IMAGES_PER_PROMPT = 10_000  # drawn and written together
 MAX_IMAGES = 10**8  # of a run
 MAX_WORKERS = 256  # processes that read prompts
 MAX_PICTURE_BYTES = 2**30
-MAX_PIXELS = 178_956_970  # of a picture; Pillow refuses more
 MAX_PIXELS_AT_ONCE = 2**26  # of pictures of one size, while there are several
 
 

@@ -37,6 +37,7 @@ HARMLESS = re.compile(
     r"|(output|overwrite|patience|step_timeout|max_restarts|tar|evaluation)(\..*)?"
     r"|(data\.num_workers|model\.on_error)(\..*)?"
 )
+_CONNECTION = {"endpoint", "url", "api_key_env", "headers_env", "timeout", "retries", "backoff", "concurrency"}
 _SOURCE = re.compile(r"data\.(prompts|limit|prompt_column|max_prompt_length)(\..*)?")  # where prompts come from
 HARMLESS_IF_REPRODUCIBLE = re.compile(rf"{HARMLESS.pattern}|(data\.batch_size|model\.diffusion\.chunk_size)(\..*)?")
 
@@ -79,10 +80,11 @@ def differences(
 ) -> list[str]:
     """Lists the settings that differ, with both values.
 
-    Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images. With
-    `prompts_known` so may those that say where the prompts come from, as the prompts themselves are compared.
+    Settings whose dotted keys match `harmless` may differ, by default those that do not affect a run's images, and so
+    may those by which a reward of svdd reaches its server. With `prompts_known` so may those that say where the prompts
+    come from, as the prompts themselves are compared.
     """
-    there, now = (leaves(yaml.safe_load(_dump(tree))) for tree in (recorded, config))
+    there, now = (leaves(_unconnected(yaml.safe_load(_dump(tree)))) for tree in (recorded, config))
     return [
         f"{key} was {there.get(key, 'not set')!r}, now {now.get(key, 'not set')!r}"
         for key in dict.fromkeys((*there, *now))
@@ -120,6 +122,18 @@ def plain(value: Any, finite: bool = False) -> Any:
 
 def _dump(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(redacted(plain(config)), sort_keys=False, allow_unicode=True)
+
+
+def _unconnected(tree: Any) -> Any:
+    """Returns a configuration without the settings by which objects of svdd reach a server, which may move."""
+    if isinstance(tree, list):
+        return [_unconnected(branch) for branch in tree]
+    if not isinstance(tree, dict):
+        return tree
+    kept = {name: _unconnected(branch) for name, branch in tree.items()}
+    if str(kept.get("class_path")).startswith("svdd.") and isinstance(arguments := kept.get("init_args"), dict):
+        kept["init_args"] = {name: value for name, value in arguments.items() if name not in _CONNECTION}
+    return kept
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import signal
 import tempfile
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
 from typing import Any, cast
@@ -22,6 +22,7 @@ from svdd import check_bound, require_at_least
 from svdd.runs.bounds import MAX_WORKERS
 from svdd.runs.prompt_files import open_source
 from svdd.runs.prompt_rows import PromptError, RowReader, key, located, shorten
+from svdd.runs.recorded_prompts import folder_of
 from svdd.runs.rows import Prompt
 
 __all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError", "PromptWarning"]
@@ -35,7 +36,8 @@ class PromptDataset(Dataset[Prompt]):
     """The prompts of a source, checked in one pass; see `PromptDataModule`. Raises a PromptError if it cannot be used.
 
     They lie in an unnamed temporary file, which even a killed process does not leave behind, and memory holds eight
-    bytes a prompt. Threads and other processes may read too. `digest` is the SHA-256 of all prompts and their columns.
+    bytes a prompt. Threads and other processes may read too. `digest` is the SHA-256 of all prompts and their columns,
+    `folder` that to which relative paths in columns refer, or None for the working directory.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class PromptDataset(Dataset[Prompt]):
     ) -> None:
         reader = RowReader(prompt_column, max_prompt_length)
         name, rows = open_source(prompts, reader)
+        self.folder, self._name = folder_of(prompts), name
+        self._source = (prompts, prompt_column, max_prompt_length) if isinstance(prompts, str) else None
         self._ends = array("Q", [0])  # record i is the bytes ends[i] .. ends[i + 1]
         num_blank, first_blank, digest = 0, "", hashlib.sha256()
         with located(name), _spool() as file:
@@ -79,7 +83,21 @@ class PromptDataset(Dataset[Prompt]):
     def __getitem__(self, index: int) -> Prompt:
         index = range(len(self))[index]
         extra = json.loads(self._record(index))
-        return Prompt(index, extra.pop("prompt"), extra.pop("negative_prompt", None), extra.pop("seed", None), extra)
+        known = (extra.pop("prompt"), extra.pop("negative_prompt", None), extra.pop("seed", None))
+        return Prompt(index, *known, extra, self.folder)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return map(self.__getitem__, range(len(self)))
+
+    def place(self, index: int) -> str:
+        """Returns where a prompt stands, such as "prompts.csv: line 3", for a message; reads the source again."""
+        if self._source is not None:
+            with suppress(PromptError, OSError):
+                source, prompt_column, max_length = self._source
+                reader = RowReader(prompt_column, max_length)
+                found = (place for place, row in open_source(source, reader)[1] if reader.record(place, row))
+                return f"{self._name}: {next(islice(found, index, None), f'prompt {index}')}"
+        return f"{self._name}: prompt {index}"
 
     def records(self) -> Iterator[bytes]:
         """Yields each prompt with its columns as a line of JSON, as in a prompt file."""

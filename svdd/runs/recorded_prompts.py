@@ -6,12 +6,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from svdd.runs.config import read_config
 from svdd.runs.files import regular_only, replacing
 
 if TYPE_CHECKING:
     from svdd.runs.prompts import PromptDataset
 
-__all__ = ["PROMPTS", "PromptChanges", "compare_prompts", "write_prompts"]
+__all__ = ["PROMPTS", "PromptChanges", "compare_prompts", "folder_of", "run_prompts_folder", "write_prompts"]
 
 PROMPTS = "prompts.jsonl"
 _SHOWN, _LEAD, _WIDTH = 3, 20, 60  # prompts in a message; characters of a text before its first difference, and in all
@@ -59,6 +60,27 @@ def write_prompts(folder: Path, prompts: "PromptDataset") -> None:
     """Records prompts, in place of those recorded before."""
     with replacing(folder / PROMPTS) as file:
         file.writelines(prompts.records())
+
+
+def folder_of(source: object) -> str | None:
+    """Returns the folder to which relative paths in the columns of a source of prompts refer; None for a list.
+
+    For the prompts that a run recorded, it is the folder of the file from which the run read them.
+    """
+    if not isinstance(source, str):
+        return None
+    path = Path(source).expanduser()
+    return run_prompts_folder(path.parent) if path.name == PROMPTS else str(path.parent)
+
+
+def run_prompts_folder(folder: Path) -> str | None:
+    """Returns the folder to which relative paths in the columns of a run's prompts refer; see `folder_of`."""
+    if (recorded := read_config(folder)) is None:
+        return str(folder)
+    data = recorded.config.get("data")
+    source = data.get("prompts") if isinstance(data, dict) else None
+    own = isinstance(source, str) and Path(source).expanduser().absolute() == (folder / PROMPTS).absolute()
+    return str(folder) if own else folder_of(source)
 
 
 def _difference(old: bytes, new: bytes) -> str:

@@ -43,6 +43,7 @@ class Prompt(NamedTuple):
     negative_prompt: str | None  # what the image should not show
     seed: int | None  # of the prompt's first image
     extra: dict[str, Any]  # all other columns of the source, copied into the results
+    folder: str | None = None  # to which relative paths in columns refer; None for the working directory
 
     def image_seeds(self, seed: int, count: int) -> list[int]:
         """Returns `count` seeds, one per image: the run's seed + index * count + k, or the prompt's own seed + k."""

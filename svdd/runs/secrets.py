@@ -44,7 +44,8 @@ def redacted(tree: Any, name: str = "") -> Any:
         name: The key under which the tree stands.
     """
     if isinstance(tree, Mapping):
-        return {key: redacted(branch, str(key)) for key, branch in tree.items()}
+        named = name.endswith("headers_env")  # holds names of variables
+        return {key: redacted(branch, name if named else str(key)) for key, branch in tree.items()}
     if isinstance(tree, list):
         return [redacted(branch, name) for branch in tree]
     if not isinstance(tree, str) or _DONE.fullmatch(tree):
@@ -56,15 +57,20 @@ def redacted(tree: Any, name: str = "") -> Any:
 def refuse_secrets(tree: Any, name: str = "") -> None:
     """Raises a UserError, which does not repeat it, for a key where the name of a variable belongs, and for a password.
 
-    The settings `api_key_env` and `endpoint` are checked, whatever class they belong to.
+    The settings `api_key_env`, `headers_env` and `endpoint` are checked, whatever class they belong to, and those named
+    `url` for what has the form of a secret.
     """
     if isinstance(tree, Mapping | list):
         for key, branch in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
             refuse_secrets(branch, f"{name}.{key}".removesuffix(".init_args").lstrip("."))
-    elif name.endswith("api_key_env") and isinstance(tree, str) and not os.environ.get(tree, "").strip():
+    elif not isinstance(tree, str):
+        return
+    elif re.search(r"(api_key_env|headers_env\.[^.]+)$", name) and not os.environ.get(tree, "").strip():
         given = tree if _VARIABLE.fullmatch(tree) else "of the given name"
         expected = f"{name} takes the name of an environment variable that holds the key, not the key"
         raise UserError(f"{expected}: no variable {given} is set")
-    elif name.endswith("endpoint") and isinstance(tree, str) and not _PLAIN_ADDRESS.fullmatch(tree):
+    elif (name.endswith("endpoint") and not _PLAIN_ADDRESS.fullmatch(tree)) or (
+        re.search(r"(^|\.)url$", name) and redact(tree) != tree
+    ):
         problem = f"{name} must be an address such as http://localhost:8000/v1, without a user, a password or a query"
         raise UserError(f"{problem}, which a run would save; give a key in the variable that api_key_env names")

@@ -28,6 +28,7 @@ __all__ = [
     "require_gaussian_steps",
     "require_noise",
     "require_shares",
+    "require_single_scores",
     "require_window",
 ]
 
@@ -43,6 +44,7 @@ class Sampler(ABC):
 
     budget_argument: ClassVar[str | None] = None  # the constructor argument, a count, that a budget may choose
     needs_gradient: bool = False  # whether `sample` differentiates the value
+    compares_calls: bool = False  # whether rewards of several evaluations are compared, or are weights of a law
     num_kept: int | None = None  # most rows of an image that a selection keeps; None: `sample` needs every row's value
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -79,6 +81,8 @@ class Sampler(ABC):
                 f"{type(self).__name__} needs gradients, and {value.describe()} is not differentiable; use a "
                 "differentiable reward such as CLIPScore, or a sampler that needs none, such as SVDD or SMC"
             )
+        if self.compares_calls:
+            require_single_scores(self, value)
         own, given = type(self).__name__, type(value).__name__
         if value.keep is not None and self.num_kept is None:
             raise UserError(
@@ -174,6 +178,17 @@ def require_noise(
                 f"guide_start={window.start}, guide_stop={window.stop} and guide_every={window.every} include, "
                 f"{noisy[0]} to {noisy[-1]} of 0 to {steps - 1}; set it above 1 at one of them, or widen the window"
             )
+
+
+def require_single_scores(sampler: Sampler, value: Value) -> None:
+    """Raises UserError for a groupwise reward, whose scores in different evaluations are not comparable."""
+    if any(getattr(reward, "groupwise", False) for reward in value._bound):
+        raise UserError(
+            f"{type(sampler).__name__} with these settings compares images that were scored at different times, or "
+            f"weighs by exp(r / alpha), and {value.reward.name} scores an image relative to those scored with it; use "
+            "BestOfN, BeamSearch, BlockwiseBestOfN, RandomSearch, ProgressivePruning, or SVDD with one particle or "
+            "alpha = 0"
+        )
 
 
 def require_window(diffusion: Diffusion, window: Window) -> list[int]:

@@ -15,6 +15,7 @@ from svdd.diffusion.base import per_row
 from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one
 from svdd.samplers.toolbox.selection import top
 from svdd.state.gradient import differentiate
+from svdd.state.recorder import descent
 
 __all__ = ["NoiseOptimisation", "norm_log_density", "norm_slope"]
 
@@ -104,17 +105,17 @@ class NoiseOptimisation(Sampler):
 
             found = differentiate(reward, part, leaf) if gradient else {"values": reward(part), "gradient": x}
             known = {name: found[name] for name in ("values", "gradient")}
-            return known | {"x": ends[0].x.detach(), "images": ends[0].images.detach()}
+            return known | {"x": ends[0].x.detach(), "images": ends[0].images.detach()} | descent(ends[0])
 
         image = torch.arange(state.num_images, device=state.x.device)
         work = ("gradient", context.diffusion, value, gradient)
         # in chunks, which bounds the memory of the graph
         found = context.diffusion.chunker.map(run, state.num_images, state.x, image, work=work)
         state.require_finite("reward's gradient", state.x, found["gradient"])
-        values = found["values"].view(-1, 1)
+        values = found.pop("values").view(-1, 1)
         context.report(state.num_steps, float(values.mean()))
-        ends = State(found["x"], state.num_steps, state.row, state.origin, context, {"images": found["images"]})
-        return ends, values, found["gradient"]
+        x, slope = found.pop("x"), found.pop("gradient")
+        return State(x, state.num_steps, state.row, state.origin, context, found), values, slope
 
 
 def norm_log_density(noise: Tensor) -> Tensor:

@@ -9,10 +9,20 @@ arXiv 2108.01073. Acceptance: Barker, Monte Carlo Calculations of the Radial Dis
 import torch
 
 from svdd import UserError
-from svdd.samplers.base import Diffusion, Sampler, Start, State, Value, require_at_least_one, require_shares
+from svdd.samplers.base import (
+    Diffusion,
+    Sampler,
+    Start,
+    State,
+    Value,
+    require_at_least_one,
+    require_shares,
+    require_single_scores,
+)
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.toolbox.selection import draw, top
 from svdd.samplers.toolbox.temperature import require_alpha
+from svdd.state.recorder import descent
 
 __all__ = ["Refinement"]
 
@@ -58,6 +68,7 @@ class Refinement(Sampler):
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if the sampler cannot work on this chain, or the chain cannot noise an image."""
         self.sampler.check(diffusion, value)
+        require_single_scores(self, value)
         if type(diffusion).renoise is Diffusion.renoise:
             raise UserError(f"Refinement noises finished images, and {type(diffusion).__name__} has no `renoise`")
 
@@ -91,4 +102,5 @@ class _Restart(Start):
         ends, context = self.ends, self.context
         context.trace.diverge(None)  # noised images of another law than the pretrained one
         x, row, origin = (known.repeat_interleave(n, 0) for known in (ends.x, ends.row, ends.origin))
-        return State(context.diffusion.renoise(x, context.noise(n).to(x), self.i), self.i, row, origin, context)
+        x = context.diffusion.renoise(x, context.noise(n).to(x), self.i)
+        return State(x, self.i, row, origin, context, descent(ends, n))

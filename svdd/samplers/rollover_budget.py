@@ -38,6 +38,7 @@ class RolloverBudget(Sampler):
     """
 
     budget_argument = "num_candidates"
+    compares_calls = True
 
     def __init__(self, num_candidates: int = 20, batch_size: int = 4, num_starts: int = 1) -> None:
         require_at_least_one(num_candidates=num_candidates, batch_size=batch_size, num_starts=num_starts)

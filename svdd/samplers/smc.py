@@ -40,6 +40,7 @@ class SMC(Sampler):
     """
 
     budget_argument = "num_particles"
+    compares_calls = True
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ class StartSearch(Sampler):
     """
 
     budget_argument = "num_generations"
+    compares_calls = True
     num_kept = 1  # all selections are among ends, which every value scores
 
     def __init__(self, num_generations: int, num_candidates: int, num_starts: int, num_elites: int) -> None:

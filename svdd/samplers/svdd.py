@@ -74,6 +74,7 @@ class SVDD(Sampler):
             )
         self.num_candidates, self.alpha, self.num_particles = num_candidates, alpha, num_particles
         self.score_parent, self.choose_start, self.num_kept = score_parent, choose_start, num_particles
+        self.compares_calls = num_particles > 1 and alpha != 0  # a candidate's value and its parent's
 
     def check(self, diffusion: Diffusion, value: Value) -> None:
         """Raises UserError if all candidates would be the same, or the value scores too few of them."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.preview import Preview
 from svdd.state.ledger import Ledger
+from svdd.state.recorder import Recorder
 from svdd.state.trace import Trace
 
 __all__ = ["Context", "Scorer"]
@@ -42,6 +43,8 @@ class Context:
     trace: Trace = field(default_factory=Trace)
     on_step: Callable[[int, float | None], None] | None = None
     preview: Preview | None = None  # what evaluations must record for the previews of their children
+    images: list[int] = field(default_factory=list)  # each image's position in the batch
+    recorder: Recorder | None = None
     shared_noise: bool = False  # all rows of an image receive the same noise, so an end depends on the start alone
 
     @classmethod
@@ -66,11 +69,12 @@ class Context:
         texts = [text for text, _ in distinct]
         return cls(
             diffusion,
-            diffusion.encode(texts, [negative for _, negative in distinct]),
+            diffusion.encode([str(text) for text in texts], [negative for _, negative in distinct]),
             texts,
             torch.tensor([distinct[pair] for pair in pairs]).to(diffusion.device),
             [torch.Generator().manual_seed(seed) for seed in seeds],
             [torch.Generator().manual_seed(seed ^ _SELECTION_STREAM) for seed in seeds],
+            images=list(range(len(seeds))),
         )
 
     def report(self, i: int, value: float | None = None) -> None:
@@ -88,15 +92,20 @@ class Context:
         """Draws as many normal numbers from the selection stream, which never shifts the noise."""
         return self._normals(self.choosers, n)
 
+    def uniforms(self, k: int) -> Tensor:
+        """Draws k uniform numbers in [0, 1) per image from the selection stream, float64 [images, k]."""
+        return torch.stack([torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.choosers])
+
     def replay(self) -> "Context":
         """Returns a context that draws this one's next noise, the same for all rows of an image; the rest is shared."""
         clones = [generator.clone_state() for generator in self.generators]
         return replace(self, generators=clones, shared_noise=True)
 
     def of(self, images: Tensor) -> "Context":
-        """Returns the context of some images, int64 [k]; ledger, trace and random generators stay shared."""
+        """Returns the context of some images, int64 [k]; ledger, trace, recorder and random generators stay shared."""
         generators, choosers = ([streams[k] for k in images.tolist()] for streams in (self.generators, self.choosers))
-        return replace(self, rows=self.rows[images], generators=generators, choosers=choosers)
+        positions = [self.images[k] for k in images.tolist()]
+        return replace(self, rows=self.rows[images], generators=generators, choosers=choosers, images=positions)
 
     def _normals(self, generators: list[torch.Generator], n: int) -> Tensor:
         shape, dtype = (n, *self.diffusion.latent_shape), self.diffusion.dtype

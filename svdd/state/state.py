@@ -14,6 +14,8 @@ from svdd.diffusion.preview import Preview
 from svdd.state.context import Context, Scorer
 from svdd.state.finite import require_finite
 from svdd.state.gradient import differentiate
+from svdd.state.recorder import descent, recorded
+from svdd.state.scoring import score
 
 __all__ = ["State"]
 
@@ -121,11 +123,10 @@ class State:
             return self._cache[known]
         images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
         with context.ledger.timed("reward_seconds", self.x.device):
-            groups = 1 if getattr(reward, "one_call", False) else self.num_images
-            work, chunker = ("reward", reward), context.diffusion.chunker
-            scores = chunker.map(reward.score, groups, images, self.prompts, work=work)
+            scores = score(reward, context.diffusion.chunker, self.num_images, images, self.prompts)
         context.ledger.reward_calls += len(images)
-        self._cache.update({known: scores} if own else {})
+        if own and not getattr(reward, "groupwise", False):  # in another group, a row has another score
+            self._cache[known] = scores
         return scores
 
     def preview(self, preview: Preview) -> Tensor:
@@ -161,7 +162,7 @@ class State:
             raise ValueError(f"m must be >= 1, got {m}")
         if self.done:
             raise ValueError(_ENDED)
-        diffusion, shifted = self.context.diffusion, mean is not None
+        diffusion, shifted, own = self.context.diffusion, mean is not None, recorded(self)
         if shifted:
             self.context.trace.diverge(kl)
         x = (self.prediction.mean if mean is None else mean).repeat_interleave(m, 0)
@@ -173,14 +174,14 @@ class State:
             elif shifted:
                 raise UserError("a step with inner_steps above 1 is not Gaussian, and its mean cannot be shifted")
             else:
-                parents = State(self.x.repeat_interleave(m, 0), self.i, row, origin, self.context)
+                copies = State(self.x.repeat_interleave(m, 0), self.i, row, origin, self.context)
                 known, times = (self.x0.repeat_interleave(m, 0), noise), diffusion.inner_steps - 1
                 rows = diffusion.network_rows(diffusion.guidance_scale, self.i)
-                x = parents._evaluate(diffusion.draw, rows, *known, times=times)
+                x = copies._evaluate(diffusion.draw, rows, *known, times=times)
         self.context.report(self.i + 1)
-        recorded = {key[1]: known for key, known in self._cache.items() if key[0] == _RECORDED}
-        parent = torch.arange(len(self.x), device=x.device).repeat_interleave(m)
-        return State(x, self.i + 1, row, origin, self.context, _parents=(recorded, parent) if recorded else None)
+        reused = {key[1]: known for key, known in self._cache.items() if key[0] == _RECORDED}
+        parents = reused, torch.arange(len(self.x), device=x.device).repeat_interleave(m)
+        return State(x, self.i + 1, row, origin, self.context, descent(own, m), parents if reused else None)
 
     def select(self, index: Tensor, kl: Tensor | float | None = None) -> "State":
         """Keeps some rows of every group, with the predictions and images already computed for them.
@@ -263,8 +264,7 @@ class State:
 
     def uniforms(self, k: int) -> Tensor:
         """Returns k uniform numbers in [0, 1) per image from its selection stream, float64 [images, k]."""
-        drawn = [torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.context.choosers]
-        return torch.stack(drawn).to(self.x.device)
+        return self.context.uniforms(k).to(self.x.device)
 
     def require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
         """Raises NotFinite with the step and the first failing row's prompt."""

@@ -21,7 +21,15 @@ from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.losses import MeanLoss, ValueLoss
 
-__all__ = ["HEADER", "LearnedValue", "read_checkpoint", "require_dropout", "to_safetensors", "weights_file"]
+__all__ = [
+    "HEADER",
+    "LearnedValue",
+    "read_checkpoint",
+    "require_dropout",
+    "require_single_score",
+    "to_safetensors",
+    "weights_file",
+]
 
 _WEIGHTS = ("weights", "weights_bfloat16")  # digests of one model's weights, which agree if one of them does
 HEADER = "svdd_value"  # the entry, in both kinds of file, with the value's `identity` and `arguments`
@@ -91,6 +99,7 @@ class LearnedValue(Value):
     def bind(self, reward: Reward, diffusion: Diffusion) -> None:
         """Sets the reward, builds the network, and loads the weights: its own if it is trained, or `pretrained`."""
         super().bind(reward, diffusion)
+        require_single_score(type(self).__name__, reward)
         checkpoint, source = self.checkpoint() if self.trained else None, "this value"
         if checkpoint is None and self.pretrained is not None:
             checkpoint, source = read_checkpoint(self.pretrained), f"pretrained={self.pretrained!r}"
@@ -168,6 +177,15 @@ def weights_file(pretrained: str) -> Path:
     """Returns the file that `pretrained` names: one that ships with svdd, or a path."""
     built_in = Path(str(files("svdd") / "assets" / "values" / f"{pretrained}.safetensors"))
     return built_in if built_in.is_file() else Path(pretrained).expanduser()
+
+
+def require_single_score(name: str, reward: Reward) -> None:
+    """Raises UserError for a groupwise reward, which is no number of a single rollout."""
+    if getattr(reward, "groupwise", False):
+        raise UserError(
+            f"{name} needs the reward of a single rollout, and {reward.name} scores an image relative to those scored "
+            "with it; use another reward, or guide by it with PosteriorMean, Lookahead or Screened"
+        )
 
 
 def require_dropout(dropout: float) -> None:

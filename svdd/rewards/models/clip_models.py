@@ -78,6 +78,7 @@ class ClipModel(nn.Module, ABC):
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Returns the embedding of each text, of length 1, float32 [n, d]; thousands are cached."""
+        texts = [str(text) for text in texts]  # without columns
         if len(self._texts.keys() | set(texts)) > 4096:
             self._texts.clear()
         if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:

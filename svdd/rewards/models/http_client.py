@@ -20,7 +20,8 @@ from svdd import RewardError, UserError, first_line, say
 __all__ = ["HTTPClient", "from_environment", "shorten"]
 
 _MOST_BYTES = 2**20  # of an answer
-_TRANSIENT = (408, 425, 429)  # and all 5xx
+_TRANSIENT = (408, 425, 429)  # and all 5xx but these, which say that the server has no such method or version:
+_FINAL = (501, 505)
 _LONGEST_WAIT, _LONGEST_ASKED_WAIT = 30.0, 120.0  # seconds before a repetition
 _random = random.SystemRandom()  # leaves the global generator alone
 T = TypeVar("T")
@@ -55,12 +56,13 @@ class HTTPClient:
     def __post_init__(self) -> None:
         try:
             url = urlsplit(self.address)
-            valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        except ValueError:
+            valid = url.scheme in ("http", "https") and url.hostname and url.port != 0 and httpx.URL(self.address)
+        except (ValueError, httpx.InvalidURL):
             valid = False
         if not valid or url.query or url.fragment or re.search("@|%40", self.address):  # not shown: may hold a password
-            problem = f"{self.setting} must be an address such as http://localhost:8000/v1"
-            problem += ", without a query, user or password (a run saves it)"
+            example = f"http://localhost:8000/{'v1' if self.setting == 'endpoint' else 'score'}"
+            problem = f"{self.setting} must be an address such as {example}, without a query, user or password"
+            problem += " (a run saves it)"
             raise UserError(f"{problem}; give a key in the variable that api_key_env names")
         for name, least in (("retries", 0), ("backoff", 0), ("concurrency", 1)):
             if not getattr(self, name) >= least:
@@ -154,7 +156,8 @@ class _Sender:
                     answer = await _whole(client, method, address, content, headers)
                 if answer.is_success:
                     return answer.content
-                transient = answer.status_code in _TRANSIENT or answer.is_server_error
+                status = answer.status_code
+                transient = status in _TRANSIENT or (answer.is_server_error and status not in _FINAL)
                 problem = self.refusal(answer)
                 if (after := answer.headers.get("Retry-After", "")).isdigit():
                     wait = min(float(after), _LONGEST_ASKED_WAIT)
@@ -168,7 +171,7 @@ class _Sender:
                 break
             if attempt and not self.announced:
                 self.announced = True
-                say(f"{server.name}: {problem}; trying again, {server.retries - attempt} times at most", error=True)
+                say(f"{server.name}: {problem}; attempt {attempt + 2} of {server.retries + 1} follows", error=True)
             await sleep(wait * _random.uniform(1, 1.25))
         raise ValueError(problem + _after(attempt))
 
@@ -216,7 +219,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.errno:
             return os.strerror(cause.errno).lower()
         cause = cause.__cause__ or cause.__context__
-    return first_line(error)
+    return first_line(error).rstrip(".")
 
 
 def from_environment(variable: str, setting: str = "api_key_env") -> str:

@@ -25,15 +25,18 @@ class Answer:
 
     Attributes:
         text: The whole answer; empty if there is none.
-        first: The most likely first tokens with their log-probabilities; empty if the endpoint gives none.
-        cut_off: Whether the answer ended because it reached the largest number of tokens.
+        first: The most likely first tokens, without space around them, and their log-probabilities; blank tokens at the
+            beginning are passed over. Empty if the endpoint gives none.
+        cut_off: Whether the answer ended because it reached `max_tokens`.
         refusal: The endpoint's words in place of an answer.
+        max_tokens: The largest number of tokens, as asked for.
     """
 
     text: str
     first: tuple[tuple[str, float], ...] = ()
     cut_off: bool = False
     refusal: str = ""
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Endpoint:
             key: The endpoint's key.
             read: Raises ValueError for an answer that is unusable.
             max_tokens: The largest number of tokens of an answer.
-            logprobs: Ask for the log-probabilities of the most likely first tokens too.
+            logprobs: Ask for the log-probabilities of the most likely first tokens too, as not every endpoint allows.
 
         Raises:
             RewardError: If a request fails or an answer is unusable.
@@ -90,7 +93,9 @@ class Endpoint:
         pairs = zip(images, questions, strict=True)
         bodies = [partial(request_body, self.model, *pair, max_tokens, logprobs) for pair in pairs]
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return self.server.post(bodies, lambda content: read(read_answer(content)), headers, "/chat/completions")
+        return self.server.post(
+            bodies, lambda content: read(read_answer(content, max_tokens)), headers, "/chat/completions"
+        )
 
 
 def encoded(image: Image.Image, format: str = "png", quality: int = 95) -> str:
@@ -109,7 +114,7 @@ def request_body(model: str, image: Image.Image, question: str, max_tokens: int,
     return {"model": model, "messages": [{"role": "user", "content": content}], **options}
 
 
-def read_answer(content: bytes) -> Answer:
+def read_answer(content: bytes, max_tokens: int) -> Answer:
     """Returns an answer in the form of OpenAI's chat completions; raises ValueError for something else."""
     try:
         told = json.loads(content)
@@ -121,19 +126,25 @@ def read_answer(content: bytes) -> Answer:
         text, refusal = message.get("content") or "", message.get("refusal") or ""
         first: tuple[tuple[str, float], ...] = ()
         if places := (choice.get("logprobs") or {}).get("content"):
-            tokens = places[0].get("top_logprobs") or [places[0]]
-            first = tuple((str(token["token"]), max(float(token["logprob"]), -1e4)) for token in tokens)
-        return Answer(str(text), first, choice.get("finish_reason") == "length", str(refusal))
+            place = next((each for each in places if _word(each["token"])), places[0])
+            tokens = place.get("top_logprobs") or [place]
+            first = tuple((_word(token["token"]), max(float(token["logprob"]), -1e4)) for token in tokens)
+        return Answer(str(text), first, choice.get("finish_reason") == "length", str(refusal), max_tokens)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError):
         found = shorten(content.decode(errors="replace"))
         raise ValueError(f"the answer is no chat completion with a choice and logprobs: {found}") from None
+
+
+def _word(token: object) -> str:
+    """Returns a token without space around it, which tokenizers also write as ▁ and Ġ."""
+    return str(token).strip(" \n▁Ġ")
 
 
 def read_log_odds(answer: Answer) -> float:
     """Returns log p(yes) - log p(no), with the lowest log-probability for a missing word; or raises ValueError."""
     if not answer.first:
         raise ValueError("the answer has no logprobs; the model must be served with top_logprobs")
-    tokens = [(token.strip(" \n▁Ġ").lower(), logprob) for token, logprob in answer.first]
+    tokens = [(token.lower(), logprob) for token, logprob in answer.first]
     if not {token for token, _ in tokens} & {"yes", "no"}:
         raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
     lowest = min(logprob for _, logprob in tokens)

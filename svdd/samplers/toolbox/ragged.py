@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from svdd.state.context import Context
+from svdd.state.recorder import recorded
 from svdd.state.state import State
 
 __all__ = ["proposals", "stack"]
@@ -17,7 +18,7 @@ def proposals(parents: State, counts: Tensor) -> Iterator[tuple[Tensor, State]]:
 
     Yields, for each distinct count, the images that have it, int64 [k], and their children, a batch of these images.
     """
-    _ = parents.prediction  # evaluated once for all parts
+    _ = parents.prediction, recorded(parents)  # once for all parts
     rows = torch.arange(len(parents.x), device=counts.device).view(parents.num_images, -1)
     for count in counts[counts > 0].unique().tolist():
         images = (counts == count).nonzero().flatten()

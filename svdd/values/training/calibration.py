@@ -18,7 +18,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from svdd import UserError, check_bound, require_at_least
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
-from svdd.rewards.base import Reward
+from svdd.rewards.base import Reward, sparing_rewards
+from svdd.rewards.columns import columns_of
 from svdd.runs.bounds import check_images
 from svdd.runs.config import plain
 from svdd.runs.files import os_errors_explained, write_atomically
@@ -26,6 +27,7 @@ from svdd.runs.rows import Prompt
 from svdd.samplers.base import require_noise
 from svdd.state.state import State
 from svdd.values.base import Value
+from svdd.values.learned import require_single_score
 from svdd.values.posterior_mean import PosteriorMean
 from svdd.values.training.allocation import allocate, expected_maximum, reliability, shrink
 from svdd.values.training.rollouts import draw_rollouts
@@ -88,7 +90,9 @@ class Calibration(L.LightningModule):
             raise UserError(
                 f"calibrate measures one value: give one part of {type(self.value).__name__} as model.value"
             )
+        require_single_score("svdd calibrate", reward)
         self.value.bind(reward, self.diffusion)
+        self.columns = columns_of(reward)
         reward.load()
         self.images_per_prompt, self.seed = images_per_prompt, seed
         self.candidates, self.average_candidates = candidates, average_candidates
@@ -102,7 +106,7 @@ class Calibration(L.LightningModule):
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
         steps = range(self.diffusion.num_inference_steps)
-        prompts, preview = [prompt for prompt, _ in jobs], self.value.preview
+        prompts, preview = [prompt._replace(text=self.columns.text(prompt)) for prompt, _ in jobs], self.value.preview
         read, end = draw_rollouts(self.diffusion, prompts, seeds, steps, self._read, preview)
         values, mean, std = read.unbind(2)
         keys = torch.tensor([[prompt.index, k] for prompt, k in jobs])
@@ -133,6 +137,10 @@ class Calibration(L.LightningModule):
             mean, std = chains[:, 2 + steps :].chunk(2, 1)
             found = reliability(own, mean, std, self.candidates, own[:, -1], prompts)
             self.fit_schedule = partial(schedule, std.mean(0), *found, self.average_candidates)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Calibration":
+        """Moves and converts model and value, as `to` and Lightning do; rewards keep their precision."""
+        return super()._apply(sparing_rewards(self, fn), recurse)
 
 
 def require_chains(num_chains: int) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from tqdm import tqdm
 
 from svdd import UserError, require_at_least, require_numbers
+from svdd.rewards.columns import columns_of
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.values.training.fitting import ValueFitting
 from svdd.values.training.rollouts import RolloutCache, draw_rollouts
@@ -139,6 +140,7 @@ class RolloutDataModule(L.LightningDataModule):
             raise UserError(f"loss.bootstrap needs every step of the rollouts, got data.keep_every={self.keep_every}")
         own = {"input": value.input, "prompts_sha256": self.dataset.digest, "seed": self.seed, "steps": steps}
         settings = diffusion.identity | own | {"dtype": str(diffusion.dtype)}
+        columns_of(module.reward).check(self.prompts, self.dataset.place)
         count, cache = self.num_rollouts, RolloutCache(Path(self.cache), settings, self.num_rollouts)
         self._fill(cache, steps)
         shards, prompts = cache.load(), self._scored_prompts()
@@ -209,7 +211,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _rewards(self, cache: RolloutCache, shards: Sequence[Batch], prompts: Tensor) -> Tensor:
         """Scores the final images, every process its share of the shards, and returns all scores, as `prompts`."""
         trainer, module = self.trainer, self.trainer.lightning_module
-        rewards = torch.zeros(prompts.shape)
+        rewards, read = torch.zeros(prompts.shape), columns_of(module.reward)
 
         def score(ends: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
             images = module.diffusion.decode(ends.to(module.device))
@@ -222,7 +224,7 @@ class RolloutDataModule(L.LightningDataModule):
                 rollouts[:: self.rollout_batch_size], shards[k]["end"].split(self.rollout_batch_size), strict=True
             ):
                 part = slice(start, start + len(end))
-                texts = [[self.prompts[p].text for p in row] for row in prompts[part].tolist()]
+                texts = [[read.text(self.prompts[p]) for p in row] for row in prompts[part].tolist()]
                 rewards[part] = module.diffusion.chunker.map(score, len(end), end, texts)
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()
 

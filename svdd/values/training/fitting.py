@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from svdd import UserError
 from svdd.assets.content import digest, sources
 from svdd.diffusion.auto import AutoDiffusion
 from svdd.diffusion.base import Diffusion
-from svdd.rewards.base import Reward
+from svdd.rewards.base import Reward, sparing_rewards
 from svdd.runs.files import OtherRun
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.learned import LearnedValue
@@ -117,6 +118,10 @@ class ValueFitting(L.LightningModule):
         if recorded and own and changed:
             what = f"the training was begun with other contents of {', '.join(changed)}"
             raise OtherRun(f"{what}: restore what was there to continue it")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueFitting":
+        """Moves and converts model and value, as `to` and Lightning do; rewards keep their precision."""
+        return super()._apply(sparing_rewards(self, fn), recurse)
 
     def _loss(self, batch: dict[str, Tensor], bootstrap: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the predictions and the rewards, both in units of the rewards' spread."""
