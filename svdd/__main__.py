@@ -23,6 +23,7 @@ _COMMANDS = {  # name: module and function in svdd.commands
     "fit": "fit:FitCLI",
     "calibrate": "calibrate:CalibrateCLI",
     "score": "score:score",
+    "test-reward": "test_reward:test_reward",
     "compare": "compare:compare",
     "report": "report:report",
     "gallery": "report:gallery",
@@ -44,6 +45,9 @@ commands:
              svdd calibrate --config quickstart --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
+  test-reward
+             check a reward of your own before you guide with it:
+             svdd test-reward my_rewards.Redness
   compare    compare runs in a table with paired differences, and in a picture:
              svdd compare runs/unguided runs/svdd --output compare.png
   report     write runs as one HTML page: pictures, rewards, traces, settings:

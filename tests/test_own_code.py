@@ -184,8 +184,13 @@ def test_what_a_function_takes_follows_from_its_signature(own):
     prompts = ["a", "b", "c"]
     expected = images[:, 0, 0, 0]
     torch.testing.assert_close(FunctionReward(code.first_pixels).score(images, prompts), expected)
-    torch.testing.assert_close(FunctionReward(code.first_pixel, {"scale": 2}).score(images, prompts), 2 * expected)
-    one, other = FunctionReward(code.red, {"scale": 2}), FunctionReward("own_code.red", {"scale": 3})
+    torch.testing.assert_close(
+        FunctionReward(code.first_pixel, arguments={"scale": 2}).score(images, prompts), 2 * expected
+    )
+    one, other = (
+        FunctionReward(code.red, arguments={"scale": 2}),
+        FunctionReward("own_code.red", arguments={"scale": 3}),
+    )
     assert one.identity["arguments"] == {"scale": 2} != other.identity["arguments"]
     torch.testing.assert_close(one.score(images, prompts) / 2, other.score(images, prompts) / 3)
 
@@ -198,7 +203,7 @@ def test_what_a_function_takes_follows_from_its_signature(own):
     assert torch.equal(FunctionReward(images_only).score(images, prompts), images.mean((1, 2, 3)))
     assert FunctionReward(with_texts).score(images, ["a", "bb", ""]).tolist() == [1, 2, 0]
     with pytest.raises(ValueError, match=r"red.* cannot be called as red.*no argument 'scael', did you mean 'scale'"):
-        FunctionReward(code.red, {"scael": 1})
+        FunctionReward(code.red, arguments={"scael": 1})
     with pytest.raises(ValueError, match="PIL images, which have no gradient"):
         FunctionReward(code.first_pixels, differentiable=True)
     with pytest.raises(RewardError, match=r"got a float tensor \[3, 3, 4, 4\]; if it takes PIL images"):
@@ -221,3 +226,80 @@ def test_causes_within_the_users_code_are_shown_and_library_frames_are_not(own):
     assert shown.count("json/decoder.py") == 1
     assert shown.index("JSONDecodeError: ") < shown.index("direct cause of") < shown.index("RuntimeError: no table")
     del sys.modules["own_causes"]
+
+
+BAD_REWARDS = """
+import torch
+from svdd.rewards import Reward, Brightness
+
+class Batch(Reward):
+    differentiable, range = True, (0.0, 0.1)
+    def __init__(self):
+        super().__init__()
+        self.table = torch.ones(3)
+        self.layer = torch.nn.Linear(1, 1)
+    def forward(self, images, prompts):
+        images -= images.mean()
+        return images.mean((1, 2, 3)).detach() + self.layer.weight[0, 0].detach() + torch.rand(len(images))
+
+class Slope(Brightness):
+    def forward(self, images, prompts):
+        return (images * images.detach()).mean((1, 2, 3))
+
+class Flipped(Reward):
+    def forward(self, images, prompts):
+        return images.mean((1, 2, 3)).sort().values
+
+class Crash(Reward):
+    def forward(self, images, prompts):
+        return images[:, 5].mean((1, 2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "failing"),
+    [
+        (
+            "Batch",
+            [
+                "have no influence",
+                "second call",
+                "not changed",
+                "range",
+                "gradient",
+                "moves",
+                "loads",
+                "second process",
+            ],
+        ),
+        ("Slope", ["gradient"]),
+        ("Flipped", ["any order", "no influence"]),
+        ("Crash", ["one finite number"]),
+    ],
+)
+def test_test_reward_says_what_fails(own, capsys, name, failing):
+    (own / "own_bad.py").write_text(BAD_REWARDS)
+    with pytest.raises(SystemExit) as ended:
+        main(["test-reward", f"own_bad.{name}", "--device", "cpu"])
+    assert ended.value.code == 1
+    out, said = capsys.readouterr()
+    failed = [line for line in out.splitlines() if line.startswith("  FAIL")]
+    assert all(any(words in line for line in failed) for words in failing), out
+    assert len(failed) == len(failing) or name in ("Batch", "Crash")
+    assert "checks failed" in said
+    assert (said.count("images[:, 5]"), name) in ((1, "Crash"), (0, name))
+    del sys.modules["own_bad"]
+
+
+def test_test_reward_takes_functions_pictures_and_arguments(own, capsys, sd15):
+    assert main(["test-reward", "own_code.first_pixel", "--reward.arguments.scale", "2", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "first_pixel on cpu, 4 pictures of 64 x 64" in out
+    assert "scores: 2, " in out
+    (own / "pictures").mkdir()
+    for k, colour in enumerate(["red", "blue", "white"]):
+        Image.new("RGB", (20 + k, 16), colour).save(own / "pictures" / f"{k}.png")
+    assert main(["test-reward", "own_code.red", "--images", "pictures", "--prompts", '["a", "b", "c"]']) == 0
+    assert "3 pictures of 20 x 16\n" in capsys.readouterr().out
+    assert main(["test-reward", "Similarity", "--reward.model", "clip", "--reward.pretrained", "emoji"]) == 2
+    assert "needs the column" in capsys.readouterr().err

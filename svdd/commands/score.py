@@ -32,7 +32,7 @@ from svdd.runs.recorded_prompts import run_prompts_folder
 from svdd.runs.secrets import refuse_secrets
 from svdd.state.scoring import score as call
 
-__all__ = ["print_measurements", "score", "score_parser"]
+__all__ = ["device_of", "print_measurements", "score", "score_parser"]
 
 _NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
@@ -67,7 +67,7 @@ def score(words: list[str]) -> None:
         names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
         raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
     columns = columns_of(*rewards.values())
-    device, (pictures, source) = _device(settings.device), _find(settings, columns)
+    device, (pictures, source) = device_of(settings.device), _find(settings, columns)
     folder = None if settings.output is None else Path(settings.output)
     with ExitStack() as around:
         if folder is not None:
@@ -188,7 +188,8 @@ def _text(columns: Columns, source: str | None, picture: Picture) -> str:
     return columns.text(_prompt(picture, source))
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Returns a device by its name, or with `auto` the first accelerator; a UserError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -33,10 +33,10 @@ class FunctionReward(Reward):
 
     Args:
         function: Its dotted name.
-        arguments: Further arguments of the function, by name.
         one_by_one: Call the function once per image, with a PIL image and a text; by default as it is annotated.
         differentiable: Whether gradients flow from the result to `images`; not with PIL images.
         higher_is_better: Whether a higher score is better.
+        arguments: Further arguments of the function, by name.
 
     Raises:
         ValueError: If the function takes other arguments, if its name is not that of a function, or if PIL images are
@@ -46,10 +46,10 @@ class FunctionReward(Reward):
     def __init__(
         self,
         function: str | Callable[..., Any],
-        arguments: dict[str, Any] | None = None,
         one_by_one: bool | None = None,
         differentiable: bool = False,
         higher_is_better: bool = True,
+        arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.function = _find(function) if isinstance(function, str) else function
@@ -110,16 +110,19 @@ def import_path(path: str) -> Any:
         AttributeError: If the module does not have it.
         Exception: Any that the module raises.
     """
-    module, attributes = path, list[str]()
+    module, _, name = path.rpartition(".")
+    if not module:
+        return import_module(path)
+    attributes = [name]
     while True:
-        module, _, name = module.rpartition(".")
-        attributes.insert(0, name)
         try:
             found: Any = import_module(module)
             break
         except ModuleNotFoundError as error:
             if "." not in module or error.name != module:
                 raise
+            module, _, name = module.rpartition(".")
+            attributes.insert(0, name)
     for name in attributes:
         found = getattr(found, name)
     return found
@@ -139,12 +142,11 @@ def _scores(returned: Any) -> Any:
 
 def _find(name: str) -> Callable[..., Any]:
     expected = "expected my_file.my_function"
-    if "." not in name:
-        raise UserError(f"function={name!r} has no file in front; {expected}")
     try:
         found = import_path(name)
     except Exception as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
+        why = first_line(error) if name.startswith(str(getattr(error, "name", None))) else ""
+        why = why or f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"function={name!r} cannot be imported: {why}; {expected}") from error
     if not callable(found):
         raise UserError(f"function={name!r} is a {type(found).__name__}; expected a function")
