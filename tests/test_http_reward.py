@@ -138,6 +138,14 @@ def test_a_missing_variable_is_an_error_at_loading(monkeypatch):
         HTTPReward("http://127.0.0.1:9/score", headers_env={"X-Tenant": "MY_TENANT"}).load()
 
 
+def test_a_key_in_an_answer_is_not_shown(monkeypatch):
+    monkeypatch.setenv("MY_SERVER_KEY", "secret-0123")
+    said, shown = (lambda body, handler: {"echo": handler.headers["Authorization"]}), r"got .*Bearer \*\*\*"
+    with chat_server(said) as (address, _), pytest.raises(RewardError, match=shown) as caught:
+        HTTPReward(address, api_key_env="MY_SERVER_KEY").score(pictures(1), PROMPTS[:1])
+    assert "secret" not in str(caught.value)
+
+
 def test_two_hosts_are_one_reward_and_two_paths_are_two():
     one, moved = HTTPReward("http://a:1/score"), HTTPReward("https://b:2/score", timeout=1, retries=1)
     assert one.identity == moved.identity

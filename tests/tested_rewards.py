@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from svdd import rewards
 from svdd.rewards import Reward
 from tests.test_docs import unpack
+from tests.tiny_detectors import save_tiny_owl
 from tests.tiny_models import save_tiny_aesthetic_head, save_tiny_clip, save_tiny_open_clip
 from tests.tiny_reward_models import (
     brightness,
@@ -76,6 +77,7 @@ def saved(save: Callable[[Path], str]) -> Callable[[ExitStack, Path], str]:
 
 MODELS: dict[str, Callable[[ExitStack, Path], str]] = {
     "clip": saved(save_tiny_clip),
+    "owl": saved(save_tiny_owl),
     "open_clip": saved(save_tiny_open_clip),
     "head": saved(lambda folder: save_tiny_aesthetic_head(folder, 8)),
     "image_reward": saved(save_tiny_image_reward),
@@ -202,6 +204,9 @@ TESTED: dict[str, Case] = {
         lambda models: rewards.RubricJudge(endpoint=models("rubric"), model="tiny", rubric="{prompt}?", highest=9)
     ),
     "UnifiedReward": Case(lambda models: rewards.UnifiedReward(endpoint=models("marks"), model="tiny")),
+    "ObjectCount": Case(
+        lambda models: rewards.ObjectCount(models("owl"), object="panda", count=3, softness=0.2), tolerance=1e-5
+    ),
     "HTTPReward": Case(lambda models: rewards.HTTPReward(models("server"), batch_size=3)),
     "FunctionReward": Case(lambda models: rewards.FunctionReward(mean_red, differentiable=True)),
     "FunctionReward, one by one": Case(

@@ -1,4 +1,4 @@
-"""Trains a small OWLv2 on drawn discs, squares and triangles: a detector that works where no hub can be reached.
+"""Trains a small OWLv2 on drawn discs and squares: a detector that works where no hub can be reached.
 
     python -m tools.tiny_detector FOLDER --steps 2000
 
@@ -22,7 +22,7 @@ from svdd.rewards.models.detectors import Owl
 __all__ = ["SHAPES", "SIDE", "draw", "random_scene", "train"]
 
 SIDE, PATCH = 64, 8  # pixels
-SHAPES = ("disc", "square", "triangle")
+SHAPES = ("disc", "square")
 
 
 def draw(
@@ -31,13 +31,8 @@ def draw(
     """Draws a shape with soft edges on float [3, h, w] in place; `centre` is x and y in pixels."""
     rows, columns = torch.meshgrid(*(torch.arange(side) + 0.5 for side in canvas.shape[1:]), indexing="ij")
     x, y = columns - centre[0], rows - centre[1]
-    if shape == "disc":
-        distance = (x**2 + y**2).sqrt() - radius
-    elif shape == "square":
-        distance = torch.maximum(x.abs(), y.abs()) - radius
-    else:
-        distance = torch.maximum(y - radius, (2 * x.abs() - y - radius) / math.sqrt(5))
-    inside = opacity * (0.5 - distance).clamp(0, 1)
+    reach = (x**2 + y**2).sqrt() if shape == "disc" else torch.maximum(x.abs(), y.abs())
+    inside = opacity * (radius + 0.5 - reach).clamp(0, 1)
     canvas.mul_(1 - inside).add_(colour[:, None, None] * inside)
 
 
@@ -47,21 +42,19 @@ def random_scene(generator: torch.Generator) -> tuple[Tensor, list[tuple[int, fl
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
-    background = torch.rand(3, generator=generator)
+    background = 0.75 + 0.25 * torch.rand(3, generator=generator)
     image = background[:, None, None].repeat(1, SIDE, SIDE)
     shapes: list[tuple[int, float, float, float]] = []
     for _ in range(int(uniform(0, 9))):
-        radius = uniform(3.5, 9)
+        radius = uniform(4.5, 8)
         x, y = uniform(radius, SIDE - radius), uniform(radius, SIDE - radius)
-        if any(math.hypot(x - a, y - b) < 1.1 * (radius + r) for _, a, b, r in shapes):
+        if any(math.hypot(x - a, y - b) < 1.2 * (radius + r) for _, a, b, r in shapes):
             continue
-        colour = torch.rand(3, generator=generator)
-        while (colour - background).norm() < 0.35:
-            colour = torch.rand(3, generator=generator)
+        colour = 0.6 * torch.rand(3, generator=generator)
         kind = int(uniform(0, len(SHAPES)))
         draw(image, SHAPES[kind], (x, y), radius, colour, 1.0)
         shapes.append((kind, x, y, radius))
-    image += 0.04 * uniform(0, 1) * torch.randn(image.shape, generator=generator)
+    image += 0.03 * uniform(0, 1) * torch.randn(image.shape, generator=generator)
     return image.clamp(0, 1), shapes
 
 
@@ -143,8 +136,8 @@ def train(folder: Path, steps: int = 2000, batch: int = 24, seed: int = 0) -> No
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}: loss {loss.item():.3f}, of names {named.sum() / boxed.sum():.3f}", flush=True)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -1,6 +1,7 @@
 """`svdd score`: measures pictures that exist already."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from svdd import UserError, first_line, require_at_least, say
+from svdd import UserError, require_at_least, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
@@ -27,6 +28,7 @@ from svdd.runs.folder import RunFolder
 from svdd.runs.json_lines import encode
 from svdd.runs.output import check, hold
 from svdd.runs.pictures import Picture, find_pictures, read_pictures
+from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.recorded_prompts import run_prompts_folder
 from svdd.runs.secrets import refuse_secrets
@@ -56,6 +58,10 @@ def score_parser() -> Parser:
 
 def score(words: list[str]) -> None:
     """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
+    if any(re.match(r"--benchmark\b", word) for word in words):
+        from svdd.commands.benchmark import score_benchmark
+
+        return score_benchmark(words)
     parser = score_parser()
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(words))
@@ -67,7 +73,11 @@ def score(words: list[str]) -> None:
         names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
         raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
     columns = columns_of(*rewards.values())
+<<<<<<< HEAD
     device, (pictures, source) = device_of(settings.device), _find(settings, columns)
+=======
+    device, (pictures, source) = named_device(settings.device), _find(settings, columns)
+>>>>>>> main
     folder = None if settings.output is None else Path(settings.output)
     with ExitStack() as around:
         if folder is not None:
@@ -186,6 +196,7 @@ def _prompt(picture: Picture, source: str | None) -> Prompt:
 
 def _text(columns: Columns, source: str | None, picture: Picture) -> str:
     return columns.text(_prompt(picture, source))
+<<<<<<< HEAD
 
 
 def device_of(name: str) -> torch.device:
@@ -196,3 +207,5 @@ def device_of(name: str) -> torch.device:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name!r} cannot be used: {first_line(error)}") from error
+=======
+>>>>>>> main

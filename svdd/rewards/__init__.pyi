@@ -10,6 +10,7 @@ from .http_reward import HTTPReward as HTTPReward
 from .image_reward import ImageReward as ImageReward
 from .jpeg import Compressibility as Compressibility
 from .jpeg import Incompressibility as Incompressibility
+from .object_count import ObjectCount as ObjectCount
 from .pick_score import PickScore as PickScore
 from .rubric_judge import RubricJudge as RubricJudge
 from .sharpness import Sharpness as Sharpness

@@ -1,7 +1,7 @@
 """Scores of image and prompt by UnifiedReward, a vision-language model trained to give them.
 
 Source: Wang et al., Unified Reward Model for Multimodal Understanding and Generation, 2025, arXiv 2503.05236; the
-questions are those of github.com/CodeGoat24/UnifiedReward, with which the models were trained.
+questions are those that github.com/CodeGoat24/UnifiedReward publishes with the models.
 """
 
 from collections.abc import Sequence

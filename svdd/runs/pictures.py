@@ -35,9 +35,7 @@ class Picture:
     prompt: str = ""  # empty if it is unknown
     image: int = 0  # equal for all particles of an image
     weight: float = 1.0  # of the particle among those of its image
-    extra: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # other columns of the prompt's source that were asked for
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # columns of the source that were asked for
 
 
 def find_pictures(folder: Path, columns: Collection[str] = ()) -> list[Picture]:

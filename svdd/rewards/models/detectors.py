@@ -56,16 +56,20 @@ class Detector(nn.Module):
 
     Args:
         model: A model of transformers.
-        processor: Its image processor.
+        processor: Its image processor, or that of images and text.
+
+    Attributes:
+        reads_names: Whether the names are an input of the model; else it finds all of its classes at once.
     """
 
-    from_files = ("processor",)
-
     model: Any
+    tokenizer: Any
+    reads_names = False
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__()
-        self.model, self.processor = model, processor
+        self.model, self.processor = model, getattr(processor, "image_processor", processor)
+        self.tokenizer = getattr(processor, "tokenizer", None)
 
     def detect(
         self,
@@ -148,9 +152,7 @@ class GroundingDino(Detector):
     threshold instead, which may return parts of names and mixtures of several.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        super().__init__(model, processor.image_processor)
-        self.tokenizer = processor.tokenizer
+    reads_names = True
 
     def _tokens(self, names: Iterable[str]) -> tuple[Any, list[list[int]]]:
         """Returns the tokenised text, and which tokens belong to each name."""
@@ -183,9 +185,7 @@ class GroundingDino(Detector):
 class Owl(Detector):
     """OWLv2 and OWL-ViT, which compare every patch's box with the text `a photo of a cat` for each name."""
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        super().__init__(model, processor.image_processor)
-        self.tokenizer = processor.tokenizer
+    reads_names = True
 
     def inputs(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Returns the tokens, a row for each name."""
@@ -265,8 +265,7 @@ def read_detector(pretrained: str, options: dict[str, Any], dtype: torch.dtype =
     processor = read_auto(AutoProcessor, pretrained, **options)
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"pretrained={pretrained!r} has no processor for images and text")
-    words = config.text_config.vocab_size
-    check_tokenizer(processor.tokenizer, f"the tokenizer of {pretrained!r}", words)
+    check_tokenizer(processor.tokenizer, f"the tokenizer of {pretrained!r}", config.text_config.vocab_size)
     return readers[shape](model, processor)
 
 

@@ -99,9 +99,9 @@ class Endpoint:
 
 
 def encoded(image: Image.Image, format: str = "png", quality: int = 95) -> str:
-    """Returns an image file in base64; `quality` is that of a JPEG."""
+    """Returns an image file in base64; `quality` is that of a JPEG. A PNG is compressed quickly rather than well."""
     buffer = io.BytesIO()
-    image.save(buffer, format=format, **({"quality": quality} if format == "jpeg" else {}))
+    image.save(buffer, format=format, **({"quality": quality} if format == "jpeg" else {"compress_level": 1}))
     return base64.b64encode(buffer.getvalue()).decode()
 
 

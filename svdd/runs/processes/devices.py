@@ -1,11 +1,27 @@
-"""Environment variables that give each of several processes a device of its own."""
+"""Devices by name, and environment variables that give each of several processes a device of its own."""
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from svdd import UserError
+from svdd import UserError, first_line
 
-__all__ = ["environments", "gpus", "one_device"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["environments", "gpus", "named_device", "one_device"]
+
+
+def named_device(name: str) -> "torch.device":
+    """Returns a device by its name, `auto` for the best one; raises UserError if it cannot be used."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name!r} cannot be used: {first_line(error)}") from error
 
 
 def gpus() -> list[str]:

@@ -1,0 +1,8 @@
+"""Public benchmarks of text-to-image models: one file per benchmark."""
+
+__all__ = ["BENCHMARKS"]
+
+BENCHMARKS = {  # name on the command line: class
+    "geneval": "svdd.evaluation.benchmarks.geneval.GenEval",
+    "drawbench": "svdd.evaluation.benchmarks.drawbench.DrawBench",
+}
