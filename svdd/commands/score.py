@@ -34,7 +34,7 @@ from svdd.runs.recorded_prompts import run_prompts_folder
 from svdd.runs.secrets import refuse_secrets
 from svdd.state.scoring import score as call
 
-__all__ = ["device_of", "print_measurements", "score", "score_parser"]
+__all__ = ["print_measurements", "score", "score_parser"]
 
 _NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
@@ -73,11 +73,7 @@ def score(words: list[str]) -> None:
         names = ", ".join(reward.name for reward in (settings.reward, *settings.eval_rewards))
         raise UserError(f"rewards need distinct names, got {names}; remove the duplicate")
     columns = columns_of(*rewards.values())
-<<<<<<< HEAD
-    device, (pictures, source) = device_of(settings.device), _find(settings, columns)
-=======
     device, (pictures, source) = named_device(settings.device), _find(settings, columns)
->>>>>>> main
     folder = None if settings.output is None else Path(settings.output)
     with ExitStack() as around:
         if folder is not None:
@@ -196,16 +192,3 @@ def _prompt(picture: Picture, source: str | None) -> Prompt:
 
 def _text(columns: Columns, source: str | None, picture: Picture) -> str:
     return columns.text(_prompt(picture, source))
-<<<<<<< HEAD
-
-
-def device_of(name: str) -> torch.device:
-    """Returns a device by its name, or with `auto` the first accelerator; a UserError if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} cannot be used: {first_line(error)}") from error
-=======
->>>>>>> main

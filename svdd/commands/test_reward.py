@@ -10,11 +10,11 @@ from torch.nn.functional import interpolate
 
 from svdd import UserError, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
-from svdd.commands.score import device_of
 from svdd.evaluation.reward_checks import Trial, drawn, findings, seconds_per_image
 from svdd.rewards.base import Reward
 from svdd.rewards.columns import columns_of
 from svdd.runs.pictures import find_pictures, read_pictures
+from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.tracebacks import Tracebacks
 
@@ -50,7 +50,7 @@ def test_reward(words: list[str]) -> None:
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(named))
         settings = parser.instantiate_classes(given)
-        device = device_of(settings.device)
+        device = named_device(settings.device)
         reward = settings.reward.to(device).eval()
         images, prompts = _samples(settings)
         reward.load()
