@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -187,7 +188,7 @@ def _repeats(trial: Trial) -> None:
 
 def _left_alone(trial: Trial) -> None:
     given = trial.images.clone()
-    trial.score(given)
+    trial.reward.score(given, list(trial.prompts))
     if not torch.equal(given, trial.images):
         raise _Failed("forward changes the images that it gets, which others read too: clone them before a change")
 
@@ -217,11 +218,13 @@ def _range(trial: Trial) -> None:
 def _gradient(trial: Trial) -> None:
     reward, prompts = trial.reward, list(trial.prompts)
     images = trial.images[:, :, : max(1, trial.images.shape[2] * 8 // 9)].clamp(0.2, 0.8).requires_grad_()
-    scores = reward(images, prompts)
     if not reward.differentiable:
-        if scores.requires_grad:
-            raise _Skipped("gradients flow: set differentiable = True if they are right, so that DPS can use them")
-        raise _Skipped("none is stated")
+        flows = False
+        with suppress(Exception):  # such as numpy's, which refuses a tensor with a gradient
+            flows = reward(images, prompts).requires_grad
+        advice = "gradients flow: set differentiable = True if they are right, so that DPS can use them"
+        raise _Skipped(advice if flows else "none is stated")
+    scores = reward(images, prompts)
     if reward.groupwise:
         raise _Failed("a groupwise reward has no gradient of one image: set differentiable = False")
     if not scores.requires_grad:
