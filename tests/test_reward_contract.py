@@ -8,7 +8,8 @@ import torch
 
 from svdd import UserError, rewards
 from svdd.assets.content import digest
-from svdd.evaluation.reward_checks import CHECKS, Trial, findings
+from svdd.evaluation.reward_checks import CHECKS, findings
+from svdd.evaluation.reward_trials import Trial
 from svdd.rewards.base import Reward
 from svdd.rewards.clip import CLIPScore
 from svdd.rewards.pretrained import PretrainedReward

@@ -10,7 +10,8 @@ from torch.nn.functional import interpolate
 
 from svdd import UserError, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
-from svdd.evaluation.reward_checks import Trial, drawn, findings, seconds_per_image
+from svdd.evaluation.reward_checks import findings, seconds_per_image
+from svdd.evaluation.reward_trials import Trial, drawn
 from svdd.rewards.base import Reward
 from svdd.rewards.columns import columns_of
 from svdd.runs.pictures import find_pictures, read_pictures

@@ -5,31 +5,22 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from svdd import first_line
+from svdd.evaluation.reward_trials import Failed, Skipped, Trial, drawn
 from svdd.rewards.base import Reward
 from svdd.rewards.columns import PromptText
 from svdd.runs.secrets import redact
 from svdd.runs.tracebacks import users_traceback
 
-__all__ = ["CHECKS", "Finding", "Trial", "check_reward", "drawn", "findings", "seconds_per_image"]
+__all__ = ["CHECKS", "Finding", "check_reward", "findings", "seconds_per_image"]
 
-_STEP = 0.005  # of a finite difference, in units of a pixel's range
+_STEPS = (0.005, 0.001)  # of finite differences, in units of a pixel's range; the second for networks with kinks
 _LEAST = 0.2  # seconds that a measurement of time takes
-
-
-class _Failed(Exception):
-    """A check that does not hold; the message says what to do."""
-
-
-class _Skipped(Exception):
-    """A check that does not apply, or says nothing; the message says why."""
 
 
 class Finding(NamedTuple):
@@ -41,54 +32,15 @@ class Finding(NamedTuple):
     traceback: str = ""  # through the user's own code, if the reward failed
 
 
-@dataclass
-class Trial:
-    """A reward, and pictures to try it on.
-
-    Args:
-        reward: The reward, on its device.
-        images: At least two pictures, float32 [n, 3, h, w] in [0, 1], that differ in their scores.
-        prompts: Their n prompts.
-        remake: Builds the same reward once more, as another process or a later run does; None skips those checks.
-        tolerance: How much rounding may change a score: of its size, and at least of 1.
-    """
-
-    reward: Reward
-    images: Tensor
-    prompts: Sequence[str]
-    remake: Callable[[], Reward] | None = None
-    tolerance: float = 1e-5
-
-    @cached_property
-    def scores(self) -> Tensor:
-        """The scores of all pictures, float32 [n]."""
-        return self.score()
-
-    def score(self, images: Tensor | None = None, rows: Sequence[int] | None = None) -> Tensor:
-        """Returns the scores of some rows of the pictures, or of others with the same prompts."""
-        images = self.images if images is None else images
-        rows = range(len(images)) if rows is None else rows
-        return self.reward.score(images[list(rows)], [self.prompts[k % len(self.prompts)] for k in rows]).cpu()
-
-    def close(self, scores: Tensor, expected: Tensor) -> bool:
-        """Whether scores are the same but for rounding."""
-        return torch.allclose(scores, expected, rtol=self.tolerance, atol=self.tolerance)
-
-    def require_spread(self) -> None:
-        """Skips a check that equal scores would pass in any case."""
-        if self.scores.std() <= 2 * self.tolerance:
-            raise _Skipped(f"all pictures score {self.scores[0]:.4g}: give others with --images and --prompts")
-
-
 def findings(trial: Trial, names: Iterable[str] | None = None) -> Iterator[Finding]:
     """Yields what checks find: all, or those of these names."""
     for name in CHECKS if names is None else names:
         try:
             CHECKS[name](trial)
             yield Finding(name, True)
-        except _Failed as error:
+        except Failed as error:
             yield Finding(name, False, str(error))
-        except _Skipped as error:
+        except Skipped as error:
             yield Finding(name, None, str(error))
         except Exception as error:
             kind = "" if users_traceback(error) == "" else f"{type(error).__name__}: "
@@ -132,23 +84,6 @@ def seconds_per_image(trial: Trial) -> float:
     return passed / calls / len(trial.images)
 
 
-def drawn(size: int = 64) -> tuple[Tensor, list[str]]:
-    """Returns four pictures of shapes, float32 [4, 3, size, size] with 8-bit values, and their prompts."""
-    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-    noise = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
-    shapes = {
-        "a red disc on a white background": (x**2 + y**2 < 0.4, (0.9, 0.1, 0.1), torch.ones(3, size, size)),
-        "a blue square on a grey background": ((x.abs() + 0.1).maximum(y.abs()) < 0.5, (0.1, 0.2, 0.8), y * 0.2 + 0.5),
-        "green stripes": ((8 * x).sin() > 0, (0.1, 0.6, 0.2), 0.6 + 0.4 * noise),
-        "a yellow triangle in the night": ((y < 0.6) & (y > 2 * x.abs() - 0.7), (0.95, 0.85, 0.1), 0.2 * noise),
-    }
-    pictures = [
-        torch.where(where, torch.tensor(colour)[:, None, None], around.expand(3, size, size))
-        for where, colour, around in shapes.values()
-    ]
-    return (torch.stack(pictures).clamp(0, 1) * 255).round() / 255, list(shapes)
-
-
 # ---- the checks, in the order in which they run
 
 
@@ -156,41 +91,39 @@ def _shape(trial: Trial) -> None:
     for count in (len(trial.images), 1):
         scores = trial.score(rows=range(count))
         if scores.shape != (count,) or scores.dtype != torch.float32:
-            raise _Failed(f"score() returned {scores.dtype} {list(scores.shape)} for {count} images; leave it as it is")
+            raise Failed(f"score() returned {scores.dtype} {list(scores.shape)} for {count} images; leave it as it is")
 
 
 def _order(trial: Trial) -> None:
     trial.require_spread()
     rows = [*range(1, len(trial.images)), 0]
     if not trial.close(trial.score(rows=rows), trial.scores[rows]):
-        raise _Failed(
-            "a score does not stay with its image when the images change places: return scores in their order"
-        )
+        raise Failed("a score does not stay with its image when the images change places: return scores in their order")
 
 
 def _independence(trial: Trial) -> None:
     if trial.reward.groupwise:
-        raise _Skipped("a groupwise reward compares the images of a call")
+        raise Skipped("a groupwise reward compares the images of a call")
     trial.require_spread()
     for k in range(len(trial.images)):
         if not trial.close(alone := trial.score(rows=[k]), trial.scores[k : k + 1]):
             found = f"image {k} scores {alone.item():.6g} alone and {trial.scores[k]:.6g} with others"
             how = "use no statistics of the batch (mean over images, BatchNorm in training), or set groupwise = True"
-            raise _Failed(f"{found}: {how}")
+            raise Failed(f"{found}: {how}")
 
 
 def _repeats(trial: Trial) -> None:
     again = trial.score()
     if not torch.equal(again, trial.scores) and not trial.close(again, trial.scores):
         how = "draw no random numbers in forward, and switch dropout off with .eval()"
-        raise _Failed(f"a second call differs by {(again - trial.scores).abs().max():.3g}: {how}")
+        raise Failed(f"a second call differs by {(again - trial.scores).abs().max():.3g}: {how}")
 
 
 def _left_alone(trial: Trial) -> None:
     given = trial.images.clone()
     trial.reward.score(given, list(trial.prompts))
     if not torch.equal(given, trial.images):
-        raise _Failed("forward changes the images that it gets, which others read too: clone them before a change")
+        raise Failed("forward changes the images that it gets, which others read too: clone them before a change")
 
 
 def _edges(trial: Trial) -> None:
@@ -205,14 +138,12 @@ def _edges(trial: Trial) -> None:
 def _range(trial: Trial) -> None:
     low, high = trial.reward.range
     if not low <= high:
-        raise _Failed(f"range is {trial.reward.range}; expected (lowest, highest)")
+        raise Failed(f"range is {trial.reward.range}; expected (lowest, highest)")
     plain = torch.zeros_like(trial.images[:1])
     found = torch.cat([trial.scores, trial.score(torch.cat([plain, plain + 1]))])
     slack = trial.tolerance * max(1, *(abs(end) for end in (low, high) if math.isfinite(end)), 1)
     if found.min() < low - slack or found.max() > high + slack:
-        raise _Failed(
-            f"scores from {found.min():.6g} to {found.max():.6g} leave range = {trial.reward.range}: widen it"
-        )
+        raise Failed(f"scores from {found.min():.6g} to {found.max():.6g} leave range = {trial.reward.range}: widen it")
 
 
 def _gradient(trial: Trial) -> None:
@@ -223,28 +154,31 @@ def _gradient(trial: Trial) -> None:
         with suppress(Exception):  # such as numpy's, which refuses a tensor with a gradient
             flows = reward(images, prompts).requires_grad
         advice = "gradients flow: set differentiable = True if they are right, so that DPS can use them"
-        raise _Skipped(advice if flows else "none is stated")
+        raise Skipped(advice if flows else "none is stated")
     scores = reward(images, prompts)
     if reward.groupwise:
-        raise _Failed("a groupwise reward has no gradient of one image: set differentiable = False")
+        raise Failed("a groupwise reward has no gradient of one image: set differentiable = False")
     if not scores.requires_grad:
-        raise _Failed("differentiable = True, but no gradient flows: use torch functions only, without .detach()")
+        raise Failed("differentiable = True, but no gradient flows: use torch functions only, without .detach()")
     (of_first,) = torch.autograd.grad(scores[0], images, retain_graph=True)
     if of_first[1:].abs().max() > 0:
-        raise _Failed("the gradient of an image's score reaches other images: score each image on its own")
+        raise Failed("the gradient of an image's score reaches other images: score each image on its own")
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     norms = gradient.flatten(1).norm(dim=1)
     if not gradient.isfinite().all() or norms.min() == 0:
-        raise _Failed("the gradient is zero, NaN or infinite: set differentiable = False, or smooth the function")
+        raise Failed("the gradient is zero, NaN or infinite: set differentiable = False, or smooth the function")
     direction = gradient / norms.view(-1, 1, 1, 1)
-    with torch.no_grad():
-        ahead, behind = (reward(images + sign * _STEP * direction, prompts) for sign in (1, -1))
-    slope = (ahead - behind) / (2 * _STEP)
-    rounding = 1e-4 * scores.detach().abs().clamp(min=1)
-    if ((slope - norms).abs() > 0.02 * norms + rounding).any():
-        raise _Failed(
-            f"the gradient is {norms[0]:.4g} where the slope is {slope[0]:.4g}: it is that of another function"
-        )
+    wrong, slope = torch.ones_like(norms, dtype=torch.bool), norms
+    for step in _STEPS:
+        with torch.no_grad():
+            ahead, behind = (reward(images + sign * step * direction, prompts) for sign in (1, -1))
+        rounding = 5e-7 / step * scores.detach().abs().clamp(min=1)
+        slope = (ahead - behind) / (2 * step)
+        wrong &= (slope - norms).abs() > 0.02 * norms + rounding
+    if wrong.any():
+        k = int(wrong.int().argmax())
+        found = f"image {k} has a gradient of norm {norms[k]:.4g} and a slope of {slope[k]:.4g}"
+        raise Failed(f"{found}: the gradient is that of another function")
 
 
 def _precision(trial: Trial) -> None:
@@ -260,7 +194,7 @@ def _precision(trial: Trial) -> None:
         finally:
             torch.set_default_dtype(before)
         if not trial.close(scores, trial.score(images.float())):
-            raise _Failed(f"{dtype} images, or autocast, change the scores: do not override score(), and set no dtype")
+            raise Failed(f"{dtype} images, or autocast, change the scores: do not override score(), and set no dtype")
 
 
 def _device(trial: Trial) -> None:
@@ -268,7 +202,7 @@ def _device(trial: Trial) -> None:
         if loose := [key for key, value in vars(part).items() if isinstance(value, Tensor) and value.numel() > 1]:
             where = f"{name}.{loose[0]}".lstrip(".")
             how = f"self.register_buffer({loose[0]!r}, tensor) takes it along"
-            raise _Failed(f"the tensor self.{where} stays behind when the reward moves to a device: {how}")
+            raise Failed(f"the tensor self.{where} stays behind when the reward moves to a device: {how}")
 
 
 def _loading(trial: Trial) -> None:
@@ -276,7 +210,7 @@ def _loading(trial: Trial) -> None:
     trial.reward.load()
     trial.reward.load()
     if not trial.close(trial.score(), before):
-        raise _Failed("scores differ after load() was called again: it must do nothing then")
+        raise Failed("scores differ after load() was called again: it must do nothing then")
 
 
 def _identity(trial: Trial) -> None:
@@ -284,24 +218,24 @@ def _identity(trial: Trial) -> None:
     try:
         known = json.dumps(reward.identity, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _Failed(
+        raise Failed(
             f"identity is no plain data ({first_line(error)}): keep arguments as the constructor got them"
         ) from error
     trial.score()
     if json.dumps(reward.identity) != known:
-        raise _Failed("identity changes when images are scored: change no attribute named like an argument")
+        raise Failed("identity changes when images are scored: change no attribute named like an argument")
     if trial.remake is not None and json.dumps(trial.remake().identity) != known:
-        raise _Failed("a second one with the same arguments has another identity: store arguments unchanged")
+        raise Failed("a second one with the same arguments has another identity: store arguments unchanged")
 
 
 def _second(trial: Trial) -> None:
     if trial.remake is None:
-        raise _Skipped("no way to build it again was given")
+        raise Skipped("no way to build it again was given")
     other = trial.remake().to(trial.images.device).eval()
     scores = other.score(trial.images, list(trial.prompts)).cpu()
     if not trial.close(scores, trial.scores):
         how = "each process builds its own, so weights must come from a file or a fixed seed"
-        raise _Failed(
+        raise Failed(
             f"a second one with the same arguments scores {(scores - trial.scores).abs().max():.3g} apart: {how}"
         )
 
