@@ -301,5 +301,5 @@ def test_test_reward_takes_functions_pictures_and_arguments(own, capsys, sd15):
         Image.new("RGB", (20 + k, 16), colour).save(own / "pictures" / f"{k}.png")
     assert main(["test-reward", "own_code.red", "--images", "pictures", "--prompts", '["a", "b", "c"]']) == 0
     assert "3 pictures of 20 x 16\n" in capsys.readouterr().out
-    assert main(["test-reward", "Similarity", "--reward.model", "clip", "--reward.pretrained", "emoji"]) == 2
+    assert main(["test-reward", "Similarity", "--reward.features", "clip"]) == 2
     assert "needs the column" in capsys.readouterr().err
