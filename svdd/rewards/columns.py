@@ -1,6 +1,8 @@
 """Columns of a prompt file that rewards read, such as the path of a reference picture."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -79,6 +81,7 @@ class Columns(NamedTuple):
     needed: dict[str, str]
     optional: dict[str, str]
     paths: dict[str, str]  # those of both that hold paths of files
+    checks: list[Callable[[str], None]]  # the rewards' `check_prompt`
 
     def text(self, row: _Row) -> str:
         """Returns the prompt of a row for rewards: a `PromptText` if they read columns that it has."""
@@ -86,13 +89,13 @@ class Columns(NamedTuple):
         return PromptText(row.text, known, row.folder) if known else row.text
 
     def check(self, rows: Iterable[_Row], place: Callable[[int], str]) -> None:
-        """Raises UserError if a row lacks a needed column, or its path is not that of a file.
+        """Raises UserError if a row lacks a needed column, its path is not that of a file, or a reward refuses it.
 
         Args:
             rows: Prompts with their columns.
             place: Returns where the k-th row stands, for messages.
         """
-        if not self.needed and not self.paths:
+        if not self.needed and not self.paths and not self.checks:
             return
         for k, row in enumerate(rows):
             for name, reward in self.needed.items():
@@ -104,18 +107,32 @@ class Columns(NamedTuple):
             for name, reward in self.paths.items():
                 if not _is_blank(value := row.extra.get(name)) and not (path := _path(value, row.folder)).is_file():
                     raise UserError(f"{place(k)}: column {name!r}, which {reward} reads: there is no file {path}")
+            try:
+                for check in self.checks:
+                    check(self.text(row))
+            except UserError as error:
+                raise UserError(f"{place(k)}: {error}") from error
+
+    def contents(self, rows: Iterable[_Row]) -> Iterator[bytes]:
+        """Yields, for each row, a digest of the files in its columns that rewards read; nothing if they read none."""
+        for row in rows if self.paths else ():
+            values = [row.extra.get(name) for name in self.paths]
+            yield b"".join(b"-" if _is_blank(value) else _content(_path(value, row.folder)) for value in values)
 
 
 def columns_of(*rewards: "Reward") -> Columns:
     """Returns the columns that rewards and their parts read."""
-    found = Columns({}, {}, {})
+    found = Columns({}, {}, {}, [])
     kinds = {"columns": found.needed, "optional_columns": found.optional, "path_columns": found.paths}
     for reward in rewards:
+        part: Any
         for part in reward.modules():
             if hasattr(part, "optional_columns"):  # a reward
                 for kind, names in kinds.items():
                     for name in getattr(part, kind):
                         names.setdefault(name, str(part.name))
+                if part.check_prompt is not None:
+                    found.checks.append(part.check_prompt)
     return found
 
 
@@ -130,6 +147,19 @@ def require_columns(reward: str, columns: Sequence[str], prompts: Sequence[str])
 
 def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _content(path: Path) -> bytes:
+    try:
+        known = path.stat()
+        return _digest(path, known.st_size, known.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, *version: int) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _path(value: Any, folder: str | Path | None) -> Path:

@@ -25,6 +25,7 @@ from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import ResultRow
+from svdd.runs.tracebacks import Tracebacks
 
 __all__ = ["RunError", "RunWriter", "encoded"]
 
@@ -38,7 +39,7 @@ class RunWriter(L.Callback):
     Call `open` before anything costly is built, and leave the prompts that it returns out of the data. The module
     must take the rows of an earlier run through `record(rows)`, return a `Prediction` from `predict_step`, and hold
     its statistics in `summary` after its own `on_predict_epoch_end`. If it has `fingerprints()`, a run continues only
-    while these are the same.
+    while these are the same, and if it has `columns`, while the files are that rewards read by the prompts' columns.
 
     Args:
         output: The run folder; a run with the same settings continues.
@@ -63,6 +64,7 @@ class RunWriter(L.Callback):
         self.rank: int | None = None  # under which this process writes, if it is not that of the Trainer
         self._rows_at_once: int | None = None  # as recorded
         self._failures = 0  # in a row, up to now
+        self._tracebacks = Tracebacks()
         self.failed_prompts = 0  # of this prediction, once it has ended
 
     def open(self, scan: bool = True, hold: bool = False) -> set[int]:
@@ -139,6 +141,9 @@ class RunWriter(L.Callback):
         if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
             self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
         self.folder.write(encoded(outputs), outputs.traces, outputs.failures)
+        for failure in outputs.failures:
+            said = f"svdd: skipped {failure['prompt']!r}: {failure['error']}"
+            self._tracebacks.show(failure.get("traceback", ""), said)
         self._failures = len(outputs.failures) + (0 if outputs.rows else self._failures)
         if self._failures >= _MOST_FAILURES:
             raise UserError(
@@ -189,6 +194,8 @@ class RunWriter(L.Callback):
         if trainer.is_global_zero and (changed := self.folder.fingerprint(found, versions)):
             text = f"{self.folder.path} was begun with {', '.join(changed)}: images may differ in the last bits"
             say(f"svdd: warning: {text}", error=True)
+        if trainer.is_global_zero and self.prompts is not None and hasattr(module, "columns"):
+            self.folder.compare_contents(module.columns.contents(self.prompts))
 
     def _finish(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None
