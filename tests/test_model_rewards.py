@@ -626,7 +626,7 @@ def test_a_key_is_sent_and_never_shown(monkeypatch, capfd):
         answers = [logprobs(yes=-1.0, no=-1.0)] * 2
         reward = VLMJudge(endpoint=address, model="tiny", api_key_env="JUDGE_KEY")
         assert reward.score(pictures(2), PROMPTS[:2]).tolist() == [0, 0]
-    assert key not in f"{reward!r} {vars(reward)} {reward.endpoint!r} {capfd.readouterr()}"
+    assert key not in f"{reward!r} {vars(reward)} {reward.service!r} {capfd.readouterr()}"
 
 
 @pytest.mark.parametrize(("value", "message"), [(None, "JUDGE_KEY.* is not set"), ("a\nb", "JUDGE_KEY.* holds no key")])

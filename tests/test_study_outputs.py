@@ -1,6 +1,7 @@
 """What a study leaves beside its runs: rows, tables and plots, compared with independent computations."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -355,6 +356,28 @@ def test_plots_show_every_variant_in_three_forms(tmp_path, baseline, prompts):
     if prompts == 1:
         write_outputs(study)
         assert drawn == [path.read_bytes() for path in paths[-3:]]
+
+
+def test_fronts_of_two_rewards_with_and_without_doubt(tmp_path, capsys):
+    """For the error lower is better, so that `far` is beaten in both and `near` by less than its noise."""
+    places = {"plain": (0.0, 0.0), "one": (3.0, 0.0), "other": (0.5, -3.0), "near": (2.95, 0.05), "far": (1.0, 1.0)}
+    study = study_of(tmp_path, [("A", name, 10) for name in places] + [("A", "far", 20), ("A", "missing", 10)])
+    study = dataclasses.replace(study, fronts=((GUIDE, ERROR), (GUIDE, "Jugde")))
+    for k, (cell, place) in enumerate(zip(study.cells, [*places.values(), (1.0, 1.0)], strict=False)):
+        noise = np.random.default_rng(k).normal(0, 0.1, (2, 6, 2, 1))
+        noise -= noise.mean((1, 2, 3), keepdims=True)
+        rewards = {name: scores(0) + part + x for name, part, x in zip((GUIDE, ERROR), noise, place, strict=True)}
+        draw(cell, rewards, lower=[ERROR])
+    paths = write_outputs(study)
+    assert "no run measured 'Jugde'" in capsys.readouterr().err
+    assert [path.name for path in paths[-3:]] == ["fronts.png", "fronts.pdf", "fronts.svg"]
+    lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    column = lines[0].index(next(name for name in lines[0] if name.startswith("front") and ERROR in name))
+    found = {(line[0].strip("| "), line[1].strip()): line[column].strip() for line in lines[1:]}
+    assert found["one", "10"] == found["other", "10"] == found["far", "20"] == "yes"
+    assert found["near", "10"] == "within noise"
+    assert found["far", "10"] == "no"
+    assert found["missing", "10"] == ""
 
 
 def test_a_summary_names_the_rewards_of_which_less_is_better():

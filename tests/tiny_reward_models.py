@@ -16,21 +16,30 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     BertTokenizer,
     BitImageProcessor,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipImageProcessor,
+    BlipProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     ConvNextImageProcessor,
     Dinov2Config,
     Dinov2Model,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -38,6 +47,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
     ResNetConfig,
     ResNetForImageClassification,
+    T5Config,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -271,41 +281,160 @@ def save_tiny_llava(folder: Path, **options) -> str:
     return str(folder)
 
 
-def save_tiny_qwen(folder: Path) -> str:
-    """Saves a Qwen2-VL, which accepts any image shape, with a chat template that writes `<s>`."""
-    torch.manual_seed(7)
-    tokenizer = byte_tokenizer(*QWEN_TOKENS.values())
-    index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
-    config = Qwen2VLConfig(
+def tiny_qwen_config(
+    words: int, index: dict[str, int], start: int = 0, end: int = 0, spread: float = 0.3
+) -> Qwen2VLConfig:
+    """Returns the configuration of a Qwen2-VL with two layers of each kind."""
+    return Qwen2VLConfig(
         vision_config={
             "depth": 2,
             "embed_dim": 16,
             "hidden_size": 32,
             "num_heads": 2,
             "patch_size": 8,
-            "initializer_range": 0.3,
+            "initializer_range": spread,
         },
         text_config={
-            "vocab_size": len(tokenizer),
+            "vocab_size": words,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
-            "initializer_range": 0.3,
+            "initializer_range": spread,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": start,
+            "eos_token_id": end,
         },
         image_token_id=index["image_token"],
         video_token_id=index["video_token"],
         vision_start_token_id=index["start"],
         vision_end_token_id=index["end"],
     )
+
+
+def save_tiny_qwen(folder: Path) -> str:
+    """Saves a Qwen2-VL, which accepts any image shape, with a chat template that writes `<s>`."""
+    torch.manual_seed(7)
+    tokenizer = byte_tokenizer(*QWEN_TOKENS.values())
+    index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
+    config = tiny_qwen_config(len(tokenizer), index, tokenizer.bos_token_id, tokenizer.eos_token_id)
     Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     sizes = {"patch_size": 8, "min_pixels": 16 * 16, "max_pixels": 64 * 64}
     pixels, videos = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
     Qwen2VLProcessor(pixels, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
+    return str(folder)
+
+
+QWEN_CHAT = (  # the form of Qwen2-VL's
+    "{% for message in messages %}{% if loop.first %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HPS_V3_TOKEN = "<|Reward|>"
+
+
+def save_tiny_hps_v3(folder: Path) -> str:
+    """Saves HPSv3.safetensors under the authors' names, and the folder `base`: its Qwen2-VL's configuration, processor.
+
+    The tokenizer, of Qwen's class, has words of the instruction, so that texts are as short as Qwen's.
+    """
+    from svdd.rewards.hps_v3 import INSTRUCTION
+
+    torch.manual_seed(8)
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([INSTRUCTION], trainer)
+    rules = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in rules["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=rules["vocab"], merges=merges)
+    tokenizer.add_tokens(
+        [AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>", *QWEN_TOKENS.values())],
+        special_tokens=True,
+    )
+    index = {name: tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
+    config = tiny_qwen_config(len(tokenizer) + 5, index, spread=0.2)  # some rows are spare, as in Qwen2-VL
+    config.save_pretrained(folder / "base")
+    pixels, videos = Qwen2VLImageProcessor(patch_size=8), Qwen2VLVideoProcessor(patch_size=8)
+    Qwen2VLProcessor(pixels, tokenizer, videos, chat_template=QWEN_CHAT).save_pretrained(folder / "base")
+
+    model = Qwen2VLForConditionalGeneration(config)
+    model.resize_token_embeddings(len(tokenizer) + 1)  # for <|Reward|>
+    state = {}
+    for name, tensor in model.state_dict().items():  # in transformers 4.45, with which the authors saved theirs
+        old = name.removeprefix("model.") if name.startswith("model.visual.") else name.replace(".language_model.", ".")
+        state[old] = tensor.clone()
+    for place, rows, columns in ((0, 1024, 32), (3, 16, 1024), (5, 2, 16)):
+        _linear(state, f"rm_head.{place}", rows, columns, gain=2)
+    save_file(state, folder / "HPSv3.safetensors")
+    return str(folder)
+
+
+# ---- BLIP: models whose decoder writes the answer
+
+
+def save_tiny_blip(folder: Path) -> str:
+    """Saves a BLIP for visual question answering, whose words are BERT's, [DEC] and [ENC]."""
+    torch.manual_seed(9)
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "yes",
+        "no",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
+    tokenizer = BertTokenizer(vocab={word: k for k, word in enumerate(words)})
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(words) + 2, "bos_token_id": len(words), "sep_token_id": 3, "pad_token_id": 0}
+    text |= {"encoder_hidden_size": 32, "max_position_embeddings": 128, "initializer_range": 0.3, "is_decoder": True}
+    vision = {"image_size": 32, "patch_size": 8, "initializer_range": 0.3}
+    config = BlipConfig(text_config=sizes | text, vision_config=sizes | vision)
+    BlipForQuestionAnswering(config).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_instruct_blip(folder: Path) -> str:
+    """Saves an InstructBLIP with a T5, whose tokenizer ends each text."""
+    torch.manual_seed(10)
+    tokenizer = byte_tokenizer("<image>")
+    ended = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.convert_tokens_to_ids("</s>"))]
+    )
+    tokenizer.backend_tokenizer.post_processor = ended
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    asked = bert_tokenizer()
+    config = InstructBlipConfig(
+        vision_config=sizes | {"image_size": 32, "patch_size": 8, "initializer_range": 0.3},
+        qformer_config=sizes | {"vocab_size": len(asked), "initializer_range": 0.3},
+        text_config=T5Config(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            initializer_factor=1.5,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        ).to_dict(),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = InstructBlipForConditionalGeneration(config)
+    model.query_tokens.data.normal_()
+    model.save_pretrained(folder)
+    pixels = BlipImageProcessor(size={"height": 32, "width": 32})
+    InstructBlipProcessor(pixels, tokenizer, asked, num_query_tokens=4).save_pretrained(folder)
     return str(folder)
 
 

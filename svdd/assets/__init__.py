@@ -1,1 +1,1 @@
-"""The models and prompts that ship with svdd, and the loader of all other weights."""
+"""The models and prompts that ship with svdd, and the readers of all other weights and of pictures."""

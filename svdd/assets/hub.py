@@ -1,7 +1,7 @@
 """Model weights from a folder, a single file or the hub; files are read as data, code in them is never run."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from svdd import UserError, first_line
 
 __all__ = [
     "ASSETS",
+    "check_loaded",
     "check_tokenizer",
     "fetch",
     "find_file",
@@ -198,7 +199,19 @@ def read_model(
     if auto.__module__.startswith("transformers"):  # whose own error would name no weight
         options["ignore_mismatched_sizes"] = True
     model, info = read_auto(auto, pretrained, what, dtype=dtype, output_loading_info=True, **options)
-    kind = type(model).__name__
+    check_loaded(type(model).__name__, info, what or f"pretrained={pretrained!r}", spare)
+    return model
+
+
+def check_loaded(kind: str, info: Mapping[str, Any], what: str, spare: str = _SPARE) -> None:
+    """Raises UserError unless a model's files held all its weights, in its shapes, and no others.
+
+    Args:
+        kind: The name of the model's class.
+        info: What transformers or diffusers return with `output_loading_info`.
+        what: The beginning of the error's message.
+        spare: A regular expression of the names that may remain unused.
+    """
     if missing := sorted(info["missing_keys"]):
         problem = f"lacks {len(missing)} weights of {kind}, first {missing[0]}"
     elif wrong := sorted(info["mismatched_keys"]):
@@ -208,8 +221,7 @@ def read_model(
     elif unknown := sorted(name for name in info["unexpected_keys"] if not re.search(spare, name)):
         problem = f"holds {len(unknown)} weights that {kind} does not use, first {unknown[0]}"
     else:
-        return model
-    what = what or f"pretrained={pretrained!r}"
+        return
     raise UserError(f"{what} {problem}; expected the complete files of one model, trained for this task")
 
 

@@ -27,6 +27,7 @@ STUDY.yaml names a configuration of `svdd predict`, and what changes from run to
   budgets: [100, 200]                 # denoiser rows per image, for samplers with a count
   baseline: unguided                  # with which the others are compared
   statistics: [mean]                  # or median, top10, top20
+  fronts: [[Compressibility, CLIPScore]]  # pairs of rewards, one on each axis of a plot
 
 Each run is that of `svdd predict` in FOLDER/cells/NAME, bit for bit. The same command continues: finished runs are
 kept, and failed ones are tried again. Settings of `svdd predict` on the command line hold for all runs:

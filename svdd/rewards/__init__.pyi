@@ -6,6 +6,7 @@ from .clip import CLIPScore as CLIPScore
 from .colorfulness import Colorfulness as Colorfulness
 from .function import FunctionReward as FunctionReward
 from .hps_v2 import HPSv2 as HPSv2
+from .hps_v3 import HPSv3 as HPSv3
 from .http_reward import HTTPReward as HTTPReward
 from .image_reward import ImageReward as ImageReward
 from .jpeg import Compressibility as Compressibility
@@ -18,6 +19,7 @@ from .similarity import Similarity as Similarity
 from .threshold import Threshold as Threshold
 from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge
+from .vqa_score import VQAScore as VQAScore
 from .weighted_sum import WeightedSum as WeightedSum
 from .win_rate import WinRate as WinRate
 from .z_scored import ZScored as ZScored

@@ -16,9 +16,10 @@ from svdd.rewards.columns import require_columns
 
 __all__ = ["Reward", "full_precision", "is_device_failure", "sparing_rewards"]
 
-# Arguments that do not change the result; the second line holds those of an endpoint.
+# Arguments that do not change the result; the later lines hold those of an endpoint.
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
-_NO_EFFECT |= {"api_key", "api_key_env", "password", "token", "backoff", "concurrency", "retries", "timeout"}
+_NO_EFFECT |= {"endpoint", "api_key", "api_key_env", "password", "token"}
+_NO_EFFECT |= {"backoff", "concurrency", "retries", "timeout"}
 
 _UNSTATED = {("revision", None), ("dtype", "float32")}  # arguments that the identity leaves out
 

@@ -20,6 +20,8 @@ class Threshold(Reward):
         ValueError: If there is no limit, or `at_least` exceeds `at_most`.
     """
 
+    from_files = ("at_least", "at_most")  # with other limits it is another reward
+
     def __init__(self, reward: RewardLike, at_least: float | None = None, at_most: float | None = None) -> None:
         super().__init__()
         reward = as_reward(reward)

@@ -22,6 +22,8 @@ class WeightedSum(Reward):
         ValueError: If there is no reward, or not one finite weight for each.
     """
 
+    from_files = ("weights",)  # sums with other weights are other rewards
+
     def __init__(self, rewards: list[RewardLike], weights: list[float] | None = None) -> None:
         super().__init__()
         if not rewards:

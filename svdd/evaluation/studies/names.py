@@ -1,4 +1,4 @@
-"""Names of the runs of a study, made from their settings."""
+"""Names in a study: of its runs, made from their settings, and of rewards."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from svdd import UserError
 
-__all__ = ["as_text", "folder_name", "labels", "shortened"]
+__all__ = ["as_text", "folder_name", "labels", "reward_pairs", "shortened"]
 
 _MOST_NAME = 80
 
@@ -50,3 +50,13 @@ def shortened(value: Any) -> str:
     """Returns a value for an error message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def reward_pairs(tree: Any) -> tuple[tuple[str, str], ...]:
+    """Returns pairs of names out of a list of them, or out of one pair."""
+    pairs = [tree] if isinstance(tree, list) and tree and isinstance(tree[0], str) else tree or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, list) or not all(isinstance(name, str) for name in pair) or len({*pair}) != 2:
+            expected = "pairs of two rewards, such as [[Compressibility, CLIPScore]]"
+            raise UserError(f"fronts must be {expected}, got {shortened(tree)}")
+    return tuple((x, y) for x, y in pairs)

@@ -16,16 +16,29 @@ from svdd.evaluation.rendering import shown
 from svdd.evaluation.studies.results import Entry, Group
 from svdd.evaluation.studies.specification import Study
 
-__all__ = ["plot"]
+__all__ = [
+    "FORMS",
+    "STYLE",
+    "Look",
+    "Point",
+    "bar",
+    "label_of",
+    "legend",
+    "legend_rows",
+    "looks_of",
+    "plot",
+    "point_of",
+    "saved",
+]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
 _MARKERS, _LINES = "os^DvPhp<>*d", ("-", "--", "-.", ":")
-_FORMS: dict[str, dict[str, Any]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "png": {"dpi": 250},
     "pdf": {"metadata": {"CreationDate": None}},
     "svg": {"metadata": {"Date": None}},
 }
-_STYLE = {
+STYLE = {
     "font.size": 7,
     "axes.titlesize": 7.5,
     "axes.spines.top": False,
@@ -37,7 +50,7 @@ _STYLE = {
 _PAGE, _LEAST, _MOST, _HEIGHT = 7.2, 1.8, 2.4, 1.75  # inches: width of a page and of a panel; height of a panel
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """How a variant is drawn, equal in all panels."""
 
     label: str
@@ -46,7 +59,7 @@ class _Look(NamedTuple):
     line: str
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
     """A number and its 95 % interval; the latter is NaN if it is unknown."""
 
     value: float
@@ -67,11 +80,11 @@ def plot(study: Study, groups: Sequence[Group]) -> dict[str, bytes]:
         return {}
     drawn = [group for group in groups if any(each.values for each in group.entries)]
     columns = 2 + max([len(group.rewards) - 1 for group in drawn], default=0)
-    looks = _looks(study)
-    with style.context(["default", _STYLE]), warnings.catch_warnings():
+    looks = looks_of(study)
+    with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # of languages that the font lacks
         width = columns * min(_MOST, max(_LEAST, _PAGE / columns))
-        height = _HEIGHT * max(1, len(drawn)) + 0.4 + 0.14 * _legend_rows(looks, width)
+        height = _HEIGHT * max(1, len(drawn)) + 0.4 + 0.14 * legend_rows(looks, width)
         figure = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(max(1, len(drawn)), columns, squeeze=False)
         for group, row in zip(drawn, panels, strict=False):
@@ -81,31 +94,32 @@ def plot(study: Study, groups: Sequence[Group]) -> dict[str, bytes]:
                 _against_guide(axes, study, group, looks, reward)
         for axes in panels.flat:
             axes.set_visible(axes.has_data())
-        _legend(figure, study, drawn, looks)
+        legend(figure, study, drawn, looks)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # once for all forms
-        return {form: _saved(figure, form, options) for form, options in _FORMS.items()}
+        return {form: saved(figure, form, options) for form, options in FORMS.items()}
 
 
-def _saved(figure: Any, form: str, options: dict[str, Any]) -> bytes:
+def saved(figure: Any, form: str, options: dict[str, Any]) -> bytes:
+    """Returns a figure as the content of a file."""
     file = io.BytesIO()
     figure.savefig(file, format=form, **options)
     return file.getvalue()
 
 
-def _looks(study: Study) -> dict[str, _Look]:
+def looks_of(study: Study) -> dict[str, Look]:
     """Returns the look of each variant; the baseline is black, with a cross."""
     looks, k = {}, 0
     for variant in dict.fromkeys(cell.variant for cell in study.cells):
         if variant == study.baseline:
-            looks[variant] = _Look(_label(variant), "black", "X", "--")
+            looks[variant] = Look(label_of(variant), "black", "X", "--")
         else:
             colour, line = _COLOURS[k % len(_COLOURS)], _LINES[k // len(_COLOURS) % len(_LINES)]
-            looks[variant], k = _Look(_label(variant), colour, _MARKERS[k % len(_MARKERS)], line), k + 1
+            looks[variant], k = Look(label_of(variant), colour, _MARKERS[k % len(_MARKERS)], line), k + 1
     return looks
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
     """Returns a name as matplotlib shows it: without formulas, on one line, and not hidden from the legend."""
     text = shown(name, "text") or "?"
     text = text if len(text) <= 48 else f"{text[:22]}...{text[-23:]}"
@@ -113,13 +127,13 @@ def _label(name: str) -> str:
     return rf"$\_${text[1:]}" if text.startswith("_") else text
 
 
-def _against_cost(axes: Any, study: Study, group: Group, looks: dict[str, _Look], name: str) -> None:
+def _against_cost(axes: Any, study: Study, group: Group, looks: dict[str, Look], name: str) -> None:
     """Draws the guide reward against a cost."""
     for look, entries in _lines(group, looks):
         known = [
             (each.work[name], point, each)
             for each in entries
-            if (point := _point(study, group, each, group.guide)) is not None and each.work[name] > 0
+            if (point := point_of(study, group, each, group.guide)) is not None and each.work[name] > 0
         ]
         known.sort(key=lambda entry: entry[0])
         x, points = [cost for cost, *_ in known], [point for _, point, _ in known]
@@ -129,37 +143,37 @@ def _against_cost(axes: Any, study: Study, group: Group, looks: dict[str, _Look]
                 x, *zip(*(point[1:] for point in points), strict=True), color=look.colour, alpha=0.16, lw=0
             )
         elif points:
-            _bar(axes, look, x[0], points[0], "y")
+            bar(axes, look, x[0], points[0], "y")
     _reference(axes, study, group, (None, group.guide))
     if axes.has_data():
         axes.set_xscale("log")
         _plain_ticks(axes)
     unit = "denoiser rows per image" if name == "rows" else "seconds per image"
-    axes.set(xlabel=unit, ylabel=_label(group.guide))
+    axes.set(xlabel=unit, ylabel=label_of(group.guide))
     if name == "rows":
-        axes.set_title(f"guide: {_label(group.name or group.guide)}", loc="left", weight="bold")
+        axes.set_title(f"guide: {label_of(group.name or group.guide)}", loc="left", weight="bold")
     axes.grid(alpha=0.25, lw=0.5)
 
 
-def _against_guide(axes: Any, study: Study, group: Group, looks: dict[str, _Look], reward: str) -> None:
+def _against_guide(axes: Any, study: Study, group: Group, looks: dict[str, Look], reward: str) -> None:
     """Draws a held-out reward against the guide, with the baseline's level."""
     for look, entries in _lines(group, looks):
         points = [
-            (_point(study, group, each, group.guide), _point(study, group, each, reward), each) for each in entries
+            (point_of(study, group, each, group.guide), point_of(study, group, each, reward), each) for each in entries
         ]
         known = [(x, y, each) for x, y, each in points if x is not None and y is not None]
         for x, y, _ in known:
-            _bar(axes, look, x.value, y, "y")
-            _bar(axes, look, y.value, x, "x")
+            bar(axes, look, x.value, y, "y")
+            bar(axes, look, y.value, x, "x")
         _draw_line(
             axes, look, [x.value for x, *_ in known], [y.value for _, y, _ in known], [each for *_, each in known]
         )
     _reference(axes, study, group, (group.guide, reward))
-    axes.set(xlabel=_label(group.guide), ylabel=_label(reward))
+    axes.set(xlabel=label_of(group.guide), ylabel=label_of(reward))
     axes.grid(alpha=0.25, lw=0.5)
 
 
-def _lines(group: Group, looks: dict[str, _Look]) -> list[tuple[_Look, list[Entry]]]:
+def _lines(group: Group, looks: dict[str, Look]) -> list[tuple[Look, list[Entry]]]:
     """Returns the cells of each variant."""
     return [
         (look, [each for each in group.entries if each.drawn.cell.variant == variant])
@@ -167,7 +181,7 @@ def _lines(group: Group, looks: dict[str, _Look]) -> list[tuple[_Look, list[Entr
     ]
 
 
-def _point(study: Study, group: Group, entry: Entry, reward: str) -> _Point | None:
+def point_of(study: Study, group: Group, entry: Entry, reward: str) -> Point | None:
     """Returns the mean, with the 95 % interval of its difference to the baseline, or its own if the study has none.
 
     The difference is added to the baseline's mean, so that an unfinished cell is at its place among the others.
@@ -182,10 +196,10 @@ def _point(study: Study, group: Group, entry: Entry, reward: str) -> _Point | No
     elif study.baseline is not None:
         error = math.nan
     half = t_quantile(0.95, prompts - 1) * error
-    return _Point(value, value - half, value + half)
+    return Point(value, value - half, value + half)
 
 
-def _draw_line(axes: Any, look: _Look, x: Sequence[float], y: Sequence[float], entries: Sequence[Entry]) -> None:
+def _draw_line(axes: Any, look: Look, x: Sequence[float], y: Sequence[float], entries: Sequence[Entry]) -> None:
     """Draws a variant's line with a marker per cell, hollow if that is unfinished."""
     axes.plot(x, y, look.line, color=look.colour, lw=1, zorder=3)
     for each, a, b in zip(entries, x, y, strict=True):
@@ -193,7 +207,7 @@ def _draw_line(axes: Any, look: _Look, x: Sequence[float], y: Sequence[float], e
         axes.plot([a], [b], look.marker, color=look.colour, mfc=fill, mew=0.8, ms=3.8, zorder=4)
 
 
-def _bar(axes: Any, look: _Look, place: float, point: _Point, axis: str) -> None:
+def bar(axes: Any, look: Look, place: float, point: Point, axis: str) -> None:
     """Draws an interval along an axis, at a place on the other."""
     if math.isfinite(point.low):
         ends = (point.low, point.high)
@@ -221,29 +235,30 @@ def _plain_ticks(axes: Any) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend_rows(looks: dict[str, _Look], width: float) -> int:
+def legend_rows(looks: dict[str, Look], width: float) -> int:
     """Returns the rows that the legend takes below a figure of a width in inches, of about 16 letters each."""
     longest = max((len(look.label) for look in looks.values()), default=0)
     return max(1, math.ceil(len(looks) / max(1, int(width * 16 / (longest + 8)))))
 
 
-def _legend(figure: Any, study: Study, groups: Sequence[Group], looks: dict[str, _Look]) -> None:
-    """Puts the variants below the panels, and what bands, bars and hollow markers are."""
+def legend(figure: Any, study: Study, groups: Sequence[Group], looks: dict[str, Look], more: str = "") -> None:
+    """Puts the variants below the panels, and what bands, bars and hollow markers are, and `more`."""
     from matplotlib.lines import Line2D
 
     labels = [look.label for look in looks.values()]
     handles = [
         Line2D([], [], color=each.colour, marker=each.marker, ls=each.line, lw=1, ms=3.8) for each in looks.values()
     ]
-    what = "the mean" if study.baseline is None else f"the difference to {_label(study.baseline)}, paired"
+    what = "the mean" if study.baseline is None else f"the difference to {label_of(study.baseline)}, paired"
     title = f"Bands and bars: 95 % intervals of {what}, clustered by prompt."
     if any(each.values and not each.drawn.finished for group in groups for each in group.entries):
         title += " Hollow: unfinished."
+    title += more
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=math.ceil(len(labels) / _legend_rows(looks, figure.get_figwidth())),
+        ncols=math.ceil(len(labels) / legend_rows(looks, figure.get_figwidth())),
         frameon=False,
         title=title,
         title_fontsize=6,

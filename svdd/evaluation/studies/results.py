@@ -105,7 +105,7 @@ def _entry(
     changes: dict[Key, Difference] = {}
     statistics = list(dict.fromkeys(["mean", *study.statistics]))
     others = set() if baseline is None else incomparable(drawn, baseline)
-    for reward in sorted(others):
+    for reward in sorted(others - ({group.guide} if study.fronts else set())):  # a sum whose weights vary
         _warn(drawn, baseline, f"{reward} was measured with other weights or settings")
     for reward in group.rewards:
         if (scores := scores_of(drawn, reward)) is None:

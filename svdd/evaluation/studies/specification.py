@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from svdd import UserError, did_you_mean, is_integer
-from svdd.evaluation.studies.names import as_text, folder_name, labels, shortened
+from svdd.evaluation.studies.names import as_text, folder_name, labels, reward_pairs, shortened
 from svdd.runs.files import regular_only
 from svdd.runs.yaml_text import read_yaml
 
 __all__ = ["STATISTICS", "Cell", "Specification", "Study", "words_of"]
 
 STATISTICS = ("mean", "median", "top10", "top20")
-_KEYS = ("base", "settings", "guides", "variants", "budgets", "baseline", "statistics")
+_KEYS = ("base", "settings", "guides", "variants", "budgets", "baseline", "statistics", "fronts")
 _OWN = {"output": "svdd study --output", "overwrite": "remove the run's folder instead", "model.budget": "budgets"}
 _MOST_BYTES, _MOST_CELLS = 2**20, 10_000
 
@@ -61,12 +61,14 @@ class Study:
         baseline: The variant with which the others are compared; None if there is none.
         statistics: The columns of the table: any of mean, median, top10 and top20.
         folder: The folder of the study, which holds its tables and plots.
+        fronts: Pairs of rewards whose trade-off is shown.
     """
 
     cells: list[Cell]
     baseline: str | None
     statistics: list[str]
     folder: Path
+    fronts: tuple[tuple[str, str], ...] = ()
 
 
 class _Variant(NamedTuple):
@@ -95,6 +97,7 @@ class Specification:
     budgets: list[int | None]
     baseline: str | None
     statistics: list[str]
+    fronts: tuple[tuple[str, str], ...]
     more: dict[str, Any]  # of the command line, for all cells
     content: dict[str, Any]  # as in the file
 
@@ -151,7 +154,8 @@ class Specification:
             raise UserError(f"statistics must be a list of {', '.join(STATISTICS)}, got {got}")
         budgets = _budgets("budgets", content.get("budgets")) or [None]
         base = tuple(name if Path(name).is_file() else _beside(folder, name) for name in base)
-        return cls(base, settings, guides, budgets, baseline, statistics, more, content)
+        fronts = reward_pairs(content.get("fronts"))
+        return cls(base, settings, guides, budgets, baseline, statistics, fronts, more, content)
 
     def _pairs(self) -> Iterator[tuple[_Guide, _Variant]]:
         for guide in self.guides:
@@ -183,7 +187,7 @@ class Specification:
                 cells.append(Cell(name, group, variant.label, budget, {**settings, **own}, place, self.base))
             if len(cells) > _MOST_CELLS:
                 raise UserError(f"the study has more than {_MOST_CELLS} runs; split it")
-        return Study(cells, self.baseline, self.statistics, folder)
+        return Study(cells, self.baseline, self.statistics, folder, self.fronts)
 
 
 def _beside(folder: Path, name: str) -> str:

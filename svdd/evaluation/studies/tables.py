@@ -6,12 +6,14 @@ from statistics import median
 
 from svdd.evaluation.rendering import Bold, Cell, render, shown
 from svdd.evaluation.studies.comparisons import Difference, Estimate
+from svdd.evaluation.studies.fronts import standings
 from svdd.evaluation.studies.results import Entry, Group, Key
 from svdd.evaluation.studies.specification import Study
 
 __all__ = ["write_csv", "write_markdown", "write_tex"]
 
 _WORDS = {"mean": "mean", "median": "median", "top10": "top 10 %", "top20": "top 20 %"}
+_STANDINGS = {"front": "yes", "open": "within noise", "dominated": "no"}
 _DIVERSITY = ("pairwise_within", "vendi_within", "pairwise", "vendi")
 
 
@@ -86,6 +88,9 @@ def _table(study: Study, group: Group) -> tuple[list[str], list[list[Cell]]]:
         texts, best = [_value(each, _digits(values)) for each in values], _best(group, key)
         columns += [(name, [Bold(text) if k in best and text else text for k, text in enumerate(texts)])]
         columns += [(f"\u2212 {study.baseline}", [_difference(each, _digits(changes)) for each in changes])]
+    for x, y in study.fronts:
+        found = standings(study, group, (x, y))
+        columns += [(f"front {x} / {y}", [_STANDINGS.get(found.get(each.drawn.cell.name, "")) for each in entries])]
     columns += [("diversity", [_text(each.diversity.get(_diversity(group)), "{:.3f}".format) for each in entries])]
     columns += [("KL", [_value(each.path_kl, _digits([each.path_kl])) for each in entries])]
     for name, heading in (("rows", "rows"), ("seconds", "seconds")):
@@ -111,6 +116,12 @@ def _notes(study: Study, group: Group) -> list[str]:
             f"Differences to {study.baseline} are over the images that both have drawn, paired by prompt. Their "
             f"intervals (Student's t) hold together with 95 % for the {group.comparisons} comparisons of each reward "
             f"(Bonferroni: {level:.5g} % each). Bold: the best of its budget, if its interval excludes 0."
+        ]
+    if study.fronts:
+        notes += [
+            "Front: yes if no run of its budget, and none without a budget, has better means of both rewards; no if "
+            "one is better in both beyond doubt (one-sided paired t-tests over prompts at 2.5 %, divided by the number "
+            "of rivals); else within noise."
         ]
     if any(each.diversity for each in group.entries):
         where = "pairs of images of a prompt" if _diversity(group).endswith("within") else "all pairs of images"

@@ -64,9 +64,15 @@ class Endpoint:
         """The model, on which the answers depend."""
         return self.model
 
-    def log_odds(self, images: Sequence[Image.Image], questions: Sequence[str], key: str | None) -> list[float]:
-        """Returns log p(yes) - log p(no) for each image and question; raises RewardError if an answer is unusable."""
-        return self.ask(images, questions, key, read_log_odds, max_tokens=1)
+    def log_probabilities(
+        self, images: Sequence[Image.Image], questions: Sequence[str], key: str | None, answer: str = "Yes"
+    ) -> list[tuple[float, float, float, float]]:
+        """Returns the log-probabilities of yes, no, the exact answer and another one for each image and question.
+
+        Raises:
+            RewardError: If a request fails or an answer is unusable.
+        """
+        return self.ask(images, questions, key, partial(read_log_probabilities, exact=answer), max_tokens=1)
 
     def ask(
         self,
@@ -140,14 +146,24 @@ def _word(token: object) -> str:
     return str(token).strip(" \n▁Ġ")
 
 
-def read_log_odds(answer: Answer) -> float:
-    """Returns log p(yes) - log p(no), with the lowest log-probability for a missing word; or raises ValueError."""
-    if not answer.first:
+def read_log_probabilities(answer: Answer, exact: str) -> tuple[float, float, float, float]:
+    """Returns log p of yes and no in any spelling, of the exact answer, and of all but that.
+
+    An answer that is not among the most likely tokens gets the lowest log-probability of these, an upper bound.
+
+    Raises:
+        ValueError: If there are no log-probabilities, or neither yes nor no is among the most likely tokens.
+    """
+    if not (tokens := answer.first):
         raise ValueError("the answer has no logprobs; the model must be served with top_logprobs")
-    tokens = [(token.lower(), logprob) for token, logprob in answer.first]
-    if not {token for token, _ in tokens} & {"yes", "no"}:
+    if not {token.lower() for token, _ in tokens} & {"yes", "no"}:
         raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
     lowest = min(logprob for _, logprob in tokens)
-    words = ([logprob for token, logprob in tokens if token == word] or [lowest] for word in ("yes", "no"))
-    yes, no = map(np.logaddexp.reduce, words)
-    return float(yes - no)
+
+    def total(matches: Callable[[str], bool]) -> float:
+        return float(np.logaddexp.reduce([logprob for token, logprob in tokens if matches(token)] or [lowest]))
+
+    said = total(lambda token: token == exact)
+    certain = said > -1e-3  # then 1 - p has few digits, and the other tokens have more
+    spared = total(lambda token: token != exact) if certain else float(np.log1p(-np.exp(said)))
+    return total(lambda token: token.lower() == "yes"), total(lambda token: token.lower() == "no"), said, spared
