@@ -104,9 +104,13 @@ def main(detector: str, images: int) -> None:
         "SVDD guided by ObjectCount on a chain that draws shapes; `benchmarks/object_count.py` says how to repeat it.",
         "",
     ]
-    text += [f"{len(WORDS)} prompts (`{WORDS[0]}` to `{WORDS[-1]}`) x {images} images, T = 20, same seeds. ObjectCount"]
-    text += ["guides. The true error is the distance of the number of discs in the latent from the wanted one, which"]
-    text += ["neither ObjectCount nor the chain sees; the number of squares is not wanted.", ""]
+    text += [
+        f"{len(WORDS)} prompts (`{WORDS[0]}` to `{WORDS[-1]}`) x {images} images, T = 20, same seeds; the detector"
+    ]
+    text += [
+        "was trained for 1400 steps of 24 pictures. ObjectCount guides. The true error, which it does not see, is the"
+    ]
+    text += ["distance of the number of discs in the latent from the wanted one. Squares are distractors.", ""]
     text += ["| " + " | ".join(line) + " |" for line in table]
     text += ["", "Difference of the true error, paired by prompt and seed, with its 95 % interval over prompts:", ""]
     for other in ("unguided", "best of 8"):
@@ -128,6 +132,6 @@ def main(detector: str, images: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("detector")
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=int, default=16)
     options = parser.parse_args()
     main(options.detector, options.images)

@@ -132,6 +132,16 @@ def test_runs_scores_and_resumption_with_columns(workspace, sd15, capsys, read_r
     mean = [row["rewards"]["Brightness"] for row in rows]
     assert [row["rewards"]["Wanted"] for row in rows] == pytest.approx([-mean[0], -2 * (1 - mean[1])], abs=1e-4)
     assert [row["wanted"] for row in rows] == ["0", "1"]
+    (folder / "there.txt").write_text("there")
+    (folder / "more.txt").write_text("here")
+    assert main([*words, "--model.eval_rewards+=Brightness", "--output", "run"]) == 2
+    assert "run was begun with other contents of files that the prompts name: restore" in capsys.readouterr().err
+    (folder / "there.txt").write_text("here")
+    with open(folder / "p.csv", "a") as file:
+        file.write("c,1,more.txt,\n")
+    assert main([*words, "--model.eval_rewards+=Brightness", "--output", "run"]) == 0
+    rows = read_rows("run")
+    assert len(rows) == 3
     capsys.readouterr()
     score = ["score", "--reward", "my_wanted.Wanted", "--device", "cpu", "--output", "scores"]
     (workspace / "pictures").mkdir()
@@ -144,7 +154,7 @@ def test_runs_scores_and_resumption_with_columns(workspace, sd15, capsys, read_r
             [row["rewards"]["Wanted"] for row in rows], abs=0.01
         )
     capsys.readouterr()
-    assert main([*score, "--images", "pictures", "--prompts", '["a", "b"]']) == 2
+    assert main([*score, "--images", "pictures", "--prompts", '["a", "b", "c"]']) == 2
     assert "prompts: prompt 0: there is no column 'wanted', which Wanted needs" in capsys.readouterr().err
 
 

@@ -299,8 +299,7 @@ def test_validation_targets_are_rewards_even_when_training_bootstraps(cache):
     with torch.no_grad():
         estimates = model.value.predict(batch["x"], batch["step"])
         held_out = float(model._loss(batch, bootstrap=False)[0])
-    rewards = (batch["reward"] - model.value.mean) / model.value.std
-    assert held_out == pytest.approx(float((estimates - rewards).square().mean()), rel=1e-5)
+    assert held_out == pytest.approx(float((estimates - batch["reward"]).square().mean()), rel=1e-5)
     logged = float(model.trainer.callback_metrics["val_loss"])
     assert logged == pytest.approx(held_out, rel=1e-3)
 
@@ -323,7 +322,7 @@ def test_only_missing_shards_are_drawn_again_and_are_identical(tmp_path):
 
 
 def test_batches_pair_each_state_with_the_next(tmp_path):
-    _, data, _ = fit(network(), tmp_path, epochs=1, num_rollouts=100, batch_size=64, prompts=("0", "1", "2"))
+    model, data, _ = fit(network(), tmp_path, epochs=1, num_rollouts=100, batch_size=64, prompts=("0", "1", "2"))
     batch = data.states[1].__getitems__(range(len(data.states[1])))
     assert len(data.states[1]) == 10 * 3
     assert len(data.states[0]) == 90 * 3
@@ -333,7 +332,8 @@ def test_batches_pair_each_state_with_the_next(tmp_path):
     inner = batch["next_step"] > 0
     assert torch.equal(batch["next_x"][inner], batch["x"][batch["step"] > 1])
     ends = torch.cat([shard["end"] for shard in data.states[1].shards])[90:]
-    torch.testing.assert_close(batch["reward"][~inner].double(), ends.flatten(1) @ torch.tensor(B, dtype=torch.float64))
+    rewards = model.value.mean + model.value.std * batch["reward"][~inner]
+    torch.testing.assert_close(rewards.double(), ends.flatten(1) @ torch.tensor(B, dtype=torch.float64))
     single = data.states[1].__getitems__([4])
     assert torch.equal(single["x"], batch["x"][4:5])
 

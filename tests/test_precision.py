@@ -14,11 +14,17 @@ from svdd.assets.content import digest
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.base import Reward
+from svdd.rewards.clip import CLIPScore
+from svdd.rewards.function import FunctionReward
 from svdd.rewards.pretrained import PretrainedReward
 from svdd.rewards.weighted_sum import WeightedSum
 from svdd.runs.prompts import PromptDataModule
 from svdd.samplers.unguided import Unguided
-from tests.tested_rewards import TESTED, images_of, serving
+from svdd.state.state import State
+from svdd.values.feature import FeatureValue
+from svdd.values.training.data import RolloutDataModule
+from svdd.values.training.fitting import ValueFitting
+from tests.tested_rewards import TESTED, Edges, images_of, serving
 
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 SURROUNDINGS = {  # of the network: default type, type of autocast if it is on, type of the weights
@@ -96,6 +102,11 @@ def test_scores_are_those_of_float32(precision, exact, sd15, tmp_path):
         assert torch.equal(order[apart], expected_order[apart]), name
 
 
+def trainer(precision: str, folder: Path, **options: Any) -> L.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return L.Trainer(accelerator="cpu", devices=1, precision=precision, default_root_dir=folder, **quiet, **options)
+
+
 def test_weights_that_a_trainer_reads_are_those_of_the_file(exact, models, sd15, tmp_path):
     """Lightning reads them where half precision is the default type of new tensors."""
     networks = {
@@ -105,9 +116,39 @@ def test_weights_that_a_trainer_reads_are_those_of_the_file(exact, models, sd15,
     }
     guide = WeightedSum([*networks.values()])
     model = GuidedDiffusion(guide, StableDiffusion(sd15, num_inference_steps=1), Unguided())
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", devices=1, precision="bf16-true", default_root_dir=tmp_path, **quiet)
-    trainer.predict(model, PromptDataModule(["a"]))
+    trainer("bf16-true", tmp_path).predict(model, PromptDataModule(["a"]))
     assert model.diffusion.dtype == torch.bfloat16
     for name, reward in networks.items():
         assert digest(reward) == digest(known["rewards"][name]), name
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_gradients_go_through_a_decoder_in_half_precision(sd15, tiny_clip, tmp_path, precision):
+    """They are those of a float32 model up to the rounding of its latents, network and decoder."""
+    gradients = []
+    for chosen in ("32-true", precision):
+        reward = WeightedSum([CLIPScore(tiny_clip), Edges()], [1.0, 0.01])
+        model = GuidedDiffusion(reward, StableDiffusion(sd15, num_inference_steps=3), Unguided())
+        plugin = trainer(chosen, tmp_path).precision_plugin
+        with plugin.forward_context():
+            state = State.start(plugin.convert_module(model).diffusion, ["panda", "red apple"], [0, 1]).propose()
+            values, gradient = state.gradient(model.value)
+        assert values.dtype == torch.float32
+        gradients.append(gradient.float().flatten(1))
+    assert torch.cosine_similarity(*gradients).min() > 0.95
+
+
+def test_a_value_is_fitted_in_half_precision(sd15, tiny_clip, tmp_path):
+    """Rewards of 100 that differ by hundredths would be equal in bfloat16."""
+    reward = FunctionReward(lambda images, prompts: 100 + images.mean((1, 2, 3)) / 10)
+    value = FeatureValue(tiny_clip, width=8)
+    model = ValueFitting(reward, StableDiffusion(sd15, num_inference_steps=2), value)
+    data = RolloutDataModule(["panda", "red apple"], 12, cache=str(tmp_path))
+    fitting = trainer("bf16-true", tmp_path, max_epochs=1, num_sanity_val_steps=0)
+    fitting.fit(model, data)
+    assert {parameter.dtype for parameter in value.network.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in (value.mean, value.std, value.spread, value.units.running_mean)} == {SINGLE}
+    assert 100 < value.mean < 100.1
+    assert 0 < value.std < 0.1
+    assert len(data.states[0].rewards.unique()) == 12
+    assert fitting.callback_metrics["val_loss"].isfinite()

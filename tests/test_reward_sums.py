@@ -64,6 +64,7 @@ def test_short_forms(text):
             "character 11: CLIPScore has no argument.*did you mean 'pretrained'",
         ),
         ("CLIPScore(pretrained=/abs)", "cannot be read at character 22.*put quotes around"),
+        ("Similarity(clip", "in a list in brackets it needs quotes of its own"),
         ("Brightness(3)", "character 12: an argument without a name: Brightness takes no arguments"),
         ("Threshold(Brightnes, at_least=1)", "character 11: unknown reward 'Brightnes'"),
         ("__import__('os').system('x')", "is no reward"),

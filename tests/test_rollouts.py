@@ -210,12 +210,14 @@ def test_negative_prompts_of_the_file_are_used(tmp_path):
 
 def test_one_data_module_serves_one_model_after_the_other(tmp_path):
     """The second model has its own scales, prompts and reward."""
-    data = RolloutDataModule(["0", "1"], 8, cache=str(tmp_path))
+    data, means = RolloutDataModule(["0", "1"], 8, cache=str(tmp_path)), []
     for b in (B, [2 * entry for entry in B]):
         model = ValueFitting(Linear(b), GaussianDiffusion(3), network())
         trainer().fit(model, data)
         assert model.value.trained
-        assert float(model.value.mean) == pytest.approx(float(data.states[0].rewards[:7].mean()), rel=1e-5)
+        means.append(float(model.value.mean))
+        assert float(data.states[0].rewards[:7].mean()) == pytest.approx(0, abs=1e-5)  # in its units
+    assert means[1] == pytest.approx(2 * means[0], rel=1e-5)
 
 
 # ---- several trainings at a time
@@ -292,7 +294,7 @@ def test_every_state_is_also_trained_on_with_another_prompt(tmp_path):
     """The second half of the training states has the reward of the same image for other prompts."""
     prompts = ("-1", "0.5", "2")
     options = {"num_rollouts": 70, "other_prompts": 4, "batch_size": 64, "epochs": 1, "prompts": prompts}
-    _, data, _ = fit(network(), tmp_path, GaussianDiffusion(3), Product(), **options)
+    model, data, _ = fit(network(), tmp_path, GaussianDiffusion(3), Product(), **options)
     training, held_out = data.states
     assert len(training) == 2 * 63 * 2
     assert len(held_out) == 7 * 2
@@ -304,7 +306,8 @@ def test_every_state_is_also_trained_on_with_another_prompt(tmp_path):
     numbers = torch.tensor([float(prompt) for prompt in prompts])
     ends = torch.cat([shard["end"] for shard in training.shards])[:63, 0, 0, 0].repeat_interleave(2).float()
     for batch in (own, other):
-        torch.testing.assert_close(batch["reward"], ends * numbers[batch["prompt"]])
+        rewards = model.value.mean + model.value.std * batch["reward"]
+        torch.testing.assert_close(rewards, ends * numbers[batch["prompt"]])
     assert torch.equal(held_out.__getitems__([0, 2])["prompt"], torch.tensor([0, 1]))  # rollouts 63 and 64
 
 

@@ -49,6 +49,8 @@ def expand(text: str) -> Any:
             raise
         place = f" at character {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         hint = "; put quotes around a text that is no Python, such as a path" if "(" in text else ""
+        if text.count("(") > text.count(")"):
+            hint = "; in a list in brackets it needs quotes of its own, as its commas would separate elements"
         raise UserError(f"{text!r} cannot be read{place}; expected {_FORM}{hint}") from None
     except RecursionError:
         raise UserError(f"{text[:60]!r}... is nested too deeply; write WeightedSum in a YAML file") from None

@@ -137,8 +137,6 @@ def same_prompts(one: npt.NDArray[np.bytes_], other: npt.NDArray[np.bytes_]) -> 
 
 def incomparable(one: Measured, other: Measured) -> set[str]:
     """Returns the rewards of one name that were measured with other weights or settings."""
-    if not _same_precision(one, other):
-        return set()
     return {
         name
         for name in one.rewards.keys() & other.rewards.keys()

@@ -3,7 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdd import RewardError, UserError, first_line
 from svdd.rewards.columns import require_columns
 
-__all__ = ["Reward", "full_precision", "is_device_failure", "sparing_rewards"]
+__all__ = ["Reward", "full_precision", "is_device_failure", "sparing", "sparing_rewards"]
 
 # Arguments that do not change the result; the later lines hold those of an endpoint.
 _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
@@ -143,7 +143,12 @@ def sparing_rewards(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> C
     A module that holds rewards uses it in `_apply`, so that a Trainer's precision leaves the rewards as they are.
     """
     rewards = [part for part in module.modules() if isinstance(part, Reward)]
-    kept = {id(tensor) for reward in rewards for tensor in (*reward.parameters(), *reward.buffers())}
+    return sparing((tensor for reward in rewards for tensor in (*reward.parameters(), *reward.buffers())), convert)
+
+
+def sparing(tensors: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns the conversion, but one that moves these tensors without a cast."""
+    kept = {id(tensor) for tensor in tensors}
 
     def converted(tensor: Tensor) -> Tensor:
         target = convert(tensor.new_empty(0)) if id(tensor) in kept else tensor

@@ -1,6 +1,8 @@
 """Columns of a prompt file that rewards read, such as the path of a reference picture."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -105,6 +107,12 @@ class Columns(NamedTuple):
                 if not _is_blank(value := row.extra.get(name)) and not (path := _path(value, row.folder)).is_file():
                     raise UserError(f"{place(k)}: column {name!r}, which {reward} reads: there is no file {path}")
 
+    def contents(self, rows: Iterable[_Row]) -> Iterator[bytes]:
+        """Yields, for each row, a digest of the files in its columns that rewards read; nothing if they read none."""
+        for row in rows if self.paths else ():
+            values = [row.extra.get(name) for name in self.paths]
+            yield b"".join(b"-" if _is_blank(value) else _content(_path(value, row.folder)) for value in values)
+
 
 def columns_of(*rewards: "Reward") -> Columns:
     """Returns the columns that rewards and their parts read."""
@@ -130,6 +138,19 @@ def require_columns(reward: str, columns: Sequence[str], prompts: Sequence[str])
 
 def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _content(path: Path) -> bytes:
+    try:
+        known = path.stat()
+        return _digest(path, known.st_size, known.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, *version: int) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _path(value: Any, folder: str | Path | None) -> Path:

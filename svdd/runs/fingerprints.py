@@ -1,14 +1,16 @@
 """What the images of a run depend on beyond its settings: weights, files, the user's code, versions, rows at once."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from svdd.runs.files import OtherRun, RunError, os_errors_explained, read_object, write_atomically
 from svdd.runs.json_lines import encode
 
-__all__ = ["FINGERPRINTS", "compare", "is_reproducible", "recorded_parts", "rows_at_once"]
+__all__ = ["FINGERPRINTS", "compare", "compare_contents", "is_reproducible", "recorded_parts", "rows_at_once"]
 
 FINGERPRINTS = "fingerprints.json"
+_CONTENTS = "contents"  # of files that the prompts name
 _ROWS_AT_ONCE = "rows_at_once"  # `Chunker.most`, with which the images are drawn
 
 
@@ -31,6 +33,28 @@ def compare(file: Path, found: Mapping[str, str], versions: Mapping[str, str]) -
         if not parts and found:
             _write(file, {**recorded, "parts": dict(found), "versions": dict(versions)})
     return newer
+
+
+def compare_contents(file: Path, contents: Iterable[bytes]) -> None:
+    """Records a digest of the files that prompts name; of prompts that are appended later, it covers those too.
+
+    Args:
+        file: The fingerprints of the run.
+        contents: A digest for each prompt.
+
+    Raises:
+        RunError: If the files of the recorded prompts have changed.
+    """
+    with os_errors_explained(file):
+        known, running, count = read_object(file).get(_CONTENTS), hashlib.sha256(), 0
+        known = known if isinstance(known, dict) else {"prompts": 0}
+        for count, content in enumerate(contents, 1):
+            running.update(content)
+            if count == known["prompts"] and running.hexdigest() != known.get("sha256"):
+                what = "other contents of files that the prompts name"
+                raise OtherRun(f"{file.parent} was begun with {what}: restore what was there to continue it")
+        if count > known["prompts"]:
+            _write(file, {**read_object(file), _CONTENTS: {"prompts": count, "sha256": running.hexdigest()}})
 
 
 def is_reproducible(file: Path) -> bool:

@@ -18,7 +18,7 @@ from svdd import SUMMARY_FILE, say
 from svdd.runs.changes import require_same
 from svdd.runs.config import CONFIG, HARMLESS, HARMLESS_IF_REPRODUCIBLE, Recorded, plain, read_config, write_config
 from svdd.runs.files import OtherRun, lock, os_errors_explained, read_object, sync_folder, write_atomically
-from svdd.runs.fingerprints import FINGERPRINTS, compare, is_reproducible, rows_at_once
+from svdd.runs.fingerprints import FINGERPRINTS, compare, compare_contents, is_reproducible, rows_at_once
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import check, hold
@@ -185,6 +185,10 @@ class RunFolder:
     def fingerprint(self, found: Mapping[str, str], versions: Mapping[str, str]) -> list[str]:
         """Records or compares what the images depend on beyond the settings: see `compare`."""
         return compare(self._fingerprints, found, versions)
+
+    def compare_contents(self, contents: Iterable[bytes]) -> None:
+        """Records or compares the files that the prompts name: see `compare_contents` in `svdd.runs.fingerprints`."""
+        compare_contents(self._fingerprints, contents)
 
     def has_summary(self) -> bool:
         """Whether there is a whole summary."""

@@ -38,7 +38,7 @@ class RunWriter(L.Callback):
     Call `open` before anything costly is built, and leave the prompts that it returns out of the data. The module
     must take the rows of an earlier run through `record(rows)`, return a `Prediction` from `predict_step`, and hold
     its statistics in `summary` after its own `on_predict_epoch_end`. If it has `fingerprints()`, a run continues only
-    while these are the same.
+    while these are the same, and if it has `columns`, while the files are that rewards read by the prompts' columns.
 
     Args:
         output: The run folder; a run with the same settings continues.
@@ -189,6 +189,8 @@ class RunWriter(L.Callback):
         if trainer.is_global_zero and (changed := self.folder.fingerprint(found, versions)):
             text = f"{self.folder.path} was begun with {', '.join(changed)}: images may differ in the last bits"
             say(f"svdd: warning: {text}", error=True)
+        if trainer.is_global_zero and self.prompts is not None and hasattr(module, "columns"):
+            self.folder.compare_contents(module.columns.contents(self.prompts))
 
     def _finish(self, pl_module: L.LightningModule) -> None:
         assert self._started is not None

@@ -34,6 +34,7 @@ class FeatureValue(LearnedValue):
 
     decodes = True
     frozen = ("clip.",)
+    exact = (*LearnedValue.exact, "units.")
 
     def __init__(
         self,
@@ -81,10 +82,11 @@ class FeatureValue(LearnedValue):
         waves = torch.stack([progress, (torch.pi * progress).sin(), (torch.pi * progress).cos()], 1)
         if text is None:
             return self.network(torch.cat([features, waves], 1).to(waves))[:, 0]
-        cosine = (features * text).sum(1, keepdim=True).to(waves)
+        cosine = (features * text).sum(1, keepdim=True)
         if len(cosine) > 1 or not self.training:
             cosine = self.units(cosine)
         else:  # one row has no spread
             cosine = F.batch_norm(cosine, self.units.running_mean, self.units.running_var)
+        cosine = cosine.to(waves)
         values = self.network(torch.cat([features, waves, cosine, 10 * text], 1).to(waves))
         return (values + self.slope(waves) * cosine)[:, 0]

@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svdd import UserError, require_numbers
 from svdd.diffusion.base import Diffusion, per_row
-from svdd.rewards.base import Reward
+from svdd.rewards.base import Reward, sparing
 from svdd.state.state import State
 from svdd.values.base import Value
 from svdd.values.losses import MeanLoss, ValueLoss
@@ -46,6 +46,7 @@ class LearnedValue(Value):
         input: What the network reads of a state: `x` costs no denoiser row, `x0` one.
         decodes: Whether it decodes latents, which are then not rescaled.
         frozen: Prefixes of the names of weights that training does not change, such as a feature extractor's.
+        exact: Prefixes of the names of buffers that keep float32 in a half-precision value.
         settings: What else determines the meaning of the weights beyond their shapes, as plain data; set by `build`.
         identity: What the weights are valid for, as plain data; set by `bind`.
     """
@@ -54,6 +55,7 @@ class LearnedValue(Value):
     input: str = "x"
     decodes: bool = False
     frozen: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ("mean", "std", "spread")
     mean: Tensor
     std: Tensor
     spread: Tensor
@@ -130,7 +132,7 @@ class LearnedValue(Value):
         rows = (x, step) if features is None else (x, step, features[state.row])
         with context.ledger.timed("decoder_seconds", x.device) if self.decodes else nullcontext():
             predictions = context.diffusion.chunker.map(self.predict, state.num_images, *rows, work=("value", self))
-        values = self.mean.float() + self.std.float() * predictions.float()
+        values = self.mean + self.std * predictions.float()
         context.ledger.decoded_images += len(x) if self.decodes else 0
         if not torch.isfinite(values).all():
             raise UserError(
@@ -141,7 +143,7 @@ class LearnedValue(Value):
 
     def predict(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns predictions as `network_output` does, for `state.x` or `state.x0` at the steps, int64 [n]."""
-        dtype = next(self.parameters()).dtype
+        dtype = next(each.dtype for name, each in self.named_parameters() if not name.startswith(self.frozen))
         progress = step.to(self.spread) / len(self.spread)
         x = (x / per_row(self.spread[step], x)).to(dtype)
         return self.network_output(x, progress.to(dtype), None if text is None else text.to(dtype))
@@ -155,6 +157,12 @@ class LearnedValue(Value):
         self.std.copy_(std)
         self.spread.copy_(torch.ones_like(spread) if self.decodes else spread)
         self.trained.fill_(True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedValue":
+        """Moves and converts the network, but does not cast what is `exact`."""
+        return super()._apply(
+            sparing((b for name, b in self.named_buffers() if name.startswith(self.exact)), fn), recurse
+        )
 
     def checkpoint(self) -> dict[str, Any]:
         """Returns what a file needs to restore the value, as the entries of a Lightning checkpoint."""

@@ -23,6 +23,7 @@ from svdd.assets.hub import (
     read_weights,
     unreachable,
 )
+from svdd.rewards.base import full_precision
 from svdd.rewards.models.pixels import CLIP_MEAN, CLIP_STD, fit_square, normalise, smooth_image, to_pil
 
 __all__ = ["EMBEDDED", "ClipModel", "OpenClipModel", "TransformersClip", "colour_statistics", "read_clip"]
@@ -64,6 +65,7 @@ class ClipModel(nn.Module, ABC):
         """Resizes, crops and normalises images as the model's own processor does."""
         return normalise(fit_square(images, self.side, self.whole, self.mode, self.rounded), self.mean, self.std)
 
+    @full_precision()
     def image_features(self, images: Tensor) -> Tensor:
         """Returns the embeddings, of length 1, float32 [n, d], of images, float [n, 3, h, w] in [0, 1]."""
         pixels = self.preprocess(images).to(next(self.parameters()).dtype)
@@ -74,6 +76,7 @@ class ClipModel(nn.Module, ABC):
         features = self.image_features(images)
         return (features * self.text_features(texts).to(features)).sum(-1)
 
+    @full_precision()
     @torch.inference_mode(False)  # cached features are used in gradients later
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StateDataset(Dataset[Batch]):
-    """Every kept state of some rollouts, with the rollout's final reward.
+    """Every kept state of some rollouts, with the rollout's final reward in units of the rewards' spread.
 
     With rewards for other prompts, every state appears twice: with its own prompt, and with one of the others.
     """
@@ -147,8 +147,10 @@ class RolloutDataModule(L.LightningDataModule):
         rewards, kept = self._rewards(cache, shards, prompts), torch.tensor(steps)
         cut = count - max(1, round(self.validation * count))
         training = StateDataset(shards, range(cut), kept, rewards, prompts)
-        held_out = StateDataset(shards, range(cut, count), kept, rewards[:, :1], prompts[:, :1])
         value.set_units(rewards[:cut, 0], training.spread(diffusion.num_inference_steps))
+        rewards = (rewards - value.mean.cpu()) / value.std.cpu()  # before the Trainer rounds them to half precision
+        training = replace(training, rewards=rewards)
+        held_out = StateDataset(shards, range(cut, count), kept, rewards[:, :1], prompts[:, :1])
         module.encode_prompts([prompt.text for prompt in self.prompts])
         return training, held_out
 

@@ -128,7 +128,7 @@ class ValueFitting(L.LightningModule):
         value = self.value
         text = None if self._prompt_features is None else self._prompt_features[batch["prompt"]]
         predictions = value.predict(batch["x"], batch["step"], text)
-        targets = rewards = (batch["reward"] - value.mean) / value.std
+        targets = rewards = batch["reward"]
         if bootstrap:
             with torch.no_grad():
                 ahead = value.predict(batch["next_x"], batch["next_step"].clamp(min=0), text)
