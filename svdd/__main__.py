@@ -4,18 +4,16 @@ import errno
 import json
 import os
 import sys
-import sysconfig
-import traceback
 import warnings
 from contextlib import suppress
 from pkgutil import resolve_name
-from types import TracebackType
 
 from svdd import UserError, __version__, did_you_mean, first_line, printable, say
 from svdd.commands.streams import exits_explained, protect_streams
 from svdd.runs.processes.environment import ignore_incomplete
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
 from svdd.runs.secrets import redact
+from svdd.runs.tracebacks import users_traceback
 
 __all__ = ["main"]
 
@@ -25,6 +23,7 @@ _COMMANDS = {  # name: module and function in svdd.commands
     "fit": "fit:FitCLI",
     "calibrate": "calibrate:CalibrateCLI",
     "score": "score:score",
+    "test-reward": "test_reward:test_reward",
     "compare": "compare:compare",
     "report": "report:report",
     "gallery": "report:gallery",
@@ -46,6 +45,9 @@ commands:
              svdd calibrate --config quickstart --output runs/calibration
   score      measure pictures that exist already with any reward:
              svdd score --reward CLIPScore --images runs/first
+  test-reward
+             check a reward of your own before you guide with it:
+             svdd test-reward my_rewards.Redness
   compare    compare runs in a table with paired differences, and in a picture:
              svdd compare runs/unguided runs/svdd --output compare.png
   report     write runs as one HTML page: pictures, rewards, traces, settings:
@@ -59,9 +61,9 @@ options:
   --version        print the version
 
 One class's own settings: svdd predict --model.sampler.help SVDD
-The whole traceback of an error: SVDD_DEBUG=1 svdd ..."""
+The traceback of an error within svdd or a library: SVDD_DEBUG=1 svdd ..."""
 
-_LIBRARIES = tuple(os.path.join(folder, "") for folder in (os.path.dirname(__file__), sysconfig.get_path("stdlib")))
+_HERE = os.path.join(os.path.dirname(__file__), "")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _format_warning = warnings.formatwarning
 
@@ -102,7 +104,7 @@ def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Returns a warning of svdd in one line, and one of a library as Python shows it, without control characters."""
-    if filename.startswith(_LIBRARIES[0]):
+    if filename.startswith(_HERE):
         return printable(f"svdd: warning: {' '.join(str(message).splitlines())}") + "\n"
     return printable(_format_warning(message, category, filename, lineno, line))
 
@@ -124,16 +126,13 @@ def _report(error: Exception) -> int:
         found = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         error = UserError(f"{found}; free some space, or set TMPDIR to another folder for temporary files")
         message = f"error: {error}"
-    elif not isinstance(error, UserError):
+    traceback = users_traceback(error)
+    if not isinstance(error, UserError):
         lower = "; lower data.batch_size or model.diffusion.chunk_size" if "memory" in repr(error).lower() else ""
-        message = f"error: {type(error).__name__}: {redact(first_line(error))}{lower} (SVDD_DEBUG=1 shows where)"
-    cause: BaseException | None = error
-    while cause is not None:
-        if frames := _users_frames(cause.__traceback__):
-            lines = traceback.format_exception(type(cause), cause, frames, chain=False)
-            say(redact("".join(lines).rstrip()), error=True)
-            break
-        cause = cause.__cause__
+        where = "" if traceback else " (SVDD_DEBUG=1 shows where)"
+        message = f"error: {type(error).__name__}: {redact(first_line(error))}{lower}{where}"
+    if traceback:
+        say(traceback, error=True)
     if isinstance(error, UserError) and AGENT in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
         path = os.environ["TORCHELASTIC_ERROR_FILE"]
         try:
@@ -145,17 +144,6 @@ def _report(error: Exception) -> int:
                 os.unlink(path)
     say(f"svdd: {message}", error=True)
     return 2 if isinstance(error, UserError) else 1
-
-
-def _users_frames(frames: TracebackType | None) -> TracebackType | None:
-    """Returns the part of a traceback from the first file that is neither svdd's nor a library's; None if none is."""
-    while frames is not None:
-        file = frames.tb_frame.f_code.co_filename
-        packages = {"site-packages", "dist-packages"} & {*file.split(os.sep)}
-        if not packages and not file.startswith(_LIBRARIES) and os.path.isfile(file):
-            return frames
-        frames = frames.tb_next
-    return None
 
 
 if __name__ == "__main__":

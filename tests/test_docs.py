@@ -110,6 +110,9 @@ def output_of(words: list[str]) -> str:
 
 @pytest.mark.parametrize("words", commands(), ids=output_of)
 def test_commands_of_extending_run(words, installed, sd15, read_rows, capsys):
+    if words[0] == "test-reward":
+        assert main(words) == 0, capsys.readouterr().out
+        return
     if words[0] == "list":
         assert main(words) == 0
         assert "svdd_warmth" in next(line for line in capsys.readouterr().out.splitlines() if "Warmth" in line)
@@ -134,6 +137,27 @@ def test_commands_of_extending_run(words, installed, sd15, read_rows, capsys):
             assert row["rewards"][name] == pytest.approx(weight * rewards[name](pixels).mean(), abs=0.01)
         assert row["ledger"]["denoiser_rows"] > 0
     assert len({json.dumps(row["rewards"]) for row in rows}) == len(rows)
+
+
+def test_the_evening_runs(workspace, sd15, capsys):
+    page = ROOT / "docs" / "evening.md"
+    unpack(page, workspace)
+    (workspace / "svdd").symlink_to(ROOT)
+    small = ["--model.diffusion.pretrained", sd15, "--model.diffusion.num_inference_steps", "2"]
+    small += ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    for line in "".join(code for language, _, code in blocks(page) if language == "bash").splitlines():
+        if line.startswith("svdd "):
+            words = shlex.split(line)[1:]
+            assert main([*words, *(small if words[0] == "predict" else [])]) == 0, capsys.readouterr().err
+        else:
+            subprocess.run(line, shell=True, check=True)
+    project = (workspace / "svdd-greenness" / "pyproject.toml").read_text()
+    assert 'name = "svdd-greenness"' in project
+    assert 'greenness = "svdd_greenness"' in project
+    (test,) = [code for language, _, code in blocks(page) if language == "py"]
+    sys.path.insert(0, "svdd-greenness")
+    exec(compile(test, str(page), "exec"), namespace := {"__name__": "test"})
+    namespace["test_it_keeps_to_what_svdd_expects"]()
 
 
 def test_examples_work_on_a_stable_diffusion(examples, sd15):

@@ -157,7 +157,7 @@ def test_the_examples_own_test_passes(site, tmp_path):
         timeout=300,
     )
     assert run.returncode == 0, run.stdout
-    assert "2 passed" in run.stdout
+    assert "3 passed" in run.stdout
 
 
 @pytest.mark.parametrize("call", ["sys.exit(0)", "exit()", "sys.exit('done')"])

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import Stopped, UserError
+from svdd.commands.own_code import own_error
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
 from svdd.runs.changes import require_same
 from svdd.runs.command_line import overwriting
@@ -197,13 +198,17 @@ class ModelCLI(LightningCLI):
         except MisconfigurationException as error:  # of Lightning, about the Trainer's settings
             raise UserError(explain(str(error))) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            with os_errors_explained(Path(self.settings.output)):
-                raise
-        except RuntimeError as error:
-            if self.group is not None and self.group.is_broken():
-                raise Stopped(1) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                with os_errors_explained(Path(self.settings.output)):
+                    raise
             raise
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and self.group is not None and self.group.is_broken():
+                raise Stopped(1) from error
+            if (own := own_error(error)) is None:
+                raise
+            raise own from error
         if self.group is not None:
             self.group.leave()

@@ -24,6 +24,7 @@ from svdd.runs.processes.work import Order
 from svdd.runs.processes.workers import Link
 from svdd.runs.prompts import PromptDataModule
 from svdd.runs.secrets import redact
+from svdd.runs.tracebacks import users_traceback
 from svdd.samplers.budget import Uncountable, count
 
 __all__ = ["CellCLI", "attempt", "work"]
@@ -156,7 +157,7 @@ def rows_of(model: Any) -> float:
 
 
 def attempt(order: Order, link: Link | None = None, number: int = 0) -> str:
-    """Carries out an order in this process; returns why it failed, or an empty text.
+    """Carries out an order in this process; returns why it failed in one line, after a traceback, or an empty text.
 
     Raises:
         Stopped: After a signal.
@@ -178,7 +179,7 @@ def attempt(order: Order, link: Link | None = None, number: int = 0) -> str:
     except SystemExit as error:
         return f"ended with {error.code}"
     except UserError as error:
-        return redact(" ".join(str(error).splitlines()))
+        return f"{users_traceback(error)}\n{redact(' '.join(str(error).splitlines()))}".removeprefix("\n")
     except Exception as error:
         if is_device_failure(error) and "memory" not in repr(error).lower():
             raise

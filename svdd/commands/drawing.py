@@ -24,6 +24,7 @@ from svdd.runs.processes.signals import STOP_EXIT_CODES, signals
 from svdd.runs.processes.work import Job, Work
 from svdd.runs.processes.workers import Workers, environment
 from svdd.runs.secrets import redact
+from svdd.runs.tracebacks import Tracebacks, users_traceback
 
 __all__ = ["Drawing"]
 
@@ -73,6 +74,7 @@ class Drawing:
         """Prints the runs with what they cost; returns the study, and the errors of runs that are refused."""
         found = self.study()
         failed: dict[str, str] = {}
+        tracebacks = Tracebacks()
         table: list[list[str | float | None]] = []
         left: list[float] = []  # hours of each run
         totals = [0, 0.0, 0.0, 0]
@@ -84,6 +86,7 @@ class Drawing:
                 except Exception as error:
                     why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
                     failed[cell.name] = redact(why)
+                    tracebacks.show(users_traceback(error))
                     table.append([cell.name, *[None] * 5, "cannot be drawn"])
                     continue
                 entry = [cost.images, cost.denoiser_rows, cost.hours(left=False), cost.disk_bytes]
@@ -130,7 +133,9 @@ class Drawing:
                 signals.say(f"ended: {STOP_EXIT_CODES[code]}; what is finished is kept, and the same command continues")
                 raise Stopped(code)
         left = {job.name: job.message for job in jobs if job.state != "done"}
-        return found, failed | {name: message or "all processes have died" for name, message in left.items()}
+        return found, failed | {
+            name: message.rpartition("\n")[2] or "all processes have died" for name, message in left.items()
+        }
 
     def _draw_here(self, work_left: Work, report: Callable[[str, str], None]) -> int | None:
         logs = self.folder / "logs"
@@ -183,6 +188,7 @@ class _Report:
     def __init__(self, work_left: Work, total: int, done: int) -> None:
         self._work, self._total, self._done = work_left, total, done
         self._ended: set[str] = set()
+        self._tracebacks = Tracebacks()
         self._begin = self._said = time.monotonic()
         say(f"{total} runs, {done} of them finished")
 
@@ -193,7 +199,9 @@ class _Report:
             say(f"svdd: a process that drew {name} has died; the others go on", error=True)
         if ended:
             self._ended.add(name)
-            words = f"failed: {job.message}" if job.state == "failed" else "done"
+            traceback, _, message = job.message.rpartition("\n")
+            self._tracebacks.show(traceback)
+            words = f"failed: {message}" if job.state == "failed" else "done"
             count = f"[{self._done + len(self._ended)}/{self._total}]"
             say(f"{count} {name}: {words}{self._time_left()}", error=job.state == "failed")
         elif kind == "batch" and time.monotonic() - self._said > _EVERY:

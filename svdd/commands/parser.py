@@ -14,6 +14,7 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn, get_args
 
 import jsonargparse
+import jsonargparse._actions as actions
 import jsonargparse._loaders_dumpers as loaders
 import jsonargparse._typehints as typehints
 import yaml
@@ -21,8 +22,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, did_you_mean, missing_methods
+from svdd.commands.own_code import adapt_anew, discard_all, own_error, resolve_help
 from svdd.commands.registry import KINDS, catalogue, import_all
-from svdd.commands.reward_sums import expanded
 from svdd.runs.config import is_older
 from svdd.runs.yaml_text import check_yaml, read_yaml
 
@@ -56,8 +57,9 @@ class Parser(LightningArgumentParser):
         if lacking := [name for name in (_CARRY_OVER, _ADAPT) if not hasattr(typehints, name)]:
             found = f"jsonargparse {jsonargparse.__version__} lacks {lacking[0]}, which svdd replaces"
             raise ImportError(f"{found}; install a version that the requirements of svdd allow")
-        setattr(typehints, _CARRY_OVER, _discard_all)
-        setattr(typehints, _ADAPT, _adapt_anew)
+        setattr(typehints, _CARRY_OVER, discard_all)
+        setattr(typehints, _ADAPT, adapt_anew)
+        setattr(actions._ActionHelpClassPath, "resolve_help_type", resolve_help)  # noqa: B010
         loaders.yaml_load = loaders.loaders["yaml"] = _load_yaml
         setattr(jsonargparse.Path, "read_text", _read_config)  # noqa: B010  (its own blocks on a FIFO)
         super().__init__(*args, **kwargs)
@@ -84,37 +86,6 @@ def _allow_flags(parser: argparse.ArgumentParser) -> None:
         kind = getattr(action, "_typehint", None)
         if action.nargs is None and bool in (kind, *get_args(kind)):
             action.nargs, action.const = "?", True
-
-
-def _discard_all(parser_or_action: Any, previous: Any, following: Any) -> None:
-    """Discards all arguments of a class that another replaces: SMC must not keep SVDD's default of one particle.
-
-    A model keeps what was set before its family was named, or left open: `AutoDiffusion` has the arguments of all.
-    """
-    if previous and "init_args" in previous and previous["class_path"] != following["class_path"]:
-        kept = previous["init_args"].items() if _names_a_family(previous, following) else ()
-        previous["init_args"] = jsonargparse.Namespace(**{name: value for name, value in kept if value is not None})
-
-
-_adapt: Any = getattr(typehints, _ADAPT, None)
-
-
-def _adapt_anew(value: Any, *args: Any, **options: Any) -> Any:
-    """Reads a value, also a sum of rewards; a whole list replaces an earlier one, whose elements keep no arguments."""
-    if isinstance(value, list) and not options.get("append") and isinstance(options.get("prev_val"), list):
-        options["prev_val"] = None
-    return _adapt(expanded(value, *args[:1]), *args, **options)
-
-
-def _names_a_family(previous: Any, following: Any) -> bool:
-    """Returns whether one class is `AutoDiffusion` and the other one of its families."""
-    from svdd.diffusion.latent import LatentDiffusion
-
-    paths = [str(part["class_path"]) for part in (previous, following)]
-    if not any(path.rpartition(".")[2] == "AutoDiffusion" for path in paths):
-        return False
-    found = [resolve_name(path) for path in paths]
-    return all(isinstance(each, type) and issubclass(each, LatentDiffusion) for each in found)
 
 
 _read_yaml = loaders.yaml_load
@@ -225,16 +196,19 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Turns the errors that constructors raise about their arguments into `UserError`."""
+    """Turns errors that constructors raise about their arguments, and all in a user's own code, into `UserError`."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-        deliberate = isinstance(error, ValueError)  # a class refuses an argument: where it does so is of no interest
-        raise UserError(explain(str(error))) from (None if deliberate else error)
+        raise UserError(explain(str(error))) from error
     except OSError as error:
         raise UserError(f"{error.filename or 'the file system'}: {error.strerror or error}") from error
+    except Exception as error:
+        if (own := own_error(error)) is None:
+            raise
+        raise own from error
 
 
 def explain(message: str, command: str | None = None) -> str:
@@ -264,7 +238,9 @@ def explain(message: str, command: str | None = None) -> str:
         told = f"{key}no argument {argument[1]!r}; `svdd {command} --{name}.help NAME` lists what class NAME takes"
         return told if command else message  # which becomes part of the message about the command
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):
-        return f"{key}class {path[1]!r} cannot be used: {path[2].strip()} (the working directory is searched for files)"
+        reason = " ".join(path[2].split())
+        where = " (the working directory is searched for files)" if reason.startswith("No module named") else ""
+        return f"{key}{path[1]!r} cannot be used: {reason}{where}"
     if inner := re.search(r'Parser key "([^"]+)":?\s*(.*)', rest):
         return f"{name}.{inner[1]}: {_plain(inner[2])}"
     reasons = [line.strip(" -") for line in rest.splitlines() if line.strip(" -") and not _NOISE.search(line)]

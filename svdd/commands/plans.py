@@ -41,8 +41,9 @@ class Plan(CellCLI):
 
     @property
     def guide(self) -> str:
-        """The name of the class of the guide reward."""
-        return str(self.settings.model.reward.class_path).rpartition(".")[2]
+        """The name of the class of the guide reward, or of its function."""
+        reward = self.settings.model.reward
+        return str(reward.get("init_args", {}).get("function") or reward.class_path).rpartition(".")[2]
 
     @property
     def takes_budget(self) -> bool:

@@ -9,7 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
 
-from svdd import UserError, say
+from svdd import UserError, first_line, say
+from svdd.runs.tracebacks import Tracebacks, users_traceback
 
 __all__ = ["KINDS", "Entry", "catalogue", "import_all", "show"]
 
@@ -19,6 +20,9 @@ KINDS = {  # kind: (package of the built-ins, base class)
     "value": ("svdd.values", "Value"),
     "reward": ("svdd.rewards", "Reward"),
 }
+
+
+_tracebacks = Tracebacks()
 
 
 class Entry(NamedTuple):
@@ -31,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def import_all() -> None:
-    """Imports every built-in class and every plug-in; a plug-in that fails to import warns and is skipped."""
+    """Imports every built-in class and every plug-in; one that fails to import warns after its traceback."""
     for package, _ in KINDS.values():
         folder = import_module(package)
         for name in folder.__all__:
@@ -41,7 +45,8 @@ def import_all() -> None:
             plugin.load()
         except Exception as error:  # a third-party package can raise anything, and must not stop the others
             source = plugin.dist.name if plugin.dist else plugin.value
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            _tracebacks.show(users_traceback(error))
             warnings.warn(f"plug-in {plugin.name!r} of {source} was skipped: {reason}", stacklevel=2)
 
 

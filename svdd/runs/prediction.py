@@ -9,6 +9,8 @@ from torch import Tensor
 
 from svdd import NotFinite, RewardError, UserError
 from svdd.runs.rows import Prompt, ResultRow
+from svdd.runs.secrets import redact
+from svdd.runs.tracebacks import users_traceback
 
 __all__ = ["Prediction", "predict_or_skip"]
 
@@ -17,8 +19,8 @@ __all__ = ["Prediction", "predict_or_skip"]
 class Prediction:
     """The images of a batch of prompts and what is known about each.
 
-    A trace has prompt_index, image_index and columns, see `Trace`; a failure prompt_index, image_index (0), prompt and
-    error.
+    A trace has prompt_index, image_index and columns, see `Trace`; a failure prompt_index, image_index (0), prompt,
+    error and, if it came from the user's own code, traceback.
     """
 
     images: Tensor  # float [n, 3, h, w] in [0, 1], on the CPU
@@ -40,9 +42,11 @@ def predict_or_skip(
     except Exception as error:
         if is_fatal(error) or (isinstance(error, UserError) and not isinstance(error, RewardError | NotFinite)):
             raise
-        message = f"{type(error).__name__}: {error}"
+        found = {"error": redact(f"{type(error).__name__}: {error}")}
+        if traceback := users_traceback(error):
+            found["traceback"] = traceback
     if len(batch) == 1:
-        failure = {"prompt_index": batch[0].index, "image_index": 0, "prompt": batch[0].text, "error": message}
+        failure = {"prompt_index": batch[0].index, "image_index": 0, "prompt": batch[0].text, **found}
         return Prediction(torch.zeros(0, 3, 1, 1), [], failures=[failure])
     parts = [predict_or_skip(predict, [prompt], is_fatal) for prompt in batch]
     return Prediction(

@@ -21,13 +21,18 @@ _SHAPES = (  # a group that stays, and what is a secret by its form
 _NAME = re.compile(r"(?:.*[_.-])?(?:api_?key|password|passwd|secret|token|authorization|credentials?)", re.I)
 _DONE = re.compile(r".*\*\*\*.* \([0-9a-f]{4}\)", re.S)
 _PLAIN_ADDRESS = re.compile(r"https?://(?!.*(?:[@?#\s]|%40))[^/]+(/.*)?", re.I)
+_HOLDS_SECRET = re.compile(r"(?:.*_)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)", re.I)  # a variable's name
+_LEAST = 8  # characters of a variable's value that is taken for a secret
 _VARIABLE = re.compile(r"[A-Z]+(?:_[A-Z0-9]+)+")  # may be shown
 
 
 def redact(text: str) -> str:
-    """Returns a text with `***` in place of what has the form of a password or a key."""
+    """Returns a text with `***` in place of what has the form of a password or a key, or is one in the environment."""
     for shape in _SHAPES:
         text = shape.sub(r"\1***", text)
+    for name, value in os.environ.items():
+        if len(value) >= _LEAST and value in text and _HOLDS_SECRET.fullmatch(name):
+            text = text.replace(value, "***")
     return text
 
 

@@ -25,6 +25,7 @@ from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import ResultRow
+from svdd.runs.tracebacks import Tracebacks
 
 __all__ = ["RunError", "RunWriter", "encoded"]
 
@@ -63,6 +64,7 @@ class RunWriter(L.Callback):
         self.rank: int | None = None  # under which this process writes, if it is not that of the Trainer
         self._rows_at_once: int | None = None  # as recorded
         self._failures = 0  # in a row, up to now
+        self._tracebacks = Tracebacks()
         self.failed_prompts = 0  # of this prediction, once it has ended
 
     def open(self, scan: bool = True, hold: bool = False) -> set[int]:
@@ -139,6 +141,9 @@ class RunWriter(L.Callback):
         if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
             self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
         self.folder.write(encoded(outputs), outputs.traces, outputs.failures)
+        for failure in outputs.failures:
+            said = f"svdd: skipped {failure['prompt']!r}: {failure['error']}"
+            self._tracebacks.show(failure.get("traceback", ""), said)
         self._failures = len(outputs.failures) + (0 if outputs.rows else self._failures)
         if self._failures >= _MOST_FAILURES:
             raise UserError(

@@ -1,0 +1,97 @@
+"""`svdd test-reward`: whether a reward keeps to what svdd expects, and how long it takes."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from svdd import UserError, say
+from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
+from svdd.evaluation.reward_checks import findings, seconds_per_image
+from svdd.evaluation.reward_trials import Trial, drawn
+from svdd.rewards.base import Reward
+from svdd.rewards.columns import columns_of
+from svdd.runs.pictures import find_pictures, read_pictures
+from svdd.runs.processes.devices import named_device
+from svdd.runs.prompts import PromptDataset
+from svdd.runs.tracebacks import Tracebacks
+
+__all__ = ["test_reward"]
+
+_MOST = 8  # pictures
+_WORDS = {True: "pass", False: "FAIL", None: "skip"}
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="svdd test-reward", description="Tests a reward, built-in or your own: class or function.")
+    parser.add_argument("--config", action="config", help="YAML file with these settings.")
+    parser.add_argument("--reward", type=Reward, required=True, help="What is tested; the word may be left out.")
+    pictures = f"Folder of pictures, or a run folder, of which up to {_MOST} are used; by default drawn shapes."
+    parser.add_argument("--images", type=str | None, default=None, help=pictures)
+    prompts = "The pictures' prompts, a file or a list, with the columns that the reward needs; by default file names."
+    parser.add_argument("--prompts", type=list[str] | str | None, default=None, help=prompts)
+    parser.add_argument("--prompt_column", type=str, default="prompt", help="Column, or JSON key, of the prompts.")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="How much rounding may change a score.")
+    parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
+    return parser
+
+
+def test_reward(words: list[str]) -> None:
+    """Runs `svdd test-reward` with the command line after its name.
+
+    Raises:
+        UserError: If the reward cannot be built, or pictures or prompts cannot be read.
+        SystemExit: With code 1, if a check fails.
+    """
+    parser = _parser()
+    named = ["--reward", *words] if words and not words[0].startswith("-") else words
+    with as_user_errors():
+        given = parser.parse_args(with_shipped_configs(named))
+        settings = parser.instantiate_classes(given)
+        device = named_device(settings.device)
+        reward = settings.reward.to(device).eval()
+        images, prompts = _samples(settings)
+        reward.load()
+    trial = Trial(
+        reward, images.to(device), prompts, lambda: parser.instantiate_classes(given).reward, settings.tolerance
+    )
+    say(f"{reward.name} on {device}, {len(images)} pictures of {images.shape[3]} x {images.shape[2]}")
+    tracebacks, failed, total = Tracebacks(), 0, 0
+    for found in findings(trial):
+        failed, total = failed + (found.passed is False), total + 1
+        tracebacks.show(found.traceback)
+        say(f"  {_WORDS[found.passed]}  {found.check}{f': {found.message}' if found.message else ''}")
+    if failed:
+        say(f"svdd: {failed} of {total} checks failed", error=True)
+        raise SystemExit(1)
+    scores = ", ".join(f"{score:.4g}" for score in trial.scores.tolist())
+    say(f"scores: {scores}")
+    say(f"{1000 * seconds_per_image(trial):.3g} ms an image, {len(images)} at once")
+
+
+test_reward.__test__ = False  # type: ignore[attr-defined]  # for pytest
+
+
+def _samples(settings: Any) -> tuple[Tensor, list[str]]:
+    """Returns pictures of one size and their prompts, with the columns that the reward reads."""
+    columns = columns_of(settings.reward)
+    images, prompts = drawn()
+    if settings.images is not None:
+        pictures = find_pictures(Path(settings.images))[:_MOST]
+        parts = [part for _, part in read_pictures(pictures, 1)]
+        images = torch.cat([interpolate(part, parts[0].shape[2:], mode="area") for part in parts])
+        prompts = [picture.prompt or Path(picture.file).stem.replace("_", " ") for picture in pictures]
+    if settings.prompts is not None:
+        with closing(PromptDataset(settings.prompts, settings.prompt_column)) as dataset:
+            columns.check(dataset, dataset.place)
+            prompts = [columns.text(dataset[k]) for k in range(min(len(dataset), len(images)))]
+    elif columns.needed:
+        name, needs = next(iter(columns.needed.items()))
+        raise UserError(f"{needs} needs the column {name!r}: give --prompts FILE, a prompt file with that column")
+    count = min(len(images), len(prompts))
+    if count < 2:
+        raise UserError(f"expected at least two pictures with prompts, got {count}")
+    return images[:count], prompts[:count]
