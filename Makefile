@@ -61,6 +61,10 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (a day on 2 
 	$(BIN)/python -m benchmarks.preview_ranks
 	$(BIN)/python -m benchmarks.choose_start
 	$(BIN)/python -m benchmarks.scale --processes 26
+	$(BIN)/python -m benchmarks.text_rendering
+	$(BIN)/python -m benchmarks.safety
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps rapidocr-onnxruntime
+	$(BIN)/python -m benchmarks.guided_text
 
 embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours; continues where it stopped)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'

@@ -1,11 +1,15 @@
 """VQAScore and HPSv3 against computations with plain transformers."""
 
 import hashlib
+import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -17,6 +21,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from svdd import UserError
+from svdd.__main__ import main
 from svdd.rewards.hps_v3 import INSTRUCTION, HPSv3
 from svdd.rewards.models.qwen_scorer import patches, smart_size
 from svdd.rewards.vlm_judge import VLMJudge
@@ -264,3 +269,32 @@ def test_another_base_is_refused(folder):
         HPSv3(batch_size=0)
     with pytest.raises(UserError, match="an image is 8 x 1700 pixels; expected sides that differ by a factor of 200"):
         hps_v3(folder).score(torch.rand(1, 3, 1700, 8), PROMPTS[:1])
+
+
+def test_both_guide_and_score_from_the_command_line(folder, tmp_path, capsys):
+    """The recorded rewards are those of the saved pictures; a run continues only with the same weights."""
+    home, run = folder("hps_v3"), tmp_path / "run"
+    weights = shutil.copy(f"{home}/HPSv3.safetensors", tmp_path / "HPSv3.safetensors")
+    options = {"pretrained": str(weights), "base": f"{home}/base", "pixels": 64 * 64, "dtype": "float32"}
+    words = ["predict", "--model.diffusion", "tests.faults.stub.StubDiffusion", "--trainer.accelerator", "cpu"]
+    words += ["--data.prompts", '["apple", "owl"]', "--model.sampler.num_candidates", "3", "--output", str(run)]
+    words += ["--model.reward", "VQAScore", "--model.reward.pretrained", folder("blip"), "--model.reward.answer", "yes"]
+    words += ["--model.reward.dtype", "float32", "--model.eval_rewards+", "HPSv3"]
+    words += [word for name, value in options.items() for word in (f"--model.eval_rewards.{name}", str(value))]
+    assert main(words) == 0
+    scores = [word for name, value in options.items() for word in (f"--reward.{name}", str(value))]
+    assert main(["score", "--reward", "HPSv3", *scores, "--images", str(run)]) == 0
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    rewards = {"VQAScore": VQAScore(folder("blip"), answer="yes", dtype="float32"), "HPSv3": HPSv3(**options)}
+    for row in rows:
+        with Image.open(run / row["file"]) as picture:
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+        found = {name: float(reward.score(pixels, [row["prompt"]])) for name, reward in rewards.items()}
+        assert row["rewards"] == pytest.approx(found, rel=0.02)
+    mean = sum(row["rewards"]["HPSv3"] for row in rows) / 2
+    said = capsys.readouterr().out.split("HPSv3: mean ")
+    assert [float(text.split()[0].rstrip(",")) for text in said[1:]] == pytest.approx([mean, mean], rel=0.02)
+    state = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in state.items()}, weights)
+    assert main([*words, "--data.prompts", '["apple", "owl", "car"]']) == 2
+    assert "other contents of reward HPSv3" in capsys.readouterr().err

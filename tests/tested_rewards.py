@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from svdd import rewards
@@ -55,6 +55,16 @@ def pictures(count: int, height: int = 40, width: int = 40, seed: int = 0) -> Te
     noise = torch.rand(count, 3, height, width, generator=generator) - 0.5
     strength = torch.linspace(0, 0.6, count).view(-1, 1, 1, 1)
     return ((smooth + strength * noise).clamp(0, 1) * 255).round() / 255
+
+
+def words(count: int, height: int = 40, width: int = 40, seed: int = 0) -> Tensor:
+    """Returns pictures of words of which ever more letters are those of OPEN, in the middle."""
+    made = [Image.new("RGB", (width, height), (250, 250, 240)) for _ in range(count)]
+    for k, picture in enumerate(made):
+        shown = "OPEN"[: 4 - k % 4].ljust(4, "X")
+        place = (width / 2, height / 2)
+        ImageDraw.Draw(picture).text(place, shown, fill=(20, 20, 60), font=ImageFont.load_default(14), anchor="mm")
+    return torch.stack([torch.from_numpy(np.array(picture)) for picture in made]).permute(0, 3, 1, 2) / 255
 
 
 def as_pil(images: Tensor) -> list[Image.Image]:
@@ -225,6 +235,11 @@ TESTED: dict[str, Case] = {
         lambda models: rewards.ObjectCount(models("owl"), object="panda", count=3, softness=0.2), tolerance=1e-5
     ),
     "HTTPReward": Case(lambda models: rewards.HTTPReward(models("server"), batch_size=3)),
+    "TextRendering": Case(
+        lambda models: rewards.TextRendering(side=64, without_text=0.0), words, ['a sign "OPEN"', "a “Open” sign"] * 2
+    ),
+    "TextRendering, soft": Case(lambda models: rewards.TextRendering("open", soft=True, side=64), words),
+    "Safety": Case(lambda models: rewards.Safety(), ties=True),
     "FunctionReward": Case(lambda models: rewards.FunctionReward(mean_red, differentiable=True)),
     "FunctionReward, one by one": Case(
         lambda models: rewards.FunctionReward(lambda image, prompt: np.asarray(image).mean(), one_by_one=True)

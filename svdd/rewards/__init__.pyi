@@ -14,8 +14,10 @@ from .jpeg import Incompressibility as Incompressibility
 from .object_count import ObjectCount as ObjectCount
 from .pick_score import PickScore as PickScore
 from .rubric_judge import RubricJudge as RubricJudge
+from .safety import Safety as Safety
 from .sharpness import Sharpness as Sharpness
 from .similarity import Similarity as Similarity
+from .text_rendering import TextRendering as TextRendering
 from .threshold import Threshold as Threshold
 from .unified_reward import UnifiedReward as UnifiedReward
 from .vlm_judge import VLMJudge as VLMJudge

@@ -48,6 +48,8 @@ class Reward(nn.Module, ABC):
         columns: Names of columns of the prompt file that the reward needs: see `svdd.rewards.columns`.
         optional_columns: Names of columns that it reads if they are there.
         path_columns: Those of both that hold paths of files.
+        check_prompt: A method that raises UserError for a prompt, with its columns, whose images it cannot score. It is
+            called for all prompts before anything is drawn.
     """
 
     differentiable: bool = False
@@ -60,6 +62,7 @@ class Reward(nn.Module, ABC):
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
     path_columns: tuple[str, ...] = ()
+    check_prompt: Callable[[str], None] | None = None
 
     @property
     def name(self) -> str:

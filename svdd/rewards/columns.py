@@ -81,6 +81,7 @@ class Columns(NamedTuple):
     needed: dict[str, str]
     optional: dict[str, str]
     paths: dict[str, str]  # those of both that hold paths of files
+    checks: list[Callable[[str], None]]  # the rewards' `check_prompt`
 
     def text(self, row: _Row) -> str:
         """Returns the prompt of a row for rewards: a `PromptText` if they read columns that it has."""
@@ -88,13 +89,13 @@ class Columns(NamedTuple):
         return PromptText(row.text, known, row.folder) if known else row.text
 
     def check(self, rows: Iterable[_Row], place: Callable[[int], str]) -> None:
-        """Raises UserError if a row lacks a needed column, or its path is not that of a file.
+        """Raises UserError if a row lacks a needed column, its path is not that of a file, or a reward refuses it.
 
         Args:
             rows: Prompts with their columns.
             place: Returns where the k-th row stands, for messages.
         """
-        if not self.needed and not self.paths:
+        if not self.needed and not self.paths and not self.checks:
             return
         for k, row in enumerate(rows):
             for name, reward in self.needed.items():
@@ -106,6 +107,11 @@ class Columns(NamedTuple):
             for name, reward in self.paths.items():
                 if not _is_blank(value := row.extra.get(name)) and not (path := _path(value, row.folder)).is_file():
                     raise UserError(f"{place(k)}: column {name!r}, which {reward} reads: there is no file {path}")
+            try:
+                for check in self.checks:
+                    check(self.text(row))
+            except UserError as error:
+                raise UserError(f"{place(k)}: {error}") from error
 
     def contents(self, rows: Iterable[_Row]) -> Iterator[bytes]:
         """Yields, for each row, a digest of the files in its columns that rewards read; nothing if they read none."""
@@ -116,14 +122,17 @@ class Columns(NamedTuple):
 
 def columns_of(*rewards: "Reward") -> Columns:
     """Returns the columns that rewards and their parts read."""
-    found = Columns({}, {}, {})
+    found = Columns({}, {}, {}, [])
     kinds = {"columns": found.needed, "optional_columns": found.optional, "path_columns": found.paths}
     for reward in rewards:
+        part: Any
         for part in reward.modules():
             if hasattr(part, "optional_columns"):  # a reward
                 for kind, names in kinds.items():
                     for name in getattr(part, kind):
                         names.setdefault(name, str(part.name))
+                if part.check_prompt is not None:
+                    found.checks.append(part.check_prompt)
     return found
 
 
