@@ -195,7 +195,8 @@ def test_images_of_a_prompt_have_the_seeds_of_predict(model):
         ({"trajectory": "all"}, "trajectory must be true, a number of frames"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(model, options, message):
+def test_what_cannot_be_drawn_is_refused(options, message):
+    model = GuidedDiffusion(Linear([1.0, 0.0]), GaussianDiffusion(2), Unguided())
     with pytest.raises(ValueError, match=message):
         model.sample(**{"prompts": ["a", "b"]} | options)
 
