@@ -356,7 +356,7 @@ def test_geneval_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert list(table)[3] == ("Brightness", "two_object")
     assert main([*words[:3], "absent", *words[4:]]) == 2
     assert main(["score", "--benchmark", "genevel", str(run)]) == 2
-    assert "there is no such benchmark; known: geneval, drawbench; did you mean 'geneval'?" in capsys.readouterr().err
+    assert "known: geneval, t2i-compbench, dpg, drawbench; did you mean 'geneval'?" in capsys.readouterr().err
 
 
 def test_drawbench_measures_rewards_by_category(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Trains a small OWLv2 on drawn discs and squares: a detector that works where no hub can be reached.
 
-    python -m tools.tiny_detector FOLDER --steps 2000
+    python -m tools.tiny_detector FOLDER --steps 1400
 
 It is the published architecture with fewer layers, saved as transformers saves it. A patch whose centre lies in the
 middle of a shape is trained to name it and to give its box; all other patches, to find nothing.
@@ -99,15 +99,16 @@ def new_model() -> tuple[Owlv2ForObjectDetection, Owlv2Processor]:
     )
     model = Owlv2ForObjectDetection(config)
     head = model.class_head
-    with torch.no_grad():  # logits of 10 (cosine - 0.5), so that at first no patch has found anything
-        for layer, bias in ((head.logit_scale, 9.0), (head.logit_shift, -0.5)):
+    boxes = model.box_head.dense2
+    with torch.no_grad():  # at first logits are 10 (cosine - 0.5), so that nothing is found, and boxes are the patches
+        for layer, bias in ((head.logit_scale, 9.0), (head.logit_shift, -0.5), (boxes, 0.0)):
             layer.weight.zero_()
             layer.bias.fill_(bias)
     pixels = Owlv2ImageProcessor(size={"height": SIDE, "width": SIDE})
     return model, Owlv2Processor(pixels, tokenizer)
 
 
-def train(folder: Path, steps: int = 2000, batch: int = 24, seed: int = 0) -> None:
+def train(folder: Path, steps: int = 1400, batch: int = 24, seed: int = 0) -> None:
     """Trains the detector with AdamW and saves it with its processor."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -145,6 +146,6 @@ def train(folder: Path, steps: int = 2000, batch: int = 24, seed: int = 0) -> No
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1400)
     options = parser.parse_args()
     train(options.folder, options.steps)

@@ -167,4 +167,7 @@ def _file_of(name: str) -> str | None:
 def _is_installed(name: str) -> bool:
     """Whether a module belongs to svdd, to Python or to an installed package, or has no file."""
     file = _file_of(name)
-    return file is None or str(Path(file).resolve()).startswith(_INSTALLED)
+    if file is None:
+        return True
+    path = Path(file).resolve()  # libraries may belong to another environment, as in a venv with system packages
+    return str(path).startswith(_INSTALLED) or bool({"site-packages", "dist-packages"} & {*path.parts})

@@ -15,7 +15,7 @@ from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.benchmarks import BENCHMARKS
 from svdd.evaluation.benchmarks.base import Benchmark, Entry
 from svdd.evaluation.benchmarks.matching import Matched, match
-from svdd.evaluation.benchmarks.summary import Line, Score, summarise
+from svdd.evaluation.benchmarks.summary import OVERALL, Line, Score, summarise
 from svdd.evaluation.rendering import render
 from svdd.rewards.base import Reward
 from svdd.rewards.columns import Columns, columns_of
@@ -77,6 +77,8 @@ def score_benchmark(words: list[str]) -> None:
         rows, scores = _judge(benchmark, rewards, columns, entries, matched, settings.batch_size, device)
         proportions = frozenset({benchmark.metric} if benchmark.proportion else ())
         lines = summarise(scores, proportions, benchmark.known, benchmark.whole)
+        if not benchmark.overall:
+            lines = [line for line in lines if (line.metric, line.category) != (benchmark.metric, OVERALL)]
         say(table(lines).rstrip())
         if folder is not None:
             found = {"benchmark": type(benchmark).__name__, "images": len(rows), "prompts": len({*matched.entries})}
@@ -158,7 +160,8 @@ def _judge(
             )
             rows.append(row)
             for category, value in judgement.scores.items():
-                scores.append(Score(category, benchmark.metric, value, index, picture.weight))
+                weight = picture.weight * judgement.weights.get(category, 1.0)
+                scores.append(Score(category, benchmark.metric, value, index, weight))
             for name, values in measured.items():
                 scores.append(Score(entry.category, name, values[j], index, picture.weight))
     return rows, scores

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import socket
 import stat
 import warnings
@@ -21,6 +22,7 @@ __all__ = [
     "RunError",
     "append",
     "lock",
+    "natural",
     "os_errors_explained",
     "read_object",
     "regular_only",
@@ -137,3 +139,8 @@ def os_errors_explained(path: Path, option: str = "--output") -> Iterator[None]:
             f"cannot write the run to {error.filename or path}: {error.strerror or error}; "
             f"what is finished is kept: fix the cause and start the same command again, or choose another {option}"
         ) from error
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Returns the alternating texts and numbers of a name, text first; then the name, for equal ones."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))], name

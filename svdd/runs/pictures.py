@@ -13,6 +13,7 @@ import numpy as np
 from svdd import UserError, first_line
 from svdd.assets.pictures import decode
 from svdd.runs.bounds import MAX_PIXELS_AT_ONCE
+from svdd.runs.files import natural
 from svdd.runs.folder import RunFolder
 from svdd.runs.images import read_image
 
@@ -62,7 +63,7 @@ def find_pictures(folder: Path, columns: Collection[str] = ()) -> list[Picture]:
             for row in run.rows(checked=True)
         ]
     elif os.path.isdir(folder):
-        files = sorted((str(path.relative_to(folder)) for path in _files(folder)), key=_natural)
+        files = sorted((str(path.relative_to(folder)) for path in _files(folder)), key=natural)
         found = [Picture(folder, file, k, image=k) for k, file in enumerate(files)]
     else:
         raise UserError(f"{folder} is no folder; expected a run folder or a folder of pictures")
@@ -82,11 +83,6 @@ def _files(folder: Path) -> Iterator[Path]:
                 if not path.is_file():
                     raise UserError(f"{path} is no regular file but a FIFO, a device or a broken link; remove it")
                 yield path
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Returns the alternating texts and numbers of a name, text first; then the name, for equal ones."""
-    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def read_pictures(pictures: Sequence[Picture], count: int) -> "Iterator[tuple[list[Picture], Tensor]]":

@@ -13,7 +13,7 @@ from typing import Any
 
 from svdd import check_bound
 from svdd.runs.bounds import MAX_JSON_FILE, MAX_LINE
-from svdd.runs.files import regular_only
+from svdd.runs.files import natural, regular_only
 from svdd.runs.prompt_rows import PromptError, Row, RowReader, key, located, shorten
 from svdd.runs.prompt_tables import read_table
 
@@ -224,6 +224,16 @@ def _as_text(batch: Any) -> Any:
     return batch
 
 
+def _read_folder(path: str, reader: RowReader, suffixes: str) -> Iterator[Row]:
+    """Yields one prompt from each .txt file of a folder, in natural order; the file's name becomes a column."""
+    names = [name for name in os.listdir(path) if name.lower().endswith(".txt")]
+    if not names:
+        raise PromptError(f"is a directory, expected a file ending in one of {suffixes}, or .txt files in it")
+    for name in sorted(names, key=natural):
+        text = " ".join(line.strip() for line in _read_lines(os.path.join(path, name)))
+        yield name, {reader.prompt_column: text, "prompt_file": name}
+
+
 _READERS: dict[str, Callable[[str, RowReader], Iterator[Row]]] = {
     ".txt": _read_txt,
     ".csv": partial(_read_table, delimiter=","),
@@ -244,7 +254,7 @@ def open_source(prompts: Sequence[Any] | str, reader: RowReader) -> tuple[str, I
         path = str(files("svdd") / "assets" / "emoji_prompts.txt")
     suffixes, suffix = ", ".join(_READERS), os.path.splitext(path)[1].lower()
     if os.path.isdir(path):
-        raise PromptError(f"{name}: is a directory, expected a file ending in one of {suffixes}")
+        return name, _decoded(_read_folder(path, reader, suffixes))
     read = _READERS.get(suffix)
     if read is None:
         if os.path.exists(path):

@@ -41,10 +41,12 @@ class Judgement:
     Attributes:
         scores: A number by category; usually one, that of the prompt's own.
         details: What else is recorded about the picture, as JSON data.
+        weights: How often a category's number counts, such as the number of questions whose mean it is; else once.
     """
 
     scores: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class Benchmark(nn.Module, ABC):
@@ -55,6 +57,7 @@ class Benchmark(nn.Module, ABC):
         proportion: Whether that number is 0 or 1 for each picture.
         size: Number of prompts of the public file.
         whole: Category of the overall number, if `judge` gives it; else that is the mean over the categories.
+        overall: Whether there is an overall number.
         known: Categories of the public file, in the order of the report; others follow.
     """
 
@@ -62,6 +65,7 @@ class Benchmark(nn.Module, ABC):
     proportion: ClassVar[bool] = False
     size: ClassVar[int]
     whole: ClassVar[str] = ""
+    overall: ClassVar[bool] = True
     known: ClassVar[tuple[str, ...]] = ()
     category_column: ClassVar[str] = "category"
 

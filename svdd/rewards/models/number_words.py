@@ -33,8 +33,8 @@ def counted_object(prompt: str) -> tuple[int, str] | None:
     """Returns the number and the name, in the singular, of the only object that the prompt counts; None if unclear.
 
     A number is a word from zero to twenty or a figure below 1000. The name ends at the first plural, a preposition, a
-    conjunction, a participle in -ing or a mark. Without a number, `a`, `an` and `one` count, `a photo of` aside. A
-    prompt that counts several objects is unclear, and so is one that counts none.
+    conjunction, a participle in -ing or a mark. Without a number, `a`, `an` or `one` at the beginning counts, after
+    `a photo of`. A prompt that counts several objects is unclear, and so is one that counts none.
     """
     words = re.findall(r"[a-z]+(?:[-'][a-z]+)*|\d+|[^\sa-z\d]", prompt.lower())
     many = [
@@ -42,9 +42,14 @@ def counted_object(prompt: str) -> tuple[int, str] | None:
         for k, word in enumerate(words)
         if (number := _number(word)) is not None and number != 1 and (found := _object(number, words[k + 1 :]))
     ]
-    ones = [found for k, word in enumerate(words) if word in _ONE | {"1"} and (found := _object(1, words[k + 1 :]))]
-    counted = many or [one for one in ones if one[1] not in _PICTURES]
-    return counted[0] if len(counted) == 1 else None
+    if many:
+        return many[0] if len(many) == 1 else None
+    while words and words[0] in _ONE | {"1"} and (first := _object(1, words[1:])):
+        name = first[1].split()
+        if name[-1] not in _PICTURES or words[len(name) + 1 : len(name) + 2] != ["of"]:
+            return first
+        words = words[len(name) + 2 :]
+    return None
 
 
 def _number(word: str) -> int | None:
