@@ -50,6 +50,15 @@ class Wanted(Reward):
         return torch.tensor([float(column(prompt, "wanted")) for prompt in prompts])
 
 
+class Perhaps(Reward):
+    """The column `weight`, and -1 without it."""
+
+    optional_columns = ("weight",)
+
+    def forward(self, images, prompts):
+        return torch.tensor([float(column(prompt, "weight") or -1) for prompt in prompts])
+
+
 def test_a_prompt_with_columns_is_a_str_that_differs_by_its_columns():
     one, other, plain = PromptText("a", {"wanted": 1}, "there"), PromptText("a", {"wanted": 2}), "a"
     assert one != other
@@ -83,6 +92,14 @@ def test_equal_prompts_with_other_columns_are_told_apart():
     assert [row["rewards"]["Wanted"] for row in model.predict(batch).rows] == [0, 1, 2]
     prompts = [PromptText("a", {"wanted": 3}), PromptText("a", {"wanted": 4})]
     assert model.sample(prompts)[1].tolist() == [3, 4]
+    model = GuidedDiffusion(Perhaps(), diffusion, Unguided())
+    batch = [Prompt(k, "a", None, None, columns) for k, columns in enumerate([{}, {"weight": 2}, {}])]
+    assert [row["rewards"]["Perhaps"] for row in model.predict(batch).rows] == [-1, 2, -1]
+    assert model.sample(["a", PromptText("a", {"weight": 2}), "a"])[1].tolist() == [-1, 2, -1]
+
+
+def test_a_missing_column_is_an_error():
+    model = GuidedDiffusion(Wanted(), MixtureDiffusion(num_inference_steps=3), Unguided())
     with pytest.raises(RewardError, match="Wanted needs column 'wanted' of the prompt 'a'"):
         model.sample(["a"])
 

@@ -84,9 +84,10 @@ class Columns(NamedTuple):
     checks: list[Callable[[str], None]]  # the rewards' `check_prompt`
 
     def text(self, row: _Row) -> str:
-        """Returns the prompt of a row for rewards: a `PromptText` if they read columns that it has."""
-        known = {name: row.extra[name] for name in {**self.needed, **self.optional} if name in row.extra}
-        return PromptText(row.text, known, row.folder) if known else row.text
+        """Returns the prompt of a row for rewards: a `PromptText` if they read columns, even if it has none of them."""
+        names = {**self.needed, **self.optional}
+        known = {name: row.extra[name] for name in names if name in row.extra}
+        return PromptText(row.text, known, row.folder) if names else row.text
 
     def check(self, rows: Iterable[_Row], place: Callable[[int], str]) -> None:
         """Raises UserError if a row lacks a needed column, its path is not that of a file, or a reward refuses it.

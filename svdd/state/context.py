@@ -64,14 +64,14 @@ class Context:
             )
         if bad := [seed for seed in seeds if not 0 <= seed <= _MAX_SEED]:
             raise ValueError(f"a seed must lie in 0 .. {_MAX_SEED}, got {bad[0]}")
-        pairs = list(zip(prompts, negatives, strict=True))
-        distinct = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
-        texts = [text for text, _ in distinct]
+        keys = list(zip(prompts, map(type, prompts), negatives, strict=True))  # a text with columns equals one without
+        distinct = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        texts = [text for text, _, _ in distinct]
         return cls(
             diffusion,
-            diffusion.encode([str(text) for text in texts], [negative for _, negative in distinct]),
+            diffusion.encode([str(text) for text in texts], [negative for _, _, negative in distinct]),
             texts,
-            torch.tensor([distinct[pair] for pair in pairs]).to(diffusion.device),
+            torch.tensor([distinct[key] for key in keys]).to(diffusion.device),
             [torch.Generator().manual_seed(seed) for seed in seeds],
             [torch.Generator().manual_seed(seed ^ _SELECTION_STREAM) for seed in seeds],
             images=list(range(len(seeds))),
