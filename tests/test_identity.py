@@ -246,3 +246,16 @@ def test_a_fingerprint_covers_every_parameter():
             parameter += 0.1
         seen.add(fingerprint(network))
     assert len(seen) == 5
+
+
+def test_an_argument_may_be_any_text(tmp_path):
+    for text in ("a word " * 100, "~ how good?", "~who/ is it", "a\0b", "a" * 5000, str(tmp_path / "x")):
+        assert VLMJudge(question=text).identity["question"] == text
+    assert VLMJudge(question=str(tmp_path)).identity["question"] == tmp_path.name
+
+
+def test_a_label_tells_rewards_of_one_class_apart():
+    first, second = VLMJudge(), VLMJudge(question="Is it good?", label="good")
+    assert (first.name, second.name) == ("VLMJudge", "VLMJudge-good")
+    assert "label" not in first.identity
+    assert [*GuidedDiffusion(first, eval_rewards=[second]).rewards] == ["VLMJudge", "VLMJudge-good"]

@@ -8,10 +8,11 @@ from torch import nn
 
 from svdd import UserError
 from svdd.rewards import ObjectCount
-from svdd.rewards.columns import PromptText
+from svdd.rewards.columns import PromptText, columns_of
 from svdd.rewards.models.detectors import Detection
 from svdd.rewards.models.number_words import counted_object, singular
 from svdd.rewards.object_count import soft_count
+from svdd.runs.rows import Prompt
 
 
 class Given(nn.Module):
@@ -100,3 +101,10 @@ def test_singulars():
     plurals = "boxes benches dishes potatoes cherries glass bus tennis pizzas wolves broccolis ties geese"
     expected = "box bench dish potato cherry glass bus tennis pizza wolf broccoli tie goose"
     assert [*map(singular, plurals.split())] == expected.split()
+
+
+def test_a_prompt_that_counts_nothing_is_refused_before_anything_is_drawn():
+    rows = [Prompt(0, "two cats", None, None, {}), Prompt(1, "cats", None, None, {})]
+    with pytest.raises(UserError, match="line 1: ObjectCount: the prompt 'cats' counts no object clearly"):
+        columns_of(ObjectCount()).check(rows, "line {}".format)
+    columns_of(ObjectCount(object="cat", count=2)).check(rows, "line {}".format)

@@ -53,6 +53,11 @@ def test_scores_of_any_type_become_float32(dtype):
     assert scores.tolist() == [1.0, 2.0]
 
 
+def test_large_images_in_half_precision_are_finite():
+    white = torch.ones(1, 3, 256, 256, dtype=torch.float16)  # whose sum exceeds 65504
+    assert Brightness().score(white, ["a"]).tolist() == [1.0]
+
+
 # ---- JPEG
 
 

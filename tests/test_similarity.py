@@ -1,5 +1,6 @@
 """Similarity to a reference picture: parity with plain computations, caching, and pictures that cannot be read."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,20 @@ def test_pictures_that_cannot_be_read_name_the_file(tmp_path):
         Similarity("lpips", "alexnet.pth").load()
     with pytest.raises(RewardError, match="Similarity-clip needs column 'reference' of the prompt 'a'"):
         reward.score(images, ["a"])
+
+
+@pytest.mark.parametrize("features", ["clip", "lpips"])
+def test_a_reference_that_changes_is_read_again(features, models, tmp_path):
+    images, file = pictures(2, 64, 64), tmp_path / "a.png"
+    first, second = as_pil(images)
+    reward, prompts = (
+        Similarity(features, models[features], label="of_mine"),
+        [PromptText("a", {"reference": str(file)})],
+    )
+    assert reward.name.endswith("-of_mine")
+    first.save(file)
+    before = reward.score(images[1:], prompts)
+    assert torch.equal(reward.score(images[1:], prompts), before)
+    second.save(file)
+    os.utime(file, ns=(0, 0))
+    assert reward.score(images[1:], prompts) > before

@@ -112,7 +112,7 @@ def _check_columns(data: str, reward: str) -> None:
         made = parser.instantiate_classes(parser.parse_object({"reward": json.loads(reward)})).reward
     except (Exception, SystemExit):
         return  # the run says what is wrong
-    if (columns := columns_of(made)).needed or columns.paths:
+    if (columns := columns_of(made)).needed or columns.paths or columns.checks:
         prompts = PromptDataModule(**json.loads(data))
         try:
             columns.check(prompts.dataset, prompts.dataset.place)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ _NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
 _NO_EFFECT |= {"endpoint", "api_key", "api_key_env", "password", "token"}
 _NO_EFFECT |= {"backoff", "concurrency", "retries", "timeout"}
 
-_UNSTATED = {("revision", None), ("dtype", "float32")}  # arguments that the identity leaves out
+_UNSTATED = {("revision", None), ("dtype", "float32"), ("label", "")}  # arguments that the identity leaves out
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices
 
@@ -73,7 +74,7 @@ class Reward(nn.Module, ABC):
     def identity(self) -> Any:
         """The name, and the constructor arguments that the scores depend on, as plain data.
 
-        A revision is left out if none is set, and a dtype if it is float32.
+        A revision or label is left out if none is set, and a dtype if it is float32.
         """
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in _NO_EFFECT]
         plain = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
@@ -102,7 +103,7 @@ class Reward(nn.Module, ABC):
                 the device did.
         """
         require_columns(self.name, self.columns, prompts)
-        if len(bad := (~images.detach().flatten(1).sum(1).isfinite()).nonzero()):
+        if len(bad := (~images.detach().flatten(1).sum(1, dtype=torch.float32).isfinite()).nonzero()):
             first = f"{len(bad)} of {len(images)} images, first for the prompt {prompts[int(bad[0])]!r}"
             help = "a decoder in float16 may overflow: set --trainer.precision to bf16-true or 32-true"
             raise RewardError(f"reward {self.name} received NaN or infinity in {first}; {help}")
@@ -175,8 +176,8 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str | Path):
-        path = Path(value).expanduser()  # may move, but not be renamed
-        return path.name if path.exists() else str(value)
+        path = os.path.expanduser(value)  # may move, but not be renamed; unlike Path, takes any text
+        return Path(path).name if os.path.exists(path) else str(value)
     if isinstance(value, dict):
         named = {str(key): _plain(part) for key, part in value.items()}
         return ... if ... in named.values() else named

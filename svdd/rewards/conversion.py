@@ -45,6 +45,6 @@ def check_rewards(guide: Any, held_out: Sequence[Any]) -> tuple[Reward, list[Rew
         raise UserError(f"{reward.name} cannot guide: lower is better; give it a negative weight in WeightedSum")
     names = [each.name for each in (reward, *others)]
     if len(set(names)) < len(names):
-        help = "remove the duplicate, or give a function another name"
+        help = "remove the duplicate, give one a label if it takes one, or give a function another name"
         raise UserError(f"rewards need distinct names, got {', '.join(names)}; {help}")
     return reward, others

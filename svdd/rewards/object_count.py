@@ -7,7 +7,7 @@ Object Detection, 2023, arXiv 2306.09683 (OWLv2).
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class ObjectCount(PretrainedReward):
         softness: Distance from the threshold, in scores, over which a box fades in; 0 counts whole boxes.
         overlap: Of two boxes with a larger intersection over union the better is kept; 1 keeps all.
         batch_size: Images per batch.
+        label: Ends the reward's name, as several in one run need.
 
     Raises:
         UserError: If an argument is out of range.
@@ -52,6 +53,7 @@ class ObjectCount(PretrainedReward):
     softness: float = 0.05
     overlap: float = 0.5
     batch_size: int = 8
+    label: str = field(default="", kw_only=True)
     range = (-math.inf, 0.0)
     optional_columns = ("object", "count")
 
@@ -66,7 +68,7 @@ class ObjectCount(PretrainedReward):
         if self.softness < 0 or self.batch_size < 1:
             problem = f"got {self.softness} and {self.batch_size}"
             raise UserError(f"softness must be >= 0 and batch_size >= 1, {problem}")
-        self.variant = self.object or ""
+        self.variant = "-".join(filter(None, (self.object, self.label)))
 
     def read(self) -> Detector:
         """Returns the detector."""
@@ -84,6 +86,10 @@ class ObjectCount(PretrainedReward):
                 raise UserError(f"{self.name}: the prompt {str(prompt)!r} counts no {lacking} clearly; {ways}")
             count, given = counted[0] if count is None else count, counted[1] if given is None else given
         return str(given), _number(count, f"the column count of the prompt {str(prompt)!r}")
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises UserError if it is unknown what to count for the prompt, or how many."""
+        self.wanted(prompt)
 
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:

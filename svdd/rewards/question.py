@@ -1,7 +1,7 @@
 """Rewards that ask a vision-language model a yes/no question about each image."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -32,9 +32,11 @@ class QuestionReward(PretrainedReward):
         model: The endpoint's name for the model.
         api_key_env: Name of the environment variable that holds the endpoint's key. The key is never stored or shown.
         timeout: Seconds to wait for the endpoint's answer.
-        retries: How often a request is repeated after a time-out, too many requests, or a server error.
-        backoff: Seconds before the first repetition; doubled each time.
+        retries: How often a request is repeated after a failed connection, a time-out, or the status 408, 425, 429 or
+            5xx. The default bridges an outage of two minutes.
+        backoff: Seconds before the first repetition; doubled each time, up to 30.
         concurrency: Number of simultaneous requests.
+        label: Ends the reward's name, as several in one run need.
 
     Raises:
         UserError: If an argument is out of range, or the arguments contradict each other.
@@ -47,9 +49,10 @@ class QuestionReward(PretrainedReward):
     model: str | None = None
     api_key_env: str | None = None
     timeout: float = 60.0
-    retries: int = 4
-    backoff: float = 0.5
+    retries: int = 8
+    backoff: float = 1.0
     concurrency: int = 8
+    label: str = field(default="", kw_only=True)
     default: ClassVar[str]  # the local model
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ class QuestionReward(PretrainedReward):
             raise UserError("an endpoint needs model, its name for the model, and takes no pretrained")
         self.pretrained = self.pretrained or self.default
         super().__post_init__()
+        self.variant = self.label
         if self.endpoint is not None:
             self.service = Endpoint(
                 self.endpoint, str(self.model), self.timeout, self.retries, self.backoff, self.concurrency

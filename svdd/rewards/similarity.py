@@ -7,7 +7,8 @@ Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018, arXiv 
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,12 +44,14 @@ class Similarity(PretrainedReward):
             or `vgg`, which it downloads, or a file with one of them.
         reference: A picture with which all are compared. By default each prompt has its own.
         reference_column: Column of the prompt file with the path of the prompt's reference.
+        label: Ends the reward's name, as several in one run need.
     """
 
     features: Features = "dinov2"
     pretrained: str | None = None
     reference: str | None = None
     reference_column: str = "reference"
+    label: str = field(default="", kw_only=True)
     differentiable = True
     from_files = ("content",)
 
@@ -58,12 +61,12 @@ class Similarity(PretrainedReward):
         own = self.pretrained is not None and self.pretrained != _DEFAULTS[self.features]
         self.pretrained = self.pretrained or _DEFAULTS[self.features]
         super().__post_init__()
-        label = "judge" if self.pretrained == "emoji-judge" else Path(self.pretrained).stem
-        self.variant = f"{self.features}-{label}" if own else self.features
+        weights = "judge" if self.pretrained == "emoji-judge" else Path(self.pretrained).stem
+        self.variant = "-".join(filter(None, (self.features, weights if own else "", self.label)))
         self.range = (-float("inf"), 0.0) if self.features == "lpips" else (-1.0, 1.0)
         self.columns = self.path_columns = () if self.reference else (self.reference_column,)
         self.content = ""  # digest of `reference`
-        self._known: OrderedDict[Path, Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
     def load(self) -> None:
         """Loads the weights, and checks the reference."""
@@ -101,14 +104,13 @@ class Similarity(PretrainedReward):
         """Returns the embedding of each reference, [n, d]; for `lpips` its pixels in the images' size, [n, 3, h, w]."""
         found = {}
         for path in dict.fromkeys(paths):
-            known = self._known.pop(path, None)
-            if self.features == "lpips":
-                known = _picture(path) if known is None else known
-                found[path] = _resized(known, images)
-            else:
-                known = self.network.image_features(_picture(path).to(images)) if known is None else known.to(images)
-                found[path] = known
-            self._known[path] = known
+            key = (*_version(path), *(images.shape[-2:] if self.features == "lpips" else ()))
+            known = self._known.pop(key, None)
+            if known is None and self.features == "lpips":
+                known = _resized(_picture(path), images)
+            elif known is None:
+                known = self.network.image_features(_picture(path).to(images))
+            self._known[key] = found[path] = known.to(images)
         most = _MOST_PICTURES if self.features == "lpips" else _MOST_EMBEDDINGS
         while len(self._known) > most:
             self._known.popitem(last=False)
@@ -137,6 +139,14 @@ class VisionModel(nn.Module):
         pooled = getattr(output, "pooler_output", None)
         features = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
         return F.normalize(features.float(), dim=-1)
+
+
+def _version(path: Path) -> tuple[Any, ...]:
+    """Returns what differs if a file has changed; only the path if it cannot be read, as reading it will say."""
+    with suppress(OSError):
+        known = path.stat()
+        return path, known.st_size, known.st_mtime_ns
+    return (path,)
 
 
 def _picture(path: Path) -> Tensor:
