@@ -202,6 +202,11 @@ def test_what_a_function_takes_follows_from_its_signature(own):
 
     assert torch.equal(FunctionReward(images_only).score(images, prompts), images.mean((1, 2, 3)))
     assert FunctionReward(with_texts).score(images, ["a", "bb", ""]).tolist() == [1, 2, 0]
+
+    class Network(torch.nn.Module):
+        forward = staticmethod(images_only)
+
+    assert torch.equal(FunctionReward(Network()).score(images, prompts), images.mean((1, 2, 3)))
     with pytest.raises(ValueError, match=r"red.* cannot be called as red.*no argument 'scael', did you mean 'scale'"):
         FunctionReward(code.red, arguments={"scael": 1})
     with pytest.raises(ValueError, match="PIL images, which have no gradient"):

@@ -104,6 +104,8 @@ def test_vqa_score_is_the_probability_of_the_answer(folder, name):
         (logprobs(No=-0.001, Yes=-8.0), math.exp(-8), math.log(math.exp(-8) / (1 - math.exp(-8)))),
         (logprobs(No=-0.001, maybe=-9.0), math.exp(-9), math.log(math.exp(-9) / (1 - math.exp(-9)))),  # a bound
         (logprobs(Yes=0.0, No=-30.0), 1.0, 30.0),
+        (logprobs(Yes=-0.5), math.exp(-0.5), math.log(math.exp(-0.5) / (1 - math.exp(-0.5)))),  # one token alone
+        (logprobs(No=-0.001), -math.expm1(-0.001), math.log(-math.expm1(-0.001)) + 0.001),  # a bound
     ],
 )
 def test_vqa_score_by_an_endpoint(said, p, logit):
@@ -112,6 +114,13 @@ def test_vqa_score_by_an_endpoint(said, p, logit):
             reward = score(endpoint=address, model="tiny", question='"{prompt}"?', retries=0)
             assert reward.score(pictures(1), PROMPTS[:1]).tolist() == pytest.approx([wanted], rel=1e-4)
     assert seen_and_asked(asked[0]["body"])[1] == f'"{PROMPTS[0]}"?'
+
+
+def test_the_judge_reads_the_most_likely_token_alone():
+    """Some endpoints give no others; then all others together are a bound of the other answer."""
+    with chat_server(lambda body, handler: logprobs(yes=-0.25)) as (address, _):
+        score = VLMJudge(endpoint=address, model="tiny", retries=0).score(pictures(1), PROMPTS[:1])
+    assert score.tolist() == pytest.approx([-0.25 - math.log(1 - math.exp(-0.25))], rel=1e-4)
 
 
 def test_an_answer_of_several_tokens_is_refused(folder):

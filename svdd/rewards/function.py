@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdd import RewardError, UserError, did_you_mean, first_line
 from svdd.rewards.base import Reward, is_device_failure
@@ -134,6 +134,11 @@ def _name(function: Callable[..., Any]) -> str:
     return str(getattr(inner, "__name__", type(inner).__name__)).strip("<>")  # <lambda>
 
 
+def _called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what states the arguments: of a module its `forward`, since a module itself takes any."""
+    return function.forward if isinstance(function, nn.Module) else function
+
+
 def _scores(returned: Any) -> Any:
     """Returns the scores out of what a function returned, a pair with a dict or just the scores."""
     pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
@@ -156,7 +161,7 @@ def _find(name: str) -> Callable[..., Any]:
 def _check_arguments(function: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> bool:
     """Returns whether the function takes prompts; raises ValueError if it cannot be called with the arguments."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(_called(function))
     except ValueError:  # of some built-in functions
         return True
     parameters = list(signature.parameters.values())
@@ -185,10 +190,10 @@ def _check_arguments(function: Callable[..., Any], name: str, arguments: Mapping
 def _annotation(function: Callable[..., Any]) -> Any:
     """Returns the annotation of the first parameter, of several alternatives the first; a text if it has no meaning."""
     try:
-        signature = inspect.signature(function, eval_str=True)
+        signature = inspect.signature(_called(function), eval_str=True)
     except Exception:  # a name that is imported for type checkers only, or a built-in function
         try:
-            signature = inspect.signature(function)
+            signature = inspect.signature(_called(function))
         except ValueError:
             return inspect.Parameter.empty
     first = next(iter(signature.parameters.values()), None)

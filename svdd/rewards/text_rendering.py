@@ -86,7 +86,7 @@ class TextRendering(Reward):
         """Returns the texts that a picture for this prompt should show; none if the prompt states none."""
         found = self.text if self.text_column is None else column(prompt, self.text_column)
         found = quoted(prompt) if self.text is None and self.text_column is None else found
-        listed = found if isinstance(found, list | tuple) else [found or ""]
+        listed = found if isinstance(found, list | tuple) else ["" if found is None else found]
         return [str(text) for text in listed if str(text).strip()]
 
     def check_prompt(self, prompt: str) -> None:

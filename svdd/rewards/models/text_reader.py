@@ -42,9 +42,8 @@ class TextReader:
             self.engine = rapidocr.RapidOCR(params={"Global.log_level": "critical", **threads, **files, **limits})
             self.detect, self.recognize = self.engine._load_det_model(), self.engine._load_rec_model()
             self.characters: list[str] = self.recognize.postprocess_op.character  # the first is CTC's blank
-            self.space = np.eye(1, len(self.characters), self.characters.index(" "), dtype=np.float32)[
-                0
-            ]  # of a line break
+            place = self.characters.index(" ")
+            self.space = np.eye(1, len(self.characters), place, dtype=np.float32)[0]  # of a line break
         except Exception as error:  # of onnxruntime and of RapidOCR
             what = f"detector={str(detector)!r} and recognizer={str(recognizer)!r} are not networks of PP-OCR in ONNX"
             raise UserError(f"{what}: {first_line(error)}") from error

@@ -16,6 +16,7 @@ from svdd.rewards.models.http_client import HTTPClient, shorten
 __all__ = ["Answer", "Endpoint", "encoded"]
 
 _TOP = 20  # most likely first tokens, the most that OpenAI's API and vLLM's default allow
+_LEAST = 1e-7  # of the probability of all other tokens, as log-probabilities come in float32
 T = TypeVar("T")
 
 
@@ -149,7 +150,8 @@ def _word(token: object) -> str:
 def read_log_probabilities(answer: Answer, exact: str) -> tuple[float, float, float, float]:
     """Returns log p of yes and no in any spelling, of the exact answer, and of all but that.
 
-    An answer that is not among the most likely tokens gets the lowest log-probability of these, an upper bound.
+    An answer that is not among the most likely tokens gets the lowest log-probability of these, an upper bound; if the
+    endpoint gives one token only, that of all others together.
 
     Raises:
         ValueError: If there are no log-probabilities, or neither yes nor no is among the most likely tokens.
@@ -159,6 +161,8 @@ def read_log_probabilities(answer: Answer, exact: str) -> tuple[float, float, fl
     if not {token.lower() for token, _ in tokens} & {"yes", "no"}:
         raise ValueError(f"neither yes nor no is among the {len(tokens)} most likely tokens; first {tokens[0][0]!r}")
     lowest = min(logprob for _, logprob in tokens)
+    if len(tokens) == 1:
+        lowest = float(np.log(max(-np.expm1(lowest), _LEAST)))
 
     def total(matches: Callable[[str], bool]) -> float:
         return float(np.logaddexp.reduce([logprob for token, logprob in tokens if matches(token)] or [lowest]))
