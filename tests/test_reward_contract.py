@@ -57,6 +57,14 @@ def test_weights_are_read_when_needed(case, models):
     )
 
 
+def test_scoring_changes_nothing_that_a_run_compares(case, models):
+    reward = case.make(models)
+    reward.load()
+    before = reward.identity, digest(reward)
+    reward.score(*images_of(case, 2))
+    assert (reward.identity, digest(reward)) == before
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_it_passes_the_check_of_test_reward(case, reward, models, name):
     """The shared tester, `svdd.evaluation.reward_checks`; nothing is skipped for lack of pictures that differ."""

@@ -59,6 +59,7 @@ class LocalVLM(nn.Module, ABC):
         self.processor = read_auto(AutoProcessor, pretrained, **options)
         if not hasattr(self.processor, "tokenizer"):
             raise UserError(f"pretrained={pretrained!r} has no processor for images and text")
+        self.processor.tokenizer.padding_side = "right"  # positions are those of unpadded texts
         words = self.model.get_input_embeddings().num_embeddings
         check_tokenizer(self.processor.tokenizer, f"the tokenizer of {pretrained!r}", words)
         self.yes, self.no = (self.tokens_of(word) for word in ("yes", "no"))
@@ -91,7 +92,6 @@ class LocalVLM(nn.Module, ABC):
             options = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
         else:
             texts = [self.place() + question for question in questions]
-        processor.tokenizer.padding_side = "right"  # positions are those of unpadded texts
         images = [[picture] for picture in pictures]
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", **self.limits, **options)
         return inputs.to(self.model.device, self.model.dtype)
