@@ -200,6 +200,7 @@ def test_a_rubric_asks_each_criterion_alone():
         ({"criteria": {"hands": 1.0}}, "criteria and {criterion} in the rubric belong together"),
         ({"rubric": "{criterion}"}, "criteria and {criterion} in the rubric belong together"),
         ({"rubric": "{criterion}", "criteria": {"a": 0.0}}, "weights of criteria must be >= 0, and one of them > 0"),
+        ({"rubric": "{criterion}", "criteria": {"a": 1.0, "b": math.nan}}, "weights of criteria must be >= 0"),
         ({"on_unreadable": "skip"}, "on_unreadable must be raise or lowest"),
         ({"max_tokens": 0}, "max_tokens must be >= 1, got 0"),
         ({"endpoint": "http://me:secret@host/v1"}, "endpoint must be an address"),

@@ -460,6 +460,11 @@ def test_half_precision_runs_and_counts_exactly(sd15, tiny_clip, prompts, tmp_pa
 # ---- refusals
 
 
+def test_a_held_out_reward_outside_of_a_list_is_refused():
+    with pytest.raises(UserError, match=r"eval_rewards must be a list of rewards, got .*in brackets"):
+        GuidedDiffusion(Compressibility(), GaussianDiffusion(2), eval_rewards=Incompressibility())
+
+
 @pytest.mark.parametrize("held_out", [[Compressibility()], [Incompressibility(), Incompressibility()]])
 def test_two_rewards_of_one_name_are_refused(held_out):
     with pytest.raises(UserError, match=r"rewards need distinct names, got Compressibility, .*remove the duplicate"):

@@ -63,6 +63,7 @@ def test_arguments_come_before_columns_and_these_before_the_prompt():
         ({"object": " "}, "object must be the name of what is counted"),
         ({"threshold": 1.5}, r"threshold and overlap must be in \[0, 1\], got 1.5 and 0.5"),
         ({"softness": -1}, "softness must be >= 0"),
+        ({"softness": math.nan}, "softness must be >= 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -38,6 +38,8 @@ def as_reward(given: Any, name: str = "reward") -> Reward:
 
 def check_rewards(guide: Any, held_out: Sequence[Any]) -> tuple[Reward, list[Reward]]:
     """Returns the guide and the held-out rewards; UserError if the first cannot guide, or two have one name."""
+    if not isinstance(held_out, list | tuple):
+        raise UserError(f"eval_rewards must be a list of rewards, got {reprlib.repr(held_out)}: give it in brackets")
     reward, others = as_reward(guide), [as_reward(each, f"eval_rewards[{k}]") for k, each in enumerate(held_out)]
     if reward.groupwise and reward.differentiable:
         raise UserError(f"{reward.name} is groupwise, so an image has no gradient of its own: differentiable = False")

@@ -1,7 +1,8 @@
 """Rewards that ask a vision-language model behind an endpoint for a number."""
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from svdd.rewards.models.http_client import from_environment
 from svdd.rewards.models.pixels import to_pil
 from svdd.rewards.models.vlm_endpoint import Answer, Endpoint
 
-__all__ = ["EndpointReward"]
+__all__ = ["EndpointReward", "is_weighting"]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -98,3 +99,8 @@ class EndpointReward(Reward):
             if self.on_unreadable == "raise":
                 raise
             return self.range[0]
+
+
+def is_weighting(weights: Collection[float]) -> bool:
+    """Whether weights are finite and at least 0, and one of them is above 0."""
+    return all(0 <= weight < math.inf for weight in weights) and any(weight > 0 for weight in weights)

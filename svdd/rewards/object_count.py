@@ -65,7 +65,7 @@ class ObjectCount(PretrainedReward):
             _number(self.count, "count")
         if not 0 <= self.threshold <= 1 or not 0 <= self.overlap <= 1:
             raise UserError(f"threshold and overlap must be in [0, 1], got {self.threshold} and {self.overlap}")
-        if self.softness < 0 or self.batch_size < 1:
+        if not self.softness >= 0 or self.batch_size < 1:
             problem = f"got {self.softness} and {self.batch_size}"
             raise UserError(f"softness must be >= 0 and batch_size >= 1, {problem}")
         self.variant = "-".join(filter(None, (self.object, self.label)))

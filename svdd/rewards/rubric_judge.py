@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdd import UserError, is_integer
 from svdd.rewards.columns import column
-from svdd.rewards.endpoint_reward import EndpointReward
+from svdd.rewards.endpoint_reward import EndpointReward, is_weighting
 from svdd.rewards.models.answers import expected_score, find_score
 from svdd.rewards.models.vlm_endpoint import Answer
 
@@ -54,7 +54,7 @@ class RubricJudge(EndpointReward):
         self.range = (float(self.lowest), float(self.highest))
         self.text = _read_text(self.rubric)
         criteria = self.criteria or {"": 1.0}
-        if not (min(criteria.values()) >= 0 and max(criteria.values()) > 0):
+        if not is_weighting(criteria.values()):
             raise UserError(f"weights of criteria must be >= 0, and one of them > 0, got {[*criteria.values()]}")
         names = dict.fromkeys(_PLACE.findall(self.text))
         self.columns = tuple(name for name in names if name not in ("prompt", "criterion"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from svdd import UserError
-from svdd.rewards.endpoint_reward import EndpointReward
+from svdd.rewards.endpoint_reward import EndpointReward, is_weighting
 from svdd.rewards.models.answers import find_score
 from svdd.rewards.models.vlm_endpoint import Answer
 
@@ -69,7 +69,7 @@ class UnifiedReward(EndpointReward):
         if self.form not in ("aspects", "final"):
             raise UserError(f"form must be aspects or final, got {self.form!r}")
         self.weights = {"Alignment": self.alignment, "Coherence": self.coherence, "Style": self.style}
-        if not (min(self.weights.values()) >= 0 and max(self.weights.values()) > 0):
+        if not is_weighting(self.weights.values()):
             raise UserError(f"weights of aspects must be >= 0, and one of them > 0, got {[*self.weights.values()]}")
 
     def questions(self, prompt: str) -> Sequence[str]:
