@@ -85,6 +85,10 @@ class ObjectCount(PretrainedReward):
             count, given = counted[0] if count is None else count, counted[1] if given is None else given
         return str(given), _number(count, f"the column count of the prompt {str(prompt)!r}")
 
+    def check_prompt(self, prompt: str) -> None:
+        """Raises UserError if object or number are unknown for the prompt."""
+        self.wanted(prompt)
+
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the score of each image for its own prompt, float32 [n]."""
