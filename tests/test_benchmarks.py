@@ -378,3 +378,9 @@ def test_drawbench_measures_rewards_by_category(tmp_path, capsys):
     assert lines == [[name, tag] for name in ("Brightness", "Colorfulness") for tag in ("Colors", "Reddit", "overall")]
     assert main([*words[:4], str(run / "prompts.jsonl")]) == 2
     assert "the prompt 'A red colored car.' has no category" in capsys.readouterr().err
+    assert main([*words, "--partial", "--eval_rewards+=WinRate(Brightness)"]) == 2
+    assert "WinRate-Brightness compares the pictures of a prompt with each other" in capsys.readouterr().err
+    assert main([*words, "--partial", "--output", str(tmp_path / "scores")]) == 0
+    table = capsys.readouterr().out.splitlines()[:5]
+    assert main(["score", "--config", str(tmp_path / "scores" / "config.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines()[:5] == table

@@ -54,6 +54,8 @@ def test_arguments_come_before_columns_and_these_before_the_prompt():
         ObjectCount(object="apple").wanted("red apples")
     with pytest.raises(UserError, match=r"the column count of the prompt 'x' must be a whole number >= 0, got 1.5"):
         ObjectCount().wanted(PromptText("x", {"object": "pear", "count": 1.5}))
+    with pytest.raises(UserError, match="the prompt 'red apples' counts no object"):  # before anything is drawn
+        ObjectCount().check_prompt("red apples")
 
 
 @pytest.mark.parametrize(

@@ -308,3 +308,28 @@ def test_test_reward_takes_functions_pictures_and_arguments(own, capsys, sd15):
     assert "3 pictures of 20 x 16\n" in capsys.readouterr().out
     assert main(["test-reward", "Similarity", "--reward.features", "clip"]) == 2
     assert "needs the column" in capsys.readouterr().err
+
+
+def test_test_reward_with_prompts_that_a_reward_refuses(own, capsys):
+    (own / "own_choosy.py").write_text(
+        "from svdd import UserError\n"
+        "from svdd.rewards import Brightness\n"
+        "class Choosy(Brightness):\n"
+        "    def check_prompt(self, prompt):\n"
+        "        if 'sign' not in prompt:\n"
+        "            raise UserError(f'{prompt!r} names no sign')\n"
+        "    def forward(self, images, prompts):\n"
+        "        for prompt in prompts:\n"
+        "            self.check_prompt(prompt)\n"
+        "        return super().forward(images, prompts)\n"
+    )
+    words = ["test-reward", "own_choosy.Choosy", "--device", "cpu"]
+    assert main(words) == 2
+    assert "'a red disc on a white background' names no sign; --prompts FILE gives others" in capsys.readouterr().err
+    assert main([*words, "--prompts", '["a sign", "two signs"]']) == 0
+    assert "skip  empty and long prompts have scores: check_prompt refuses them: '' names" in capsys.readouterr().out
+
+
+def test_test_reward_accepts_a_constraint_that_holds_for_some_pictures(capsys):
+    assert main(["test-reward", "Threshold(Brightness, at_least=0.5)", "--device", "cpu"]) == 0
+    assert "pass  the gradient is the slope" in capsys.readouterr().out

@@ -28,6 +28,7 @@ CASES = {
     "Brightness*2 - (Sharpness + Colorfulness)/4": sum_of(
         [of("Brightness"), of("Sharpness"), of("Colorfulness")], [2.0, -0.25, -0.25]
     ),
+    "1/4 * Brightness - 2 * 3 * Sharpness": sum_of([of("Brightness"), of("Sharpness")], [0.25, -6.0]),
     "CLIPScore(pretrained=emoji-judge)": of("CLIPScore", pretrained="emoji-judge"),
     'CLIPScore("/a folder/x")': of("CLIPScore", pretrained="/a folder/x"),
     "Classifier(pretrained=some/dir, label=cat) - 1e-2 * my_rewards.Redness": sum_of(
@@ -66,6 +67,7 @@ def test_short_forms(text):
         ("CLIPScore(pretrained=/abs)", "cannot be read at character 22.*put quotes around"),
         ("Similarity(clip", "in a list in brackets it needs quotes of its own"),
         ("Brightness(3)", "character 12: an argument without a name: Brightness takes no arguments"),
+        ("math.fsum(3)", "character 11: an argument without a name: give math.fsum its arguments by name"),
         ("Threshold(Brightnes, at_least=1)", "character 11: unknown reward 'Brightnes'"),
         ("__import__('os').system('x')", "is no reward"),
         ("CLIPScore(**{'a': 1})", "expected name=value once"),

@@ -20,6 +20,7 @@ from svdd.evaluation.metrics.run_statistics import RunStatistics
 from svdd.evaluation.sign_flips import p_value
 from svdd.evaluation.studies.comparisons import _resampled
 from svdd.evaluation.studies.outputs import write_outputs
+from svdd.evaluation.studies.plots import looks_of
 from svdd.evaluation.studies.specification import Cell, Study
 from svdd.rewards.clip import CLIPScore
 from svdd.runs.fingerprints import FINGERPRINTS
@@ -385,3 +386,14 @@ def test_a_summary_names_the_rewards_of_which_less_is_better():
         statistics = RunStatistics({GUIDE: True, **others}, [], LEDGER)
         statistics.update([{"prompt_index": 0, "rewards": dict.fromkeys((GUIDE, *others), 1.0), "ledger": LEDGER}])
         assert statistics.compute().get("lower_is_better") == expected
+
+
+def test_variants_of_a_grid_share_a_colour_where_there_are_many(tmp_path):
+    names = [f"{sampler} alpha={k}" for sampler in ("SVDD", "SMC of N") for k in range(4)]
+    cells = [Cell(name, "guide", name, None, {}, tmp_path / name) for name in ["plain", *names]]
+    looks = looks_of(Study(cells=cells, baseline="plain", statistics=["mean"], folder=tmp_path))
+    assert looks["plain"].colour == "black"
+    assert len({look.colour for look in looks.values()}) == 3
+    assert len({(look.colour, look.marker) for look in looks.values()}) == 9
+    few = looks_of(Study(cells=cells[:6], baseline="plain", statistics=["mean"], folder=tmp_path))
+    assert len({look.colour for look in few.values()}) == 6

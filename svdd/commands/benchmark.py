@@ -63,6 +63,9 @@ def score_benchmark(words: list[str]) -> None:
     rewards = [*([settings.reward] if settings.reward else []), *settings.eval_rewards] or benchmark.default_rewards()
     if len({reward.name for reward in rewards}) < len(rewards):
         raise UserError(f"rewards need distinct names, got {', '.join(reward.name for reward in rewards)}")
+    if ranks := next((reward.name for reward in rewards if reward.groupwise), None):
+        what = f"{ranks} compares the pictures of a prompt with each other, and its mean over them says nothing"
+        raise UserError(f"{what} about a benchmark; name the reward by which it compares")
     columns = columns_of(*rewards)
     entries, matched = _find(benchmark, settings, columns)
     device, folder = named_device(settings.device), None if settings.output is None else Path(settings.output)

@@ -11,7 +11,7 @@ import jsonargparse._actions as actions
 import jsonargparse._typehints as typehints
 
 from svdd import UserError, did_you_mean, first_line
-from svdd.commands.reward_sums import expanded
+from svdd.commands.reward_sums import expanded, makes_rewards
 from svdd.diffusion.base import Diffusion
 from svdd.rewards.base import Reward, is_device_failure
 from svdd.rewards.function import FunctionReward, import_path
@@ -128,16 +128,7 @@ def _import(path: str, kind: type) -> Any:
         raise _problem(path, f"it is not a subclass of Reward; {advice}")
     if not callable(found):
         raise _problem(path, f"it is a {type(found).__name__}; expected a class or a function")
-    return None if _makes_rewards(found) else found
-
-
-def _makes_rewards(function: Any) -> bool:
-    """Whether a function is annotated to return a reward, so that jsonargparse calls it with the arguments."""
-    try:
-        made = inspect.signature(function, eval_str=True).return_annotation
-    except Exception:  # no signature, or an annotation for type checkers only
-        return False
-    return isinstance(made, type) and issubclass(made, Reward)
+    return None if makes_rewards(found) else found
 
 
 def _problem(path: str, what: str) -> ValueError:

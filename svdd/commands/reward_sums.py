@@ -12,7 +12,7 @@ from svdd import UserError, did_you_mean
 from svdd.commands.registry import catalogue
 from svdd.rewards.base import Reward
 
-__all__ = ["expand", "expanded"]
+__all__ = ["expand", "expanded", "makes_rewards"]
 
 _FORM = "a sum of rewards, such as 'Aesthetic + 0.5 * CLIPScore(pretrained=emoji-judge)'"
 _SHORT = re.compile(r"(?=.*[*+/()-])[-+(\w].*")  # what is no name alone, and no YAML or JSON
@@ -61,6 +61,15 @@ def expand(text: str) -> Any:
     return {"class_path": "svdd.rewards.weighted_sum.WeightedSum", "init_args": arguments}
 
 
+def makes_rewards(function: Any) -> bool:
+    """Whether a function is annotated to return a reward, so that jsonargparse calls it with the arguments."""
+    try:
+        made = inspect.signature(function, eval_str=True).return_annotation
+    except Exception:  # no signature, or an annotation for type checkers only
+        return False
+    return isinstance(made, type) and issubclass(made, Reward)
+
+
 def _terms(node: ast.expr, text: str, weight: float) -> Iterator[tuple[dict[str, Any], float]]:
     """Yields the rewards of an expression, each with its weight."""
     match node:
@@ -91,10 +100,14 @@ def _reward(function: ast.expr, positional: list[ast.expr], keywords: list[ast.k
     """Returns class_path and init_args of a reward with arguments."""
     path, known = _path(function, text)
     taken = [name for name in _parameters(known) if name != "self"]
-    if len(positional) > len(taken):
+    if known is None or inspect.isclass(known) or makes_rewards(known):
         takes = f"{path} takes {', '.join(taken) or 'no arguments'}" if known else f"give {path} its arguments by name"
-        _fail(text, positional[len(taken)], f"an argument without a name: {takes}")
-    given = dict(zip(taken, positional, strict=False))
+        names = taken
+    else:  # a function that scores: its first arguments are the images and the prompts
+        takes, names = f"give {path} its arguments by name", []
+    if len(positional) > len(names):
+        _fail(text, positional[len(names)], f"an argument without a name: {takes}")
+    given = dict(zip(names, positional, strict=False))
     for keyword in keywords:
         if keyword.arg is None or keyword.arg in given:
             _fail(text, keyword.value, f"expected name=value once for each argument of {path}")
@@ -155,12 +168,16 @@ def _parameters(known: Callable[..., Any] | None) -> dict[str, Any]:
 
 
 def _number(node: ast.expr) -> float | None:
-    """Returns the value of a number, which may have a sign; None for anything else."""
+    """Returns the value of a number, or of products and quotients of numbers; None for anything else."""
     match node:
         case ast.Constant(int() | float() as value) if not isinstance(value, bool):
             return float(value)
         case ast.UnaryOp(ast.USub(), operand) if (inner := _number(operand)) is not None:
             return -inner
+        case ast.BinOp(left, ast.Mult() | ast.Div() as sign, right):
+            first, second = _number(left), _number(right)
+            if first is not None and second is not None and (second or isinstance(sign, ast.Mult)):
+                return first * second if isinstance(sign, ast.Mult) else first / second
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,21 @@ from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.recorded_prompts import run_prompts_folder
 from svdd.runs.secrets import refuse_secrets
+from svdd.runs.yaml_text import read_yaml
 from svdd.state.scoring import score as call
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
+_ABOUT = (
+    "Scores existing pictures with any reward. Numbers of public benchmarks: svdd score --benchmark NAME RUN; "
+    "`svdd score --benchmark geneval --help` lists the benchmarks and their settings."
+)
 _NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
 
 def score_parser() -> Parser:
     """Returns the parser of `svdd score`."""
-    parser = Parser(prog="svdd score", description="Scores existing pictures with any reward.")
+    parser = Parser(prog="svdd score", description=_ABOUT)
     parser.add_argument("--config", action="config", help="YAML file with these settings.")
     parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
     parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
@@ -58,7 +63,7 @@ def score_parser() -> Parser:
 
 def score(words: list[str]) -> None:
     """Runs `svdd score` with the command line after its name; raises UserError for what the user can fix."""
-    if any(re.match(r"--benchmark\b", word) for word in words):
+    if _names_benchmark(words):
         from svdd.commands.benchmark import score_benchmark
 
         return score_benchmark(words)
@@ -97,6 +102,20 @@ def score(words: list[str]) -> None:
                 write_atomically(folder / "scores.jsonl", b"".join(encode(row) + b"\n" for row in rows))
             run.write_summary(summary)
             say(f"wrote {folder}/scores.jsonl and {run.summary.name}")
+
+
+def _names_benchmark(words: list[str]) -> bool:
+    """Returns whether the command line, or a configuration that it names, selects a benchmark."""
+    if any(re.match(r"--benchmark\b", word) for word in words):
+        return True
+    with as_user_errors():
+        files = [
+            Path(word.removeprefix("--config="))
+            for before, word in pairwise(["", *with_shipped_configs(words)])
+            if before == "--config" or word.startswith("--config=")
+        ]
+        found = [read_yaml(file.read_text("utf-8", errors="replace")) for file in files if file.is_file()]
+    return any(isinstance(settings, dict) and "benchmark" in settings for settings in found)
 
 
 def print_measurements(found: Mapping[str, Any]) -> None:

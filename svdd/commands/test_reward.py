@@ -1,5 +1,6 @@
 """`svdd test-reward`: whether a reward keeps to what svdd expects, and how long it takes."""
 
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,13 @@ def test_reward(words: list[str]) -> None:
         reward, images.to(device), prompts, lambda: parser.instantiate_classes(given).reward, settings.tolerance
     )
     say(f"{reward.name} on {device}, {len(images)} pictures of {images.shape[3]} x {images.shape[2]}")
-    tracebacks, failed, total = Tracebacks(), 0, 0
+    tracebacks, failed, total, shown = Tracebacks(), 0, 0, dict[str, str]()
     for found in findings(trial):
         failed, total = failed + (found.passed is False), total + 1
         tracebacks.show(found.traceback)
-        say(f"  {_WORDS[found.passed]}  {found.check}{f': {found.message}' if found.message else ''}")
+        first = shown.setdefault(found.message, found.check)
+        message = found.message if first == found.check or not found.message else "as above"
+        say(f"  {_WORDS[found.passed]}  {found.check}{f': {message}' if message else ''}")
     if failed:
         say(f"svdd: {failed} of {total} checks failed", error=True)
         raise SystemExit(1)
@@ -73,6 +76,15 @@ def test_reward(words: list[str]) -> None:
 
 
 test_reward.__test__ = False  # type: ignore[attr-defined]  # for pytest
+
+
+def _check_prompt(checks: Sequence[Callable[[str], None]], prompt: str) -> None:
+    """Raises UserError if a reward refuses a prompt."""
+    try:
+        for check in checks:
+            check(prompt)
+    except UserError as error:
+        raise UserError(f"{error}; --prompts FILE gives others") from error
 
 
 def _samples(settings: Any) -> tuple[Tensor, list[str]]:
@@ -91,6 +103,9 @@ def _samples(settings: Any) -> tuple[Tensor, list[str]]:
     elif columns.needed:
         name, needs = next(iter(columns.needed.items()))
         raise UserError(f"{needs} needs the column {name!r}: give --prompts FILE, a prompt file with that column")
+    else:
+        for prompt in prompts:
+            _check_prompt(columns.checks, prompt)
     count = min(len(images), len(prompts))
     if count < 2:
         raise UserError(f"expected at least two pictures with prompts, got {count}")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svdd import first_line
+from svdd import UserError, first_line
 from svdd.evaluation.reward_trials import Failed, Skipped, Trial, drawn
 from svdd.rewards.base import Reward
-from svdd.rewards.columns import PromptText
+from svdd.rewards.columns import PromptText, columns_of
 from svdd.runs.secrets import redact
 from svdd.runs.tracebacks import users_traceback
 
@@ -165,9 +165,10 @@ def _gradient(trial: Trial) -> None:
         raise Failed("the gradient of an image's score reaches other images: score each image on its own")
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     norms = gradient.flatten(1).norm(dim=1)
-    if not gradient.isfinite().all() or norms.min() == 0:
+    if not gradient.isfinite().all() or norms.max() == 0:
         raise Failed("the gradient is zero, NaN or infinite: set differentiable = False, or smooth the function")
-    direction = gradient / norms.view(-1, 1, 1, 1)
+    flat = torch.full_like(gradient, gradient[0].numel() ** -0.5)  # where the gradient is zero, so must be the slope
+    direction = torch.where(norms.view(-1, 1, 1, 1) > 0, gradient / norms.view(-1, 1, 1, 1), flat)
     wrong, slope = torch.ones_like(norms, dtype=torch.bool), norms
     for step in _STEPS:
         with torch.no_grad():
@@ -241,14 +242,17 @@ def _second(trial: Trial) -> None:
 
 
 def _prompts(trial: Trial) -> None:
-    texts = ["", "long " * 60]
-    trial.reward.score(
-        trial.images[:2],
-        [
-            PromptText(text, getattr(p, "columns", {}), getattr(p, "folder", None))
-            for text, p in zip(texts, trial.prompts, strict=False)
-        ],
-    )
+    texts = [
+        PromptText(text, getattr(p, "columns", {}), getattr(p, "folder", None))
+        for text, p in zip(["", "long " * 60], trial.prompts, strict=False)
+    ]
+    try:
+        for check in columns_of(trial.reward).checks:
+            for text in texts:
+                check(text)
+    except UserError as error:
+        raise Skipped(f"check_prompt refuses them: {first_line(error)}") from error
+    trial.reward.score(trial.images[:2], list(texts))
 
 
 CHECKS: dict[str, Callable[[Trial], Any]] = {

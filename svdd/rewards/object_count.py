@@ -88,7 +88,7 @@ class ObjectCount(PretrainedReward):
         return str(given), _number(count, f"the column count of the prompt {str(prompt)!r}")
 
     def check_prompt(self, prompt: str) -> None:
-        """Raises UserError if it is unknown what to count for the prompt, or how many."""
+        """Raises UserError if object or number are unknown for the prompt."""
         self.wanted(prompt)
 
     @torch.no_grad()

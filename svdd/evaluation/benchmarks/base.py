@@ -1,7 +1,7 @@
 """What all benchmarks share: prompts with what the benchmark says about them, and judgements of pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -82,15 +82,15 @@ class Benchmark(nn.Module, ABC):
                 category = prompt.extra.get(names.get(self.category_column, ""))
                 if not isinstance(category, str):
                     found = f"the prompt {prompt.text!r} has no {self.category_column}"
-                    raise UserError(f"{source}: {found}; {self._expected(names)}")
+                    hint = did_you_mean(self.category_column, names)
+                    raise UserError(f"{source}: {found}; {self._expected()}{hint}")
                 entries.append(Entry(prompt.text, category.strip(), prompt.extra, prompt.folder))
                 if problem := self.fault(entries[-1]):
-                    raise UserError(f"{source}: the prompt {prompt.text!r} {problem}; {self._expected(names)}")
+                    raise UserError(f"{source}: the prompt {prompt.text!r} {problem}; {self._expected()}")
         return entries
 
-    def _expected(self, columns: Iterable[str]) -> str:
-        hint = did_you_mean(self.category_column, columns)
-        return f"expected the public prompt file of {type(self).__name__}{hint}"
+    def _expected(self) -> str:
+        return f"expected the public prompt file of {type(self).__name__}"
 
     def fault(self, entry: Entry) -> str:
         """Returns what is wrong with a prompt and its columns; empty if nothing is."""

@@ -5,6 +5,7 @@ Source of the colours: Okabe and Ito, Color Universal Design, 2008 (distinct for
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -108,14 +109,21 @@ def saved(figure: Any, form: str, options: dict[str, Any]) -> bytes:
 
 
 def looks_of(study: Study) -> dict[str, Look]:
-    """Returns the look of each variant; the baseline is black, with a cross."""
-    looks, k = {}, 0
-    for variant in dict.fromkeys(cell.variant for cell in study.cells):
-        if variant == study.baseline:
-            looks[variant] = Look(label_of(variant), "black", "X", "--")
-        else:
-            colour, line = _COLOURS[k % len(_COLOURS)], _LINES[k // len(_COLOURS) % len(_LINES)]
-            looks[variant], k = Look(label_of(variant), colour, _MARKERS[k % len(_MARKERS)], line), k + 1
+    """Returns the look of each variant; the baseline is black, with a cross.
+
+    Where there are more variants than colours, those of one grid share a colour, and their markers and lines differ.
+    """
+    variants = [variant for variant in dict.fromkeys(cell.variant for cell in study.cells) if variant != study.baseline]
+    grids = [re.sub(r"( \S+=\S+)+$", "", variant) for variant in variants]
+    shared = len(variants) > len(_COLOURS) >= len({*grids})
+    names = grids if shared else variants
+    order = list(dict.fromkeys(names))
+    looks = {} if study.baseline is None else {study.baseline: Look(label_of(study.baseline), "black", "X", "--")}
+    for k, (variant, name) in enumerate(zip(variants, names, strict=True)):
+        place = order.index(name)
+        turn = names[:k].count(name) if shared else place // len(_COLOURS)
+        marker, line = _MARKERS[k % len(_MARKERS)], _LINES[turn % len(_LINES)]
+        looks[variant] = Look(label_of(variant), _COLOURS[place % len(_COLOURS)], marker, line)
     return looks
 
 
