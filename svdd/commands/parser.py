@@ -221,6 +221,8 @@ def explain(message: str, command: str | None = None) -> str:
         return f"`svdd {command}` has no setting {option!r}, remove it; `svdd {command} --help` lists all settings"
     if unknown := re.search(r"Expected a dot import path string: (\S+)", rest):
         return key + _unknown(name, unknown[1])
+    if untyped := re.search(r"Parameter '(\w+)' from '([\w.]+)\.__init__' does not specify a type", rest):
+        return f"{key}{untyped[2]}: the argument {untyped[1]!r} needs a type, such as `{untyped[1]}: float`"
     given = re.search(r"(?:class, but|Given value: (?:{'class_path': ')?)\s*(\w+(?:\.\w+)+)", rest)
     if given and " is abstract" in rest:
         return f"{key}class {given[1]!r} cannot be used: {missing_methods(resolve_name(given[1]))}"

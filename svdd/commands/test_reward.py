@@ -15,6 +15,7 @@ from svdd.evaluation.reward_checks import findings, seconds_per_image
 from svdd.evaluation.reward_trials import Trial, drawn
 from svdd.rewards.base import Reward
 from svdd.rewards.columns import columns_of
+from svdd.rewards.conversion import as_reward
 from svdd.runs.pictures import find_pictures, read_pictures
 from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import PromptDataset
@@ -53,7 +54,7 @@ def test_reward(words: list[str]) -> None:
         given = parser.parse_args(with_shipped_configs(named))
         settings = parser.instantiate_classes(given)
         device = named_device(settings.device)
-        reward = settings.reward.to(device).eval()
+        reward = as_reward(settings.reward).to(device).eval()
         images, prompts = _samples(settings)
         reward.load()
     trial = Trial(

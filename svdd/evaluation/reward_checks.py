@@ -14,12 +14,14 @@ from svdd import UserError, first_line
 from svdd.evaluation.reward_trials import Failed, Skipped, Trial, drawn
 from svdd.rewards.base import Reward
 from svdd.rewards.columns import PromptText, columns_of
+from svdd.rewards.function import FunctionReward
 from svdd.runs.secrets import redact
 from svdd.runs.tracebacks import users_traceback
 
 __all__ = ["CHECKS", "Finding", "check_reward", "findings", "seconds_per_image"]
 
 _STEPS = (0.005, 0.001)  # of finite differences, in units of a pixel's range; the second for networks with kinks
+_NO_GRADIENT, _NO_RANGE = "no gradient is stated", "no range is stated"
 _LEAST = 0.2  # seconds that a measurement of time takes
 
 
@@ -139,6 +141,8 @@ def _range(trial: Trial) -> None:
     low, high = trial.reward.range
     if not low <= high:
         raise Failed(f"range is {trial.reward.range}; expected (lowest, highest)")
+    if low == -math.inf and high == math.inf:
+        raise Skipped(_NO_RANGE)
     plain = torch.zeros_like(trial.images[:1])
     found = torch.cat([trial.scores, trial.score(torch.cat([plain, plain + 1]))])
     slack = trial.tolerance * max(1, *(abs(end) for end in (low, high) if math.isfinite(end)), 1)
@@ -153,8 +157,8 @@ def _gradient(trial: Trial) -> None:
         flows = False
         with suppress(Exception):  # such as numpy's, which refuses a tensor with a gradient
             flows = reward(images, prompts).requires_grad
-        advice = "gradients flow: set differentiable = True if they are right, so that DPS can use them"
-        raise Skipped(advice if flows else "none is stated")
+        how = "the argument differentiable" if isinstance(reward, FunctionReward) else "differentiable = True"
+        raise Skipped(f"gradients flow: state {how} so that DPS can use them" if flows else _NO_GRADIENT)
     scores = reward(images, prompts)
     if reward.groupwise:
         raise Failed("a groupwise reward has no gradient of one image: set differentiable = False")

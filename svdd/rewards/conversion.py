@@ -23,6 +23,8 @@ _EXPECTED = "expected a reward, such as CLIPScore(), or a function of images and
 def as_reward(given: Any, name: str = "reward") -> Reward:
     """Returns a reward as it is and any other callable as a `FunctionReward`; UserError for anything else."""
     if isinstance(given, Reward):
+        if "_modules" not in vars(given):
+            raise UserError(f"{type(given).__name__}.__init__ must begin with super().__init__()")
         return given
     if isinstance(given, type):
         raise UserError(f"{name} is the class {given.__name__}; {_EXPECTED}: call the class, {given.__name__}()")

@@ -183,7 +183,7 @@ def _check_arguments(function: Callable[..., Any], name: str, arguments: Mapping
     if unknown := [key for key in arguments if key not in known]:
         problem = f"it has no argument {unknown[0]!r}{did_you_mean(unknown[0], known, ', ')}"
     called = ", ".join([*given, *(f"{key}={value!r}" for key, value in arguments.items())])
-    how = f"give more by name: --model.reward.arguments.{known[0]} VALUE" if known else "it takes no more by name"
+    how = f"it takes by name, in `arguments`: {', '.join(known)}" if known else "it takes no more by name"
     raise ValueError(f"{name}{signature} cannot be called as {name}({called}): {problem}; {how}")
 
 
