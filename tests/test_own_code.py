@@ -108,7 +108,7 @@ def words(sd15, *more: str) -> list[str]:
         (
             ["--model.reward", "own_code.first_pixel"],
             None,
-            "missing a required argument: 'scale'; give more by name: --m",
+            "missing a required argument: 'scale'; it takes by name",
         ),
         (
             ["--model.reward", "own_nothing.red"],
