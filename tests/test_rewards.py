@@ -53,6 +53,12 @@ def test_scores_of_any_type_become_float32(dtype):
     assert scores.tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize(("prompts", "found"), [("abc", "the text 'abc'"), (["a"], "1 prompts")])
+def test_each_image_needs_a_prompt(prompts, found):
+    with pytest.raises(RewardError, match=f"a list of one prompt for each of 3 images, got {found}"):
+        CLIPScore().score(pictures(3), prompts)
+
+
 def test_large_images_in_half_precision_are_finite():
     white = torch.ones(1, 3, 256, 256, dtype=torch.float16)  # whose sum exceeds 65504
     assert Brightness().score(white, ["a"]).tolist() == [1.0]

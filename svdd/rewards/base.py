@@ -99,9 +99,14 @@ class Reward(nn.Module, ABC):
         """Returns the scores of `forward` as float32 [n]; it gets float32 images, and runs in `full_precision`.
 
         Raises:
-            RewardError: If the images or the scores are not finite, one score per image, or `forward` failed, unless
-                the device did.
+            RewardError: If there is not one prompt per image, if the images or the scores are not finite, one score per
+                image, or `forward` failed, unless the device did.
         """
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            found = f"the text {str(prompts)!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+            raise RewardError(
+                f"reward {self.name} needs a list of one prompt for each of {len(images)} images, got {found}"
+            )
         require_columns(self.name, self.columns, prompts)
         if len(bad := (~images.detach().flatten(1).sum(1, dtype=torch.float32).isfinite()).nonzero()):
             first = f"{len(bad)} of {len(images)} images, first for the prompt {prompts[int(bad[0])]!r}"
