@@ -83,6 +83,7 @@ def test_kilobytes_are_those_of_the_saved_file(size, tmp_path):
 def test_a_file_size_is_positive():
     assert (Compressibility().range, Incompressibility().range) == ((-math.inf, 0.0), (0.0, math.inf))
     assert WeightedSum([Compressibility(), Brightness()], [-1, 2]).range == (0.0, math.inf)
+    assert WeightedSum([Brightness()], label="light").name == "WeightedSum-light"
 
 
 def test_pixels_are_rounded_and_clamped():

@@ -17,6 +17,7 @@ class WeightedSum(Reward):
     Args:
         rewards: The rewards to add.
         weights: One factor for each, by default 1; negative if lower is better.
+        label: Makes the name of the reward `WeightedSum-LABEL`, as several in one run need.
 
     Raises:
         ValueError: If there is no reward, or not one finite weight for each.
@@ -24,8 +25,9 @@ class WeightedSum(Reward):
 
     from_files = ("weights",)  # sums with other weights are other rewards
 
-    def __init__(self, rewards: list[RewardLike], weights: list[float] | None = None) -> None:
+    def __init__(self, rewards: list[RewardLike], weights: list[float] | None = None, label: str = "") -> None:
         super().__init__()
+        self.variant = label
         if not rewards:
             raise ValueError("WeightedSum needs at least one reward, got none")
         parts = [as_reward(reward, f"rewards[{k}]") for k, reward in enumerate(rewards)]
