@@ -131,7 +131,13 @@ def read_scorer(
     kind: Any = Qwen2VLForConditionalGeneration
     with loading(source):  # of either layout of names: transformers has changed them
         model, info = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     check_loaded("Qwen2-VL", info, source)
     scorer = Scorer(model.model, processor, instruction, token)
