@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,11 +58,6 @@ class EndpointReward(Reward):
         if self.on_unreadable not in ("raise", "lowest"):
             raise UserError(f"on_unreadable must be raise or lowest, got {self.on_unreadable!r}")
         self.variant = self.label
-
-    @property
-    def identity(self) -> Any:
-        """What the scores depend on; the endpoint may move."""
-        return {name: value for name, value in super().identity.items() if name not in ("endpoint", "label")}
 
     @abstractmethod
     def questions(self, prompt: str) -> Sequence[str]:

@@ -183,7 +183,7 @@ class T2ICompBench(Benchmark):
         if entry.category == "complex":
             sentence = parse(text)
             text = " ".join(word for word, tag in zip(sentence.words, sentence.tags, strict=True) if tag != "ADJ")
-        return float(self.clip.to(image.device).score(image, [text]))
+        return float(self.clip.score(image, [text]))
 
     def _detect(self, image: Tensor, names: Sequence[str]) -> list[Detection]:
         detector = cast(Any, self._network("detector", image))
@@ -198,8 +198,8 @@ class T2ICompBench(Benchmark):
 def _parts(entry: Entry) -> tuple[str, ...]:
     """Returns the names of the scores whose mean is that of the prompt."""
     if entry.category == "complex":
-        kinds = {"spatial": ("attributes", "place"), "action": ("attributes", "alignment")}
-        return kinds.get(entry.extra["kind"], ("attributes", "place", "alignment"))
+        kind = entry.extra.get("kind")
+        return ("attributes", *(("place",) if kind != "action" else ()), *(("alignment",) if kind != "spatial" else ()))
     rules = {"spatial": "place", "3d_spatial": "depth", "numeracy": "numbers", "non_spatial": "alignment"}
     return (rules.get(entry.category, "attributes"),)
 

@@ -40,7 +40,7 @@ class Question(NamedTuple):
 
 
 class DPGBench(Benchmark):
-    """DPG-Bench: 1065 long prompts with 13 questions each on average.
+    """DPG-Bench: 1065 long prompts, each with questions about it.
 
     Args:
         vqa: The model that answers. Default: Qwen2.5-VL 7B of transformers in bfloat16.
