@@ -185,9 +185,10 @@ class GuidedDiffusion(L.LightningModule):
         self._resolve()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
+            self._choose_rows(prompts, seeds, negative_prompts)
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
             start.context.on_step, start.context.recorder = self.on_step, recorder
-            self.ledger = start.context.ledger
+            self.ledger = self.diffusion.chunker.ledger = start.context.ledger
             with start.context.ledger.timed("total_seconds", self.diffusion.device):
                 final = self.sampler(start, self.value)
                 _ = final.images
@@ -297,3 +298,22 @@ class GuidedDiffusion(L.LightningModule):
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""
         self.diffusion.chunker.resolve(self._costs_nothing and self.diffusion.device.type == "cpu")
+
+    def _choose_rows(
+        self, prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str | None] | None
+    ) -> None:
+        """In the reproducible mode, chooses the rows at once before anything is drawn, where memory may be short."""
+        chunker = self.diffusion.chunker
+        if chunker.most is None or chunker.chosen:
+            return
+        row = torch.zeros(1, *self.diffusion.latent_shape, dtype=self.diffusion.dtype, device=self.diffusion.device)
+        if chunker.may_be_short(row):
+            negatives = None if negative_prompts is None else negative_prompts[:1]
+            with chunker.choosing():
+                state = Start(self.diffusion, prompts[:1], seeds[:1], negatives)()
+                if self.sampler.needs_gradient:
+                    state.gradient(self.value)
+                for reward in self.rewards.values():
+                    if not (getattr(reward, "threads", 0) or reward.groupwise):
+                        state.scores(reward)
+        chunker.choose()

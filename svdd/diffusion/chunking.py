@@ -1,24 +1,33 @@
 """Limits how many rows a device processes at once, and which rows are processed together."""
 
+import gc
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Chunker", "Reproducible", "redrawn"]
+from svdd import UserError, first_line, is_out_of_memory
+from svdd.diffusion.memory import free_memory, in_units, release_memory
+from svdd.diffusion.row_limits import RowLimits, device_of, kind_of, may_be_short, name_of
+
+__all__ = ["Chunker", "OutOfMemory", "Reproducible", "redrawn"]
 
 Reproducible = bool | Literal["auto"]
 Work = tuple[Any, ...]  # hashable: the part of the model, then all else that decides the cost of a row
 Rows = TypeVar("Rows", bound=Tensor | tuple[Tensor, ...] | dict[str, Tensor])
 _MOST = 20  # rows of an image at once: the usual M; in float32 larger calls are not faster on a CPU
 _state = threading.local()  # `inside`: this thread computes a part, whose rows stay together
+
+
+class OutOfMemory(UserError, torch.OutOfMemoryError):
+    """The smallest call does not fit into the memory of the device."""
 
 
 class Chunker:
@@ -29,12 +38,17 @@ class Chunker:
     `most` rows, and one thread computes it. Several threads compute several parts.
 
     Args:
-        size: Rows at once, at least 1, or `auto`: all, halved whenever memory runs out; the smaller size is kept.
-            Without effect in the reproducible mode.
+        size: Rows at once, at least 1, or `auto`: as many of each function as fit into the free memory, see
+            `RowLimits`. Without effect in the reproducible mode.
         reproducible: Whether to use the reproducible mode; `auto` is resolved by `resolve`, and means no until then.
 
     Attributes:
-        most: In the reproducible mode, rows of an image at once; halved when memory runs out. None in the other mode.
+        limit: Rows at once of all functions; None without such a limit.
+        most: In the reproducible mode, rows of an image at once, of all functions; lowered when they do not fit. None
+            in the other mode.
+        agree: Called with a lower `most`; returns that of all processes of the run, which it records.
+        chosen: Whether `most` is final, unless memory runs out.
+        ledger: Of the batch; a call whose result is dropped leaves it as it was.
         concurrent: Whether the functions mapped with `parallel` may run in several threads.
     """
 
@@ -47,6 +61,10 @@ class Chunker:
         self.automatic = size == "auto"
         self.reproducible, self.concurrent = reproducible, False
         self.most: int | None = _MOST if reproducible is True else None
+        self.limits = RowLimits()
+        self.agree: Callable[[int], int | None] = lambda most: most
+        self.ledger: Any = None
+        self.chosen = self._choosing = False
 
     def resolve(self, automatic: bool) -> None:
         """Switches the reproducible mode on or off where the setting leaves it open."""
@@ -71,54 +89,139 @@ class Chunker:
         slice holds all rows of one image, whatever the chunk size.
 
         Raises:
-            torch.OutOfMemoryError: If a single row, a chunk of fixed size, or a whole image does not fit. In the
-                reproducible mode also when `most` is halved: then the batch must be drawn again, see `redrawn`.
+            OutOfMemory: If a single row, a chunk of fixed size, or a whole image does not fit.
+            torch.OutOfMemoryError: In the reproducible mode, if `most` is lowered: then the batch must be drawn again,
+                see `redrawn`.
         """
         count = len(arguments[0])
         if getattr(_state, "inside", False):
             return function(*arguments)
         if self.most is None and not whole:
-            return self._in_chunks(function, count, arguments)
+            return self._in_chunks(function, count, arguments, work)
         per_image = count // images
         parts = 1 if self.most is None or whole else -(-per_image // self.most)
         ends = [g * per_image + per_image * (k + 1) // parts for g in range(images) for k in range(parts)]
         slices = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        if self.most is None:
-            return _join([function(*(argument[part] for argument in arguments)) for part in slices])
+        largest, failed = max(part.stop - part.start for part in slices), ""
         try:
+            if self.most is None:
+                return _join([function(*(argument[part] for argument in arguments)) for part in slices])
             with _deterministic() as threads:
                 compute = partial(
                     _compute, function, arguments, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 )
-                several = parallel and self.concurrent and threads > 1 and len(slices) > 1
-                if several and _on_cpu(arguments) and not torch.is_autocast_enabled("cpu"):
-                    return _join(list(_workers(threads, os.getpid()).map(compute, slices)))
+                several = parallel and self.concurrent and threads > 1 and _on_cpu(arguments)
+                several = several and not torch.is_autocast_enabled("cpu")
+                if not whole:
+                    self._fit(function, work, largest, arguments, compute, threads if several else 1, len(slices))
+                if several and len(slices) > 1:
+                    return _join(_together(_workers(threads, os.getpid()), compute, slices))
                 return _join([compute(part) for part in slices])
-        except torch.OutOfMemoryError as error:
-            largest = max(part.stop - part.start for part in slices)
-            if largest == 1 or whole:
+        except Exception as error:
+            if isinstance(error, _Lowered) or not is_out_of_memory(error):
                 raise
-            self.most = largest // 2
-            _free()
-            what = f"out of memory with {largest} rows of an image at once: now {self.most}, which may change last bits"
-            warnings.warn(what, stacklevel=2)
-            raise torch.OutOfMemoryError(f"{what}; draw the batch again") from error
+            if largest == 1 or whole or self.most is None:
+                raise _does_not_fit(work, largest, arguments, error, False) from error
+            failed = first_line(error)
+        release_memory(device_of(arguments))
+        return self._lower(largest // 2, f"out of memory with {largest} rows of an image at once", failed)
 
-    def _in_chunks(self, function: Callable[..., Rows], count: int, arguments: Sequence[Sequence | Tensor]) -> Rows:
+    def may_be_short(self, row: Tensor) -> bool:
+        """Whether `most` latents at once, of which `row` holds one, [1, ...], might not fit into the free memory."""
+        free, threads = free_memory(row.device), torch.get_num_threads() if self.concurrent else 1
+        return free is not None and may_be_short(("network",), (row,), threads * (self.most or 0), free)
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Lets calls with one row lower `most`, before anything is drawn, to what fits."""
+        self._choosing = True
+        try:
+            yield
+        finally:
+            self._choosing = False
+
+    def choose(self) -> None:
+        """Agrees on `most` with the other processes of the run."""
+        assert self.most is not None
+        self.most, self.chosen = self.agree(self.most), True
+
+    def _fit(
+        self,
+        function: Callable[..., Any],
+        work: Work,
+        largest: int,
+        arguments: Sequence[Any],
+        compute: Callable[[slice], Any],
+        threads: int,
+        parts: int,
+    ) -> None:
+        """Lowers `most` if `largest` rows of a function, or `most` while it is chosen, do not fit at once."""
+        assert self.most is not None
+        wanted, share = (self.most, threads) if self._choosing else (largest, min(threads, parts))
+        fits = self._rows(function, work, wanted, arguments, lambda: compute(slice(0, 1)), share)
+        if fits < wanted and self._choosing:
+            self.most = fits
+        elif fits < wanted:
+            self._lower(fits, f"{wanted} rows of an image at once do not fit in the {name_of(work)}", "")
+
+    def _lower(self, most: int, why: str, error: str) -> Any:
+        """Lowers `most` and ends the batch."""
+        self.most = self.agree(most)
+        what = f"{why}: now {self.most}, which may change last bits"
+        warnings.warn(what, stacklevel=3)
+        raise _Lowered(f"{what}; draw the batch again{f' ({error})' if error else ''}")
+
+    def _rows(
+        self,
+        function: Callable[..., Any],
+        work: Work,
+        wanted: int,
+        arguments: Sequence[Any],
+        one: Callable[[], Any],
+        share: int = 1,
+    ) -> int:
+        before = {} if self.ledger is None else dict(vars(self.ledger))
+        try:
+            return self.limits.rows(kind_of(function, work, arguments), work, wanted, arguments, one, share)
+        finally:
+            if before:
+                vars(self.ledger).update(before)
+
+    def _in_chunks(
+        self, function: Callable[..., Rows], count: int, arguments: Sequence[Sequence | Tensor], work: Work
+    ) -> Rows:
+        def compute(part: slice) -> Rows:
+            return function(*(argument[part] for argument in arguments))
+
         done: list[Rows] = []
-        start = 0
+        start, limit = 0, self.limit or count
         while start < count:
-            size = min(self.limit or count, count - start)
+            failed, left = 0, count - start
+            size, before = min(limit, left), {} if self.ledger is None else dict(vars(self.ledger))
             try:
-                done.append(function(*(argument[start : start + size] for argument in arguments)))
+                if self.automatic:
+                    if not start:
+                        size = limit = self._rows(function, work, size, arguments, lambda: compute(slice(0, 1)))
+                    size = -(-left // -(-left // limit))  # equal parts
+                done.append(compute(slice(start, start + size)))
                 start += size
-            except torch.OutOfMemoryError:
-                if not self.automatic or size == 1:
+            except Exception as error:
+                if not is_out_of_memory(error):
                     raise
-                self.limit = size // 2
-                _free()
-                warnings.warn(f"out of memory with {size} rows at once: chunk_size is now {self.limit}", stacklevel=3)
+                if not self.automatic or size == 1:
+                    raise _does_not_fit(work, size, arguments, error, not self.automatic and size > 1) from error
+                failed = size
+            if failed:  # after the handler, as the error's traceback holds tensors
+                if before:
+                    vars(self.ledger).update(before)
+                limit = self.limits.lower(kind_of(function, work, arguments), failed, device_of(arguments))
+                what = f"out of memory with {failed} rows at once: chunk_size is now {limit} for the {name_of(work)}"
+                warnings.warn(what, stacklevel=3)
         return _join(done)
+
+
+class _Lowered(torch.OutOfMemoryError):
+    """The batch must be drawn again with a lower `Chunker.most`."""
 
 
 def redrawn(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,12 +233,9 @@ def redrawn(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def repeated(self: Any, *args: Any, **kwargs: Any) -> Any:
         while True:
-            most = self.diffusion.chunker.most
-            try:
+            with suppress(_Lowered):
                 return method(self, *args, **kwargs)
-            except torch.OutOfMemoryError:
-                if self.diffusion.chunker.most == most:
-                    raise
+            gc.collect()  # what the batch held
 
     return repeated
 
@@ -176,9 +276,27 @@ def _on_cpu(arguments: Sequence[Any]) -> bool:
     return all(argument.device.type == "cpu" for argument in arguments if isinstance(argument, Tensor))
 
 
-def _free() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _together(workers: ThreadPoolExecutor, compute: Callable[[slice], Any], slices: Sequence[slice]) -> list[Any]:
+    """Computes parts in several threads; after an error it waits for those that have begun."""
+    waiting = [workers.submit(compute, part) for part in slices]
+    if any(future.exception() for future in wait(waiting, return_when=FIRST_EXCEPTION).done):
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+        raise next(error for future in waiting if not future.cancelled() and (error := future.exception()))
+    return [future.result() for future in waiting]
+
+
+def _does_not_fit(work: Work, rows: int, arguments: Sequence[Any], error: BaseException, fixed: bool) -> OutOfMemory:
+    """Returns an error in one line: which function, how many rows, what is free, and what to do."""
+    device, name = device_of(arguments), name_of(work)
+    free = free_memory(device)
+    known = "" if free is None else f", {in_units(free)} are free"
+    count = "a row does" if rows == 1 else f"{rows} rows at once do"
+    less = {"reward": "take a smaller reward or smaller pictures", "decoder": "set vae_slicing or vae_tiling"}
+    help = f"{less.get(name, 'take smaller pictures')}, dtype bfloat16 or offload model (model.diffusion.…)"
+    help = "lower model.diffusion.chunk_size, or set it to auto" if fixed else help
+    return OutOfMemory(f"out of memory: {count} not fit in the {name} on {device}{known} ({first_line(error)}); {help}")
 
 
 def _join(parts: list[Any]) -> Any:

@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -116,6 +117,7 @@ class RunWriter(L.Callback):
     def _follow_rows_at_once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (chunker := _chunker(pl_module)) is not None:
             chunker.most = self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
+            chunker.agree = partial(self.folder.record_rows_at_once, rank=self._rank(trainer), agree=True)
 
     def _rank(self, trainer: L.Trainer) -> int:
         return trainer.global_rank if self.rank is None else self.rank
