@@ -46,13 +46,18 @@ class Pool:
 
     def cancel(self) -> None:
         """Drops the work that has not begun, and lets the threads end."""
+        ends = 0  # of threads, which an earlier `close` has asked for
         while True:
             try:
                 job = self._jobs.get_nowait()
             except Empty:
                 break
-            if job is not None:
+            if job is None:
+                ends += 1
+            else:
                 job[0].cancel()
+        for _ in range(ends):
+            self._jobs.put(None)
         self.close()
 
     def __del__(self) -> None:
