@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svdd import UserError, did_you_mean, first_line
+from svdd import UserError, did_you_mean, first_line, is_out_of_memory
 from svdd.assets.hub import quiet
-from svdd.diffusion.memory import is_out_of_memory
 from svdd.diffusion.twins import is_unet
 
 __all__ = ["attention_errors", "check_backend", "runs_in_threads", "set_backend"]
