@@ -60,7 +60,7 @@ class _Compiled:
             return module._call_impl(*args, **kwargs)
 
         call.__code__ = call.__code__.replace()  # PyTorch keeps graphs, a limited number, by code object
-        options = {"deterministic": True} if deterministic and _can_be_deterministic() else None
+        options: Any = {"deterministic": True} if deterministic and _can_be_deterministic() else None
         self._name, self._compiled = name, torch.compile(call, backend=DEFAULT, options=options)
         self._possible = True
         self._known: set[Any] = set()  # calls for which a graph exists

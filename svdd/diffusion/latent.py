@@ -277,7 +277,7 @@ class LatentDiffusion(PipelineParts):
             if self.tiny is None:
                 raise UserError(f"there is no small decoder for {type(self).__name__}; give a folder or a hub name")
             source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
-        tiny = self.order_weights(TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only))
+        tiny: Any = self.order_weights(TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only))
         if self.compiled:
             compile_calls([tiny.decoder], self.chunker.reproducible is True)
         return tiny
