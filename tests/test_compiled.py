@@ -15,7 +15,6 @@ from svdd.diffusion.twins import blocks_of
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.brightness import Brightness
 from svdd.samplers.svdd import SVDD
-from svdd.samplers.twisted_smc import TwistedSMC
 
 ROWS = (6, 8, 1, 4, 2, 1, 3, 15)
 
@@ -166,12 +165,11 @@ def test_the_blocks_of_a_transformer_are_compiled_one_by_one(counting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "modes"), [(SVDD(4), 1), (TwistedSMC(4), 2)], ids=["SVDD", "TwistedSMC"])
-def test_a_run_compiles_network_and_decoder_twice_at_most(sampler, modes, sd15, counting):
+def test_a_run_compiles_network_and_decoder_once(sd15, counting):
     images, fingerprints, names = [], [], []
     for compile in (False, True):
         diffusion = StableDiffusion(sd15, 3, compile=compile, height=16, width=16, reproducible=False)
-        model = GuidedDiffusion(Brightness(), diffusion, sampler)
+        model = GuidedDiffusion(Brightness(), diffusion, SVDD(3))
         for prompts in (["a", "b"], ["c", "d"], ["e"]):  # the last batch is smaller
             with torch.inference_mode():
                 images.append(model.sample(prompts, seed=len(images) % 3)[0])
@@ -182,18 +180,18 @@ def test_a_run_compiles_network_and_decoder_twice_at_most(sampler, modes, sd15, 
     assert fingerprints[0] == fingerprints[1]
     assert names[0] == names[1]
     of_network = ["encoder_hidden_states" in graph.code for graph in counting.graphs]
-    assert 1 <= of_network.count(True) <= 2 * modes  # with and without gradients
-    assert 1 <= of_network.count(False) <= 2 * modes
+    assert sorted(of_network) == [False, True]
 
 
 @pytest.mark.slow
 def test_kernels_of_the_real_compiler_serve_other_numbers_of_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    plain, module = layer(), layer()
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    module = copy.deepcopy(plain)
     compile_calls([module])
-    with torch.inference_mode():
-        found = {rows: call(module, *inputs(rows)) for rows in (6, 3)}
-        for rows, output in found.items():
-            torch.testing.assert_close(output, call(plain, *inputs(rows)))
-            assert torch.equal(call(module, *inputs(rows)), output)
+    with torch.inference_mode(), torch._inductor.config.patch({"cpp_cache_precompile_headers": False}):
+        for rows in (6, 3, 6):
+            x, *_ = inputs(rows)
+            torch.testing.assert_close(module(x), plain(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
