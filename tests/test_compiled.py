@@ -187,6 +187,7 @@ def test_a_run_compiles_network_and_decoder_once(sd15, counting):
 def test_kernels_of_the_real_compiler_serve_other_numbers_of_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     module = copy.deepcopy(plain)
     compile_calls([module])
