@@ -1,6 +1,6 @@
 """Loops that a user writes over a pipeline of diffusers, to which benchmarks/hardware.py compares svdd.
 
-They use the pipeline's own parts, one picture per call or all candidates of a step in one call, and know nothing of svdd.
+They use the pipeline's own parts alone, for one picture per call or for all candidates of a step in one call.
 """
 
 import io
@@ -32,7 +32,9 @@ class Calls:
         self._parts = {"network": network_of(pipe), "decoder": pipe.vae.decoder}
 
     def __enter__(self) -> "Calls":
-        self._hooks = [part.register_forward_pre_hook(self._hook(k), with_kwargs=True) for k, part in self._parts.items()]
+        self._hooks = [
+            part.register_forward_pre_hook(self._hook(k), with_kwargs=True) for k, part in self._parts.items()
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +95,7 @@ class PlainLoops:
 
     @torch.no_grad()
     def svdd(self, prompt: str, candidates: Sequence[int], together: bool = False) -> Tensor:
-        """Soft value-based decoding with so many candidates in each step, evaluated one by one, or those of a step at once.
+        """Soft value-based decoding with so many candidates in each step, one by one or those of a step at once.
 
         The prediction of the candidate that is kept is that of the next step's parent.
         """
