@@ -138,6 +138,11 @@ class Shape(NamedTuple):
         """Whether it is the embedded model, whose weights are real."""
         return not self.parts
 
+    @property
+    def flow(self) -> bool:
+        """Whether it is a flow model with a transformer."""
+        return "transformer" in self.parts
+
     def build(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """Returns the pipeline with random weights, which are made on the device and in the type at once."""
         kind: Any = getattr(diffusers, self.pipeline)
@@ -156,7 +161,6 @@ def random(make: Callable[[], nn.Module], device: str | torch.device, dtype: tor
         module = make().eval()
     generator = torch.Generator(device).manual_seed(0)
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
-    made: dict[int, nn.Parameter] = {}  # tied weights are one
 
     def weight(name: str, parameter: Tensor) -> nn.Parameter:
         kind = torch.float32 if kept & {*name.split(".")} else dtype
@@ -172,10 +176,9 @@ def random(make: Callable[[], nn.Module], device: str | torch.device, dtype: tor
         for prefix, part in module.named_modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
-                    key = id(parameter)
-                    if key not in made:
-                        made[key] = weight(f"{prefix}.{name}", parameter)
-                    part._parameters[name] = made[key]
+                    part._parameters[name] = weight(f"{prefix}.{name}", parameter)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
     return module.to(device)
 
 
