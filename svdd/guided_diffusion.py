@@ -29,7 +29,7 @@ from svdd.samplers.budget import Cost, Uncountable, count, current_count, fit_bu
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 from svdd.state.recorder import Recorder, recorded
-from svdd.state.scoring import score, score_all, to_host
+from svdd.state.scoring import score, score_all
 from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.state.trace import STATISTICS, rounded
@@ -212,7 +212,6 @@ class GuidedDiffusion(L.LightningModule):
         texts = [self.columns.text(prompt) for prompt, _ in jobs]
         final = self.draw(texts, seeds, [prompt.negative_prompt for prompt, _ in jobs])
         returned = len(final.x) // len(jobs)
-        pictures, arrived = to_host(final.images)
         found = score_all(self.rewards, self.diffusion.chunker, final.images, final.prompts, len(jobs), len(batch))
         scores = {name: rounded(values) for name, values in found.items()}
         trace, ledger = final.context.trace, final.context.ledger.per_image(len(final.x))
@@ -240,8 +239,7 @@ class GuidedDiffusion(L.LightningModule):
             {"prompt_index": prompt.index, "image_index": k * returned, **columns}
             for (prompt, k), columns in zip(jobs, trace.per_image(lineage=returned > 1), strict=False)
         ]
-        arrived()
-        return Prediction(pictures, rows, traces)
+        return Prediction(final.images, rows, traces)
 
     def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdd import RewardError, UserError, first_line
+from svdd import RewardError, UserError, first_line, is_out_of_memory
 from svdd.rewards.columns import require_columns
 
 __all__ = ["CORES", "Reward", "full_precision", "is_device_failure", "sparing", "sparing_rewards", "to_bytes"]
@@ -27,11 +27,6 @@ _NO_EFFECT |= {"backoff", "concurrency", "retries", "timeout"}
 _UNSTATED = {("revision", None), ("dtype", "float32"), ("label", "")}  # arguments that the identity leaves out
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices
-
-_DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
-    *("cuda error", "out of memory"),
-    *("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
-)
 
 
 class Reward(nn.Module, ABC):
@@ -208,10 +203,10 @@ def sparing(tensors: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> C
 
 def is_device_failure(error: Exception) -> bool:
     """Whether the device or a lack of memory, not the reward, caused the error or one that it was raised from."""
-    kinds = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-    named = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _DEVICE_FAILURES)
+    failed = isinstance(error, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    named = isinstance(error, RuntimeError) and "cuda error" in str(error).lower()
     cause = error.__cause__ or error.__context__
-    return isinstance(error, kinds) or named or (isinstance(cause, Exception) and is_device_failure(cause))
+    return failed or named or is_out_of_memory(error) or (isinstance(cause, Exception) and is_device_failure(cause))
 
 
 def _is_asynchronous(device: torch.device) -> bool:
