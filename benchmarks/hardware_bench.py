@@ -68,9 +68,9 @@ class Bench:
         self.cost: dict[str, float] = {}  # seconds of one row, alone, and of a row in the best measured call
         self.compile_seconds: dict[str, float] = {}
 
-    def chain(self, steps: int = 2, **options: Any) -> LatentDiffusion:
+    def chain(self, steps: int = 2, reset: bool = True, **options: Any) -> LatentDiffusion:
         """Returns the chain, after putting the weights of convolutions back into the pipeline's own order."""
-        for part in (network_of(self.pipe), self.pipe.vae):
+        for part in (network_of(self.pipe), self.pipe.vae) if reset else ():
             for layer in (layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)):
                 layer.to(memory_format=torch.contiguous_format)
         size = {} if self.shape.emoji else {"height": self.shape.pixels, "width": self.shape.pixels}
@@ -164,8 +164,9 @@ class Bench:
                         self.cost.setdefault(f"{part} alone", seconds)
             n *= 2
 
-    def predict(self, model: GuidedDiffusion) -> tuple[float, float]:
+    def predict(self, name: str, size: int, reward: type[Reward], steps: int) -> tuple[float, float]:
         """Returns the expected seconds of a batch, and of the loop that evaluates one row at a time."""
+        model = self.model(name, size, reward, steps, reset=False, parity=True)  # which moves no weights
         assert model.cost is not None
         rows, images = model.cost.denoiser_rows, model.cost.decoded_images
         alone = rows * self.cost["network alone"] + images * self.cost["decoder alone"]
@@ -177,9 +178,9 @@ class Bench:
 
     def choose_steps(self, most: int | None) -> int:
         """Returns the largest T at which all samplers at their full sizes and their loops take 60 % of what is left."""
-        most = most or min(STEPS[0], self.chain().default_steps)
+        most = most or min(STEPS[0], self.chain(reset=False, parity=True).default_steps)
         for steps in sorted({most, *(each for each in STEPS if each < most)}, reverse=True):
-            found = [(name, self.predict(self.model(name, sizes[0], kind, steps))) for name, sizes, kind in JOBS]
+            found = [(name, self.predict(name, sizes[0], kind, steps)) for name, sizes, kind in JOBS]
             total = sum(own + (own + alone if name != "SMC" else 0) for name, (own, alone) in found)
             if total <= 0.6 * self.clock.left:
                 return steps
@@ -189,8 +190,7 @@ class Bench:
         """Times guided sampling and the loops of a user with as many calls."""
         for name, sizes, kind in JOBS:
             for size in sizes:
-                model = self.model(name, size, kind, steps)
-                own, alone = self.predict(model)
+                own, alone = self.predict(name, size, kind, steps)
                 compares = name != "SMC" and kind is Compressibility
                 needed = own + (alone if compares else 0)
                 if size != sizes[0]:
@@ -198,7 +198,7 @@ class Bench:
                 else:
                     fits = self.clock.fits(needed, f"{name}, {size}, {kind.__name__}", share=0.6)
                 if fits:
-                    run = self.run(model, name, size)
+                    run = self.run(model := self.model(name, size, kind, steps), name, size)
                     self.runs.append(run)
                     if compares and "error" not in run:
                         self.compare(run, model, name, size, steps)
@@ -239,7 +239,7 @@ class Bench:
         """Times a user's loops of as many calls and enters them into the record of a run."""
         chain: Any = model.diffusion
         counts = [size if chain.std(i) > 0 else 1 for i in range(steps)]
-        own, alone = self.predict(model)
+        own, alone = self.predict(name, size, Compressibility, steps)
         scheduler, _ = self.pipe.scheduler, self.chain(parity=True)  # a user's pipeline is not reordered
         loops = PlainLoops(self.pipe, steps, chain.guidance_scale, self.shape.pixels)
         for label, together, expected in (("one by one", False, alone), ("at once", True, own)):
@@ -265,7 +265,8 @@ class Bench:
             self.clock.left_out.append("compile: not wanted")
             return
         leaves = {"decoder": _leaves(self.pipe.vae.decoder), "network": _leaves(network_of(self.pipe))}
-        per_leaf, chain = 0.2, self.chain(compile=True)
+        per_leaf = 1.0 if self.device.type == "cpu" else 0.2  # seconds, a guess until the decoder is compiled
+        chain = self.chain(compile=True)
         for part in ("decoder", "network"):
             done = [record["rows"] for record in self.rows if record["part"] == part and "seconds" in record]
             rows = max((n for n in done if n * self.cost[part] < LONG), default=min(done))
