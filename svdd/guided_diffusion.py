@@ -236,7 +236,7 @@ class GuidedDiffusion(L.LightningModule):
             {"prompt_index": prompt.index, "image_index": k * returned, **columns}
             for (prompt, k), columns in zip(jobs, trace.per_image(lineage=returned > 1), strict=False)
         ]
-        return Prediction(final.images.cpu(), rows, traces)
+        return Prediction(final.images, rows, traces)
 
     def _score(self, reward: Reward, final: State, prompts: int) -> Tensor:
         groups = prompts if reward.groupwise else final.num_images
