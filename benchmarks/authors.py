@@ -43,9 +43,9 @@ OURS = {  # names of benchmarks/compute.py
 ABOUT = (
     f"SVDD at alpha 0, guided by the JPEG size, on the embedded model: M = {CANDIDATES}, T = {STEPS}, guidance scale "
     f"{SCALE:g}, eta 1. The authors' code is `Decoding_nonbatch_SDPipeline` of github.com/masa-ue/SVDD-image, commit "
-    "86cc585, which evaluates a batch of prompts once per candidate. Two or four prompts at once, the same for all "
-    "recipes; the authors' default is two. CPU seconds are those of one thread for an image, loading left out; recipes "
-    "alternate, and `relative` is taken over the images that a recipe and the authors' code both have. All start from "
+    "86cc585, which evaluates a batch of prompts once per candidate. CPU seconds are those of one thread for an image, "
+    "four prompts at once (the authors' default is two), loading left out; they are kept where the recipes alternated, "
+    "on 8 of the 16 prompts. All start from "
     "the same latents and draw other noise after it. The same scorers score the finished images; differences are "
     "paired by prompt, with 95 % intervals (Student's t); the reward is minus the JPEG size in kB.",
     "",
@@ -187,8 +187,13 @@ def report(cells: Cells) -> str:
         places = sorted(own.keys() & theirs.keys())
         if not places:
             continue
-        seconds, others = (sum(each[place]["seconds"] for place in places) for each in (own, theirs))
-        entry = [name, str(len(places)), f"{seconds / len(places):.1f}", f"{seconds / others:.2f}"]
+        timed = [place for place in places if "seconds" in own[place] and "seconds" in theirs[place]]
+        seconds, others = (sum(each[place]["seconds"] for place in timed) for each in (own, theirs))
+        entry = [
+            name,
+            str(len(places)),
+            *((f"{seconds / len(timed):.1f}", f"{seconds / others:.2f}") if timed else ("", "")),
+        ]
         for reward in ("Compressibility", "CLIPScore"):
             entry.append(f"{sum(own[place]['scores'][reward] for place in places) / len(places):.3f}")
             entry.append("" if name == AUTHORS else _minus(own, theirs, places, reward))
