@@ -1,5 +1,6 @@
 """The time that a benchmark may take."""
 
+import math
 import time
 
 __all__ = ["Clock"]
@@ -24,5 +25,6 @@ class Clock:
     def fits(self, seconds: float, what: str, share: float = 1.0) -> bool:
         """Returns whether so much fits into a share of the remaining time; if not, notes what is left out."""
         if seconds > share * self.left:
-            self.left_out.append(f"{what}: about {seconds:.0f} s, {max(0.0, self.left):.0f} s were left")
+            needs = f"about {seconds:.0f} s, {max(0.0, self.left):.0f} s were left"
+            self.left_out.append(f"{what}: {needs if seconds < math.inf else 'out of memory'}")
         return seconds <= share * self.left

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.clock import Clock
 from benchmarks.plain_loops import Calls, PlainLoops, network_of
-from benchmarks.shapes import Shape, diffusion
+from benchmarks.shapes import Shape, diffusion, leaves
 from svdd import first_line, is_out_of_memory
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.memory import PeakMemory, release_memory
@@ -68,9 +68,9 @@ class Bench:
         self.cost: dict[str, float] = {}  # seconds of one row, alone, and of a row in the best measured call
         self.compile_seconds: dict[str, float] = {}
 
-    def chain(self, steps: int = 2, **options: Any) -> LatentDiffusion:
+    def chain(self, steps: int = 2, reset: bool = True, **options: Any) -> LatentDiffusion:
         """Returns the chain, after putting the weights of convolutions back into the pipeline's own order."""
-        for part in (network_of(self.pipe), self.pipe.vae):
+        for part in (network_of(self.pipe), self.pipe.vae) if reset else ():
             for layer in (layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)):
                 layer.to(memory_format=torch.contiguous_format)
         size = {} if self.shape.emoji else {"height": self.shape.pixels, "width": self.shape.pixels}
@@ -144,10 +144,17 @@ class Bench:
     def measure_rows(self) -> None:
         """Times both parts by rows, as the pipeline has its weights and as svdd orders them, in turns."""
         chain, until = self.chain(parity=True), ROWS_SHARE * self.clock.total
-        for part in ("network", "decoder"):
-            with torch.inference_mode():
-                self.cost[part] = self.timed(self.call(chain, part, 1))  # also a warm-up
         open_parts, n = {"network", "decoder"}, 1
+        for part in ("network", "decoder"):
+            try:
+                with torch.inference_mode():
+                    self.cost[part] = self.timed(self.call(chain, part, 1))  # also a warm-up
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.rows.append({"part": part, "rows": 1, "mode": "parity", "error": "out of memory"})
+                self.cost[part] = self.cost[f"{part} alone"] = math.inf
+                open_parts.discard(part)
         while open_parts and n <= self.most_rows:
             for part in sorted(open_parts):
                 expected, what = 2 * n * self.cost[part] * (6 if n * self.cost[part] < LONG else 1), f"{part}, {n} rows"
@@ -164,8 +171,9 @@ class Bench:
                         self.cost.setdefault(f"{part} alone", seconds)
             n *= 2
 
-    def predict(self, model: GuidedDiffusion) -> tuple[float, float]:
+    def predict(self, name: str, size: int, reward: type[Reward], steps: int) -> tuple[float, float]:
         """Returns the expected seconds of a batch, and of the loop that evaluates one row at a time."""
+        model = self.model(name, size, reward, steps, reset=False, parity=True)  # which moves no weights
         assert model.cost is not None
         rows, images = model.cost.denoiser_rows, model.cost.decoded_images
         alone = rows * self.cost["network alone"] + images * self.cost["decoder alone"]
@@ -177,9 +185,9 @@ class Bench:
 
     def choose_steps(self, most: int | None) -> int:
         """Returns the largest T at which all samplers at their full sizes and their loops take 60 % of what is left."""
-        most = most or min(STEPS[0], self.chain().default_steps)
+        most = most or min(STEPS[0], self.chain(reset=False, parity=True).default_steps)
         for steps in sorted({most, *(each for each in STEPS if each < most)}, reverse=True):
-            found = [(name, self.predict(self.model(name, sizes[0], kind, steps))) for name, sizes, kind in JOBS]
+            found = [(name, self.predict(name, sizes[0], kind, steps)) for name, sizes, kind in JOBS]
             total = sum(own + (own + alone if name != "SMC" else 0) for name, (own, alone) in found)
             if total <= 0.6 * self.clock.left:
                 return steps
@@ -189,16 +197,15 @@ class Bench:
         """Times guided sampling and the loops of a user with as many calls."""
         for name, sizes, kind in JOBS:
             for size in sizes:
-                model = self.model(name, size, kind, steps)
-                own, alone = self.predict(model)
+                own, alone = self.predict(name, size, kind, steps)
                 compares = name != "SMC" and kind is Compressibility
-                needed = own + (alone if compares else 0)
+                needed = own + (alone if compares and size != sizes[-1] else 0)
                 if size != sizes[0]:
                     fits = needed <= 0.6 * self.clock.left
                 else:
                     fits = self.clock.fits(needed, f"{name}, {size}, {kind.__name__}", share=0.6)
                 if fits:
-                    run = self.run(model, name, size)
+                    run = self.run(model := self.model(name, size, kind, steps), name, size)
                     self.runs.append(run)
                     if compares and "error" not in run:
                         self.compare(run, model, name, size, steps)
@@ -239,11 +246,11 @@ class Bench:
         """Times a user's loops of as many calls and enters them into the record of a run."""
         chain: Any = model.diffusion
         counts = [size if chain.std(i) > 0 else 1 for i in range(steps)]
-        own, alone = self.predict(model)
+        own, alone = self.predict(name, size, Compressibility, steps)
         scheduler, _ = self.pipe.scheduler, self.chain(parity=True)  # a user's pipeline is not reordered
         loops = PlainLoops(self.pipe, steps, chain.guidance_scale, self.shape.pixels)
-        for label, together, expected in (("one by one", False, alone), ("at once", True, own)):
-            if not self.clock.fits(expected, f"loop, {label}, for {name}, {size}", share=0.9):
+        for label, together, expected, share in (("one by one", False, alone, 0.9), ("at once", True, own, 0.4)):
+            if not self.clock.fits(expected, f"loop, {label}, for {name}, {size}", share):
                 continue
             run[label] = loop = {}
             try:
@@ -264,12 +271,15 @@ class Bench:
         if not self.compiles:
             self.clock.left_out.append("compile: not wanted")
             return
-        leaves = {"decoder": _leaves(self.pipe.vae.decoder), "network": _leaves(network_of(self.pipe))}
-        per_leaf, chain = 0.2, self.chain(compile=True)
+        layers = {"decoder": leaves(self.pipe.vae.decoder), "network": leaves(network_of(self.pipe))}
+        per_leaf = 1.0 if self.device.type == "cpu" else 0.2  # seconds, a guess until the decoder is compiled
+        chain = self.chain(compile=True)
         for part in ("decoder", "network"):
             done = [record["rows"] for record in self.rows if record["part"] == part and "seconds" in record]
+            if not done:
+                return
             rows = max((n for n in done if n * self.cost[part] < LONG), default=min(done))
-            expected = per_leaf * leaves[part] + 3 * rows * self.cost[part]
+            expected = per_leaf * layers[part] + 3 * rows * self.cost[part]
             if not self.clock.fits(expected, f"compiling the {part}"):
                 return
             with torch.inference_mode():
@@ -280,17 +290,10 @@ class Bench:
                     self.clock.left_out.append(f"compiling the {part}: {first_line(error)}")
                     return
             self.compile_seconds[part] = first - min(first, rows * self.cost[part])
-            per_leaf = max(per_leaf, self.compile_seconds[part] / leaves[part])
+            per_leaf = max(per_leaf, self.compile_seconds[part] / layers[part])
             self.measure(part, rows, "compiled", chain)
         found = next((run for run in self.runs if run["sampler"] == "SVDD" and "error" not in run), None)
         if found is not None and self.clock.fits(2 * found["seconds"], "compiled SVDD"):
             model = self.model("SVDD", found["size"], Compressibility, steps, compile=True)
             self.compile_seconds["SVDD"] = self.timed(lambda: model.draw([PROMPT], [1]))  # compiles for its rows
             self.runs.append(self.run(model, "SVDD", found["size"], "compiled"))
-
-
-def _leaves(part: nn.Module) -> int:
-    """Returns the number of layers that are compiled: in a transformer, those of one block of each kind."""
-    lists = [layers for layers in part.children() if isinstance(layers, nn.ModuleList) and len(layers)]
-    chosen = [part] if "Transformer" not in type(part).__name__ else [layers[0] for layers in lists]
-    return sum(not any(layer.children()) for each in chosen for layer in each.modules())

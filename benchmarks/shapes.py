@@ -30,7 +30,7 @@ from tests.tiny_families.tokenizers import t5_tokenizer, tiny_tokenizer
 from tests.tiny_models import SD15_SCHEDULER
 
 __all__ = ["SHAPES", "Shape", "clip", "diffusion", "kl", "qwen3", "qwen25_vl", "sd15_unet", "sd35_transformer"]
-__all__ += ["sdxl_unet", "t5"]
+__all__ += ["leaves", "random", "sdxl_unet", "t5"]
 
 _CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -193,6 +193,13 @@ def diffusion(pipe: Any, device: str | torch.device, **arguments: Any) -> Latent
         chain = family("random weights", **arguments)
     chain.anchor = chain.anchor.to(dtype)
     return chain.to(device)
+
+
+def leaves(part: nn.Module) -> int:
+    """Returns the number of layers that are compiled: in a transformer, those of one block of each kind."""
+    lists = [layers for layers in part.children() if isinstance(layers, nn.ModuleList) and len(layers)]
+    chosen = [part] if "Transformer" not in type(part).__name__ else [layers[0] for layers in lists]
+    return sum(not any(layer.children()) for each in chosen for layer in each.modules())
 
 
 def _clip(large: bool, projection: bool) -> Callable[[], nn.Module]:
