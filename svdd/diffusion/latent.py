@@ -247,7 +247,7 @@ class LatentDiffusion(PipelineParts):
 
     def denoise(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Denoised:
         """Evaluates the network with guidance and returns x0 and the kernel's mean."""
-        t, scale = self.kernel.timesteps[i].to(x.device), self.guidance_scale
+        t, scale = self.kernel.timestep_on(x.device, i), self.guidance_scale
         return self.kernel.predict(x, self.evaluate(self.kernel.scale_input(x, i), t, conditioning, row, scale), i)
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -262,7 +262,7 @@ class LatentDiffusion(PipelineParts):
         """Draws x at step i + 1 by a GLASS transition."""
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return self.evaluate(x, t.to(x.device), conditioning, row, self.guidance_scale)
+            return self.evaluate(x, t.to(x.device, non_blocking=True), conditioning, row, self.guidance_scale)
 
         return glass(self.kernel, x, x0, noise, i, network)
 

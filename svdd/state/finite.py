@@ -16,7 +16,7 @@ __all__ = ["Finiteness", "require_finite"]
 class Finiteness:
     """What a batch computed, checked for NaN and infinity where the run waits for the device anyway.
 
-    On a CPU, which has computed what it returns, `require` raises at once. On other devices it leaves a flag per row
+    On a CPU, which has computed what it returns, a check raises at once. On other devices it leaves a flag per row
     there, and `settle` reads all of them at once and raises what the first would have raised.
     """
 
@@ -29,7 +29,14 @@ class Finiteness:
             return require_finite(part, source, *found, where=where, prompt=prompt)
         bad, before = _rows(*found), _rows(source)
         reason = _reason(source)
-        self._flags.append((bad, lambda: _raise(part, bad, before, reason, where, prompt)))
+        self.check(bad, lambda: _raise(part, bad, before, reason, where, prompt))
+
+    def check(self, bad: Tensor, refuse: Callable[[], None]) -> None:
+        """Calls `refuse`, which raises an error, if an entry of `bad`, bool [n], is true: now or in `settle`."""
+        if self.late:
+            self._flags.append((bad, refuse))
+        elif bool(bad.any()):
+            refuse()
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -42,7 +49,7 @@ class Finiteness:
         self.settle()
 
     def settle(self) -> None:
-        """Raises NotFinite if a row since the last call was not finite; waits for the device once."""
+        """Raises the error of the first check since the last call that failed; waits for the device once."""
         flags, self._flags = self._flags, []
         if flags and bool(torch.cat([bad for bad, _ in flags]).any()):
             for bad, refuse in flags:

@@ -14,6 +14,7 @@ from svdd.diffusion.preview import Preview
 from svdd.state.context import Context, Scorer
 from svdd.state.decoding import decode_and_score, decode_rows, score_images
 from svdd.state.gradient import differentiate
+from svdd.state.index import within
 from svdd.state.recorder import descent, recorded
 
 __all__ = ["State"]
@@ -194,15 +195,9 @@ class State:
         Entry (g, j) of `index`, int64 [groups, k], counts within the g-th of `groups` equal runs of rows. `kl` bounds
         the divergence that the selection adds, in nats, [images]; None if it is unknown.
         """
-        groups, n = len(index), len(self.x)
-        if index.ndim != 2 or not groups or n % groups:
-            raise ValueError(f"index must be [groups, k] with groups that divide {n} rows evenly, got {[*index.shape]}")
-        size = n // groups
-        checked = index.numel() and index.device.type == "cpu"  # elsewhere it would wait for the device
-        if checked and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
+        index, size = within(index, self.row, self.context.finiteness)
         self.context.trace.diverge(kl)
-        flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
+        flat = (index + torch.arange(len(index), device=index.device)[:, None] * size).flatten()
         cache = {name: known[flat] for name, known in self._cache.items()}
         for places, part in self._parts:
             if bool((places[flat] >= 0).all()):  # waits for the device, once for each `part`
@@ -212,6 +207,7 @@ class State:
 
     def part(self, index: Tensor) -> "State":
         """Returns distinct rows of every group as `select` does; what will be computed for them is kept for them."""
+        index, _ = within(index, self.row, self.context.finiteness)
         part, order = self.select(index, kl=0.0), torch.arange(index.numel(), device=index.device).view_as(index)
         places = torch.full_like(self.row, -1).view(len(index), -1).scatter(1, index, order)
         self._parts.append((places.flatten(), part))
@@ -261,15 +257,10 @@ class State:
                 part = State(x.detach() if known else leaf, self.i, row, origin, context, cache)
                 return differentiate(value, part, leaf)
 
-            rows = (
-                self.x,
-                self.prompts,
-                self.row,
-                self.origin,
-                *known,
-            )  # in chunks, which bounds the memory of the graph
+            rows = self.x, self.prompts, self.row, self.origin, *known
             steps = min(self.num_steps - self.i, getattr(value, "most_rows", 1))  # that a value looks ahead
             work = ("gradient", value, diffusion.network_rows(diffusion.guidance_scale, self.i), steps)
+            # In chunks, which bounds the memory of the graph.
             found = diffusion.chunker.map(differentiated, self.num_images, *rows, work=work)
             self.require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
