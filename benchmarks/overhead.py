@@ -171,10 +171,11 @@ def main() -> None:
     pipeline_seconds(pipeline, options.steps), unguided_seconds(diffusion)  # warm up
     pairs = [(unguided_seconds(diffusion), pipeline_seconds(pipeline, options.steps)) for _ in range(options.repeats)]
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    threads = torch.get_num_threads()
     lines = [
         "# Overhead on the embedded model",
         "",
-        f"{len(PROMPTS)} prompts at once, T = {options.steps}, {torch.get_num_threads()} CPU threads. "
+        f"{len(PROMPTS)} prompts at once, T = {options.steps}, {threads} CPU thread{'s' * (threads > 1)}. "
         "Made by `python -m benchmarks.overhead`.",
         "",
         "| measurement | value |",
@@ -198,11 +199,11 @@ def main() -> None:
             f"Compressibility, {1000 * seconds:.0f} ms an image) outside network, decoder, reward and text encoder "
             f"| {100 * share:.2f} % |"
         )
-    for threads in (0, THREADS):
-        cost = sleeping_cost(short, threads, options.candidates, options.short_repeats)
+    for number in (0, THREADS):
+        cost = sleeping_cost(short, number, options.candidates, options.short_repeats)
         lines.append(
             f"| wall time that a sleep of {1000 * SLEEP:.0f} ms in the reward of each image adds per scored image, "
-            f"`threads={threads}` | {1000 * cost:.1f} ms |"
+            f"`threads={number}` | {1000 * cost:.1f} ms |"
         )
     text = "\n".join([*lines, "", *NOTES]) + "\n"
     print(text)
