@@ -30,7 +30,7 @@ from tests.tiny_families.tokenizers import t5_tokenizer, tiny_tokenizer
 from tests.tiny_models import SD15_SCHEDULER
 
 __all__ = ["SHAPES", "Shape", "clip", "diffusion", "kl", "qwen3", "qwen25_vl", "sd15_unet", "sd35_transformer"]
-__all__ += ["sdxl_unet", "t5"]
+__all__ += ["leaves", "random", "sdxl_unet", "t5"]
 
 _CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -138,6 +138,11 @@ class Shape(NamedTuple):
         """Whether it is the embedded model, whose weights are real."""
         return not self.parts
 
+    @property
+    def flow(self) -> bool:
+        """Whether it is a flow model with a transformer."""
+        return "transformer" in self.parts
+
     def build(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """Returns the pipeline with random weights, which are made on the device and in the type at once."""
         kind: Any = getattr(diffusers, self.pipeline)
@@ -156,7 +161,6 @@ def random(make: Callable[[], nn.Module], device: str | torch.device, dtype: tor
         module = make().eval()
     generator = torch.Generator(device).manual_seed(0)
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
-    made: dict[int, nn.Parameter] = {}  # tied weights are one
 
     def weight(name: str, parameter: Tensor) -> nn.Parameter:
         kind = torch.float32 if kept & {*name.split(".")} else dtype
@@ -172,10 +176,9 @@ def random(make: Callable[[], nn.Module], device: str | torch.device, dtype: tor
         for prefix, part in module.named_modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
-                    key = id(parameter)
-                    if key not in made:
-                        made[key] = weight(f"{prefix}.{name}", parameter)
-                    part._parameters[name] = made[key]
+                    part._parameters[name] = weight(f"{prefix}.{name}", parameter)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
     return module.to(device)
 
 
@@ -190,6 +193,13 @@ def diffusion(pipe: Any, device: str | torch.device, **arguments: Any) -> Latent
         chain = family("random weights", **arguments)
     chain.anchor = chain.anchor.to(dtype)
     return chain.to(device)
+
+
+def leaves(part: nn.Module) -> int:
+    """Returns the number of layers that are compiled: in a transformer, those of one block of each kind."""
+    lists = [layers for layers in part.children() if isinstance(layers, nn.ModuleList) and len(layers)]
+    chosen = [part] if "Transformer" not in type(part).__name__ else [layers[0] for layers in lists]
+    return sum(not any(layer.children()) for each in chosen for layer in each.modules())
 
 
 def _clip(large: bool, projection: bool) -> Callable[[], nn.Module]:

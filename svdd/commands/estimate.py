@@ -13,11 +13,11 @@ from svdd.commands.rehearsal import rehearsed
 from svdd.diffusion.memory import PeakMemory, in_units
 from svdd.evaluation.rendering import render
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.encoding import encoded, pixels_of
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.rows import result_row
-from svdd.runs.writer import encoded
 from svdd.samplers.base import Sampler
 from svdd.state.start import Start
 
@@ -102,7 +102,7 @@ def estimate(
         begin = clock()
         with torch.inference_mode(not model.sampler.needs_gradient), torch.no_grad():
             prediction = model.predict(batch)
-        files = [len(png) for _, png in encoded(prediction)]
+        files = [len(png) for _, png in encoded(pixels_of(prediction), prediction.rows)]
         seconds = clock() - begin - known.overhead
         peak = memory.peak()
     with nullcontext() if precision is None else precision.forward_context():
@@ -174,7 +174,7 @@ def _picture_sizes(model: GuidedDiffusion, batch: list[Prompt], clock: Callable[
         start.context.on_step = step
         images = Sampler.finish(start()).images.cpu()
         rows = [result_row(prompt, 0, 1, seed, {model.reward.name: 0.1234567}, {}) for prompt, seed in jobs]
-        return [len(png) for _, png in encoded(Prediction(images, rows))]
+        return [len(png) for _, png in encoded(pixels_of(Prediction(images, rows)), rows)]
     return []
 
 
