@@ -30,7 +30,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 from svdd.state.recorder import Recorder, recorded
 from svdd.state.scoring import score, score_all
-from svdd.state.start import Start
+from svdd.state.start import Start, choose_rows
 from svdd.state.state import State
 from svdd.state.trace import STATISTICS, rounded
 from svdd.state.trajectory import Trajectory, frame_steps
@@ -126,8 +126,7 @@ class GuidedDiffusion(L.LightningModule):
         """The sampler's count or schedule, by its name, and the rows that a returned image costs with it."""
         cost = count(self.sampler, self.diffusion, self.value)
         gradients = {"gradient_rows": cost.gradient_rows} if cost.gradient_rows else {}
-        whole = cost.network_rows
-        equivalent = {} if whole == cost.denoiser_rows else {"equivalent_rows": round(whole, 3)}
+        equivalent = {"equivalent_rows": round(cost.network_rows, 3)} if cost.network_rows != cost.denoiser_rows else {}
         return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **equivalent, **gradients}
 
     @torch.no_grad()
@@ -186,7 +185,8 @@ class GuidedDiffusion(L.LightningModule):
         self._resolve()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
-            self._choose_rows(prompts, seeds, negative_prompts)
+            value = self.value if self.sampler.needs_gradient else None
+            choose_rows(self.diffusion, prompts[:1], seeds[:1], value, self.rewards.values())
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
             start.context.on_step, start.context.recorder = self.on_step, recorder
             self.ledger = self.diffusion.chunker.ledger = start.context.ledger
@@ -297,22 +297,3 @@ class GuidedDiffusion(L.LightningModule):
     def _resolve(self) -> None:
         """Switches the reproducible mode on where it is left open and costs nothing."""
         self.diffusion.chunker.resolve(self._costs_nothing and self.diffusion.device.type == "cpu")
-
-    def _choose_rows(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str | None] | None
-    ) -> None:
-        """In the reproducible mode, chooses the rows at once before anything is drawn, where memory may be short."""
-        chunker = self.diffusion.chunker
-        if chunker.most is None or chunker.chosen:
-            return
-        row = torch.zeros(1, *self.diffusion.latent_shape, dtype=self.diffusion.dtype, device=self.diffusion.device)
-        if chunker.may_be_short(row):
-            negatives = None if negative_prompts is None else negative_prompts[:1]
-            with chunker.choosing():
-                state = Start(self.diffusion, prompts[:1], seeds[:1], negatives)()
-                if self.sampler.needs_gradient:
-                    state.gradient(self.value)
-                for reward in self.rewards.values():
-                    if not (getattr(reward, "threads", 0) or reward.groupwise):
-                        state.scores(reward)
-        chunker.choose()

@@ -5,29 +5,25 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from svdd import UserError, first_line, is_out_of_memory
-from svdd.diffusion.memory import free_memory, in_units, release_memory
-from svdd.diffusion.row_limits import RowLimits, device_of, kind_of, may_be_short, name_of
+from svdd import first_line, is_out_of_memory
+from svdd.diffusion.memory import free_memory, release_memory
+from svdd.diffusion.row_limits import RowLimits, device_of, does_not_fit, kind_of, may_be_short, name_of
+from svdd.diffusion.row_parts import deterministic, join, together, workers
 
-__all__ = ["Chunker", "OutOfMemory", "Reproducible", "redrawn"]
+__all__ = ["Chunker", "Reproducible", "redrawn"]
 
 Reproducible = bool | Literal["auto"]
 Work = tuple[Any, ...]  # hashable: the part of the model, then all else that decides the cost of a row
 Rows = TypeVar("Rows", bound=Tensor | tuple[Tensor, ...] | dict[str, Tensor])
 _MOST = 20  # rows of an image at once: the usual M; in float32 larger calls are not faster on a CPU
 _state = threading.local()  # `inside`: this thread computes a part, whose rows stay together
-
-
-class OutOfMemory(UserError, torch.OutOfMemoryError):
-    """The smallest call does not fit into the memory of the device."""
 
 
 class Chunker:
@@ -46,7 +42,7 @@ class Chunker:
         limit: Rows at once of all functions; None without such a limit.
         most: In the reproducible mode, rows of an image at once, of all functions; lowered when they do not fit. None
             in the other mode.
-        agree: Called with a lower `most`; returns that of all processes of the run, which it records.
+        agree: Called with a new `most`; returns that of all processes of the run, which it records.
         chosen: Whether `most` is final, unless memory runs out.
         ledger: Of the batch; a call whose result is dropped leaves it as it was.
         concurrent: Whether the functions mapped with `parallel` may run in several threads.
@@ -62,7 +58,7 @@ class Chunker:
         self.reproducible, self.concurrent = reproducible, False
         self.most: int | None = _MOST if reproducible is True else None
         self.limits = RowLimits()
-        self.agree: Callable[[int], int | None] = lambda most: most
+        self.agree: Callable[[int], int | None] | None = None
         self.ledger: Any = None
         self.chosen = self._choosing = False
 
@@ -105,8 +101,8 @@ class Chunker:
         largest, failed = max(part.stop - part.start for part in slices), ""
         try:
             if self.most is None:
-                return _join([function(*(argument[part] for argument in arguments)) for part in slices])
-            with _deterministic() as threads:
+                return join([function(*(argument[part] for argument in arguments)) for part in slices])
+            with deterministic() as threads:
                 compute = partial(
                     _compute, function, arguments, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 )
@@ -115,16 +111,21 @@ class Chunker:
                 if not whole:
                     self._fit(function, work, largest, arguments, compute, threads if several else 1, len(slices))
                 if several and len(slices) > 1:
-                    return _join(_together(_workers(threads, os.getpid()), compute, slices))
-                return _join([compute(part) for part in slices])
+                    return join(together(workers(threads, os.getpid()), compute, slices))
+                return join([compute(part) for part in slices])
         except Exception as error:
             if isinstance(error, _Lowered) or not is_out_of_memory(error):
                 raise
             if largest == 1 or whole or self.most is None:
-                raise _does_not_fit(work, largest, arguments, error, False) from error
+                raise does_not_fit(work, largest, arguments, error, False) from error
             failed = first_line(error)
         release_memory(device_of(arguments))
         return self._lower(largest // 2, f"out of memory with {largest} rows of an image at once", failed)
+
+    @property
+    def must_choose(self) -> bool:
+        """Whether `most` is to be chosen before anything is drawn."""
+        return self.most is not None and not self.chosen
 
     def may_be_short(self, row: Tensor) -> bool:
         """Whether `most` latents at once, of which `row` holds one, [1, ...], might not fit into the free memory."""
@@ -142,8 +143,8 @@ class Chunker:
 
     def choose(self) -> None:
         """Agrees on `most` with the other processes of the run."""
-        assert self.most is not None
-        self.most, self.chosen = self.agree(self.most), True
+        self._set_most(self.most)
+        self.chosen = True
 
     def _fit(
         self,
@@ -164,9 +165,12 @@ class Chunker:
         elif fits < wanted:
             self._lower(fits, f"{wanted} rows of an image at once do not fit in the {name_of(work)}", "")
 
+    def _set_most(self, most: int | None) -> None:
+        self.most = most if self.agree is None or most is None else self.agree(most)
+
     def _lower(self, most: int, why: str, error: str) -> Any:
         """Lowers `most` and ends the batch."""
-        self.most = self.agree(most)
+        self._set_most(most)
         what = f"{why}: now {self.most}, which may change last bits"
         warnings.warn(what, stacklevel=3)
         raise _Lowered(f"{what}; draw the batch again{f' ({error})' if error else ''}")
@@ -180,12 +184,19 @@ class Chunker:
         one: Callable[[], Any],
         share: int = 1,
     ) -> int:
-        before = {} if self.ledger is None else dict(vars(self.ledger))
+        before = self._entered()
         try:
             return self.limits.rows(kind_of(function, work, arguments), work, wanted, arguments, one, share)
         finally:
-            if before:
-                vars(self.ledger).update(before)
+            self._drop(before)
+
+    def _entered(self) -> Any:
+        return None if self.ledger is None else self.ledger.entered()
+
+    def _drop(self, before: Any) -> None:
+        """Drops what was entered into the ledger since then."""
+        if before is not None:
+            self.ledger.restore(before)
 
     def _in_chunks(
         self, function: Callable[..., Rows], count: int, arguments: Sequence[Sequence | Tensor], work: Work
@@ -197,7 +208,7 @@ class Chunker:
         start, limit = 0, self.limit or count
         while start < count:
             failed, left = 0, count - start
-            size, before = min(limit, left), {} if self.ledger is None else dict(vars(self.ledger))
+            size, before = min(limit, left), self._entered()
             try:
                 if self.automatic:
                     if not start:
@@ -209,15 +220,14 @@ class Chunker:
                 if not is_out_of_memory(error):
                     raise
                 if not self.automatic or size == 1:
-                    raise _does_not_fit(work, size, arguments, error, not self.automatic and size > 1) from error
+                    raise does_not_fit(work, size, arguments, error, not self.automatic and size > 1) from error
                 failed = size
             if failed:  # after the handler, as the error's traceback holds tensors
-                if before:
-                    vars(self.ledger).update(before)
+                self._drop(before)
                 limit = self.limits.lower(kind_of(function, work, arguments), failed, device_of(arguments))
                 what = f"out of memory with {failed} rows at once: chunk_size is now {limit} for the {name_of(work)}"
                 warnings.warn(what, stacklevel=3)
-        return _join(done)
+        return join(done)
 
 
 class _Lowered(torch.OutOfMemoryError):
@@ -252,66 +262,5 @@ def _compute(
         _state.inside = False
 
 
-@contextmanager
-def _deterministic() -> Iterator[int]:
-    """Uses one thread per operation and cuDNN's deterministic algorithms; yields the threads there were before."""
-    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    try:
-        if threads > 1:
-            torch.set_num_threads(1)
-        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
-            yield threads
-    finally:
-        if threads > 1:
-            torch.set_num_threads(threads)
-
-
-@cache
-def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Returns threads that last; a forked process needs its own."""
-    return ThreadPoolExecutor(threads, "svdd", initializer=partial(torch.set_num_threads, 1))
-
-
 def _on_cpu(arguments: Sequence[Any]) -> bool:
     return all(argument.device.type == "cpu" for argument in arguments if isinstance(argument, Tensor))
-
-
-def _together(workers: ThreadPoolExecutor, compute: Callable[[slice], Any], slices: Sequence[slice]) -> list[Any]:
-    """Computes parts in several threads; after an error it waits for those that have begun."""
-    waiting = [workers.submit(compute, part) for part in slices]
-    if any(future.exception() for future in wait(waiting, return_when=FIRST_EXCEPTION).done):
-        for future in waiting:
-            future.cancel()
-        wait(waiting)
-        raise next(error for future in waiting if not future.cancelled() and (error := future.exception()))
-    return [future.result() for future in waiting]
-
-
-def _does_not_fit(work: Work, rows: int, arguments: Sequence[Any], error: BaseException, fixed: bool) -> OutOfMemory:
-    """Returns an error in one line: which function, how many rows, what is free, and what to do."""
-    device, name = device_of(arguments), name_of(work)
-    free = free_memory(device)
-    known = "" if free is None else f", {in_units(free)} are free"
-    count = "a row does" if rows == 1 else f"{rows} rows at once do"
-    less = {"reward": "take a smaller reward or smaller pictures", "decoder": "set vae_slicing or vae_tiling"}
-    help = f"{less.get(name, 'take smaller pictures')}, dtype bfloat16 or offload model (model.diffusion.…)"
-    help = "lower model.diffusion.chunk_size, or set it to auto" if fixed else help
-    return OutOfMemory(f"out of memory: {count} not fit in the {name} on {device}{known} ({first_line(error)}); {help}")
-
-
-def _join(parts: list[Any]) -> Any:
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return _cat(parts)
-    if isinstance(first, dict):
-        return {name: _cat([part[name] for part in parts]) for name in first}
-    return type(first)._make(_cat(fields) for fields in zip(*parts, strict=True))
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    """Joins rows; tokens, of which a part has as many as its longest text, are padded with zeros at the end."""
-    if parts[0].ndim == 3 and len(lengths := {part.shape[1] for part in parts}) > 1:
-        parts = [torch.nn.functional.pad(part, (0, 0, 0, max(lengths) - part.shape[1])) for part in parts]
-    return torch.cat(list(parts))

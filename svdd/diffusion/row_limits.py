@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from svdd import say
+from svdd import UserError, first_line, say
 from svdd.diffusion.memory import PeakMemory, free_memory, in_units, release_memory
 
-__all__ = ["RowLimits", "device_of", "kind_of", "may_be_short", "name_of"]
+__all__ = ["OutOfMemory", "RowLimits", "device_of", "does_not_fit", "kind_of", "may_be_short", "name_of"]
 
 # A function is measured if this bound on its needs is above half of the free memory. A latent row of Stable Diffusion
 # 1.5 at 512 pixels has 64 kB, for which the network takes 0.3 GB and the float32 decoder 2.5 GB.
@@ -22,6 +22,10 @@ _LARGER = 1.5  # times the rows at once so far: look at the free memory again
 _EVERY = 8  # calls in chunks from one look for more room to the next
 
 Work = tuple[Any, ...]
+
+
+class OutOfMemory(UserError, torch.OutOfMemoryError):
+    """The smallest call does not fit into the memory of the device."""
 
 
 @dataclass
@@ -117,6 +121,18 @@ def device_of(arguments: Sequence[Any]) -> torch.device:
 def name_of(work: Work) -> str:
     """Returns the function's name for a message."""
     return str(work[0]) if work else "function"
+
+
+def does_not_fit(work: Work, rows: int, arguments: Sequence[Any], error: BaseException, fixed: bool) -> OutOfMemory:
+    """Returns an error in one line: which function, how many rows, what is free, and what to do."""
+    device, name = device_of(arguments), name_of(work)
+    free = free_memory(device)
+    known = "" if free is None else f", {in_units(free)} are free"
+    count = "a row does" if rows == 1 else f"{rows} rows at once do"
+    less = {"reward": "take a smaller reward or smaller pictures", "decoder": "set vae_slicing or vae_tiling"}
+    help = f"{less.get(name, 'take smaller pictures')}, dtype bfloat16 or offload model (model.diffusion.…)"
+    help = "lower model.diffusion.chunk_size, or set it to auto" if fixed else help
+    return OutOfMemory(f"out of memory: {count} not fit in the {name} on {device}{known} ({first_line(error)}); {help}")
 
 
 def _measure(known: _Known, one: Callable[[], Any], device: torch.device) -> bool:

@@ -196,6 +196,8 @@ class RunWriter(L.Callback):
             if not self.folder.has_summary():
                 self._finish(pl_module)
         self._release()
+        if (chunker := _chunker(pl_module)) is not None:
+            chunker.agree = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Releases the folder once the batch that was drawn last is written; what is written stays for the next run."""

@@ -1,12 +1,16 @@
 """The beginning of a batch of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.state.context import Context
+from svdd.state.context import Context, Scorer
+from svdd.state.scoring import threads_of
 from svdd.state.state import State
 
-__all__ = ["Start"]
+__all__ = ["Start", "choose_rows"]
 
 
 class Start:
@@ -36,3 +40,33 @@ class Start:
         state = State.begin(self.context, n, self._begun)
         self._begun += n
         return state
+
+
+def choose_rows(
+    diffusion: Diffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    value: Callable[[State], Tensor] | None = None,
+    rewards: Iterable[Scorer] = (),
+) -> None:
+    """In the reproducible mode, chooses the rows at once before anything is drawn, where memory may be short.
+
+    Args:
+        diffusion: The chain.
+        prompts: Of the image with which one row is measured.
+        seeds: As many.
+        value: Of rows, if its gradient is needed.
+        rewards: All that score images.
+    """
+    if not diffusion.chunker.must_choose:
+        return
+    row = torch.zeros(1, *diffusion.latent_shape, dtype=diffusion.dtype, device=diffusion.device)
+    if diffusion.chunker.may_be_short(row):
+        with diffusion.chunker.choosing():
+            state = Start(diffusion, prompts, seeds)()
+            if value is not None:
+                state.gradient(value)
+            for reward in rewards:
+                if not (threads_of(reward) or getattr(reward, "groupwise", False)):
+                    state.scores(reward)
+    diffusion.chunker.choose()
