@@ -75,8 +75,8 @@ class LatentDiffusion(PipelineParts):
             are encoded, or `model`: one part at a time. It saves memory, not time.
         vae_slicing: Decode one image at a time.
         vae_tiling: Decode images above the autoencoder's own size in tiles, which can leave faint seams.
-        vae_channels_last: Keep the weights of the decoders in the order in which a CPU convolves faster; the last bits
-            of pictures change.
+        parity: Compute every number bit for bit as the pipeline does. Otherwise the weights of convolutions are kept in
+            the order in memory that is fastest for the device and the precision, and last bits differ.
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
@@ -113,7 +113,7 @@ class LatentDiffusion(PipelineParts):
         offload: OffloadMode = "none",
         vae_slicing: bool = False,
         vae_tiling: bool = False,
-        vae_channels_last: bool = False,
+        parity: bool = False,
         local_files_only: bool = False,
     ) -> None:
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
@@ -134,10 +134,11 @@ class LatentDiffusion(PipelineParts):
         kernel.check_options(self.scheduler_options)
         self.lora, self.lora_scale, self.offload = lora, lora_scale, offload
         self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
+        self.parity = parity
         if isinstance(pretrained, str):
             self.pretrained = pretrained
             source = Source(pretrained, config, revision, variant, local_files_only)
-            options = (dtype, lora, weight_name, lora_scale, vae_slicing, vae_tiling, vae_channels_last)
+            options = (dtype, lora, weight_name, lora_scale, vae_slicing, vae_tiling, parity)
             key = None if compile or offload != "none" else (type(self), source, *options)
         elif self.pipeline not in (base.__name__ for base in type(pretrained).__mro__):
             kind = type(pretrained).__name__
@@ -158,10 +159,9 @@ class LatentDiffusion(PipelineParts):
             if lora is not None:
                 fuse_lora(self.pipe, lora, lora_scale)
             self.save_memory(offload, vae_slicing, vae_tiling)
-            self.order_weights(self.vae)
+            self.order_parts()
             return self
 
-        self.vae_channels_last = vae_channels_last
         if (loaded := borrow("diffusion", key, load, alone=True)) is not self:
             self.share_parts(loaded)
         self.latent_shape = self._latent_shape(height, width)
@@ -256,15 +256,7 @@ class LatentDiffusion(PipelineParts):
             if self.tiny is None:
                 raise UserError(f"there is no small decoder for {type(self).__name__}; give a folder or a hub name")
             source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
-        return self.order_weights(TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only))
-
-    def order_weights(self, decoder: nn.Module) -> nn.Module:
-        """Applies `vae_channels_last` to a decoder and returns it; UserError if it has other than flat convolutions."""
-        if self.vae_channels_last:
-            if any(weight.ndim == 5 for weight in decoder.parameters()):
-                raise UserError(f"vae_channels_last: a {type(decoder).__name__} convolves in time too; leave it out")
-            decoder.to(memory_format=torch.channels_last)
-        return decoder
+        return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only, self.parity)
 
     def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, tokenizer in self.tokenizers.items():
