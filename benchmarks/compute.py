@@ -57,11 +57,12 @@ ABOUT = (
     "",
     "Recipes: `exact` computes as diffusers does, in float32 and with `parity`, and all others network and decoders "
     "in bfloat16; `bf16` does nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the "
-    "unconditional half; `reuse` takes the effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first and "
-    "the last layers only); `A > 3`: A screens, the exact value decides among the best 3. `exact M = 6, then`: up to "
-    "0.4 of the chain; `M = 6, 20`: up to 0.4, and after it; `M = 3, 12, 20`: up to 0.2, up to 0.5, and after it; "
-    "`fitted`: the M of each step that `svdd calibrate` chose from 24 chains, 16 on average, when it ignored errors of "
-    "its estimates (it does now, and chooses 16 in every step, from 96 chains too); `RBF`: rollover budget forcing.",
+    "unconditional half; `reuse` takes the effect of guidance from the parent; `features` recompute the outer "
+    "resolution only (`depth 1`: the first and the last layers only); `A > 3`: A screens, the exact value decides "
+    "among the best 3. `exact M = 6, then`: up to 0.4 of the chain; `M = 6, 20`: up to 0.4, and after it; `M = 3, 12, "
+    "20`: up to 0.2, up to 0.5, and after it; `fitted`: the M of each step that `svdd calibrate` chose from 24 "
+    "chains, 16 on average, when it ignored errors of its estimates (it does now, and chooses 16 in every step, from "
+    "96 chains too); `RBF`: rollover budget forcing.",
     "",
     "Recipes without the small decoder, except `RBF`, and a part of `exact` were drawn on an H100, the others on "
     "CPUs. Made by "
@@ -109,13 +110,11 @@ RECIPES: dict[str, Recipe] = {
     "features + reuse + tiny > 3": Recipe(_screened(3, **_PARENT)),
     FAST: Recipe(_screened(3, **_PARENT), lambda guide: SVDD({0.2: 3, 0.5: 12, 1.0: 20})),
     "exact M = 6, then features + reuse + tiny > 3": Recipe(
-        _screened(3, 0.4, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20}), **_FASTER
+        _screened(3, 0.4, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20})
     ),
-    "features + reuse + tiny > 3, M = 6, 20": Recipe(
-        _screened(3, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20}), **_FASTER
-    ),
+    "features + reuse + tiny > 3, M = 6, 20": Recipe(_screened(3, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20})),
     "features + reuse + tiny > 3, fitted to 24 chains": Recipe(
-        _screened(3, **_PARENT), lambda guide: SVDD(FITTED[guide]), **_FASTER
+        _screened(3, **_PARENT), lambda guide: SVDD(FITTED[guide])
     ),
     "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES)),
     "4 beams": Recipe(sampler=lambda guide: BeamSearch(4, CANDIDATES // 4)),

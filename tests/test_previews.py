@@ -214,7 +214,11 @@ def test_weights_are_ordered_for_the_precision_unless_parity_is_asked_for(sd15, 
         return [not layer.weight.is_contiguous() for layer in layers]
 
     pairs = [(model := StableDiffusion(sd15, 2, parity=parity), model.load_decoder(tiny_decoder)) for parity in (0, 1)]
-    for dtype, expected in ((torch.float32, [True] * 3), (torch.bfloat16, [False, True, True]), (torch.float64, [True] * 3)):
+    for dtype, expected in (
+        (torch.float32, [True] * 3),
+        (torch.bfloat16, [False, True, True]),
+        (torch.float64, [True] * 3),
+    ):
         for part in (part for pair in pairs for part in pair):
             part.to(dtype)
         assert [order(*pair) for pair in pairs] == [expected, [False] * 3]

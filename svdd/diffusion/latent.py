@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from svdd import UserError, is_integer, require_numbers
 from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.assets.loaded import borrow
+from svdd.diffusion.arithmetic import without_autocast
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
 from svdd.diffusion.family import Conditioning
@@ -159,7 +159,7 @@ class LatentDiffusion(PipelineParts):
             if lora is not None:
                 fuse_lora(self.pipe, lora, lora_scale)
             self.save_memory(offload, vae_slicing, vae_tiling)
-            self.order_parts()
+            self.arrange()
             return self
 
         if (loaded := borrow("diffusion", key, load, alone=True)) is not self:
@@ -262,5 +262,6 @@ class LatentDiffusion(PipelineParts):
         for name, tokenizer in self.tokenizers.items():
             encoder = name.replace("tokenizer", "text_encoder") if len(self.tokenizers) > 1 else "the text encoder"
             warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
-        with quiet("diffusers", "transformers"):  # which log the same
+        # Text encoders compute once for each prompt, and several of them overflow where autocast is in float16.
+        with quiet("diffusers", "transformers"), without_autocast(self.device.type):  # both libraries log the same
             return self.chunker.map(encode, len(texts), texts, work=("text encoder", self, encode.__qualname__))

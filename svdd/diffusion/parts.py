@@ -8,7 +8,7 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.assets.content import digest
-from svdd.diffusion.memory_format import order_weights
+from svdd.diffusion.arithmetic import order_weights
 from svdd.diffusion.offload import Offload, OffloadMode
 from svdd.diffusion.pipelines import check_length, fingerprint
 from svdd.diffusion.previews import PreviewFamily
@@ -93,9 +93,15 @@ class PipelineParts(PreviewFamily):
             modules = [self.parts[name] for name in self._offloaded]
             self._offload = Offload(modules, lambda: self.anchor.device)
 
-    def order_parts(self) -> None:
-        """Orders the weights of a UNet and of the decoder for the device and the precision; not those of another's."""
-        if self.parity or self.borrowed:
+    def upcast(self) -> None:
+        """Returns parts that would overflow in half precision to float32, as the pipeline does; by default none."""
+
+    def arrange(self) -> None:
+        """Calls `upcast`, and orders the weights of a UNet and of the decoder for their precision and the device."""
+        if self.borrowed:
+            return
+        self.upcast()
+        if self.parity:
             return
         order_weights(self.vae, self.device, decodes=True)
         if is_unet(network := getattr(self, self.backbone)):
@@ -134,5 +140,5 @@ class PipelineParts(PreviewFamily):
         convert = self.conversion(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
         for name in self._offloaded if recurse else ():
             self.parts[name]._apply(convert)
-        self.order_parts()
+        self.arrange()
         return self

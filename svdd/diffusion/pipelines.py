@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.hub import is_local, loading, locate, quiet, read_model, read_tokenizer
-from svdd.diffusion.memory_format import order_weights
+from svdd.diffusion.arithmetic import order_weights
 from svdd.diffusion.model_index import LEFT_OUT, Configs, Source, examine, read_json
 from svdd.diffusion.single_file import download_rest, parts_held, read_parts
 

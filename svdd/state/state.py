@@ -275,7 +275,7 @@ class State:
         with self.context.ledger.timed("decoder_seconds", self.x.device):
             work = ("decoder", decode)
             images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True, work=work)
-            self.require_finite("decoder", x0, images)
+            self.require_finite("decoder" if decode == self.context.diffusion.decode else "preview decoder", x0, images)
         self.context.ledger.decoded_images += len(x0)
         return images
 

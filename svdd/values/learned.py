@@ -137,7 +137,7 @@ class LearnedValue(Value):
         if not torch.isfinite(values).all():
             raise UserError(
                 f"{name} returned NaN or infinity at step {state.i}: its training may have diverged; check the "
-                "training logs, and train again with a lower learning_rate"
+                "training logs, and train again with a lower learning_rate; --trainer.precision 16-true may overflow"
             )
         return values
 
