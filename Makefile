@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 WORK ?= build/embedded-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check oldest format benchmarks embedded-model clean
+.PHONY: help demo test check oldest gpu format benchmarks embedded-model clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,10 @@ oldest: $(INSTALLED)  ## Install the lowest versions that pyproject.toml allows 
 	$(BIN)/python -m tools.oldest > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt --editable '.[dev]'
 	.venv-oldest/bin/python -m pytest -m 'not slow and not gpu'
+
+gpu: $(INSTALLED)  ## On a machine with a GPU: the tests marked gpu, and speed and memory of all shapes (an hour)
+	$(BIN)/python -m pytest -m gpu
+	for shape in emoji sd15 sdxl sd35 flux; do $(BIN)/python -m benchmarks.hardware --shape $$shape --device cuda; done
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .

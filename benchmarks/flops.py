@@ -11,40 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from benchmarks.shapes import kl, sd15_unet, sdxl_unet
 from svdd.diffusion.features import recording, reusing
 
 __all__ = ["SHAPES", "flops"]
 
 SHAPES = {"sd15": "SD 1.5, 512 px", "sdxl": "SDXL, 1024 px"}
-_CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-_UNETS: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": (*[_CROSS[0]] * 3, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", *[_CROSS[1]] * 3),
-        "attention_head_dim": 8,
-        "cross_attention_dim": 768,
-    },
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", *[_CROSS[0]] * 2),
-        "up_block_types": (*[_CROSS[1]] * 2, "UpBlock2D"),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
+_UNETS: dict[str, Callable[[], Any]] = {"sd15": sd15_unet, "sdxl": sdxl_unet}
 _SIDES = {"sd15": 64, "sdxl": 128}  # of a latent
-_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 _CLIP: dict[str, dict[str, int]] = {
     "reward_clip": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14},
     "reward_clip_b32": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "patch_size": 32},
@@ -69,19 +48,16 @@ def flops(shape: str) -> dict[str, Any]:
         and `reward_clip_b32`, the image towers of CLIP ViT-L/14 and ViT-B/32 on one image of 224 px; and `share`, for
         each depth the share of a network row that an evaluation with reused features costs.
     """
-    config, side = _UNETS[shape], _SIDES[shape]
+    side = _SIDES[shape]
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=side, **config)
-        vae = AutoencoderKL(
-            **_VAE, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4
-        )
+        unet, vae = _UNETS[shape](), kl(4)
         tiny = AutoencoderTiny()
         towers = {
             name: CLIPVisionModelWithProjection(CLIPVisionConfig(num_attention_heads=part["hidden_size"] // 64, **part))
             for name, part in _CLIP.items()
         }
         x, pixels = torch.zeros(1, 4, side, side), torch.zeros(1, 3, 224, 224)
-        texts = torch.zeros(1, 77, config["cross_attention_dim"])
+        texts = torch.zeros(1, 77, unet.config.cross_attention_dim)
         added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)} if shape == "sdxl" else None
 
     def row(network: Any) -> int:

@@ -18,7 +18,6 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
@@ -27,18 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-)
 
+from benchmarks.shapes import clip, kl, qwen3, qwen25_vl, sd35_transformer, sdxl_unet, t5
 from svdd.assets.hub import ASSETS
 
 GIB = 2**30
@@ -97,80 +86,6 @@ class Model(NamedTuple):
     upcast: bool = False  # whether the autoencoder runs in float32
 
 
-def clip(large: bool) -> nn.Module:
-    """The text towers of CLIP ViT-L/14 and of OpenCLIP ViT-bigG/14."""
-    sizes: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-    if large:
-        sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "projection_dim": 1280}
-    config = CLIPTextConfig(**sizes, num_hidden_layers=32 if large else 12)
-    return CLIPTextModelWithProjection(config) if large else CLIPTextModel(config)
-
-
-def t5() -> nn.Module:
-    """The encoder of T5 v1.1 XXL."""
-    shape = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    return T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **shape))
-
-
-def qwen3() -> nn.Module:
-    """Qwen3 4B, without its head."""
-    shape = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
-    return Qwen3Model(Qwen3Config(vocab_size=151936, num_key_value_heads=8, head_dim=128, **shape))
-
-
-def qwen25_vl() -> nn.Module:
-    """Qwen2.5-VL 7B, with its vision tower and its head, as Qwen-Image holds it."""
-    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-    text |= {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-
-
-def sdxl_unet() -> nn.Module:
-    """The UNet of SDXL."""
-    return UNet2DConditionModel(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-
-
-def sd35_transformer() -> nn.Module:
-    """The transformer of Stable Diffusion 3.5 Large."""
-    return SD3Transformer2DModel(
-        num_layers=38,
-        num_attention_heads=38,
-        caption_projection_dim=2432,
-        joint_attention_dim=4096,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=192,
-        qk_norm="rms_norm",
-    )
-
-
-def kl(channels: int) -> nn.Module:
-    """The autoencoder of SDXL (4 channels), and of SD3, FLUX.1 and Z-Image (16)."""
-    quantised = channels == 4
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=channels,
-        use_quant_conv=quantised,
-        use_post_quant_conv=quantised,
-        sample_size=1024,
-    )
-
-
 def decode(channels: int, vae: Any, n: int) -> Tensor:
     """Decodes n latents of 128 x 128."""
     return vae.decode(torch.randn(n, channels, 128, 128), return_dict=False)[0]
@@ -211,7 +126,7 @@ def decode_qwen(vae: Any, n: int) -> Tensor:
     return vae.decode(torch.randn(n, 16, 1, 128, 128), return_dict=False)[0]
 
 
-CLIP_L, CLIP_G = partial(clip, False), partial(clip, True)
+CLIP_L, CLIP_G = partial(clip, False, False), partial(clip, True, True)
 MODELS = {
     "SDXL": Model(
         sdxl_unet, run_sdxl, True, partial(kl, 4), partial(decode, 4), {"CLIP-L": CLIP_L, "CLIP-G": CLIP_G}, True

@@ -37,6 +37,7 @@ __all__ += [
     "UserError",
     "did_you_mean",
     "first_line",
+    "is_out_of_memory",
     "missing_methods",
     "printable",
 ]
@@ -81,6 +82,28 @@ def missing_methods(cls: type) -> str:
 def first_line(error: object) -> str:
     """Returns the first line of an error's message, or the name of its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+_OUT_OF_MEMORY = (  # of CUDA, XPU and MPS, PyTorch's CPU allocator, the C++ library, the system
+    *("out of memory", "out_of_memory", "out_of_device_memory", "out_of_host_memory"),
+    *("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
+    *("could not create a primitive", "could not create a memory object"),  # oneDNN, whose status has no more words
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a lack of memory caused the error, or one that it was raised from.
+
+    Devices differ in the type: CUDA and XPU raise torch.OutOfMemoryError, MPS and PyTorch's CPU allocator RuntimeError,
+    Python, NumPy and the C++ library MemoryError, and the system OSError.
+    """
+    torch, message = sys.modules.get("torch"), str(error).lower()
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, RuntimeError | OSError) and any(words in message for words in _OUT_OF_MEMORY):
+        return "primitive desc" not in message  # such an operation is not implemented
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_out_of_memory(cause)
 
 
 _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

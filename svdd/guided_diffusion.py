@@ -30,7 +30,7 @@ from svdd.samplers.budget import Cost, Uncountable, count, current_count, fit_bu
 from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 from svdd.state.recorder import Recorder, recorded
-from svdd.state.scoring import score
+from svdd.state.scoring import score, score_all
 from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.state.trace import STATISTICS, rounded
@@ -166,7 +166,8 @@ class GuidedDiffusion(L.LightningModule):
         recorder = Recorder(frames, callback) if frames or callback is not None else None
         texts, starts, negatives = zip(*wanted, strict=True)
         final = self.draw(texts, starts, negatives, recorder)
-        scores = self._score(self.reward, final, len(wanted) // num_images)
+        groups = len(wanted) // num_images if self.reward.groupwise else len(wanted)
+        scores = score(self.reward, self.diffusion.chunker, groups, final.images, final.prompts)
         if recorder is None or not frames:
             return final.images, scores
         own = [each for each in starts for _ in range(len(final.x) // len(starts))]
@@ -193,6 +194,7 @@ class GuidedDiffusion(L.LightningModule):
             with start.context.ledger.timed("total_seconds", self.diffusion.device):
                 final = self.sampler(start, self.value)
                 _ = final.images
+                start.context.finiteness.settle()
             recorded(final)
         return final
 
@@ -212,7 +214,8 @@ class GuidedDiffusion(L.LightningModule):
         texts = [self.columns.text(prompt) for prompt, _ in jobs]
         final = self.draw(texts, seeds, [prompt.negative_prompt for prompt, _ in jobs])
         returned = len(final.x) // len(jobs)
-        scores = {name: rounded(self._score(reward, final, len(batch))) for name, reward in self.rewards.items()}
+        found = score_all(self.rewards, self.diffusion.chunker, final.images, final.prompts, len(jobs), len(batch))
+        scores = {name: rounded(values) for name, values in found.items()}
         trace, ledger = final.context.trace, final.context.ledger.per_image(len(final.x))
         weights = None if trace.weights is None else rounded(trace.weights.flatten())
         path_kl: Sequence[float | None] = [None] * len(jobs)
@@ -238,11 +241,7 @@ class GuidedDiffusion(L.LightningModule):
             {"prompt_index": prompt.index, "image_index": k * returned, **columns}
             for (prompt, k), columns in zip(jobs, trace.per_image(lineage=returned > 1), strict=False)
         ]
-        return Prediction(final.images.cpu(), rows, traces)
-
-    def _score(self, reward: Reward, final: State, prompts: int) -> Tensor:
-        groups = prompts if reward.groupwise else final.num_images
-        return score(reward, self.diffusion.chunker, groups, final.images, final.prompts)
+        return Prediction(final.images, rows, traces)
 
     def record(self, rows: list[ResultRow]) -> None:
         """Adds result rows to the statistics; a resumed run also adds the rows that are on disk."""

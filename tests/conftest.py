@@ -16,6 +16,11 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now need not be searched for garbage again
+
+
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory) -> str:
     """A folder in the layout of Stable Diffusion 1.5: PNDM scheduler, epsilon prediction, a safety checker on disk."""

@@ -415,7 +415,9 @@ def test_an_exception_of_a_reward_is_one_line_with_its_name():
     [
         torch.OutOfMemoryError("no room"),
         RuntimeError("CUDA error: out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("could not create a primitive"),
+        MemoryError("std::bad_alloc"),
         RuntimeError("CUDA error: device-side assert triggered"),
         getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access was encountered"),
     ],

@@ -145,9 +145,14 @@ def test_less_than_one_child_is_refused(state):
 
 
 @pytest.mark.parametrize("bad", [[[3], [0]], [[0], [-1]], [[0, 1], [2, 6]]])
-def test_a_selection_cannot_leave_its_group(state, bad):
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("method", [State.select, State.part])
+def test_a_selection_cannot_leave_its_group(state, bad, late, method):
+    """A device that computes asynchronously is not waited for, and the chain goes on until its images are read."""
+    state.context.finiteness.late = late
+    kept = method(state, torch.tensor(bad)).propose() if late else None
     with pytest.raises(ValueError, match=r"index must stay within its group of 3 rows, got -?\d \.\. \d"):
-        state.select(torch.tensor(bad))
+        _ = kept.images if late else method(state, torch.tensor(bad))
 
 
 def test_groups_must_divide_the_rows(state):

@@ -629,6 +629,7 @@ def test_other_ranks_read_and_change_nothing(tmp_path, monkeypatch):
 
 SCRIPT = """
 import sys
+import threading
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_writer
 from svdd.runs.folder import RunFolder
@@ -637,6 +638,7 @@ from svdd.runs.writer import RunWriter
 class Slow(test_writer.Tiny):
     def predict_step(self, batch, batch_idx):
         if 4 in batch:
+            [thread.join() for thread in threading.enumerate() if thread.name == "svdd-writer"]
             print("ready", flush=True)
             sys.stdin.readline()
         return super().predict_step(batch, batch_idx)

@@ -22,7 +22,7 @@ from svdd.runs.processes.stop import StopOnSignal
 from svdd.runs.processes.watchdog import StepTimeout
 from svdd.runs.processes.work import Order
 from svdd.runs.processes.workers import Link
-from svdd.runs.prompts import PromptDataModule
+from svdd.runs.prompts import PromptDataModule, keeping_prompts
 from svdd.runs.secrets import redact
 from svdd.runs.tracebacks import users_traceback
 from svdd.samplers.budget import Uncountable, count
@@ -140,6 +140,7 @@ class _AssistantCLI(CellCLI):
         say(f"{self._count} images of {self._name} for the process that holds it")
 
     def _take(self) -> list[int]:
+        self.writer.flush()  # a batch that is not on disk is not finished: its owner would not draw it again
         batch, others = self._link.ask("take", self._name, list(self._drawn), waiting=self.watchdog.progress)
         if others is None:
             raise Stopped(signals.exit_code or 143)
@@ -192,6 +193,6 @@ def attempt(order: Order, link: Link | None = None, number: int = 0) -> str:
 def work(link: Link, number: int) -> None:
     """Draws in a worker what its parent orders, until there is nothing left."""
     sys.path.append(os.getcwd())  # class paths name files there
-    with keeping_weights():
+    with keeping_weights(), keeping_prompts():
         while (order := link.ask("next")).kind != "stop":
             link.tell("end", order.name, attempt(order, link, number))

@@ -23,6 +23,7 @@ from svdd.runs.processes.devices import environments, gpus, one_device
 from svdd.runs.processes.signals import STOP_EXIT_CODES, signals
 from svdd.runs.processes.work import Job, Work
 from svdd.runs.processes.workers import Workers, environment
+from svdd.runs.prompts import keeping_prompts
 from svdd.runs.secrets import redact
 from svdd.runs.tracebacks import Tracebacks, users_traceback
 
@@ -58,6 +59,7 @@ class Drawing:
     def __enter__(self) -> "Drawing":
         self._gpus = gpus()
         self._around.enter_context(environment(one_device(self._gpus)))
+        self._around.enter_context(keeping_prompts())
         return self
 
     def __exit__(self, *error: object) -> None:

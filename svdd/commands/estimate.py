@@ -1,24 +1,23 @@
 """What a run will cost, from one rehearsed batch: rows, time, memory and disk. Nothing is written."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from lightning.pytorch.plugins import Precision
 
 from svdd.commands.progress import duration
 from svdd.commands.rehearsal import rehearsed
+from svdd.diffusion.memory import PeakMemory, in_units
 from svdd.evaluation.rendering import render
 from svdd.guided_diffusion import GuidedDiffusion
+from svdd.runs.encoding import encoded, pixels_of
 from svdd.runs.json_lines import encode
 from svdd.runs.prediction import Prediction
 from svdd.runs.prompts import Prompt, PromptDataset
 from svdd.runs.rows import result_row
-from svdd.runs.writer import encoded
 from svdd.samplers.base import Sampler
 from svdd.state.start import Start
 
@@ -40,8 +39,7 @@ class Estimate:
         per_image: Counts of the work for one image, by their names in the ledger.
         seconds: Time of drawing and writing all images on one device; the model is loaded once more.
         parts: The shares of the parts of the model in that time; the rest is everything else.
-        loaded_bytes: Memory before the batch: on CUDA what is allocated, on a CPU the resident size of the process,
-            None elsewhere.
+        loaded_bytes: Memory before the batch, see `PeakMemory`; None if it is unknown.
         peak_bytes: The most during the batch.
         disk_bytes: Size of all pictures, rows and traces.
     """
@@ -100,11 +98,11 @@ def estimate(
     model.configure_model()
     (precision.convert_module(model) if precision is not None else model).to(device).eval()
     with nullcontext() if precision is None else precision.forward_context(), rehearsed(model, clock) as known:
-        memory = _Memory(device)
+        memory = PeakMemory(device)
         begin = clock()
         with torch.inference_mode(not model.sampler.needs_gradient), torch.no_grad():
             prediction = model.predict(batch)
-        files = [len(png) for _, png in encoded(prediction)]
+        files = [len(png) for _, png in encoded(pixels_of(prediction), prediction.rows)]
         seconds = clock() - begin - known.overhead
         peak = memory.peak()
     with nullcontext() if precision is None else precision.forward_context():
@@ -145,29 +143,20 @@ def describe(found: Estimate, devices: int, device: torch.device) -> list[str]:
     memory = "not known on this device"
     if found.peak_bytes is not None and found.loaded_bytes is not None:
         grown = found.peak_bytes - found.loaded_bytes
-        what = "allocated" if device.type == "cuda" else "of the process"
-        memory = f"{_size(found.peak_bytes)} {what} at most, {_size(grown)} above the loaded model"
+        what = "of the process" if device.type == "cpu" else "allocated"
+        memory = f"{in_units(found.peak_bytes)} {what} at most, {in_units(grown)} above the loaded model"
     return [
         *table.splitlines(),
         f"time: {'; '.join(times)}; {found.seconds / found.images:.3g} s an image",
         f"measured: a batch of {prompts} on {device}, in which each kind of work was computed a few times ({parts})",
         f"memory: {memory}",
-        f"disk: {_size(found.disk_bytes)}",
+        f"disk: {in_units(found.disk_bytes)}",
         "not included: loading the model, and what --evaluation measures afterwards; nothing was written",
     ]
 
 
 def _time(hours: float) -> str:
     return f"{duration(3600 * hours)} ({hours:.2g} hours)"
-
-
-def _size(number: float) -> str:
-    """Returns a number of bytes with a unit."""
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
 
 
 def _picture_sizes(model: GuidedDiffusion, batch: list[Prompt], clock: Callable[[], float]) -> list[int]:
@@ -185,42 +174,9 @@ def _picture_sizes(model: GuidedDiffusion, batch: list[Prompt], clock: Callable[
         start.context.on_step = step
         images = Sampler.finish(start()).images.cpu()
         rows = [result_row(prompt, 0, 1, seed, {model.reward.name: 0.1234567}, {}) for prompt, seed in jobs]
-        return [len(png) for _, png in encoded(Prediction(images, rows))]
+        return [len(png) for _, png in encoded(pixels_of(Prediction(images, rows)), rows)]
     return []
 
 
 class _TooLong(Exception):
     """Pictures take too long to draw."""
-
-
-class _Memory:
-    """Memory of a device in bytes: allocated on CUDA, the resident size of this process on a CPU, None elsewhere.
-
-    Attributes:
-        before: What is taken now.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        elif device.type == "cpu":
-            with suppress(OSError):  # Linux: makes the present resident size the peak
-                Path("/proc/self/clear_refs").write_text("5")
-        self.before = self.peak()
-
-    def peak(self) -> int | None:
-        """Returns the most that was taken since this object was made."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return _peak_resident() if self._device.type == "cpu" else None
-
-
-def _peak_resident() -> int:
-    """Returns the largest resident size of this process since it was last reset, in bytes."""
-    with suppress(OSError, StopIteration, ValueError, IndexError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -31,7 +31,8 @@ _HARMLESS = re.compile(
     r"trainer(\.(?!(precision|plugins|accumulate_grad_batches|gradient_clip_val|gradient_clip_algorithm|sync_batchnorm"
     r"|limit_train_batches|overfit_batches|fast_dev_run|use_distributed_sampler|reload_dataloaders_every_n_epochs)"
     r"(\.|$)).*)?"
-    r"|(output|overwrite|max_restarts|data\.(cache|rollout_batch_size)|model\.diffusion\.(chunk_size|compile))(\..*)?"
+    r"|(output|overwrite|max_restarts|data\.(cache|rollout_batch_size))(\..*)?"
+    r"|model\.diffusion\.(chunk_size|compile|attention_backend)(\..*)?"
 )
 
 _RESULTS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "value.safetensors")

@@ -25,7 +25,7 @@ _BUILT_IN: tuple[type[LatentDiffusion], ...] = (
     *(Flux, Flux2Klein, QwenImage, ZImage, Sana, PixArtSigma),
 )
 _LOADING = frozenset(
-    {"pretrained", "config", "revision", "variant", "dtype", "local_files_only"}
+    {"pretrained", "config", "revision", "variant", "dtype", "local_files_only", "attention_backend"}
     | {"lora", "weight_name", "lora_scale", "compile", "offload", "vae_slicing", "vae_tiling"}
 )
 _OTHER_TASKS = {  # words in the name of a class: what such a pipeline does

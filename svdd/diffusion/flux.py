@@ -112,7 +112,7 @@ class Flux(LatentDiffusion):
             pooled_projections=texts["pooled"],
             encoder_hidden_states=states,
             txt_ids=states.new_zeros(states.shape[1], 3),
-            img_ids=places.to(x),
+            img_ids=places.to(x, non_blocking=True),
             return_dict=False,
         )[0]
         return output.reshape(n, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)

@@ -118,8 +118,8 @@ class Flux2Klein(LatentDiffusion):
             timestep=t.expand(n).to(x.dtype) / 1000,
             guidance=None,
             encoder_hidden_states=texts["states"],
-            txt_ids=torch.cartesian_prod(one, one, one, words).to(x.device).expand(n, -1, -1),
-            img_ids=places.to(x.device).expand(n, -1, -1),
+            txt_ids=torch.cartesian_prod(one, one, one, words).to(x.device, non_blocking=True).expand(n, -1, -1),
+            img_ids=places.to(x.device, non_blocking=True).expand(n, -1, -1),
             return_dict=False,
         )[0]
         return output.transpose(1, 2).reshape(x.shape)

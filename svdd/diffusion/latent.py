@@ -12,8 +12,10 @@ from svdd import UserError, is_integer, require_numbers
 from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.assets.loaded import borrow
 from svdd.diffusion.arithmetic import without_autocast
+from svdd.diffusion.attention import check_backend, runs_in_threads, set_backend
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
+from svdd.diffusion.compiled import compile_calls, compile_network
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.kernels.base import find_kernel
 from svdd.diffusion.kernels.glass import glass
@@ -61,7 +63,9 @@ class LatentDiffusion(PipelineParts):
         reproducible: Compute each image apart from others, so that its bits do not depend on the batch, the number of
             devices or threads, or an interruption. `auto`: on a CPU, if the sampler gives an image about 8 rows or
             more per step, where this costs next to nothing.
-        compile: Compile network and decoder with torch.compile.
+        compile: Compile network and decoders with torch.compile. The first calls take minutes, later ones less time.
+        attention_backend: How the network computes attention, by the names of diffusers: `native`, `_native_cudnn`,
+            `flash`, `sage`, `xformers`, ...; UNets, SD 3, Sana and PixArt-Sigma only have PyTorch's own.
         lora: LoRA weights to fuse into the model: a file, a folder, or a hub name, `owner/name` or `owner/name/file`
             (needs `pip install 'svdd[lora]'`).
         weight_name: The file of the LoRA, if a folder or hub model holds several.
@@ -103,6 +107,7 @@ class LatentDiffusion(PipelineParts):
         chunk_size: int | str = "auto",
         reproducible: Reproducible = "auto",
         compile: bool = False,
+        attention_backend: str | None = None,
         lora: str | None = None,
         weight_name: str | None = None,
         lora_scale: float = 1.0,
@@ -118,7 +123,7 @@ class LatentDiffusion(PipelineParts):
     ) -> None:
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
         super().__init__(steps, chunk_size, reproducible)
-        self.chunker.concurrent = not compile
+        self.chunker.concurrent = runs_in_threads(attention_backend)
         self.scheduler = next(iter(self.kernels)) if scheduler is None else scheduler
         self.guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
         self.transition, self.inner_steps = Transition(noise, eta, rho, inner_steps), inner_steps
@@ -130,6 +135,8 @@ class LatentDiffusion(PipelineParts):
             raise ValueError(f"negative_prompt must be text, got {negative_prompt!r}")
         if compile and offload != "none":
             raise ValueError(f"offload={offload!r} cannot be combined with compile")
+        check_backend(attention_backend)
+        self.compiled, self.attention_backend = compile, attention_backend
         kernel, self.scheduler_options = find_kernel(self.scheduler, self.kernels), dict(scheduler_options or {})
         kernel.check_options(self.scheduler_options)
         self.lora, self.lora_scale, self.offload = lora, lora_scale, offload
@@ -138,12 +145,23 @@ class LatentDiffusion(PipelineParts):
         if isinstance(pretrained, str):
             self.pretrained = pretrained
             source = Source(pretrained, config, revision, variant, local_files_only)
-            options = (dtype, lora, weight_name, lora_scale, vae_slicing, vae_tiling, parity)
+            options = (
+                dtype,
+                attention_backend,
+                lora,
+                weight_name,
+                lora_scale,
+                vae_slicing,
+                vae_tiling,
+                parity,
+            )
             key = None if compile or offload != "none" else (type(self), source, *options)
         elif self.pipeline not in (base.__name__ for base in type(pretrained).__mro__):
             kind = type(pretrained).__name__
             raise UserError(f"{type(self).__name__} takes a {self.pipeline}, got a {kind}; use from_pipeline")
         else:
+            if compile or attention_backend is not None:
+                raise UserError("compile and attention_backend change a pipeline object: set them on the pipeline")
             self.pretrained, self.borrowed, key = name_of(pretrained), True, None
 
         def load() -> LatentDiffusion:
@@ -158,6 +176,8 @@ class LatentDiffusion(PipelineParts):
             self.take_parts(f"pretrained={self.pretrained!r}", lora is not None)
             if lora is not None:
                 fuse_lora(self.pipe, lora, lora_scale)
+            if attention_backend is not None:
+                set_backend(getattr(self, self.backbone), attention_backend)
             self.save_memory(offload, vae_slicing, vae_tiling)
             self.arrange()
             return self
@@ -168,8 +188,8 @@ class LatentDiffusion(PipelineParts):
         settings = kernel.configure(self.pipe.scheduler.config, self.scheduler_options)
         self.kernel = kernel(settings, steps, self.transition, self.timestep_options(settings))
         if compile:
-            getattr(self, self.backbone).compile()
-            self.vae.decoder.compile()
+            compile_network(getattr(self, self.backbone), reproducible is True)
+            compile_calls([self.vae.decoder], reproducible is True)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         multiple, native = self.size_multiple, self.native_size()
@@ -184,6 +204,7 @@ class LatentDiffusion(PipelineParts):
     @classmethod
     def examine(cls, arguments: Mapping[str, Any]) -> None:
         """Raises ValueError if the model or the scheduler is of another kind, or a local LoRA does not exist."""
+        check_backend(arguments.get("attention_backend"))
         index = examine(source := Source.of(arguments), cls.pipeline, cls.misfit)
         if (lora := arguments.get("lora")) is not None and is_local(lora):
             find_lora(lora, arguments.get("weight_name"), source.local_files_only)
@@ -226,7 +247,7 @@ class LatentDiffusion(PipelineParts):
 
     def denoise(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor) -> Denoised:
         """Evaluates the network with guidance and returns x0 and the kernel's mean."""
-        t, scale = self.kernel.timesteps[i].to(x.device), self.guidance_scale
+        t, scale = self.kernel.timestep_on(x.device, i), self.guidance_scale
         return self.kernel.predict(x, self.evaluate(self.kernel.scale_input(x, i), t, conditioning, row, scale), i)
 
     def flow(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
@@ -241,7 +262,7 @@ class LatentDiffusion(PipelineParts):
         """Draws x at step i + 1 by a GLASS transition."""
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return self.evaluate(x, t.to(x.device), conditioning, row, self.guidance_scale)
+            return self.evaluate(x, t.to(x.device, non_blocking=True), conditioning, row, self.guidance_scale)
 
         return glass(self.kernel, x, x0, noise, i, network)
 
@@ -256,7 +277,11 @@ class LatentDiffusion(PipelineParts):
             if self.tiny is None:
                 raise UserError(f"there is no small decoder for {type(self).__name__}; give a folder or a hub name")
             source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
-        return TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only, self.parity)
+        options: Any = (self.dtype, self.local_files_only, self.parity)
+        tiny: Any = TinyDecoder(source, self.latent_shape[0], *options)
+        if self.compiled:
+            compile_calls([tiny.decoder], self.chunker.reproducible is True)
+        return tiny
 
     def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, tokenizer in self.tokenizers.items():

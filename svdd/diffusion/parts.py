@@ -9,6 +9,8 @@ from torch import Tensor
 from svdd import UserError
 from svdd.assets.content import digest
 from svdd.diffusion.arithmetic import order_weights
+from svdd.diffusion.attention import attention_errors
+from svdd.diffusion.family import Conditioning
 from svdd.diffusion.offload import Offload, OffloadMode
 from svdd.diffusion.pipelines import check_length, fingerprint
 from svdd.diffusion.previews import PreviewFamily
@@ -29,6 +31,7 @@ class PipelineParts(PreviewFamily):
 
     borrowed = False
     parity = False
+    attention_backend: str | None = None
     weights: str
     weights_bfloat16: str
     _offload: Offload | None = None
@@ -106,6 +109,13 @@ class PipelineParts(PreviewFamily):
         order_weights(self.vae, self.device, decodes=True)
         if is_unet(network := getattr(self, self.backbone)):
             order_weights(network, self.device, decodes=False)
+
+    def halves(
+        self, x: Tensor, t: Tensor, conditioning: Conditioning, row: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, ...]:
+        """Returns the outputs of the network; UserError if its attention backend cannot compute them."""
+        with attention_errors(self.attention_backend, getattr(self, self.backbone), x):
+            return super().halves(x, t, conditioning, row, guidance_scale)
 
     def release(self) -> None:
         """Frees the device of the part that is there under `offload`."""

@@ -53,7 +53,7 @@ class PreviewFamily(ModelFamily):
 
     def record(self, x: Tensor, i: int, conditioning: Conditioning, row: Tensor, preview: Preview) -> dict[str, Tensor]:
         """Evaluates as `denoise` and returns `x0`, `mean` and what previews of the children reuse, one row in each."""
-        t, scale, depth = self.kernel.timesteps[i].to(x.device), self.guidance_scale, preview.feature_depth
+        t, scale, depth = self.kernel.timestep_on(x.device, i), self.guidance_scale, preview.feature_depth
         network, store = (self._network, []) if depth is None else recording(self._network, depth)
         outputs = self._with_network(network).halves(self.kernel.scale_input(x, i), t, conditioning, row, scale)
         output, found = self.guide(outputs, scale, t), {}
@@ -74,7 +74,7 @@ class PreviewFamily(ModelFamily):
         recorded: Mapping[str, Tensor],
     ) -> Tensor:
         """Returns a cheaper prediction of x0, [n, *latent_shape]; see `Diffusion.preview`."""
-        t, scale = self.kernel.timesteps[i].to(x.device), self.guidance_scale
+        t, scale = self.kernel.timestep_on(x.device, i), self.guidance_scale
         scale = scale if preview.guidance_scale is None else preview.guidance_scale
         scaled, outputs = self.kernel.scale_input(x, i), []
         for half, inputs in zip(_HALVES[: self._num_halves(preview, i)], conditioning, strict=False):

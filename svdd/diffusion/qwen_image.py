@@ -107,7 +107,7 @@ class QwenImage(LatentDiffusion):
         """Evaluates the autoencoder's decoder on one frame, with each channel's mean and standard deviation."""
         x0, config = x0.to(self.vae.dtype)[:, :, None], self.vae.config
         mean, deviation = (
-            torch.tensor(numbers).view(1, -1, 1, 1, 1).to(x0.device, x0.dtype)
+            torch.tensor(numbers).view(1, -1, 1, 1, 1).to(x0.device, x0.dtype, non_blocking=True)
             for numbers in (config.latents_mean, config.latents_std)
         )
         with _DECODING:

@@ -128,4 +128,4 @@ def embed_guidance(unet: Any, guidance_scale: float, x: Tensor) -> Tensor | None
     rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     angles = (torch.tensor([guidance_scale - 1]) * 1000.0)[:, None] * rates
     embedding = torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
-    return embedding.to(x).expand(len(x), -1)
+    return embedding.to(x, non_blocking=True).expand(len(x), -1)

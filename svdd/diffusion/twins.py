@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 
-__all__ = ["cut_unet", "is_unet", "record_runs", "record_state", "replace_runs", "twin_of"]
+__all__ = ["blocks_of", "cut_unet", "is_unet", "record_runs", "record_state", "replace_runs", "twin_of"]
 
 _LAYERED = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 _LISTS = ("transformer_blocks", "joint_transformer_blocks", "single_transformer_blocks", "layers")  # in their order
@@ -58,6 +58,12 @@ def _check_depth(depth: int, most: int, what: str, network: nn.Module) -> None:
         raise UserError(f"this {kind} is too small to reuse features, with {what}; leave out feature_depth")
     if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= most:
         raise UserError(f"feature_depth must lie in 1 .. {most} for this {kind} with {what}, got {depth!r}")
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of a transformer, in the order of their calls; none if it has none of the known lists."""
+    lists = [getattr(network, name, None) for name in _LISTS]
+    return [block for blocks in lists if isinstance(blocks, nn.ModuleList) for block in blocks]
 
 
 def is_unet(network: nn.Module) -> bool:

@@ -12,24 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdd import RewardError, UserError, first_line
+from svdd import RewardError, UserError, first_line, is_out_of_memory
 from svdd.rewards.columns import require_columns
 
-__all__ = ["Reward", "full_precision", "is_device_failure", "sparing", "sparing_rewards"]
+__all__ = ["CORES", "Reward", "full_precision", "is_device_failure", "sparing", "sparing_rewards", "to_bytes"]
+
+CORES = min(32, os.cpu_count() or 1)  # threads of a reward that computes on the CPU
 
 # Arguments that do not change the result; the later lines hold those of an endpoint.
-_NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one"}
+_NO_EFFECT = {"self", "batch_size", "local_files_only", "one_by_one", "threads"}
 _NO_EFFECT |= {"endpoint", "api_key", "api_key_env", "password", "token"}
 _NO_EFFECT |= {"backoff", "concurrency", "retries", "timeout"}
 
 _UNSTATED = {("revision", None), ("dtype", "float32"), ("label", "")}  # arguments that the identity leaves out
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices
-
-_DEVICE_FAILURES = (  # in messages of CUDA and MPS, PyTorch's CPU allocator, the C++ library, the system
-    *("cuda error", "out of memory"),
-    *("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
-)
 
 
 class Reward(nn.Module, ABC):
@@ -44,6 +41,11 @@ class Reward(nn.Module, ABC):
             several prompts' images in the reproducible mode too.
         groupwise: Whether a score depends on the other images of the call, as a rank does. A call then holds exactly
             one group: the rows of one image that compete at a step, or the finished images of one prompt.
+        threads: In how many threads beside the device `forward` may run at once, with images on the CPU; 0: it runs on
+            the device, which waits for nothing else. A reward that computes without PyTorch or waits for a server sets
+            it; it must be safe to call from several threads, and have no gradient. The rows of a call are spread over
+            the threads if `one_call` is true.
+        takes_bytes: Whether `forward` takes images as uint8 too, 0 to 255, as it then gets them in threads.
         from_files: Names of attributes, beyond weights and tokenizers, that were read from files: a run continues only
             while they and the reward's source are the same.
         columns: Names of columns of the prompt file that the reward needs: see `svdd.rewards.columns`.
@@ -59,6 +61,8 @@ class Reward(nn.Module, ABC):
     variant: str = ""
     one_call: bool = False
     groupwise: bool = False
+    threads: int = 0
+    takes_bytes: bool = False
     from_files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     optional_columns: tuple[str, ...] = ()
@@ -91,9 +95,19 @@ class Reward(nn.Module, ABC):
             if isinstance(module, Reward) and module is not self:
                 module.load()
 
+    def run_like(self, *parts: "Reward") -> None:
+        """Lets this reward, which only calls those, be called as all of them may be: from threads, in one call."""
+        self.one_call = all(part.one_call for part in parts)
+        self.threads = min(part.threads for part in parts)
+        self.takes_bytes = all(part.takes_bytes for part in parts)
+
     @abstractmethod
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns one score per image, float [n], from images, float32 [n, 3, h, w] in [0, 1], and their n prompts."""
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Returns images, on their device, as a thread takes them: as bytes, if possible, of which fewer are copied."""
+        return to_bytes(images) if self.takes_bytes else images.detach()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns the scores of `forward` as float32 [n]; it gets float32 images, and runs in `full_precision`.
@@ -108,30 +122,50 @@ class Reward(nn.Module, ABC):
                 f"reward {self.name} needs a list of one prompt for each of {len(images)} images, got {found}"
             )
         require_columns(self.name, self.columns, prompts)
-        if len(bad := (~images.detach().flatten(1).sum(1, dtype=torch.float32).isfinite()).nonzero()):
-            first = f"{len(bad)} of {len(images)} images, first for the prompt {prompts[int(bad[0])]!r}"
-            help = "a decoder in float16 may overflow: set --trainer.precision to bf16-true or 32-true"
-            raise RewardError(f"reward {self.name} received NaN or infinity in {first}; {help}")
+        spoilt, late = (
+            ~images.detach().flatten(1).sum(1, dtype=torch.float32).isfinite(),
+            _is_asynchronous(images.device),
+        )
+        if not late:  # otherwise it is read with the scores, so that a device is waited for once
+            self._refuse_images(spoilt, prompts)
         try:
             with full_precision():
-                scores = self(images.float(), list(prompts))
-        except UserError:
-            raise
+                whole = self.takes_bytes and images.dtype == torch.uint8
+                scores = self(images if whole else images.float(), list(prompts))
         except Exception as error:
-            if is_device_failure(error):
+            if late and not is_device_failure(error):
+                self._refuse_images(spoilt, prompts)
+            if isinstance(error, UserError) or is_device_failure(error):
                 raise
             raise RewardError(f"reward {self.name} failed with {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(scores, Tensor):
             returned = f"a {type(scores).__name__}"
         elif scores.shape != (len(images),):
             returned = f"shape {list(scores.shape)}"
-        elif len(bad := (~scores.float().isfinite()).nonzero()):
+        else:
+            unfit = ~scores.detach().float().isfinite()
+            if not (spoilt.any() | unfit.any().to(spoilt.device)):
+                return scores.float()
+            self._refuse_images(spoilt, prompts)
+            bad = unfit.nonzero()
             first = prompts[int(bad[0])]
             returned = f"NaN or infinity for {len(bad)} of {len(images)} images, first for the prompt {first!r}"
-        else:
-            return scores.float()
         expected = f"expected a tensor of shape [{len(images)}], one finite score per image"
         raise RewardError(f"reward {self.name} returned {returned}; {expected}")
+
+    def _refuse_images(self, spoilt: Tensor, prompts: Sequence[str]) -> None:
+        """Raises RewardError if one of the images, bool [n], is not finite."""
+        if len(bad := spoilt.nonzero()):
+            first = f"{len(bad)} of {len(spoilt)} images, first for the prompt {prompts[int(bad[0])]!r}"
+            help = "a decoder in float16 may overflow: set --trainer.precision to bf16-true or 32-true"
+            raise RewardError(f"reward {self.name} received NaN or infinity in {first}; {help}")
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Returns images as uint8 [n, 3, h, w], from float [n, 3, h, w] clamped to [0, 1]; uint8 images as they are."""
+    if images.dtype == torch.uint8:
+        return images
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @contextmanager
@@ -141,8 +175,9 @@ def full_precision() -> Iterator[None]:
     with ExitStack() as around:
         for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
             around.enter_context(torch.autocast(kind, enabled=False))
-        around.callback(torch.set_default_dtype, before)
-        torch.set_default_dtype(torch.float32)
+        if before != torch.float32:  # one for all threads, which must not set it needlessly
+            around.callback(torch.set_default_dtype, before)
+            torch.set_default_dtype(torch.float32)
         yield
 
 
@@ -168,10 +203,15 @@ def sparing(tensors: Iterable[Tensor], convert: Callable[[Tensor], Tensor]) -> C
 
 def is_device_failure(error: Exception) -> bool:
     """Whether the device or a lack of memory, not the reward, caused the error or one that it was raised from."""
-    kinds = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-    named = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _DEVICE_FAILURES)
+    failed = isinstance(error, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    named = isinstance(error, RuntimeError) and "cuda error" in str(error).lower()
     cause = error.__cause__ or error.__context__
-    return isinstance(error, kinds) or named or (isinstance(cause, Exception) and is_device_failure(cause))
+    return failed or named or is_out_of_memory(error) or (isinstance(cause, Exception) and is_device_failure(cause))
+
+
+def _is_asynchronous(device: torch.device) -> bool:
+    """Whether reading a number from the device waits for all that it still computes."""
+    return device.type != "cpu"
 
 
 def _plain(value: Any) -> Any:

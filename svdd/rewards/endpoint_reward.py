@@ -48,7 +48,8 @@ class EndpointReward(Reward):
     backoff: float = 1.0
     concurrency: int = 16
     logprobs = False  # whether `read` uses the probabilities of the first token
-    one_call = True
+    one_call, takes_bytes = True, True
+    threads = 1  # the client sends requests concurrently itself
 
     def __post_init__(self) -> None:
         super().__init__()

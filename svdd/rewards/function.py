@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from svdd import RewardError, UserError, did_you_mean, first_line
+from svdd import RewardError, UserError, did_you_mean, first_line, require_at_least
 from svdd.rewards.base import Reward, is_device_failure
 from svdd.rewards.models.pixels import to_pil
 
@@ -37,10 +37,13 @@ class FunctionReward(Reward):
         differentiable: Whether gradients flow from the result to `images`; not with PIL images.
         higher_is_better: Whether a higher score is better.
         arguments: Further arguments of the function, by name.
+        threads: Run it in so many threads beside the device, with tensors on the CPU: for a function that waits for a
+            server, or computes without PyTorch. It must be safe to call from several threads. With one picture at a
+            time, each thread takes some of the pictures.
 
     Raises:
-        ValueError: If the function takes other arguments, if its name is not that of a function, or if PIL images are
-            to be differentiable.
+        ValueError: If the function takes other arguments, if its name is not that of a function, if PIL images are to
+            be differentiable, or if `threads` is negative or given for a differentiable function.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class FunctionReward(Reward):
         differentiable: bool = False,
         higher_is_better: bool = True,
         arguments: dict[str, Any] | None = None,
+        threads: int = 0,
     ) -> None:
         super().__init__()
+        require_at_least(0, threads=threads)
         self.function = _find(function) if isinstance(function, str) else function
         self.label = function.rsplit(".", 1)[-1] if isinstance(function, str) else _name(function)
         self.arguments = dict(arguments or {})
@@ -62,7 +67,10 @@ class FunctionReward(Reward):
         self.is_clear = self.takes_pil or annotation is Tensor  # what it gets is what it wants
         if self.takes_pil and differentiable:
             raise ValueError(f"{self.label} takes PIL images, which have no gradient: leave out differentiable")
+        if threads and differentiable:
+            raise ValueError(f"{self.label} is differentiable, and gradients need it on the device: leave out threads")
         self.differentiable, self.higher_is_better = differentiable, higher_is_better
+        self.one_call, self.threads, self.takes_bytes = self.one_by_one, threads, self.takes_pil
 
     @property
     def name(self) -> str:

@@ -51,7 +51,8 @@ class HTTPReward(Reward):
         UserError: If an argument is out of range.
     """
 
-    from_files = ("served",)
+    from_files, takes_bytes = ("served",), True
+    threads = 1  # the client sends requests concurrently itself
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from svdd.rewards.base import Reward
+from svdd.rewards.base import CORES, Reward
 from svdd.rewards.models.pixels import to_pil
 
 __all__ = ["Compressibility", "Incompressibility"]
@@ -28,7 +28,7 @@ def _kilobytes(images: Tensor) -> Tensor:
 class Compressibility(Reward):
     """Minus the JPEG file size in kB (quality 95): simple, smooth images score high."""
 
-    range, one_call = (-math.inf, 0.0), True
+    range, one_call, threads, takes_bytes = (-math.inf, 0.0), True, CORES, True
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns minus the size of each image in kB, float32 [n]."""
@@ -38,7 +38,7 @@ class Compressibility(Reward):
 class Incompressibility(Reward):
     """The JPEG file size in kB (quality 95): busy, detailed images score high."""
 
-    range, one_call = (0.0, math.inf), True
+    range, one_call, threads, takes_bytes = (0.0, math.inf), True, CORES, True
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the size of each image in kB, float32 [n]."""

@@ -54,6 +54,7 @@ class QuestionReward(PretrainedReward):
     concurrency: int = 8
     label: str = field(default="", kw_only=True)
     default: ClassVar[str]  # the local model
+    takes_bytes = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -76,6 +77,11 @@ class QuestionReward(PretrainedReward):
     def one_call(self) -> bool:  # type: ignore[override]
         """Whether an endpoint answers, to which each image is a request of its own."""
         return self.service is not None
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        """One thread beside the device for an endpoint, whose client sends requests concurrently itself."""
+        return 0 if self.service is None else 1
 
     def loading_key(self) -> Hashable:
         """Returns what determines the local model."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdd.rewards.base import Reward
+from svdd.rewards.base import CORES, Reward
 from svdd.rewards.models.onnx import PerProcess, digest_of_file, in_threads, require_package
 from svdd.rewards.models.pixels import to_pil
 
@@ -25,7 +25,7 @@ class Safety(Reward):
     `Threshold(Safety(), at_least=0.5)` is a constraint. Violence, weapons and symbols of hate do not lower the score.
     """
 
-    range, one_call, from_files = (0.0, 1.0), True, ("weights",)
+    range, one_call, threads, takes_bytes, from_files = (0.0, 1.0), True, CORES, True, ("weights",)
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.assets.hub import find_file
-from svdd.rewards.base import Reward
+from svdd.rewards.base import CORES, Reward
 from svdd.rewards.columns import column
 from svdd.rewards.models.onnx import PerProcess, digest_of_file, in_threads
 from svdd.rewards.models.text_reader import TextReader, bundled_weights, enlarge
@@ -44,7 +44,7 @@ class TextRendering(Reward):
         ValueError: If both `text` and `text_column` are given, or `side` is below 32.
     """
 
-    range, one_call, from_files = (0.0, 1.0), True, ("weights",)
+    range, one_call, threads, from_files = (0.0, 1.0), True, CORES, ("weights",)
 
     def __init__(
         self,
@@ -78,8 +78,9 @@ class TextRendering(Reward):
             own, found = (self.detector, self.recognizer), bundled_weights()
             files = [find_file(name) if name else file for name, file in zip(own, found, strict=True)]
             self.weights = {file.name: digest_of_file(file) for file in files}
-            self.reader = PerProcess(TextReader, *files)
-            self.alphabet = Alphabet(self.reader.get().characters, self.ignore_case, self.ignore_spaces)
+            reader = PerProcess(TextReader, *files)
+            self.alphabet = Alphabet(reader.get().characters, self.ignore_case, self.ignore_spaces)
+            self.reader = reader  # the last, as another thread may have come to this method
         self.reader.get()
 
     def wanted(self, prompt: str) -> list[str]:

@@ -31,6 +31,7 @@ class Threshold(Reward):
             raise ValueError(f"at_least must not exceed at_most, got {at_least} and {at_most}")
         self.reward, self.at_least, self.at_most = reward, at_least, at_most
         self.differentiable, self.groupwise, self.variant = reward.differentiable, reward.groupwise, reward.name
+        self.run_like(reward)
         self.range = (-float("inf"), 0.0)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:

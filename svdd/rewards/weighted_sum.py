@@ -37,6 +37,7 @@ class WeightedSum(Reward):
         self.rewards: Any = nn.ModuleList(parts)
         self.differentiable = all(reward.differentiable for reward in parts)
         self.groupwise = any(reward.groupwise for reward in parts)
+        self.run_like(*parts)
         ends = [
             sorted(weight * end for end in reward.range) if weight else [0.0, 0.0]
             for reward, weight in zip(parts, self.weights, strict=True)

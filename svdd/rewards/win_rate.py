@@ -40,6 +40,7 @@ class WinRate(Reward):
             raise ValueError(f"temperature must be >= 0, got {temperature}")
         self.reward, self.temperature = as_reward(reward), float(temperature)
         self.variant = self.reward.name
+        self.run_like(self.reward)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns the win rate of each image against the others of the call, float32 [n]."""

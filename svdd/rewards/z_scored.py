@@ -42,6 +42,7 @@ class ZScored(Reward):
         self.reward, self.mean, self.std = reward, float(mean), float(std)
         self.differentiable, self.groupwise = reward.differentiable, reward.groupwise
         self.higher_is_better = reward.higher_is_better
+        self.run_like(reward)
         low, high = ((end - self.mean) / self.std for end in reward.range)
         self.range, self.variant = (low, high), reward.name
 

@@ -19,7 +19,7 @@ class AssistantWriter(RunWriter):
         output: The run folder.
         rank: Of this process among those that draw the run, >= 1.
         prompts: As in `RunWriter`; so is `tar`.
-        drawn: Receives the result rows of each batch, once they are on disk.
+        drawn: Receives the result rows of each batch; they are on disk after `flush`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class AssistantWriter(RunWriter):
         self._follow_rows_at_once(trainer, pl_module)
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        """Writes a batch and notes its rows."""
+        """Begins to write a batch and notes its rows."""
         super().on_predict_batch_end(trainer, pl_module, outputs, *args)
         self._rows += outputs.rows
 

@@ -29,7 +29,7 @@ from svdd.runs.rows import ResultRow
 if TYPE_CHECKING:
     from svdd.runs.prompts import PromptDataset
 
-__all__ = ["RunFolder"]
+__all__ = ["Entries", "RunFolder"]
 
 _KIND = "predict"  # the command whose folder this is
 

@@ -23,7 +23,7 @@ class Prediction:
     error and, if it came from the user's own code, traceback.
     """
 
-    images: Tensor  # float [n, 3, h, w] in [0, 1], on the CPU
+    images: Tensor  # float [n, 3, h, w] in [0, 1], on the device that computed them
     rows: list[ResultRow]  # one per image, in the same order
     traces: list[dict[str, Any]] = field(default_factory=list)  # one per image whose sampler made choices
     failures: list[dict[str, Any]] = field(default_factory=list)  # one per prompt that could not be drawn

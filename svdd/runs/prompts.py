@@ -4,10 +4,10 @@ import hashlib
 import json
 import mmap
 import os
-import signal
+import stat
 import tempfile
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
@@ -16,16 +16,32 @@ from typing import Any, cast
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from svdd import check_bound, require_at_least
 from svdd.runs.bounds import MAX_WORKERS
+from svdd.runs.prompt_batches import Handed, Share, ignore_signals
 from svdd.runs.prompt_files import open_source
 from svdd.runs.prompt_rows import PromptError, RowReader, key, located, shorten
 from svdd.runs.recorded_prompts import folder_of
 from svdd.runs.rows import Prompt
 
-__all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError", "PromptWarning"]
+__all__ = ["Prompt", "PromptDataModule", "PromptDataset", "PromptError", "PromptWarning", "keeping_prompts"]
+
+_kept: "dict[Hashable, PromptDataset] | None" = None
+
+
+@contextmanager
+def keeping_prompts() -> Iterator[None]:
+    """Reads a file only once for all data modules of this block, as long as it stays the same."""
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        for dataset in _kept.values():
+            dataset.close()
+        _kept = before
 
 
 class PromptWarning(UserWarning):
@@ -126,42 +142,6 @@ def _spool() -> Iterator[Any]:
         raise PromptError(what) from None
 
 
-class _Share(IterableDataset[list[Prompt]]):
-    """One process's share of the unfinished prompts, in batches.
-
-    It has no length: with one, Lightning would store the indices of all batches, and skip the hooks of a process
-    without prompts, for which the others would wait.
-    """
-
-    def __init__(self, dataset: PromptDataset, indices: "array[int]", batch_size: int) -> None:
-        self._dataset, self._indices, self._batch_size = dataset, indices, batch_size
-        self.num_prompts = len(indices)
-
-    def __iter__(self) -> Iterator[list[Prompt]]:
-        worker, workers = (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
-        for number in range(worker, -(-self.num_prompts // self._batch_size), workers):  # the loader asks them in turn
-            start = number * self._batch_size
-            yield [self._dataset[index] for index in self._indices[start : start + self._batch_size]]
-
-
-class _Handed(IterableDataset[list[Prompt]]):
-    """Batches of prompts that are handed out one by one, to this process and to others.
-
-    It has a length, so that Lightning fetches no batch ahead, which another process could draw meanwhile.
-    """
-
-    def __init__(self, dataset: PromptDataset, hand: Callable[[], Sequence[int]], num_prompts: int, most: int) -> None:
-        self._dataset, self._hand, self._most = dataset, hand, most
-        self.num_prompts = num_prompts
-
-    def __len__(self) -> int:
-        return self._most
-
-    def __iter__(self) -> Iterator[list[Prompt]]:
-        while batch := self._hand():
-            yield [self._dataset[index] for index in batch]
-
-
 class PromptDataModule(LightningDataModule):
     """Prompts from a list or a file, in batches, in order, each exactly once.
 
@@ -221,7 +201,14 @@ class PromptDataModule(LightningDataModule):
     @cached_property
     def dataset(self) -> PromptDataset:
         """The prompts, read on first use, the skipped ones included; raises a PromptError if they cannot be used."""
-        dataset = PromptDataset(self.prompts, self.prompt_column, self.limit, self.max_prompt_length)
+        arguments = (self.prompts, self.prompt_column, self.limit, self.max_prompt_length)
+        if _kept is None or (version := _version(self.prompts)) is None:
+            dataset = PromptDataset(*arguments)
+        else:
+            key = (*arguments, version)
+            if key not in _kept:
+                _kept[key] = PromptDataset(*arguments)
+            dataset = _kept[key]
         self._finished = bytearray(len(dataset))  # one flag a prompt
         return dataset
 
@@ -236,7 +223,8 @@ class PromptDataModule(LightningDataModule):
     def teardown(self, stage: str = "predict") -> None:
         """Frees the prompts and forgets which were skipped; the next use reads the source again."""
         if "dataset" in self.__dict__:
-            self.dataset.close()
+            if not any(self.dataset is each for each in (_kept or {}).values()):
+                self.dataset.close()
             del self.dataset
 
     def skip(self, indices: Collection[int]) -> None:
@@ -268,17 +256,18 @@ class PromptDataModule(LightningDataModule):
         unfinished = (index for index, flag in enumerate(finished) if not flag)
         if self.hand is not None:
             left = finished.count(0)
-            handed = _Handed(dataset, self.hand, left, -(-left // self.batch_size))
+            handed = Handed(dataset, self.hand, left, -(-left // self.batch_size))
             return DataLoader(dataset=cast(Any, handed), batch_size=None)
-        share = _Share(dataset, array("Q", islice(unfinished, rank, None, world_size)), self.batch_size)
-        start = _ignore_signals if self.num_workers else None
+        share = Share(dataset, array("Q", islice(unfinished, rank, None, world_size)), self.batch_size)
+        start = ignore_signals if self.num_workers else None
         return DataLoader(dataset=cast(Any, share), batch_size=None, num_workers=self.num_workers, worker_init_fn=start)
 
     test_dataloader = predict_dataloader  # a calibration is a test loop
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ignores signals sent to all processes: the main process ends its workers itself."""
-    signal.set_wakeup_fd(-1)  # a forked process inherits the parent's
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _version(source: Sequence[str] | str) -> Hashable:
+    """Returns what changes when a file does; None for other sources."""
+    with suppress(OSError, ValueError):
+        if isinstance(source, str) and stat.S_ISREG((found := os.stat(os.path.expanduser(source))).st_mode):
+            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return None

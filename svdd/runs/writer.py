@@ -1,9 +1,7 @@
 """The callback that writes a run to disk while it is under way, so that an interrupted run can continue."""
 
-import io
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -11,30 +9,29 @@ from typing import Any, cast
 
 import lightning as L
 import numpy as np
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 from torchmetrics import Metric
 
-from svdd import UserError, __version__, first_line, say
+from svdd import UserError, first_line, say
+from svdd.runs.background import Background
+from svdd.runs.encoding import VERSIONS, encoded, pixels_of
 from svdd.runs.files import RunError
-from svdd.runs.folder import RunFolder
-from svdd.runs.json_lines import encode
+from svdd.runs.folder import Entries, RunFolder
 from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.rows import ResultRow
 from svdd.runs.tracebacks import Tracebacks
 
-__all__ = ["RunError", "RunWriter", "encoded"]
+__all__ = ["RunError", "RunWriter"]
 
-_VERSIONS = {"svdd": __version__, "torch": version("torch"), "diffusers": version("diffusers")}
 _MOST_FAILURES = 20  # in a row; then the prompts are not the cause
 
 
 class RunWriter(L.Callback):
-    """Writes each batch as soon as it is drawn: images, traces, result rows, and at the end a summary.
+    """Writes each batch while the next one is drawn: images, traces, result rows, and at the end a summary.
+
+    At most one batch is written while the next one is drawn. All are on disk when the epoch ends, and when
+    `on_exception` returns. If a batch cannot be written, the next hook raises the error, or `close` after another one.
 
     Call `open` before anything costly is built, and leave the prompts that it returns out of the data. The module
     must take the rows of an earlier run through `record(rows)`, return a `Prediction` from `predict_step`, and hold
@@ -65,6 +62,7 @@ class RunWriter(L.Callback):
         self._rows_at_once: int | None = None  # as recorded
         self._failures = 0  # in a row, up to now
         self._tracebacks = Tracebacks()
+        self._writing = Background("svdd-writer")
         self.failed_prompts = 0  # of this prediction, once it has ended
 
     def open(self, scan: bool = True, hold: bool = False) -> set[int]:
@@ -80,10 +78,16 @@ class RunWriter(L.Callback):
         self._started, self._drawn, self._held, self._failures = time.monotonic(), False, hold, 0
         return finished
 
+    def flush(self) -> None:
+        """Returns when all batches that were drawn are on disk; raises the error if one could not be written."""
+        self._writing.wait()
+
     def close(self) -> None:
-        """Releases the folder."""
+        """Waits for the last batch and releases the folder; raises the error if that batch could not be written."""
+        self._writing.join()
         self.folder.close()
         self._started = None
+        self.flush()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Opens the folder if it is not open; it must then be new, as its prompts would be drawn again.
@@ -135,12 +139,16 @@ class RunWriter(L.Callback):
             line += len(part)
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        """Writes a batch, which must be a `Prediction`; raises a UserError if 20 prompts in a row have failed."""
+        """Begins to write a batch, which must be a `Prediction`, once the one before is on disk.
+
+        Raises a UserError if 20 prompts in a row have failed.
+        """
+        self.flush()
         if not isinstance(outputs, Prediction):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
         if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
             self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
-        self.folder.write(encoded(outputs), outputs.traces, outputs.failures)
+        self._writing.start(self._write, pixels_of(outputs), outputs.rows, outputs.traces, outputs.failures)
         for failure in outputs.failures:
             said = f"svdd: skipped {failure['prompt']!r}: {failure['error']}"
             self._tracebacks.show(failure.get("traceback", ""), said)
@@ -150,6 +158,15 @@ class RunWriter(L.Callback):
                 f"{self._failures} prompts in a row could not be drawn, the last with {outputs.failures[-1]['error']}; "
                 "finished images are kept: fix the cause and start the same command again"
             )
+
+    def _write(self, pixels: np.ndarray, rows: list[ResultRow], traces: Entries, failures: Entries) -> None:
+        """Runs in a thread of its own."""
+        with closing(encoded(pixels, rows)) as images:
+            self.folder.write(images, traces, failures)
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Waits until all batches are on disk: then come the statistics, and the wait for other processes."""
+        self.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merges the files of all processes and writes the summary that the module has computed by now."""
@@ -179,7 +196,7 @@ class RunWriter(L.Callback):
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Releases the folder; what is written stays for the next run."""
+        """Releases the folder once the batch that was drawn last is written; what is written stays for the next run."""
         self._release()
 
     def _compare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -190,7 +207,7 @@ class RunWriter(L.Callback):
         if other := [name for name in first if first[name] != found.get(name)]:
             where = f"process {trainer.global_rank} has other contents of {', '.join(other)} than process 0"
             raise RunError(f"{where}: all machines need the same files")
-        versions = {**_VERSIONS, "transformers": version("transformers")}
+        versions = {**VERSIONS, "transformers": version("transformers")}
         if trainer.is_global_zero and (changed := self.folder.fingerprint(found, versions)):
             text = f"{self.folder.path} was begun with {', '.join(changed)}: images may differ in the last bits"
             say(f"svdd: warning: {text}", error=True)
@@ -205,18 +222,11 @@ class RunWriter(L.Callback):
         self.folder.write_summary({**counts, **cast(Any, pl_module).summary, "wall_seconds": seconds})
 
     def _release(self) -> None:
-        if self._held:
+        if self._held:  # until `close`, which raises the error of the last batch
+            self._writing.join()
             self.folder.close_shard()
         else:
             self.close()
-
-
-def encoded(prediction: Prediction) -> Iterator[tuple[ResultRow, bytes]]:
-    """Yields the row of each image and its PNG file."""
-    pixels = _to_uint8(prediction.images)
-    if len(pixels) != len(prediction.rows):
-        raise ValueError(f"a Prediction needs one row per image, got {len(prediction.rows)} for {len(pixels)} images")
-    return ((row, _encode_png(image, row)) for row, image in zip(prediction.rows, pixels, strict=True))
 
 
 def _chunker(pl_module: Any) -> Any:
@@ -229,25 +239,3 @@ def _is_recordable(module: Any, row: ResultRow) -> bool:
         module.record([row])
         return True
     return False
-
-
-def _to_uint8(images: Tensor) -> np.ndarray:
-    """Rounds as diffusers' `numpy_to_pil` does: float [n, 3, h, w] in [0, 1] to uint8 [n, h, w, 3]."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images must be float [n, 3, h, w], got {images.dtype} {list(images.shape)}")
-    values = images.detach().cpu().float()
-    if not bool(((values >= -1e-3) & (values <= 1 + 1e-3)).all()):
-        low, high = (value.item() for value in torch.aminmax(values))
-        raise ValueError(f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}: rescale or clamp them")
-    return (values.clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
-
-
-def _encode_png(pixels: np.ndarray, row: ResultRow) -> bytes:
-    """Encodes uint8 [h, w, 3] with the prompt, the seed, the rewards and the versions as text chunks."""
-    info = PngInfo()
-    rewards = encode(row["rewards"]).decode()
-    for key, text in {"prompt": row["prompt"], "seed": str(row["seed"]), "rewards": rewards, **_VERSIONS}.items():
-        info.add_text(key, text.encode("utf-8", "backslashreplace").decode())
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()

@@ -107,7 +107,7 @@ class Sampler(ABC):
     def evaluate(value: Value, state: State) -> Tensor:
         """Returns the values of a state's rows, [images, rows per image]."""
         values = value(state).view(state.num_images, -1)
-        state.context.report(state.i, float(values[values.isfinite()].detach().mean()))
+        state.context.report(state.i, values)
         return values
 
     @staticmethod

@@ -68,7 +68,7 @@ class DPS(Sampler):
                 state = state.propose()
                 continue
             v, slope = state.gradient(value, self.through_denoiser)
-            state.context.report(state.i, float(v.mean()))
+            state.context.report(state.i, v)
             state = self.keep(state, first_row, v[:, None], kl=0.0)  # one row per image: for the trace alone
             kl = (self.scale * state.std) ** 2 / 2 * slope.flatten(1).double().square().sum(1)  # normal laws, equal std
             state = state.propose(mean=state.prediction.mean + self.scale * state.std**2 * slope, kl=kl)

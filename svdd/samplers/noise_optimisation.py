@@ -113,7 +113,7 @@ class NoiseOptimisation(Sampler):
         found = context.diffusion.chunker.map(run, state.num_images, state.x, image, work=work)
         state.require_finite("reward's gradient", state.x, found["gradient"])
         values = found.pop("values").view(-1, 1)
-        context.report(state.num_steps, float(values.mean()))
+        context.report(state.num_steps, values)
         x, slope = found.pop("x"), found.pop("gradient")
         return State(x, state.num_steps, state.row, state.origin, context, found), values, slope
 

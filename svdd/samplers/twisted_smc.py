@@ -96,7 +96,7 @@ class TwistedSMC(Sampler):
                 state = state.propose()
                 continue
             v = state.gradient(value)[0].view(state.num_images, -1)
-            state.context.report(state.i, float(v.mean()))
+            state.context.report(state.i, v)
             weights = self.weighing.weigh(weights, v, progress)
             increment, log_z, log_w = weights.log_normaliser - log_z, weights.log_normaliser, weights.log_w
             index, weights = self.weighing.resample(weights, state.uniforms(n))

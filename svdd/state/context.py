@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.preview import Preview
-from svdd.state.finite import require_finite
+from svdd.state.finite import Finiteness, require_finite
 from svdd.state.ledger import Ledger
 from svdd.state.recorder import Recorder
+from svdd.state.stream import Stream, draw_ahead
 from svdd.state.trace import Trace
 
 __all__ = ["Context", "Scorer"]
@@ -39,14 +40,17 @@ class Context:
     conditioning: Any  # the encoded distinct prompts
     prompts: list[str]  # their texts; `State.row` indexes them
     rows: Tensor  # index of each image's prompt, int64 [images], on the diffusion's device
-    generators: list[torch.Generator]  # noise of each image, on the CPU
-    choosers: list[torch.Generator]  # random numbers of each image's selections, on the CPU
+    generators: list[Stream]  # noise of each image, on the CPU
+    choosers: list[Stream]  # random numbers of each image's selections, on the CPU
+    texts: list[str]  # the prompt of each image
     ledger: Ledger = field(default_factory=Ledger)
     trace: Trace = field(default_factory=Trace)
     on_step: Callable[[int, float | None], None] | None = None
     preview: Preview | None = None  # what evaluations must record for the previews of their children
     images: list[int] = field(default_factory=list)  # each image's position in the batch
     recorder: Recorder | None = None
+    finiteness: Finiteness = field(default_factory=Finiteness)
+    ahead: bool = False  # whether the next noise is drawn while the device works
     shared_noise: bool = False  # all rows of an image receive the same noise, so an end depends on the start alone
 
     @classmethod
@@ -79,15 +83,18 @@ class Context:
             conditioning,
             texts,
             torch.tensor([distinct[key] for key in keys]).to(diffusion.device),
-            [torch.Generator().manual_seed(seed) for seed in seeds],
-            [torch.Generator().manual_seed(seed ^ _SELECTION_STREAM) for seed in seeds],
+            [Stream.seeded(seed) for seed in seeds],
+            [Stream.seeded(seed ^ _SELECTION_STREAM) for seed in seeds],
+            [texts[distinct[key]] for key in keys],
             images=list(range(len(seeds))),
+            finiteness=Finiteness(late=diffusion.device.type != "cpu"),
+            ahead=diffusion.device.type != "cpu",  # on a CPU it would take a core from the network
         )
 
-    def report(self, i: int, value: float | None = None) -> None:
-        """Calls `on_step`, if there is one."""
+    def report(self, i: int, values: Tensor | None = None) -> None:
+        """Calls `on_step`, if there is one, with the mean of the finite values."""
         if self.on_step is not None:
-            self.on_step(i, value)
+            self.on_step(i, None if values is None else float(values[values.isfinite()].detach().mean()))
 
     def noise(self, n: int) -> Tensor:
         """Draws n rows of noise per image, [images * n, *latent_shape], as diffusers does for a list of generators."""
@@ -101,20 +108,26 @@ class Context:
 
     def uniforms(self, k: int) -> Tensor:
         """Draws k uniform numbers in [0, 1) per image from the selection stream, float64 [images, k]."""
-        return torch.stack([torch.rand(k, generator=chooser, dtype=torch.float64) for chooser in self.choosers])
+        return torch.stack([chooser.uniforms(k) for chooser in self.choosers])
 
     def replay(self) -> "Context":
         """Returns a context that draws this one's next noise, the same for all rows of an image; the rest is shared."""
-        clones = [generator.clone_state() for generator in self.generators]
+        clones = [generator.clone() for generator in self.generators]
         return replace(self, generators=clones, shared_noise=True)
 
     def of(self, images: Tensor) -> "Context":
         """Returns the context of some images, int64 [k]; ledger, trace, recorder and random generators stay shared."""
-        generators, choosers = ([streams[k] for k in images.tolist()] for streams in (self.generators, self.choosers))
-        positions = [self.images[k] for k in images.tolist()]
-        return replace(self, rows=self.rows[images], generators=generators, choosers=choosers, images=positions)
+        own = images.tolist()
+        names = ("generators", "choosers", "texts", "images")
+        each: dict[str, Any] = {name: [getattr(self, name)[k] for k in own] for name in names}
+        return replace(self, rows=self.rows[images], **each)
 
-    def _normals(self, generators: list[torch.Generator], n: int) -> Tensor:
+    def _normals(self, streams: list[Stream], n: int) -> Tensor:
         shape, dtype = (n, *self.diffusion.latent_shape), self.diffusion.dtype
         wide = torch.promote_types(dtype, torch.float32)  # half precision may have another sequence
-        return torch.cat([torch.randn(shape, generator=each, dtype=wide).to(dtype) for each in generators])
+        normals = torch.cat([stream.normals(shape, wide).to(dtype) for stream in streams])
+        if self.ahead and streams is self.generators:
+            draw_ahead(streams, shape, wide)
+        if self.diffusion.device.type == "cuda":
+            normals = normals.pin_memory().to(self.diffusion.device, non_blocking=True)
+        return normals

@@ -1,7 +1,7 @@
 """A batch of particles at one step of the reverse chain."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,10 @@ from svdd import UserError
 from svdd.diffusion.base import Denoised, Diffusion
 from svdd.diffusion.preview import Preview
 from svdd.state.context import Context, Scorer
-from svdd.state.finite import require_finite
+from svdd.state.decoding import decode_and_score, decode_rows, score_images
 from svdd.state.gradient import differentiate
+from svdd.state.index import within
 from svdd.state.recorder import descent, recorded
-from svdd.state.scoring import score
 
 __all__ = ["State"]
 
@@ -83,7 +83,8 @@ class State:
     @property
     def prompts(self) -> list[str]:
         """The prompt of each row."""
-        return [self.context.prompts[index] for index in self.row.tolist()]
+        texts = self.context.texts  # to read `row` would wait for the device
+        return [text for text in texts for _ in range(len(self.x) // len(texts))]
 
     @property
     def prediction(self) -> Denoised:
@@ -111,7 +112,8 @@ class State:
     def images(self) -> Tensor:
         """The decoded x0, float32 [n, 3, H, W] in [0, 1]; decoded once."""
         if "images" not in self._cache:
-            self._cache["images"] = self._decode(self.x0, self.context.diffusion.decode)
+            self._cache["images"] = decode_rows(self, self.x0, self.context.diffusion.decode)
+            self.context.finiteness.settle()
         return self._cache["images"]
 
     def scores(
@@ -121,10 +123,14 @@ class State:
         context, own, known = self.context, x0 is None and decode is None, ("scores", reward)
         if own and known in self._cache:
             return self._cache[known]
-        images = self.images if own else self._decode(self.x0 if x0 is None else x0, decode or context.diffusion.decode)
-        with context.ledger.timed("reward_seconds", self.x.device):
-            scores = score(reward, context.diffusion.chunker, self.num_images, images, self.prompts)
-        context.ledger.reward_calls += len(images)
+        with context.finiteness.first():  # the network or the decoder may have failed before the reward
+            if own and "images" in self._cache:
+                scores = score_images(self, reward, self.images)
+            else:
+                latents, decoder = self.x0 if x0 is None else x0, decode or context.diffusion.decode
+                images, scores = decode_and_score(self, reward, latents, decoder)
+                self._cache.update({"images": images} if own else {})
+        context.ledger.reward_calls += len(scores)
         if own and not getattr(reward, "groupwise", False):  # in another group, a row has another score
             self._cache[known] = scores
         return scores
@@ -189,23 +195,19 @@ class State:
         Entry (g, j) of `index`, int64 [groups, k], counts within the g-th of `groups` equal runs of rows. `kl` bounds
         the divergence that the selection adds, in nats, [images]; None if it is unknown.
         """
-        groups, n = len(index), len(self.x)
-        if index.ndim != 2 or not groups or n % groups:
-            raise ValueError(f"index must be [groups, k] with groups that divide {n} rows evenly, got {[*index.shape]}")
-        size = n // groups
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(f"index must stay within its group of {size} rows, got {index.min()} .. {index.max()}")
+        index, size = within(index, self.row, self.context.finiteness)
         self.context.trace.diverge(kl)
-        flat = (index + torch.arange(groups, device=index.device)[:, None] * size).flatten().to(self.x.device)
+        flat = (index + torch.arange(len(index), device=index.device)[:, None] * size).flatten()
         cache = {name: known[flat] for name, known in self._cache.items()}
         for places, part in self._parts:
-            if bool((places[flat] >= 0).all()):
+            if bool((places[flat] >= 0).all()):  # waits for the device, once for each `part`
                 cache |= {name: known[places[flat]] for name, known in part._cache.items()}
         parents = None if self._parents is None else (self._parents[0], self._parents[1][flat])
         return State(self.x[flat], self.i, self.row[flat], self.origin[flat], self.context, cache, parents)
 
     def part(self, index: Tensor) -> "State":
         """Returns distinct rows of every group as `select` does; what will be computed for them is kept for them."""
+        index, _ = within(index, self.row, self.context.finiteness)
         part, order = self.select(index, kl=0.0), torch.arange(index.numel(), device=index.device).view_as(index)
         places = torch.full_like(self.row, -1).view(len(index), -1).scatter(1, index, order)
         self._parts.append((places.flatten(), part))
@@ -248,15 +250,17 @@ class State:
         if values not in self._cache:
             known, diffusion = () if through_denoiser else self.prediction, self.context.diffusion
 
-            def differentiated(x: Tensor, row: Tensor, origin: Tensor, *known: Tensor) -> dict[str, Tensor]:
+            def differentiated(x: Tensor, texts: list[str], row: Tensor, origin: Tensor, *known: Tensor) -> Any:
                 leaf = (known[0] if known else x).detach().requires_grad_()
                 cache = {"x0": leaf, "mean": known[1]} if known else {}
-                part = State(x.detach() if known else leaf, self.i, row, origin, self.context, cache)
+                context = replace(self.context, texts=texts)
+                part = State(x.detach() if known else leaf, self.i, row, origin, context, cache)
                 return differentiate(value, part, leaf)
 
-            rows = (self.x, self.row, self.origin, *known)  # in chunks, which bounds the memory of the graph
+            rows = self.x, self.prompts, self.row, self.origin, *known
             steps = min(self.num_steps - self.i, getattr(value, "most_rows", 1))  # that a value looks ahead
             work = ("gradient", value, diffusion.network_rows(diffusion.guidance_scale, self.i), steps)
+            # In chunks, which bounds the memory of the graph.
             found = diffusion.chunker.map(differentiated, self.num_images, *rows, work=work)
             self.require_finite("value's gradient", self.x, found["gradient"])
             self._cache.update({values: found.pop("values"), slope: found.pop("gradient")}, **found)
@@ -264,20 +268,12 @@ class State:
 
     def uniforms(self, k: int) -> Tensor:
         """Returns k uniform numbers in [0, 1) per image from its selection stream, float64 [images, k]."""
-        return self.context.uniforms(k).to(self.x.device)
+        return self.context.uniforms(k).to(self.x.device, non_blocking=True)
 
     def require_finite(self, part: str, source: Tensor, *found: Tensor) -> None:
-        """Raises NotFinite with the step and the first failing row's prompt."""
+        """Raises NotFinite, as `Finiteness` does, with the step and the first failing row's prompt."""
         where = f" at step {self.i} of {self.num_steps}"
-        require_finite(part, source, *found, where=where, prompt=lambda k: self.context.prompts[int(self.row[k])])
-
-    def _decode(self, x0: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
-        with self.context.ledger.timed("decoder_seconds", self.x.device):
-            work = ("decoder", decode)
-            images = self.context.diffusion.chunker.map(decode, self.num_images, x0, parallel=True, work=work)
-            self.require_finite("decoder" if decode == self.context.diffusion.decode else "preview decoder", x0, images)
-        self.context.ledger.decoded_images += len(x0)
-        return images
+        self.context.finiteness.require(part, source, *found, where=where, prompt=self.prompts.__getitem__)
 
     def _evaluate(self, network: Callable[..., Any], rows: float, *known: Tensor, times: int = 1) -> Any:
         """Runs the network on chunks of the rows, `times` times on each, and enters the work into the ledger.

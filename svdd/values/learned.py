@@ -135,6 +135,7 @@ class LearnedValue(Value):
         values = self.mean + self.std * predictions.float()
         context.ledger.decoded_images += len(x) if self.decodes else 0
         if not torch.isfinite(values).all():
+            context.finiteness.settle()  # what the value reads may have failed before
             raise UserError(
                 f"{name} returned NaN or infinity at step {state.i}: its training may have diverged; check the "
                 "training logs, and train again with a lower learning_rate; --trainer.precision 16-true may overflow"

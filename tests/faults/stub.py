@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,9 @@ class StubReward(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if self.gate and any("wait" in prompt for prompt in prompts):
+            for thread in threading.enumerate():  # earlier batches are on disk
+                if thread.name == "svdd-writer":
+                    thread.join()
             Path(f"{self.gate}.{os.getpid()}").touch()
             end = time.monotonic() + 120
             if os.environ.get("STUB_BLOCKS"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from svdd.evaluation.evaluation import Evaluation
+from svdd.runs.files import write_atomically
 from tests.faults.conftest import PROMPTS
 from tests.faults.harness import REPOSITORY, Case, until
 
@@ -83,6 +84,28 @@ def test_a_step_that_hangs(case: Case, whole: Case, table: Callable, native: boo
     lost = case.resume("--step_timeout", "60", before=before)
     assert case.content() == whole.content()
     table("a step that hangs, --step_timeout", "the process was ended, with the line that it ran", 1, lost)
+
+
+def test_a_writer_that_hangs(case: Case, whole: Case, table: Callable, monkeypatch):
+    """As on a network disk: the next batch is drawn, and then the line of the writer is named."""
+
+    def write(path: Path, *arguments: object, **options: object) -> None:
+        until(lambda: "000004" not in path.name)
+        write_atomically(path, *arguments, **options)
+
+    case.gate.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("svdd.runs.images.write_atomically", write)
+        process = case.fork("--step_timeout", "0.8")
+        process.join(60)
+    assert process.exitcode == 1
+    before = case.finished()
+    assert len(before) == 4
+    assert "svdd: error: no step was finished within 0.8 s (step_timeout); " in case.said()
+    assert "harness.py" in case.said()  # where `until` waits
+    lost = case.resume("--step_timeout", "60", before=before)
+    assert case.content() == whole.content()
+    table("a disk that hangs, --step_timeout", "the process was ended, with the line that it ran", 1, lost)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")

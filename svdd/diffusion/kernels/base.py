@@ -102,6 +102,10 @@ class Kernel(ABC):
     def _set_timesteps(self, count: int, options: dict[str, Any]) -> None:
         """Sets `timesteps` and `levels`; ValueError if there are not so many steps."""
 
+    def timestep_on(self, device: torch.device, i: int) -> Tensor:
+        """Returns what the network is told at step i, on a device, for which nothing waits."""
+        return self.timesteps[i].to(device, non_blocking=True)
+
     @abstractmethod
     def initial(self, noise: Tensor) -> Tensor:
         """Scales standard normal noise to x at i = 0."""

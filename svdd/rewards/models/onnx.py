@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -14,6 +15,7 @@ from svdd import UserError
 
 __all__ = ["PerProcess", "digest_of_file", "in_threads", "require_package"]
 
+_lock = threading.RLock()  # of several threads, one builds
 Built = TypeVar("Built")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,9 +30,11 @@ class PerProcess(Generic[Built]):
 
     def get(self) -> Built:
         """Returns this process's object."""
-        if self.held is None or self.held[0] != os.getpid():
-            self.held = (os.getpid(), self.build(*self.arguments))
-        return self.held[1]
+        if (held := self.held) is None or held[0] != os.getpid():
+            with _lock:
+                if (held := self.held) is None or held[0] != os.getpid():
+                    self.held = held = (os.getpid(), self.build(*self.arguments))
+        return held[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"held": None}

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from svdd.rewards.base import to_bytes
+
 __all__ = ["CLIP_MEAN", "CLIP_STD", "fit_square", "luma", "normalise", "smooth_image", "to_pil"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -52,6 +54,5 @@ def luma(images: Tensor) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Returns 8-bit PIL images; values are clamped to [0, 1] and rounded."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+    """Returns 8-bit PIL images, from float images, clamped to [0, 1] and rounded, or from uint8 ones."""
+    return [Image.fromarray(array) for array in to_bytes(images).cpu().permute(0, 2, 3, 1).contiguous().numpy()]

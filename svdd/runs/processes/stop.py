@@ -15,8 +15,8 @@ class StopOnSignal(L.Callback):
     """Ends a prediction after the current batch, a training after the current epoch, which has its checkpoint by then.
 
     All processes end, on SIGTERM with 143, on SIGINT with 130. Before the first batch or epoch and after the last one a
-    signal ends the process at once. This must be the last callback, so that the batch has been written. Its hooks raise
-    `Stopped` after a signal or the death of another process.
+    signal ends the process at once. The hooks raise `Stopped` after a signal or the death of another process. This must
+    be the last callback: the writer's `on_exception` then waits until the batch is on disk.
 
     Args:
         group: The processes of the run; None for one.
@@ -33,7 +33,10 @@ class StopOnSignal(L.Callback):
         _defer(trainer, "batch")
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Ends the run if there is a reason to; the batch is on disk by now."""
+        """Ends the run if there is a reason to; the batch is on disk, or the writer puts it there before the end.
+
+        Other processes see that this one is alive: it draws no further batch while an earlier one cannot be written.
+        """
         if self.group is None:
             _end(signals.exit_code)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from svdd import printable
+from svdd.runs.background import Background
 
 __all__ = ["StepTimeout"]
 
@@ -19,7 +20,8 @@ _MARGIN = 5.0  # seconds after which the process ends without a message, if nati
 class StepTimeout(L.Callback):
     """Ends the process with exit code 1 if no denoising step, value or batch is finished within `seconds`.
 
-    The message names the line of Python code that was running. Nothing that is on disk is lost.
+    The message names the line of Python code that was running. Nothing that is on disk is lost. If the writer hangs, no
+    second batch is finished.
 
     Args:
         seconds: The longest time for one step, with the evaluation of all its candidates, > 0; None turns it off.
@@ -71,7 +73,7 @@ class StepTimeout(L.Callback):
         while not over.wait(max(0.05, min(self._last + seconds - time.monotonic(), 60.0))):
             if time.monotonic() - self._last < seconds:
                 continue
-            frame = sys._current_frames()[main]
+            frame = sys._current_frames()[Background.awaited or main]
             message = (
                 f"svdd: error: no step was finished within {seconds:g} s (step_timeout); {frame.f_code.co_filename}:"
                 f"{frame.f_lineno} was running; finished images are kept, and the same command continues\n"
