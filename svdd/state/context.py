@@ -72,7 +72,7 @@ class Context:
         conditioning = diffusion.encode([str(text) for text in texts], [negative for _, _, negative in distinct])
         for states in tree_leaves(conditioning):
             if isinstance(states, Tensor) and states.is_floating_point() and states.shape[:1] == (len(texts),):
-                states = states.where(states != -torch.inf, 0)  # of masks
+                states = states[:, None].where(states[:, None] != -torch.inf, 0)  # of masks; some have one number a row
                 require_finite("text encoder", states.new_zeros(len(texts), 1), states, prompt=texts.__getitem__)
         return cls(
             diffusion,
