@@ -237,7 +237,7 @@ def test_the_command_line_draws_the_pictures_of_any_folder(family, process, fold
     prompts, run, step = tmp_path / "prompts.jsonl", tmp_path / "run", family.steps[0]
     rows = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(PROMPTS[:2], SEEDS, strict=False)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"pretrained": folder(family), **arguments(family, step)}
+    options = {"pretrained": folder(family), "parity": True, **arguments(family, step)}
     words = [
         *("predict", "--output", str(run), "--data.prompts", str(prompts), "--data.batch_size", "2"),
         *(word for name, value in options.items() for word in (f"--model.diffusion.{name}", str(value))),
