@@ -51,6 +51,7 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (a day on 2 
 	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.arithmetic
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.previews
 	$(BIN)/python -m benchmarks.over_optimisation
