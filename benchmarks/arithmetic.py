@@ -106,6 +106,7 @@ def report(cells: Cells) -> str:
     guide, *held_out = [reward.name for reward in scorers()]
     heads = [
         "--trainer.precision",
+        "prompts",
         "CPU seconds",
         guide,
         "difference",
