@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 WORK ?= build/embedded-model
 
 .DEFAULT_GOAL := help
@@ -51,6 +51,7 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (a day on 2 
 	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.guidance
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.arithmetic
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.previews
 	$(BIN)/python -m benchmarks.over_optimisation

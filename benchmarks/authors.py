@@ -106,7 +106,7 @@ def build(name: str, code: Path | None) -> Any:
         return load(code)
     recipe = RECIPES[OURS[name]]
     settings = {} if name.startswith("exact") else {"chunk_size": 40, "reproducible": False}  # of configs/fast.yaml
-    settings |= {"dtype": recipe.dtype, "vae_channels_last": recipe.channels_last}
+    settings |= {"dtype": recipe.dtype, "parity": recipe.parity}
     diffusion = StableDiffusion("emoji", STEPS, guidance_scale=SCALE, eta=1.0, **settings)
     reward = Compressibility()
     return GuidedDiffusion(reward, diffusion, recipe.sampler(reward.name), recipe.value(reward.name)).eval()

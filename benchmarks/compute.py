@@ -55,13 +55,14 @@ ABOUT = (
     "went through those models ([flops.md](flops.md)); features then leave out all but the outer resolution, and "
     "CLIPScore reads ViT-L/14.",
     "",
-    "Recipes: all but `exact` compute network and decoders in bfloat16, on a CPU with `vae_channels_last`; `bf16` does "
-    "nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the unconditional half; `reuse` takes "
-    "the effect of guidance from the parent; `features` recompute the outer resolution only (`depth 1`: the first and "
-    "the last layers only); `A > 3`: A screens, the exact value decides among the best 3. `exact M = 6, then`: up to "
-    "0.4 of the chain; `M = 6, 20`: up to 0.4, and after it; `M = 3, 12, 20`: up to 0.2, up to 0.5, and after it; "
-    "`fitted`: the M of each step that `svdd calibrate` chose from 24 chains, 16 on average, when it ignored errors of "
-    "its estimates (it does now, and chooses 16 in every step, from 96 chains too); `RBF`: rollover budget forcing.",
+    "Recipes: `exact` computes as diffusers does, in float32 and with `parity`, and all others network and decoders "
+    "in bfloat16; `bf16` does nothing else. `tiny` scores previews of the small decoder; `no CFG` omits the "
+    "unconditional half; `reuse` takes the effect of guidance from the parent; `features` recompute the outer "
+    "resolution only (`depth 1`: the first and the last layers only); `A > 3`: A screens, the exact value decides "
+    "among the best 3. `exact M = 6, then`: up to 0.4 of the chain; `M = 6, 20`: up to 0.4, and after it; `M = 3, 12, "
+    "20`: up to 0.2, up to 0.5, and after it; `fitted`: the M of each step that `svdd calibrate` chose from 24 "
+    "chains, 16 on average, when it ignored errors of its estimates (it does now, and chooses 16 in every step, from "
+    "96 chains too); `RBF`: rollover budget forcing.",
     "",
     "Recipes without the small decoder, except `RBF`, and a part of `exact` were drawn on an H100, the others on "
     "CPUs. Made by "
@@ -79,8 +80,8 @@ class Recipe:
 
     value: Callable[[str], Value] = lambda guide: PosteriorMean()
     sampler: Callable[[str], Sampler] = lambda guide: SVDD(CANDIDATES)
-    dtype: str = "float32"
-    channels_last: bool = False
+    dtype: str = "bfloat16"
+    parity: bool = False
 
 
 def _tiny(**settings: Any) -> Callable[[str], Value]:
@@ -93,33 +94,30 @@ def _screened(keep: int, start: float = 0.0, **settings: Any) -> Callable[[str],
 
 # M of each step: `svdd calibrate`, 16 on average, from 24 chains and without regard to the errors of its estimates.
 FITTED: dict[str, list[int]] = json.loads((DATA.parent / "schedules.json").read_text())
-_FASTER: dict[str, Any] = {"dtype": "bfloat16", "channels_last": True}
 _PARENT: dict[str, Any] = {"feature_depth": 2, "reuse_guidance": True}
 RECIPES: dict[str, Recipe] = {
-    BASELINE: Recipe(),
-    "bf16": Recipe(**_FASTER),
-    "tiny": Recipe(_tiny(), **_FASTER),
-    "no CFG + tiny": Recipe(_tiny(guidance_scale=1.0), **_FASTER),
-    "reuse": Recipe(lambda guide: PosteriorMean(reuse_guidance=True), **_FASTER),
-    "reuse + tiny": Recipe(_tiny(reuse_guidance=True), **_FASTER),
-    "features": Recipe(lambda guide: PosteriorMean(feature_depth=2), **_FASTER),
-    "features, depth 1": Recipe(lambda guide: PosteriorMean(feature_depth=1), **_FASTER),
-    "features + reuse": Recipe(lambda guide: PosteriorMean(**_PARENT), **_FASTER),
-    "features + reuse + tiny": Recipe(_tiny(**_PARENT), **_FASTER),
-    "tiny > 3": Recipe(_screened(3), **_FASTER),
-    "features + reuse + tiny > 3": Recipe(_screened(3, **_PARENT), **_FASTER),
-    FAST: Recipe(_screened(3, **_PARENT), lambda guide: SVDD({0.2: 3, 0.5: 12, 1.0: 20}), **_FASTER),
+    BASELINE: Recipe(dtype="float32", parity=True),
+    "bf16": Recipe(),
+    "tiny": Recipe(_tiny()),
+    "no CFG + tiny": Recipe(_tiny(guidance_scale=1.0)),
+    "reuse": Recipe(lambda guide: PosteriorMean(reuse_guidance=True)),
+    "reuse + tiny": Recipe(_tiny(reuse_guidance=True)),
+    "features": Recipe(lambda guide: PosteriorMean(feature_depth=2)),
+    "features, depth 1": Recipe(lambda guide: PosteriorMean(feature_depth=1)),
+    "features + reuse": Recipe(lambda guide: PosteriorMean(**_PARENT)),
+    "features + reuse + tiny": Recipe(_tiny(**_PARENT)),
+    "tiny > 3": Recipe(_screened(3)),
+    "features + reuse + tiny > 3": Recipe(_screened(3, **_PARENT)),
+    FAST: Recipe(_screened(3, **_PARENT), lambda guide: SVDD({0.2: 3, 0.5: 12, 1.0: 20})),
     "exact M = 6, then features + reuse + tiny > 3": Recipe(
-        _screened(3, 0.4, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20}), **_FASTER
+        _screened(3, 0.4, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20})
     ),
-    "features + reuse + tiny > 3, M = 6, 20": Recipe(
-        _screened(3, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20}), **_FASTER
-    ),
+    "features + reuse + tiny > 3, M = 6, 20": Recipe(_screened(3, **_PARENT), lambda guide: SVDD({0.4: 6, 1.0: 20})),
     "features + reuse + tiny > 3, fitted to 24 chains": Recipe(
-        _screened(3, **_PARENT), lambda guide: SVDD(FITTED[guide]), **_FASTER
+        _screened(3, **_PARENT), lambda guide: SVDD(FITTED[guide])
     ),
-    "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES), **_FASTER),
-    "4 beams": Recipe(sampler=lambda guide: BeamSearch(4, CANDIDATES // 4), **_FASTER),
+    "RBF": Recipe(sampler=lambda guide: RolloverBudget(CANDIDATES)),
+    "4 beams": Recipe(sampler=lambda guide: BeamSearch(4, CANDIDATES // 4)),
 }
 
 
@@ -155,10 +153,7 @@ class Counted(StableDiffusion):
 def build(name: str, guide: str, device: str) -> GuidedDiffusion:
     """Returns the model that draws with a recipe."""
     recipe = RECIPES[name]
-    on_the_cpu = device == "cpu"
-    diffusion = Counted(
-        reproducible=on_the_cpu, dtype=recipe.dtype, vae_channels_last=recipe.channels_last and on_the_cpu
-    )
+    diffusion = Counted(reproducible=device == "cpu", dtype=recipe.dtype, parity=recipe.parity)
     return GuidedDiffusion(GUIDES[guide](), diffusion, recipe.sampler(guide), recipe.value(guide)).eval().to(device)
 
 

@@ -4,7 +4,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -74,8 +73,6 @@ class Bench:
             for layer in (layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)):
                 layer.to(memory_format=torch.contiguous_format)
         size = {} if self.shape.emoji else {"height": self.shape.pixels, "width": self.shape.pixels}
-        if "parity" not in signature(LatentDiffusion.__init__).parameters:
-            options.pop("parity", None)
         return diffusion(self.pipe, self.device, num_inference_steps=steps, **size, **options)
 
     def synchronise(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from svdd import is_integer, require_at_least
 from svdd.assets.content import digest, sources
+from svdd.diffusion.arithmetic import float32_default
 from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.chunking import redrawn
@@ -171,6 +172,7 @@ class GuidedDiffusion(L.LightningModule):
         own = [each for each in starts for _ in range(len(final.x) // len(starts))]
         return final.images, scores, Trajectory.of(recorder, final, own, scores)
 
+    @float32_default()
     def draw(
         self,
         prompts: Sequence[str],

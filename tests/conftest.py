@@ -16,6 +16,15 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+# Files that take longest, for their processes; several workers balance best if these come first.
+LONGEST = ("test_cli", "faults", "test_families", "test_writer", "test_study", "test_paper", "test_evaluation_commands")
+LONGEST += ("test_data", "test_plugin", "test_wheel", "test_calibration", "test_scale", "test_precision")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # what is imported by now need not be searched for garbage again

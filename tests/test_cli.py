@@ -102,7 +102,8 @@ def test_a_run_writes_all_documented_files(predict, tmp_path, read_rows):
 
 @pytest.mark.parametrize("sampler", [["Unguided"], ["SVDD", "--model.sampler.num_candidates", "1"]])
 def test_pngs_equal_those_of_the_pipeline(predict, tmp_path, sd15, prompts_file, sampler):
-    assert predict("--model.sampler", *sampler, "--data.batch_size", "3", "--model.seed", "40") == 0
+    options = ["--data.batch_size", "3", "--model.seed", "40", "--model.diffusion.parity", "true"]
+    assert predict("--model.sampler", *sampler, *options) == 0
     pipeline = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     generators = [torch.Generator().manual_seed(seed) for seed in (40, 41, 42)]

@@ -52,7 +52,7 @@ def test_diffusers_loads_the_flow_model_and_draws_as_we_do():
     pipeline = StableDiffusion3Pipeline.from_pretrained(ASSETS / "emoji-flow", **absent)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer.dtype == pipeline.text_encoder.dtype == pipeline.text_encoder_2.dtype == torch.float32
-    ours = AutoDiffusion("emoji-flow", 3, 2.0, eta=0.0)
+    ours = AutoDiffusion("emoji-flow", 3, 2.0, eta=0.0, parity=True)
     assert isinstance(ours, StableDiffusion3)
     images = Unguided()(Start(ours, ["penguin"], [0]), PosteriorMean()).images
     own = pipeline(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -125,6 +126,27 @@ def test_every_family_is_in_the_table_of_the_documentation_and_one_file_below_20
         assert len(Path(file).read_text(encoding="utf-8").splitlines()) < 200
 
 
+@each_class
+def test_every_precision_of_the_trainer_draws_the_same_picture_up_to_its_rounding(family, folder):
+    """Weights are read in it; the types are those of the pipeline, whatever the default type of new tensors is."""
+
+    def drawn(plugin, **options):
+        diffusion = build(family, folder(family), parity=False, **family.steps[0].ours | options)
+        model = plugin.convert_module(GuidedDiffusion(Brightness(), diffusion, Unguided()))
+        with torch.inference_mode(), plugin.forward_context():
+            return model.draw(PROMPTS[:1], SEEDS[:1]).images
+
+    exact = drawn(Precision())
+    for half, dtype, tolerance in (("16", "float16", 0.02), ("bf16", "bfloat16", 0.1)):
+        for plugin, options in (
+            (HalfPrecision(f"{half}-true"), {"dtype": dtype}),
+            (MixedPrecision(f"{half}-mixed", "cpu"), {}),
+        ):
+            images = drawn(plugin, **options)
+            assert images.dtype == torch.float32
+            assert 0 < (images - exact).abs().mean() < tolerance, plugin.precision
+
+
 # ---- samplers
 
 
@@ -215,7 +237,7 @@ def test_the_command_line_draws_the_pictures_of_any_folder(family, process, fold
     prompts, run, step = tmp_path / "prompts.jsonl", tmp_path / "run", family.steps[0]
     rows = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(PROMPTS[:2], SEEDS, strict=False)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"pretrained": folder(family), **arguments(family, step)}
+    options = {"pretrained": folder(family), "parity": True, **arguments(family, step)}
     words = [
         *("predict", "--output", str(run), "--data.prompts", str(prompts), "--data.batch_size", "2"),
         *(word for name, value in options.items() for word in (f"--model.diffusion.{name}", str(value))),

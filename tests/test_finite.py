@@ -62,10 +62,16 @@ def spoil(module, number=float("inf")) -> None:
     [
         ("unet", PosteriorMean(), Unguided(), "the denoiser returned .* at step 0 of 2, .*; check the model's weights"),
         ("unet", PosteriorMean(), DPS(), "the denoiser returned .* at step 0 of 2"),
+        (
+            "text_encoder.final_layer_norm",
+            PosteriorMean(),
+            Unguided(),
+            "the text encoder returned .* 2 of 2 rows, first",
+        ),
         ("vae.decoder", PosteriorMean(), Unguided(), "the decoder returned .* at step 2 of 2"),
         ("vae.decoder", Lookahead(1), SVDD(2), "the decoder returned .* at step 2 of 2"),
         ("vae.decoder", PosteriorMean(), SVDD(2), "the decoder returned .* 4 of 4 rows at step 1 of 2"),
-        ("preview", PosteriorMean("tiny"), SVDD(2), "the decoder returned .* 4 of 4 rows at step 1 of 2"),
+        ("preview", PosteriorMean("tiny"), SVDD(2), "the preview decoder returned .* 4 of 4 rows at step 1 of 2"),
     ],
 )
 def test_the_part_and_the_step_are_named(part, value, sampler, message):

@@ -30,7 +30,9 @@ def folders(tmp_path_factory):
 
 
 def ours(kind, folder, steps, size, **options):
-    return getattr(svdd.diffusion, kind)(folder, steps, 4.0, eta=0.0, height=size[0], width=size[1], **options)
+    return getattr(svdd.diffusion, kind)(
+        folder, steps, 4.0, eta=0.0, height=size[0], width=size[1], parity=True, **options
+    )
 
 
 @torch.no_grad()

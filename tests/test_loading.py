@@ -351,19 +351,6 @@ def test_offload_changes_no_picture(sd15, tiny_clip, sampler):
     assert torch.equal(sample(), sample(vae_slicing=True))
 
 
-def test_channels_last_changes_the_decoders_speed_and_no_more_than_last_bits(sd15):
-    plain, ordered = StableDiffusion(sd15, 2), StableDiffusion(sd15, 2, vae_channels_last=True)
-    weight = ordered.to(torch.float64).vae.decoder.conv_in.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert not weight.is_contiguous()
-    x0 = torch.randn(2, *plain.latent_shape, dtype=torch.float64)
-    assert torch.allclose(ordered.decode(x0), plain.to(torch.float64).decode(x0), atol=1e-6)
-    flat, time = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv3d(4, 4, 3)
-    assert ordered.order_weights(flat).weight.is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(UserError, match="vae_channels_last: a Conv3d convolves in time too; leave it out"):
-        ordered.order_weights(time)
-
-
 def test_settings_that_a_model_cannot_have_are_refused(sd15, monkeypatch):
     assert StableDiffusion(sd15, 2, vae_tiling=True).vae.use_tiling
     with pytest.raises(ValueError, match="offload='model' cannot be combined with compile"):

@@ -53,7 +53,7 @@ def by_hand(
 
 
 def ours(folder, sampler, scheduler, prompts, seeds, steps, guidance_scale, eta, negatives=None) -> np.ndarray:
-    diffusion = StableDiffusion(folder, steps, guidance_scale, eta, scheduler)
+    diffusion = StableDiffusion(folder, steps, guidance_scale, eta, scheduler, parity=True)
     value = PosteriorMean()
     value.bind(Compressibility(), diffusion)
     with torch.no_grad():

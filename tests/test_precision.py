@@ -26,24 +26,22 @@ from svdd.values.training.data import RolloutDataModule
 from svdd.values.training.fitting import ValueFitting
 from tests.tested_rewards import TESTED, Edges, images_of, serving
 
-HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
-SURROUNDINGS = {  # of the network: default type, type of autocast if it is on, type of the weights
+HALF, SINGLE = torch.bfloat16, torch.float32
+SURROUNDINGS = {  # of a reward: default type, type of autocast if it is on, type of the weights of the network
     "32-true": (SINGLE, None, SINGLE),
     "16-mixed": (SINGLE, torch.float16, SINGLE),
     "bf16-mixed": (SINGLE, HALF, SINGLE),
     "16-true": (torch.float16, None, torch.float16),
     "bf16-true": (HALF, None, HALF),
-    "64-true": (DOUBLE, None, DOUBLE),
 }
 known: dict[str, Any] = {}  # rewards and pictures of the list, and what a run has seen
 
 
 class Watched(StableDiffusion):
-    """Notes in which surroundings it decodes."""
+    """Notes the default type and the type of its weights as it decodes."""
 
     def decode(self, x0: Tensor) -> Tensor:
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        known["surroundings"] = torch.get_default_dtype(), autocast, self.dtype
+        known["decoded"] = torch.get_default_dtype(), self.dtype
         return super().decode(x0)
 
 
@@ -53,6 +51,11 @@ class Listed(Reward):
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({str(k): reward for k, reward in enumerate(known["rewards"].values())})
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        known["surroundings"] = torch.get_default_dtype(), autocast, known["decoded"][1]
+        return super().score(images, prompts)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         pairs = zip(known["pictures"].values(), self.parts.values(), strict=True)
@@ -95,6 +98,7 @@ def test_scores_are_those_of_float32(precision, exact, sd15, tmp_path):
     held_out = [f"{__name__}.Listed", "CLIPScore", "Compressibility"]
     assert run(precision, sd15, tmp_path, reward="tests.tested_rewards.Edges", eval_rewards=held_out) == 0
     assert known["surroundings"] == SURROUNDINGS[precision]
+    assert known["decoded"][0] == SINGLE  # samplers and schedulers compute in float32
     for (name, expected), scores in zip(exact.items(), known["scores"], strict=True):
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6, msg=f"{name}: {scores}, not {expected}")
         apart = (expected[:, None] - expected).abs() > 1e-5 * expected.abs().max()

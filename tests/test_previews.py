@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
 
 from svdd import UserError
-from svdd.diffusion.auto import AutoDiffusion
+from svdd.diffusion.auto import AutoDiffusion, from_pipeline
 from svdd.diffusion.kernels import DIFFUSION_KERNELS
 from svdd.diffusion.preview import Preview
 from svdd.diffusion.stable_diffusion import StableDiffusion
@@ -203,6 +203,33 @@ def test_the_smaller_decoder_is_the_pipeline_s_own(sd15, tiny_decoder):
     with torch.no_grad():
         expected = AutoencoderTiny.from_pretrained(tiny_decoder).decode(latents).sample * 0.5 + 0.5
         torch.testing.assert_close(decoder(latents), expected.clamp(0, 1))
+
+
+@torch.no_grad()
+def test_weights_are_ordered_for_the_precision_unless_parity_is_asked_for(sd15, tiny_decoder):
+    """Two models that share nothing keep their own order, whatever moves or converts them."""
+
+    def order(model: StableDiffusion, decoder: torch.nn.Module) -> list[bool]:
+        layers = (model.unet.conv_in, model.vae.decoder.conv_in, decoder.decoder.layers[0])
+        return [not layer.weight.is_contiguous() for layer in layers]
+
+    pairs = [(model := StableDiffusion(sd15, 2, parity=parity), model.load_decoder(tiny_decoder)) for parity in (0, 1)]
+    for dtype, expected in (
+        (torch.float32, [True] * 3),
+        (torch.bfloat16, [False, True, True]),
+        (torch.float64, [True] * 3),
+    ):
+        for part in (part for pair in pairs for part in pair):
+            part.to(dtype)
+        assert [order(*pair) for pair in pairs] == [expected, [False] * 3]
+    (fast, decoder), (exact, plain) = pairs
+    assert fast.fingerprints() == exact.fingerprints()
+    assert fast.identity == exact.identity
+    x0 = torch.randn(2, *fast.latent_shape, dtype=torch.float64)
+    assert torch.allclose(fast.decode(x0), exact.decode(x0), atol=1e-6)
+    assert torch.allclose(decoder(x0), plain(x0), atol=1e-6)
+    borrowed = from_pipeline(StableDiffusion(sd15, 2, parity=True).pipe, num_inference_steps=2)
+    assert order(borrowed.to(torch.float32), borrowed.load_decoder(tiny_decoder)) == [False, False, True]
 
 
 def test_only_previews_use_the_smaller_decoder(sd15, tiny_decoder):

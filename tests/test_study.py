@@ -275,7 +275,7 @@ def test_weights_are_loaded_once_and_state_is_not_kept(monkeypatch):
         assert {id(each) for each in clips} == {id(clip), id(other)}
         assert not any(each._texts for each in clips)
         third, *_ = build("16", num_inference_steps=2)
-        fourth, *_ = build("16", num_inference_steps=2, vae_channels_last=True)
+        fourth, *_ = build("16", num_inference_steps=2, parity=True)
     assert second.unet is first.unet
     assert (second.num_inference_steps, len(second.kernel.timesteps), second.guidance_scale) == (3, 3, 2.0)
     assert second.chunker is not first.chunker

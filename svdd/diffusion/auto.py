@@ -26,7 +26,7 @@ _BUILT_IN: tuple[type[LatentDiffusion], ...] = (
 )
 _LOADING = frozenset(
     {"pretrained", "config", "revision", "variant", "dtype", "local_files_only", "attention_backend"}
-    | {"lora", "weight_name", "lora_scale", "compile", "offload", "vae_slicing", "vae_tiling", "vae_channels_last"}
+    | {"lora", "weight_name", "lora_scale", "compile", "offload", "vae_slicing", "vae_tiling"}
 )
 _OTHER_TASKS = {  # words in the name of a class: what such a pipeline does
     "Kontext|Edit|Pix2Pix|Redux|LEdits": "edits a picture",

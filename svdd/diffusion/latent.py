@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from svdd import UserError, is_integer, require_numbers
 from svdd.assets.hub import ASSETS, is_local, quiet
 from svdd.assets.loaded import borrow
+from svdd.diffusion.arithmetic import without_autocast
 from svdd.diffusion.attention import check_backend, runs_in_threads, set_backend
 from svdd.diffusion.base import Denoised
 from svdd.diffusion.chunking import Reproducible
@@ -79,8 +79,8 @@ class LatentDiffusion(PipelineParts):
             are encoded, or `model`: one part at a time. It saves memory, not time.
         vae_slicing: Decode one image at a time.
         vae_tiling: Decode images above the autoencoder's own size in tiles, which can leave faint seams.
-        vae_channels_last: Keep the weights of the decoders in the order in which a CPU convolves faster; the last bits
-            of pictures change.
+        parity: Compute every number bit for bit as the pipeline does. Otherwise the weights of convolutions are kept in
+            the order in memory that is fastest for the device and the precision, and last bits differ.
         local_files_only: Use local files and the hub's cache only.
 
     Raises:
@@ -118,7 +118,7 @@ class LatentDiffusion(PipelineParts):
         offload: OffloadMode = "none",
         vae_slicing: bool = False,
         vae_tiling: bool = False,
-        vae_channels_last: bool = False,
+        parity: bool = False,
         local_files_only: bool = False,
     ) -> None:
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
@@ -141,6 +141,7 @@ class LatentDiffusion(PipelineParts):
         kernel.check_options(self.scheduler_options)
         self.lora, self.lora_scale, self.offload = lora, lora_scale, offload
         self.eta, self.negative_prompt, self.local_files_only = eta, negative_prompt, local_files_only
+        self.parity = parity
         if isinstance(pretrained, str):
             self.pretrained = pretrained
             source = Source(pretrained, config, revision, variant, local_files_only)
@@ -152,7 +153,7 @@ class LatentDiffusion(PipelineParts):
                 lora_scale,
                 vae_slicing,
                 vae_tiling,
-                vae_channels_last,
+                parity,
             )
             key = None if compile or offload != "none" else (type(self), source, *options)
         elif self.pipeline not in (base.__name__ for base in type(pretrained).__mro__):
@@ -178,10 +179,9 @@ class LatentDiffusion(PipelineParts):
             if attention_backend is not None:
                 set_backend(getattr(self, self.backbone), attention_backend)
             self.save_memory(offload, vae_slicing, vae_tiling)
-            self.order_weights(self.vae)
+            self.arrange()
             return self
 
-        self.vae_channels_last = vae_channels_last
         if (loaded := borrow("diffusion", key, load, alone=True)) is not self:
             self.share_parts(loaded)
         self.latent_shape = self._latent_shape(height, width)
@@ -277,22 +277,16 @@ class LatentDiffusion(PipelineParts):
             if self.tiny is None:
                 raise UserError(f"there is no small decoder for {type(self).__name__}; give a folder or a hub name")
             source = str(ASSETS / "emoji-tiny") if self.pretrained in EMBEDDED else self.tiny
-        tiny: Any = self.order_weights(TinyDecoder(source, self.latent_shape[0], self.dtype, self.local_files_only))
+        options: Any = (self.dtype, self.local_files_only, self.parity)
+        tiny: Any = TinyDecoder(source, self.latent_shape[0], *options)
         if self.compiled:
             compile_calls([tiny.decoder], self.chunker.reproducible is True)
         return tiny
-
-    def order_weights(self, decoder: nn.Module) -> nn.Module:
-        """Applies `vae_channels_last` to a decoder and returns it; UserError if it has other than flat convolutions."""
-        if self.vae_channels_last:
-            if any(weight.ndim == 5 for weight in decoder.parameters()):
-                raise UserError(f"vae_channels_last: a {type(decoder).__name__} convolves in time too; leave it out")
-            decoder.to(memory_format=torch.channels_last)
-        return decoder
 
     def _encode(self, texts: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, tokenizer in self.tokenizers.items():
             encoder = name.replace("tokenizer", "text_encoder") if len(self.tokenizers) > 1 else "the text encoder"
             warn_of_cuts(tokenizer, texts, self.token_limit(tokenizer), encoder)
-        with quiet("diffusers", "transformers"):  # which log the same
+        # Text encoders compute once for each prompt, and several of them overflow where autocast is in float16.
+        with quiet("diffusers", "transformers"), without_autocast(self.device.type):  # both libraries log the same
             return self.chunker.map(encode, len(texts), texts, work=("text encoder", self, encode.__qualname__))

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from svdd import UserError
 from svdd.assets.content import digest
+from svdd.diffusion.arithmetic import order_weights
 from svdd.diffusion.attention import attention_errors
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.offload import Offload, OffloadMode
 from svdd.diffusion.pipelines import check_length, fingerprint
 from svdd.diffusion.previews import PreviewFamily
+from svdd.diffusion.twins import is_unet
 
 __all__ = ["PipelineParts"]
 
@@ -22,11 +24,13 @@ class PipelineParts(PreviewFamily):
 
     Attributes:
         borrowed: Whether the pipeline is another's, which is neither moved nor changed. Its modules are no submodules.
+        parity: Whether weights stay in the order in memory that the pipeline has.
         weights: Digest of all weights, before a LoRA was fused, as in `fingerprint`.
         weights_bfloat16: The same of the weights in bfloat16, from which that of `weights` cannot be computed.
     """
 
     borrowed = False
+    parity = False
     attention_backend: str | None = None
     weights: str
     weights_bfloat16: str
@@ -59,7 +63,7 @@ class PipelineParts(PreviewFamily):
         self.weights_bfloat16 = fingerprint(*self.parts.values(), dtype=torch.bfloat16)
         self._unfused = {name: digest(part) for name, part in self.parts.items()} if lora else {}
         # Parameters keep requires_grad=True, as diffusers loads them: on the CPU, PyTorch picks other convolution
-        # kernels for frozen weights, and the last bit of every image would differ from the pipeline's.
+        # kernels for frozen weights, which are no faster, and autocast would convert them again in every call.
         for name, part in self.parts.items():
             if self.borrowed:
                 self.__dict__[name] = part
@@ -91,6 +95,20 @@ class PipelineParts(PreviewFamily):
             self._offloaded = (*self.parts,) if offload == "model" else encoders
             modules = [self.parts[name] for name in self._offloaded]
             self._offload = Offload(modules, lambda: self.anchor.device)
+
+    def upcast(self) -> None:
+        """Returns parts that would overflow in half precision to float32, as the pipeline does; by default none."""
+
+    def arrange(self) -> None:
+        """Calls `upcast`, and orders the weights of a UNet and of the decoder for their precision and the device."""
+        if self.borrowed:
+            return
+        self.upcast()
+        if self.parity:
+            return
+        order_weights(self.vae, self.device, decodes=True)
+        if is_unet(network := getattr(self, self.backbone)):
+            order_weights(network, self.device, decodes=False)
 
     def halves(
         self, x: Tensor, t: Tensor, conditioning: Conditioning, row: Tensor, guidance_scale: float
@@ -132,4 +150,5 @@ class PipelineParts(PreviewFamily):
         convert = self.conversion(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
         for name in self._offloaded if recurse else ():
             self.parts[name]._apply(convert)
+        self.arrange()
         return self

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from svdd import UserError
 from svdd.assets.hub import is_local, loading, locate, quiet, read_model, read_tokenizer
+from svdd.diffusion.arithmetic import order_weights
 from svdd.diffusion.model_index import LEFT_OUT, Configs, Source, examine, read_json
 from svdd.diffusion.single_file import download_rest, parts_held, read_parts
 
@@ -129,7 +130,14 @@ def check_length(what: str, limit: int, config: Any) -> None:
 class TinyDecoder(nn.Module):
     """The decoder of an AutoencoderTiny (TAESD) in a folder or on the hub; UserError if it does not fit the latents."""
 
-    def __init__(self, source: str, latent_channels: int, dtype: torch.dtype, local_files_only: bool = False) -> None:
+    def __init__(
+        self,
+        source: str,
+        latent_channels: int,
+        dtype: torch.dtype,
+        local_files_only: bool = False,
+        parity: bool = False,
+    ) -> None:
         super().__init__()
         from diffusers import AutoencoderTiny
 
@@ -141,6 +149,18 @@ class TinyDecoder(nn.Module):
         if (found := vae.config.latent_channels) != latent_channels:
             raise UserError(f"{what} is for latents of {found} channels; this model has {latent_channels}")
         self.decoder, self.scaling_factor = vae.decoder.eval(), float(vae.config.scaling_factor)
+        self.parity = parity
+        self._order()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TinyDecoder":
+        """Moves and converts the decoder."""
+        super()._apply(fn, recurse)
+        self._order()
+        return self
+
+    def _order(self) -> None:
+        if not self.parity:
+            order_weights(self.decoder, next(self.parameters()).device, decodes=True)
 
     def forward(self, x0: Tensor) -> Tensor:
         """Turns latents [n, c, h, w] into images, float32 [n, 3, H, W] in [0, 1]."""

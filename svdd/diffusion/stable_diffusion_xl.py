@@ -4,13 +4,14 @@ Source: Podell et al., SDXL: Improving Latent Diffusion Models for High-Resoluti
 2307.01952.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdd.assets.hub import quiet
+from svdd.diffusion.arithmetic import without_autocast
 from svdd.diffusion.family import Conditioning
 from svdd.diffusion.latent import LatentDiffusion
 from svdd.diffusion.pipelines import Configs, to_images
@@ -102,20 +103,26 @@ class StableDiffusionXL(LatentDiffusion):
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor
-        return to_images(self.vae.decode(latents, return_dict=False)[0])
+        kind = x0.device.type
+        upcast = config.get("force_upcast") and torch.get_autocast_dtype(kind) == torch.float16
+        with without_autocast(kind, wanted=bool(upcast)):
+            return to_images(self.vae.decode(latents, return_dict=False)[0])
 
     def take_parts(self, what: str, lora: bool) -> None:
         """Takes the pipeline's parts; a pipeline object keeps its autoencoder, so one that would overflow is copied."""
         super().take_parts(what, lora)
-        if self.borrowed and self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+        if self.borrowed and self._overflows:
             copy = type(self.vae).from_config(self.vae.config).to(self.device).eval()
             copy.load_state_dict(self.vae.state_dict())
             copy.use_slicing, copy.use_tiling = self.vae.use_slicing, self.vae.use_tiling
             self.__dict__["vae"] = copy
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StableDiffusionXL":
-        """Moves and converts the model; an autoencoder that would overflow in half precision returns to float32."""
-        super()._apply(fn, recurse)
-        if self.vae.config.get("force_upcast") and not self.borrowed:
+    def upcast(self) -> None:
+        """Returns an autoencoder that would overflow in float16 to float32."""
+        if self._overflows:
             self.vae.float()
-        return self
+
+    @property
+    def _overflows(self) -> bool:
+        """Whether the autoencoder's weights are in float16, in which it says that it overflows."""
+        return self.vae.dtype == torch.float16 and bool(self.vae.config.get("force_upcast"))

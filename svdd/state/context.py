@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.preview import Preview
-from svdd.state.finite import Finiteness
+from svdd.state.finite import Finiteness, require_finite
 from svdd.state.ledger import Ledger
 from svdd.state.recorder import Recorder
 from svdd.state.stream import Stream, draw_ahead
@@ -72,9 +73,14 @@ class Context:
         keys = list(zip(prompts, map(type, prompts), negatives, strict=True))  # a text with columns equals one without
         distinct = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         texts = [text for text, _, _ in distinct]
+        conditioning = diffusion.encode([str(text) for text in texts], [negative for _, _, negative in distinct])
+        for states in tree_leaves(conditioning):
+            if isinstance(states, Tensor) and states.is_floating_point() and states.shape[:1] == (len(texts),):
+                states = states.where(states != -torch.inf, 0).reshape(len(texts), -1)  # masks have -inf
+                require_finite("text encoder", states.new_zeros(len(texts), 1), states, prompt=texts.__getitem__)
         return cls(
             diffusion,
-            diffusion.encode([str(text) for text in texts], [negative for _, _, negative in distinct]),
+            conditioning,
             texts,
             torch.tensor([distinct[key] for key in keys]).to(diffusion.device),
             [Stream.seeded(seed) for seed in seeds],

@@ -32,7 +32,8 @@ def decode_rows(
     with context.ledger.timed("decoder_seconds", x0.device):
         work = ("decoder", decoder)
         images = context.diffusion.chunker.map(decode, state.num_images, *known, parallel=True, work=work)
-        state.require_finite("decoder", x0, images)
+        own = decoder == context.diffusion.decode
+        state.require_finite("decoder" if own else "preview decoder", x0, images)
     context.ledger.decoded_images += len(x0)
     return images
 

@@ -138,7 +138,7 @@ class LearnedValue(Value):
             context.finiteness.settle()  # what the value reads may have failed before
             raise UserError(
                 f"{name} returned NaN or infinity at step {state.i}: its training may have diverged; check the "
-                "training logs, and train again with a lower learning_rate"
+                "training logs, and train again with a lower learning_rate; --trainer.precision 16-true may overflow"
             )
         return values
 

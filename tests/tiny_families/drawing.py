@@ -99,7 +99,7 @@ def build(
         NUM_STEPS,
         height=height,
         width=width,
-        **{**family.ours, family.argument: family.guidance[guidance == "none"], **options},
+        **{"parity": True, **family.ours, family.argument: family.guidance[guidance == "none"], **options},
     )
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from svdd.diffusion.arithmetic import float32_default
 from svdd.diffusion.base import Diffusion
 from svdd.diffusion.preview import Preview
 from svdd.runs.files import lock, os_errors_explained, write_atomically
@@ -24,6 +25,7 @@ ROLLOUTS_PER_SHARD = 64
 _OPTION = "--data.cache"
 
 
+@float32_default()
 def draw_rollouts(
     diffusion: Diffusion,
     prompts: list[Prompt],
