@@ -68,7 +68,8 @@ class RowLimits:
         limit = min(wanted, known.rows or wanted)
         look = known.calls >= _EVERY or limit * share > _LARGER * known.looked
         device = device_of(arguments)
-        if not look or getattr(work[1] if len(work) > 1 else None, "threads", 0):  # no tensors on the device
+        part: Any = work[1] if len(work) > 1 else None
+        if not look or getattr(part, "threads", 0):  # no tensors on the device
             return limit
         known.calls = 0
         if (free := free_memory(device)) is None:
