@@ -187,8 +187,7 @@ class GuidedDiffusion(L.LightningModule):
         self._resolve()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
-            value = self.value if self.sampler.needs_gradient else None
-            choose_rows(self.diffusion, prompts[:1], seeds[:1], value, self.rewards.values())
+            choose_rows(self, prompts[:1], seeds[:1])
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
             start.context.on_step, start.context.recorder = self.on_step, recorder
             self.ledger = self.diffusion.chunker.ledger = start.context.ledger

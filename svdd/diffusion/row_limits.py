@@ -69,7 +69,7 @@ class RowLimits:
         look = known.calls >= _EVERY or limit * share > _LARGER * known.looked
         device = device_of(arguments)
         part: Any = work[1] if len(work) > 1 else None
-        if not look or getattr(part, "threads", 0):  # no tensors on the device
+        if not look or getattr(part, "threads", 0) > 0:  # no tensors on the device
             return limit
         known.calls = 0
         if (free := free_memory(device)) is None:

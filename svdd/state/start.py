@@ -1,12 +1,12 @@
 """The beginning of a batch of images."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from svdd.diffusion.base import Diffusion
-from svdd.state.context import Context, Scorer
+from svdd.state.context import Context
 from svdd.state.scoring import threads_of
 from svdd.state.state import State
 
@@ -42,31 +42,24 @@ class Start:
         return state
 
 
-def choose_rows(
-    diffusion: Diffusion,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    value: Callable[[State], Tensor] | None = None,
-    rewards: Iterable[Scorer] = (),
-) -> None:
+def choose_rows(model: Any, prompts: Sequence[str], seeds: Sequence[int]) -> None:
     """In the reproducible mode, chooses the rows at once before anything is drawn, where memory may be short.
 
     Args:
-        diffusion: The chain.
+        model: A `GuidedDiffusion`.
         prompts: Of the image with which one row is measured.
         seeds: As many.
-        value: Of rows, if its gradient is needed.
-        rewards: All that score images.
     """
+    diffusion = model.diffusion
     if not diffusion.chunker.must_choose:
         return
     row = torch.zeros(1, *diffusion.latent_shape, dtype=diffusion.dtype, device=diffusion.device)
     if diffusion.chunker.may_be_short(row):
         with diffusion.chunker.choosing():
             state = Start(diffusion, prompts, seeds)()
-            if value is not None:
-                state.gradient(value)
-            for reward in rewards:
+            if model.sampler.needs_gradient:
+                state.gradient(model.value)
+            for reward in model.rewards.values():
                 if not (threads_of(reward) or getattr(reward, "groupwise", False)):
                     state.scores(reward)
     diffusion.chunker.choose()
