@@ -31,7 +31,7 @@ from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 from svdd.state.recorder import Recorder, recorded
 from svdd.state.scoring import score, score_all
-from svdd.state.start import Start, choose_rows
+from svdd.state.start import Start
 from svdd.state.state import State
 from svdd.state.trace import STATISTICS, rounded
 from svdd.state.trajectory import Trajectory, frame_steps
@@ -127,7 +127,8 @@ class GuidedDiffusion(L.LightningModule):
         """The sampler's count or schedule, by its name, and the rows that a returned image costs with it."""
         cost = count(self.sampler, self.diffusion, self.value)
         gradients = {"gradient_rows": cost.gradient_rows} if cost.gradient_rows else {}
-        equivalent = {"equivalent_rows": round(cost.network_rows, 3)} if cost.network_rows != cost.denoiser_rows else {}
+        whole = cost.network_rows
+        equivalent = {} if whole == cost.denoiser_rows else {"equivalent_rows": round(whole, 3)}
         return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **equivalent, **gradients}
 
     @torch.no_grad()
@@ -187,10 +188,9 @@ class GuidedDiffusion(L.LightningModule):
         self._resolve()
         inference = torch.is_inference_mode_enabled() and not self.sampler.needs_gradient
         with torch.inference_mode(inference), torch.no_grad():
-            choose_rows(self, prompts[:1], seeds[:1])
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
             start.context.on_step, start.context.recorder = self.on_step, recorder
-            self.ledger = self.diffusion.chunker.ledger = start.context.ledger
+            self.ledger = start.context.ledger
             with start.context.ledger.timed("total_seconds", self.diffusion.device):
                 final = self.sampler(start, self.value)
                 _ = final.images

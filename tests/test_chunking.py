@@ -4,12 +4,10 @@ import threading
 import warnings
 from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import Mock
 
 import pytest
 import torch
 
-from svdd import UserError
 from svdd.diffusion.chunking import Chunker, redrawn
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
@@ -22,7 +20,6 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
-from svdd.state.ledger import Ledger
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
@@ -79,39 +76,6 @@ def test_auto_halves_on_out_of_memory_warns_and_keeps_the_size():
         warnings.simplefilter("error")
         assert chunker.map(device, 10, ROWS, NAMES).right.tolist() == list(range(10))
     assert device.tried == [2] * 5
-
-
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
-    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
-    MemoryError(),
-    RuntimeError("std::bad_alloc"),
-    RuntimeError("could not create a primitive"),
-]
-
-
-@pytest.mark.filterwarnings("ignore:out of memory")
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20] or type(error).__name__)
-def test_every_kind_of_out_of_memory_error_halves_the_rows_of_its_function_and_enters_no_work_twice(error):
-    chunker, tried = Chunker(), []
-    chunker.ledger = Ledger()
-
-    def function(rows):
-        tried.append(len(rows))
-        chunker.ledger.gradient_rows += len(rows)
-        with chunker.ledger.timed("decoder_seconds", rows.device):
-            if len(rows) > 5:
-                raise error
-        return 2 * rows
-
-    assert torch.equal(chunker.map(function, 10, ROWS, work=("network",)), 2 * ROWS)
-    assert [tried, chunker.ledger.gradient_rows] == [[10, 5, 5], 10]
-    assert torch.equal(chunker.map(lambda rows: tried.append(len(rows)) or rows, 10, ROWS, work=("reward",)), ROWS)
-    assert tried[3:] == [10]  # another function has a limit of its own
-    with pytest.raises(UserError, match="out of memory: a row does not fit in the network on cpu") as caught:
-        chunker.map(Mock(side_effect=error), 10, ROWS, work=("network",))
-    assert "\n" not in str(caught.value)
 
 
 def test_running_out_of_memory_midway_loses_nothing():

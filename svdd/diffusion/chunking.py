@@ -1,21 +1,16 @@
 """Limits how many rows a device processes at once, and which rows are processed together."""
 
-import gc
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial, wraps
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial, wraps
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-
-from svdd import first_line, is_out_of_memory
-from svdd.diffusion.memory import free_memory, release_memory
-from svdd.diffusion.row_limits import RowLimits, device_of, does_not_fit, kind_of, may_be_short, name_of
-from svdd.diffusion.row_parts import deterministic, join, together, workers
 
 __all__ = ["Chunker", "Reproducible", "redrawn"]
 
@@ -34,17 +29,12 @@ class Chunker:
     `most` rows, and one thread computes it. Several threads compute several parts.
 
     Args:
-        size: Rows at once, at least 1, or `auto`: as many of each function as fit into the free memory, see
-            `RowLimits`. Without effect in the reproducible mode.
+        size: Rows at once, at least 1, or `auto`: all, halved whenever memory runs out; the smaller size is kept.
+            Without effect in the reproducible mode.
         reproducible: Whether to use the reproducible mode; `auto` is resolved by `resolve`, and means no until then.
 
     Attributes:
-        limit: Rows at once of all functions; None without such a limit.
-        most: In the reproducible mode, rows of an image at once, of all functions; lowered when they do not fit. None
-            in the other mode.
-        agree: Called with a new `most`; returns that of all processes of the run, which it records.
-        chosen: Whether `most` is final, unless memory runs out.
-        ledger: Of the batch; a call whose result is dropped leaves it as it was.
+        most: In the reproducible mode, rows of an image at once; halved when memory runs out. None in the other mode.
         concurrent: Whether the functions mapped with `parallel` may run in several threads.
     """
 
@@ -57,10 +47,6 @@ class Chunker:
         self.automatic = size == "auto"
         self.reproducible, self.concurrent = reproducible, False
         self.most: int | None = _MOST if reproducible is True else None
-        self.limits = RowLimits()
-        self.agree: Callable[[int], int | None] | None = None
-        self.ledger: Any = None
-        self.chosen = self._choosing = False
 
     def resolve(self, automatic: bool) -> None:
         """Switches the reproducible mode on or off where the setting leaves it open."""
@@ -85,153 +71,54 @@ class Chunker:
         slice holds all rows of one image, whatever the chunk size.
 
         Raises:
-            OutOfMemory: If a single row, a chunk of fixed size, or a whole image does not fit.
-            torch.OutOfMemoryError: In the reproducible mode, if `most` is lowered: then the batch must be drawn again,
-                see `redrawn`.
+            torch.OutOfMemoryError: If a single row, a chunk of fixed size, or a whole image does not fit. In the
+                reproducible mode also when `most` is halved: then the batch must be drawn again, see `redrawn`.
         """
         count = len(arguments[0])
         if getattr(_state, "inside", False):
             return function(*arguments)
         if self.most is None and not whole:
-            return self._in_chunks(function, count, arguments, work)
+            return self._in_chunks(function, count, arguments)
         per_image = count // images
         parts = 1 if self.most is None or whole else -(-per_image // self.most)
         ends = [g * per_image + per_image * (k + 1) // parts for g in range(images) for k in range(parts)]
         slices = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        largest, failed = max(part.stop - part.start for part in slices), ""
+        if self.most is None:
+            return _join([function(*(argument[part] for argument in arguments)) for part in slices])
         try:
-            if self.most is None:
-                return join([function(*(argument[part] for argument in arguments)) for part in slices])
-            with deterministic() as threads:
+            with _deterministic() as threads:
                 compute = partial(
                     _compute, function, arguments, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
                 )
-                several = parallel and self.concurrent and threads > 1 and _on_cpu(arguments)
-                several = several and not torch.is_autocast_enabled("cpu")
-                if not whole:
-                    self._fit(function, work, largest, arguments, compute, threads if several else 1, len(slices))
-                if several and len(slices) > 1:
-                    return join(together(workers(threads, os.getpid()), compute, slices))
-                return join([compute(part) for part in slices])
-        except Exception as error:
-            if isinstance(error, _Lowered) or not is_out_of_memory(error):
+                several = parallel and self.concurrent and threads > 1 and len(slices) > 1
+                if several and _on_cpu(arguments) and not torch.is_autocast_enabled("cpu"):
+                    return _join(list(_workers(threads, os.getpid()).map(compute, slices)))
+                return _join([compute(part) for part in slices])
+        except torch.OutOfMemoryError as error:
+            largest = max(part.stop - part.start for part in slices)
+            if largest == 1 or whole:
                 raise
-            if largest == 1 or whole or self.most is None:
-                raise does_not_fit(work, largest, arguments, error, False) from error
-            failed = first_line(error)
-        release_memory(device_of(arguments))
-        return self._lower(largest // 2, f"out of memory with {largest} rows of an image at once", failed)
+            self.most = largest // 2
+            _free()
+            what = f"out of memory with {largest} rows of an image at once: now {self.most}, which may change last bits"
+            warnings.warn(what, stacklevel=2)
+            raise torch.OutOfMemoryError(f"{what}; draw the batch again") from error
 
-    @property
-    def must_choose(self) -> bool:
-        """Whether `most` is to be chosen before anything is drawn."""
-        return self.most is not None and not self.chosen
-
-    def may_be_short(self, row: Tensor) -> bool:
-        """Whether `most` latents at once, of which `row` holds one, [1, ...], might not fit into the free memory."""
-        free, threads = free_memory(row.device), torch.get_num_threads() if self.concurrent else 1
-        return free is not None and may_be_short(("network",), (row,), threads * (self.most or 0), free)
-
-    @contextmanager
-    def choosing(self) -> Iterator[None]:
-        """Lets calls with one row lower `most`, before anything is drawn, to what fits."""
-        self._choosing = True
-        try:
-            yield
-        finally:
-            self._choosing = False
-
-    def choose(self) -> None:
-        """Agrees on `most` with the other processes of the run."""
-        self._set_most(self.most)
-        self.chosen = True
-
-    def _fit(
-        self,
-        function: Callable[..., Any],
-        work: Work,
-        largest: int,
-        arguments: Sequence[Any],
-        compute: Callable[[slice], Any],
-        threads: int,
-        parts: int,
-    ) -> None:
-        """Lowers `most` if `largest` rows of a function, or `most` while it is chosen, do not fit at once."""
-        assert self.most is not None
-        wanted, share = (self.most, threads) if self._choosing else (largest, min(threads, parts))
-        fits = self._rows(function, work, wanted, arguments, lambda: compute(slice(0, 1)), share)
-        if fits < wanted and self._choosing:
-            self.most = fits
-        elif fits < wanted:
-            self._lower(fits, f"{wanted} rows of an image at once do not fit in the {name_of(work)}", "")
-
-    def _set_most(self, most: int | None) -> None:
-        self.most = most if self.agree is None or most is None else self.agree(most)
-
-    def _lower(self, most: int, why: str, error: str) -> Any:
-        """Lowers `most` and ends the batch."""
-        self._set_most(most)
-        what = f"{why}: now {self.most}, which may change last bits"
-        warnings.warn(what, stacklevel=3)
-        raise _Lowered(f"{what}; draw the batch again{f' ({error})' if error else ''}")
-
-    def _rows(
-        self,
-        function: Callable[..., Any],
-        work: Work,
-        wanted: int,
-        arguments: Sequence[Any],
-        one: Callable[[], Any],
-        share: int = 1,
-    ) -> int:
-        before = self._entered()
-        try:
-            return self.limits.rows(kind_of(function, work, arguments), work, wanted, arguments, one, share)
-        finally:
-            self._drop(before)
-
-    def _entered(self) -> Any:
-        return None if self.ledger is None else self.ledger.entered()
-
-    def _drop(self, before: Any) -> None:
-        """Drops what was entered into the ledger since then."""
-        if before is not None:
-            self.ledger.restore(before)
-
-    def _in_chunks(
-        self, function: Callable[..., Rows], count: int, arguments: Sequence[Sequence | Tensor], work: Work
-    ) -> Rows:
-        def compute(part: slice) -> Rows:
-            return function(*(argument[part] for argument in arguments))
-
+    def _in_chunks(self, function: Callable[..., Rows], count: int, arguments: Sequence[Sequence | Tensor]) -> Rows:
         done: list[Rows] = []
-        start, limit = 0, self.limit or count
+        start = 0
         while start < count:
-            failed, left = 0, count - start
-            size, before = min(limit, left), self._entered()
+            size = min(self.limit or count, count - start)
             try:
-                if self.automatic:
-                    if not start:
-                        size = limit = self._rows(function, work, size, arguments, lambda: compute(slice(0, 1)))
-                    size = -(-left // -(-left // limit))  # equal parts
-                done.append(compute(slice(start, start + size)))
+                done.append(function(*(argument[start : start + size] for argument in arguments)))
                 start += size
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+            except torch.OutOfMemoryError:
                 if not self.automatic or size == 1:
-                    raise does_not_fit(work, size, arguments, error, not self.automatic and size > 1) from error
-                failed = size
-            if failed:  # after the handler, as the error's traceback holds tensors
-                self._drop(before)
-                limit = self.limits.lower(kind_of(function, work, arguments), failed, device_of(arguments))
-                what = f"out of memory with {failed} rows at once: chunk_size is now {limit} for the {name_of(work)}"
-                warnings.warn(what, stacklevel=3)
-        return join(done)
-
-
-class _Lowered(torch.OutOfMemoryError):
-    """The batch must be drawn again with a lower `Chunker.most`."""
+                    raise
+                self.limit = size // 2
+                _free()
+                warnings.warn(f"out of memory with {size} rows at once: chunk_size is now {self.limit}", stacklevel=3)
+        return _join(done)
 
 
 def redrawn(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,9 +130,12 @@ def redrawn(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def repeated(self: Any, *args: Any, **kwargs: Any) -> Any:
         while True:
-            with suppress(_Lowered):
+            most = self.diffusion.chunker.most
+            try:
                 return method(self, *args, **kwargs)
-            gc.collect()  # what the batch held
+            except torch.OutOfMemoryError:
+                if self.diffusion.chunker.most == most:
+                    raise
 
     return repeated
 
@@ -262,5 +152,48 @@ def _compute(
         _state.inside = False
 
 
+@contextmanager
+def _deterministic() -> Iterator[int]:
+    """Uses one thread per operation and cuDNN's deterministic algorithms; yields the threads there were before."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    try:
+        if threads > 1:
+            torch.set_num_threads(1)
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
+            yield threads
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
+
+
+@cache
+def _workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Returns threads that last; a forked process needs its own."""
+    return ThreadPoolExecutor(threads, "svdd", initializer=partial(torch.set_num_threads, 1))
+
+
 def _on_cpu(arguments: Sequence[Any]) -> bool:
     return all(argument.device.type == "cpu" for argument in arguments if isinstance(argument, Tensor))
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _join(parts: list[Any]) -> Any:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return _cat(parts)
+    if isinstance(first, dict):
+        return {name: _cat([part[name] for part in parts]) for name in first}
+    return type(first)._make(_cat(fields) for fields in zip(*parts, strict=True))
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """Joins rows; tokens, of which a part has as many as its longest text, are padded with zeros at the end."""
+    if parts[0].ndim == 3 and len(lengths := {part.shape[1] for part in parts}) > 1:
+        parts = [torch.nn.functional.pad(part, (0, 0, 0, max(lengths) - part.shape[1])) for part in parts]
+    return torch.cat(list(parts))

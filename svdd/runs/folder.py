@@ -128,13 +128,10 @@ class RunFolder:
             anew, _ = self._compare(read_config(self.path), config, overwrite, prompts)
             return set() if anew else self.finished()
 
-    def record_rows_at_once(self, most: int | None, rank: int, agree: bool = False) -> int | None:
-        """Records how many rows of an image are computed together, and returns how many to take: see `rows_at_once`.
-
-        To `agree` is to take the smallest of all processes, even if nothing is drawn yet.
-        """
+    def record_rows_at_once(self, most: int | None, rank: int) -> int | None:
+        """Records how many rows of an image are computed together, and returns how many to take: see `rows_at_once`."""
         with os_errors_explained(self.path):
-            return rows_at_once(self._fingerprints, most, agree or self._drawn(), record=agree or rank == 0)
+            return rows_at_once(self._fingerprints, most, self._drawn(), record=rank == 0)
 
     def open_shard(self, rank: int) -> None:
         """Locks and opens the files to which the process of this rank appends; raises a RunError if it cannot."""

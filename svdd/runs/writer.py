@@ -2,7 +2,6 @@
 
 import time
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -121,7 +120,6 @@ class RunWriter(L.Callback):
     def _follow_rows_at_once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (chunker := _chunker(pl_module)) is not None:
             chunker.most = self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
-            chunker.agree = partial(self.folder.record_rows_at_once, rank=self._rank(trainer), agree=True)
 
     def _rank(self, trainer: L.Trainer) -> int:
         return trainer.global_rank if self.rank is None else self.rank
@@ -196,8 +194,6 @@ class RunWriter(L.Callback):
             if not self.folder.has_summary():
                 self._finish(pl_module)
         self._release()
-        if (chunker := _chunker(pl_module)) is not None:
-            chunker.agree = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Releases the folder once the batch that was drawn last is written; what is written stays for the next run."""
