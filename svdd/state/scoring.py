@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from svdd.diffusion.arithmetic import float32_default
 from svdd.diffusion.chunking import Chunker
 from svdd.state.context import Scorer
 from svdd.state.pool import Pool
@@ -119,7 +119,7 @@ class Scoring:
 
     def result(self, device: torch.device) -> Tensor:
         """Returns the score of every row, float32 [n]; raises what the first failing call did."""
-        with _float32_by_default():
+        with float32_default():
             for begin in self._waiting:
                 begin()
             self._waiting.clear()
@@ -150,15 +150,3 @@ def _call(
     ready()
     with torch.inference_mode(modes[0]), torch.set_grad_enabled(modes[1]):
         return reward.score(images, prompts)
-
-
-@contextmanager
-def _float32_by_default() -> Iterator[Any]:
-    before = torch.get_default_dtype()
-    if before != torch.float32:
-        torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        if before != torch.float32:
-            torch.set_default_dtype(before)
