@@ -1,14 +1,27 @@
-"""The most memory that is taken on a device."""
+"""The memory of a device: the most that is taken, and what is given back."""
 
+import ctypes
+import gc
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
 
-__all__ = ["PeakMemory", "in_units"]
+__all__ = ["PeakMemory", "in_units", "release_memory"]
+
+
+def release_memory(device: torch.device) -> None:
+    """Returns unused memory to the device: of dropped objects, of the allocator's cache, of the C library's heap."""
+    gc.collect()
+    if device.type == "cpu":
+        if (trim := _trim()) is not None:
+            trim(0)
+    elif (module := _module(device)) is not None and hasattr(module, "empty_cache"):
+        module.empty_cache()
 
 
 class PeakMemory:
@@ -19,6 +32,7 @@ class PeakMemory:
 
     Attributes:
         before: What is taken now; None if that is unknown.
+        resets: Whether the device can measure from now on; otherwise the maximum is that of the whole process.
     """
 
     _all: ClassVar["WeakSet[PeakMemory]"] = WeakSet()
@@ -28,7 +42,7 @@ class PeakMemory:
         for other in self._all:  # the system keeps one maximum, which is reset here
             if other._device == device:
                 other.peak()
-        _reset(device)
+        self.resets = _reset(device)
         self.before = _most(device)
         self._all.add(self)
 
@@ -55,13 +69,17 @@ def _module(device: torch.device) -> Any:
     return None
 
 
-def _reset(device: torch.device) -> None:
-    """Makes what is taken now the maximum, where the device can; MPS keeps what it has taken."""
+def _reset(device: torch.device) -> bool:
+    """Makes what is taken now the maximum; returns whether the device can."""
     if device.type == "cpu":
         with suppress(OSError):  # Linux
             Path("/proc/self/clear_refs").write_text("5")
-    elif device.type != "mps" and hasattr(module := _module(device), "reset_peak_memory_stats"):
+            return True
+        return False
+    if device.type != "mps" and hasattr(module := _module(device), "reset_peak_memory_stats"):
         module.reset_peak_memory_stats(device)
+        return True
+    return device.type == "mps"  # its allocator keeps what it has taken
 
 
 def _most(device: torch.device) -> int | None:
@@ -87,3 +105,11 @@ def _most_resident() -> int | None:
     import psutil  # Windows
 
     return int(getattr(psutil.Process().memory_info(), "peak_wset", 0)) or None
+
+
+@cache
+def _trim() -> Any:
+    """Returns the GNU C library's `malloc_trim`; None elsewhere."""
+    with suppress(OSError, AttributeError):
+        return ctypes.CDLL(None).malloc_trim if sys.platform.startswith("linux") else None
+    return None
