@@ -135,7 +135,7 @@ class Bench:
         """Returns the most memory since the meter was made, in GiB, where it is known."""
         if not memory.resets or (peak := memory.peak()) is None or memory.before is None:
             return {}
-        self._taken = peak - memory.before
+        self._taken = max(0, peak - memory.before)
         return {"gib": self._taken / 2**30}
 
     def measure_rows(self) -> None:
