@@ -10,7 +10,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -60,8 +61,7 @@ class _Compiled:
             return module._call_impl(*args, **kwargs)
 
         call.__code__ = call.__code__.replace()  # PyTorch keeps graphs, a limited number, by code object
-        options: Any = {"deterministic": True} if deterministic and _can_be_deterministic() else None
-        self._name, self._compiled = name, torch.compile(call, backend=DEFAULT, options=options)
+        self._name, self._compiled = name, torch.compile(call, backend=_backend(deterministic))
         self._possible = True
         self._known: set[Any] = set()  # calls for which a graph exists
 
@@ -81,7 +81,8 @@ class _Compiled:
             if tensor.ndim and len(tensor) == rows:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return self._compiled(module, *args, **kwargs)
+            with _guards.checked():
+                return self._compiled(module, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             result = module._call_impl(*args, **kwargs)  # a mistake in the arguments shows here
             self._possible = False
@@ -90,10 +91,23 @@ class _Compiled:
             return result
 
 
-def _can_be_deterministic() -> bool:
-    import torch._inductor.config
+def _backend(deterministic: bool) -> Callable[..., Any]:
+    """Returns the default backend, whose graphs let other threads look for theirs when they begin."""
+    make: Any = torch._dynamo.lookup_backend(DEFAULT) if isinstance(DEFAULT, str) else DEFAULT
+    if deterministic and DEFAULT == "inductor" and hasattr(import_module("torch._inductor.config"), "deterministic"):
+        make = partial(make, config_patches={"deterministic": True})
 
-    return DEFAULT == "inductor" and hasattr(torch._inductor.config, "deterministic")
+    def compile(graph: Any, inputs: Any) -> Callable[..., Any]:
+        compute = make(graph, inputs)
+
+        @wraps(compute)
+        def run(*args: Any) -> Any:
+            _guards.release()
+            return compute(*args)
+
+        return run
+
+    return compile
 
 
 def _surroundings() -> tuple[Any, ...]:
@@ -134,4 +148,26 @@ class _Gate:
             yield
 
 
-_gate = _Gate()
+class _Guards:
+    """Lets one thread at a time look for its graph: PyTorch compiles a graph again if two threads do so at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._state = threading.Lock(), threading.local()
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Excludes other threads until the graph begins."""
+        self._lock.acquire()
+        self._state.held = True
+        try:
+            yield
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        if getattr(self._state, "held", False):
+            self._state.held = False
+            self._lock.release()
+
+
+_gate, _guards = _Gate(), _Guards()
