@@ -8,7 +8,7 @@ import warnings
 from contextlib import suppress
 from pkgutil import resolve_name
 
-from svdd import UserError, __version__, did_you_mean, first_line, printable, say
+from svdd import UserError, __version__, did_you_mean, first_line, is_out_of_memory, printable, say
 from svdd.commands.streams import exits_explained, protect_streams
 from svdd.runs.processes.environment import ignore_incomplete
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
@@ -128,7 +128,7 @@ def _report(error: Exception) -> int:
         message = f"error: {error}"
     traceback = users_traceback(error)
     if not isinstance(error, UserError):
-        lower = "; lower data.batch_size or model.diffusion.chunk_size" if "memory" in repr(error).lower() else ""
+        lower = "; lower data.batch_size or model.diffusion.chunk_size" if is_out_of_memory(error) else ""
         where = "" if traceback else " (SVDD_DEBUG=1 shows where)"
         message = f"error: {type(error).__name__}: {redact(first_line(error))}{lower}{where}"
     if traceback:

@@ -190,7 +190,7 @@ class GuidedDiffusion(L.LightningModule):
         with torch.inference_mode(inference), torch.no_grad():
             start = Start(self.diffusion, prompts, seeds, negative_prompts)
             start.context.on_step, start.context.recorder = self.on_step, recorder
-            self.ledger = start.context.ledger
+            self.ledger = self.diffusion.chunker.ledger = start.context.ledger
             with start.context.ledger.timed("total_seconds", self.diffusion.device):
                 final = self.sampler(start, self.value)
                 _ = final.images

@@ -4,11 +4,14 @@ import threading
 import warnings
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from svdd import UserError
 from svdd.diffusion.chunking import Chunker, redrawn
+from svdd.diffusion.row_limits import Call
 from svdd.diffusion.stable_diffusion import StableDiffusion
 from svdd.guided_diffusion import GuidedDiffusion
 from svdd.rewards.clip import CLIPScore
@@ -20,6 +23,7 @@ from svdd.samplers.best_of_n import BestOfN
 from svdd.samplers.smc import SMC
 from svdd.samplers.svdd import SVDD
 from svdd.samplers.unguided import Unguided
+from svdd.state.ledger import Ledger
 from svdd.values.latent_conv import LatentConvValue
 from svdd.values.lookahead import Lookahead
 from svdd.values.posterior_mean import PosteriorMean
@@ -78,6 +82,39 @@ def test_auto_halves_on_out_of_memory_warns_and_keeps_the_size():
     assert device.tried == [2] * 5
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+    MemoryError(),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("could not create a primitive"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20] or type(error).__name__)
+def test_every_kind_of_out_of_memory_error_halves_the_rows_of_its_function_and_enters_no_work_twice(error):
+    chunker, tried = Chunker(), []
+    chunker.ledger = Ledger()
+
+    def function(rows):
+        tried.append(len(rows))
+        chunker.ledger.gradient_rows += len(rows)
+        with chunker.ledger.timed("decoder_seconds", rows.device):
+            if len(rows) > 5:
+                raise error
+        return 2 * rows
+
+    assert torch.equal(chunker.map(function, 10, ROWS, work=("network",)), 2 * ROWS)
+    assert [tried, chunker.ledger.gradient_rows] == [[10, 5, 5], 10]
+    assert torch.equal(chunker.map(lambda rows: tried.append(len(rows)) or rows, 10, ROWS, work=("reward",)), ROWS)
+    assert tried[3:] == [10]  # another function has a limit of its own
+    with pytest.raises(UserError, match="out of memory: a row does not fit in the network on cpu") as caught:
+        chunker.map(Mock(side_effect=error), 10, ROWS, work=("network",))
+    assert "\n" not in str(caught.value)
+
+
 def test_running_out_of_memory_midway_loses_nothing():
     device = Device(capacity=10)
 
@@ -87,7 +124,7 @@ def test_running_out_of_memory_midway_loses_nothing():
         return done
 
     chunker = Chunker()
-    chunker.limit = 4
+    chunker.limits.lower(Call(shrinking, (ROWS, NAMES), ()), 8)
     with pytest.warns(UserWarning, match="chunk_size is now"):
         result = chunker.map(shrinking, 10, ROWS, NAMES)
     assert torch.equal(result.left, 2 * ROWS)
@@ -193,7 +230,8 @@ def test_out_of_memory_halves_the_parts_and_redraws_the_whole_batch():
             return self.diffusion.chunker.map(device, 1, ROWS, NAMES)
 
     device = Device(capacity=3)
-    with pytest.warns(UserWarning, match="out of memory with 10 rows of an image at once: now 5") as caught:
+    what = "out of memory with 10 rows of an image at once in the function: now 5"
+    with pytest.warns(UserWarning, match=what) as caught:
         assert torch.equal(Model().draw().left, 2 * ROWS)
     assert [len(caught), Model.diffusion.chunker.most, device.tried] == [2, 2, [10, 5, *[2] * 5]]
     device.capacity = 0

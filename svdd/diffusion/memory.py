@@ -1,8 +1,10 @@
-"""The memory of a device: the most that is taken, and what is given back."""
+"""The memory of a device: what is free, and the most that is taken."""
 
 import ctypes
 import gc
+import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -11,7 +13,26 @@ from weakref import WeakSet
 
 import torch
 
-__all__ = ["PeakMemory", "in_units", "release_memory"]
+__all__ = ["PeakMemory", "free_memory", "in_units", "release_memory"]
+
+_UNLIMITED = 1 << 60  # a version 1 control group without a limit states a number above this
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Returns the bytes that this process can still take on a device; None if they are unknown.
+
+    On a CPU these are its share of what is available on the machine, limited by the control groups of the process
+    (versions 1 and 2, those above included) and by its own limits (`ulimit -v`, `ulimit -d`).
+    """
+    if device.type == "cpu":
+        return _free_on_cpu()
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    module = _module(device)
+    if module is None or not hasattr(module, "mem_get_info"):
+        return None
+    held = module.memory_reserved(device) - module.memory_allocated(device)  # by the allocator, unused
+    return int(module.mem_get_info(device)[0] + held)
 
 
 def release_memory(device: torch.device) -> None:
@@ -32,7 +53,6 @@ class PeakMemory:
 
     Attributes:
         before: What is taken now; None if that is unknown.
-        resets: Whether the device can measure from now on; otherwise the maximum is that of the whole process.
     """
 
     _all: ClassVar["WeakSet[PeakMemory]"] = WeakSet()
@@ -105,6 +125,57 @@ def _most_resident() -> int | None:
     import psutil  # Windows
 
     return int(getattr(psutil.Process().memory_info(), "peak_wset", 0)) or None
+
+
+def _free_on_cpu() -> int:
+    import psutil
+
+    available = min(psutil.virtual_memory().available, *_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+    return max(0, min(available // _processes(), *_own_rooms(psutil.Process())))
+
+
+def _processes() -> int:
+    """Returns the number of this run's processes on this machine."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        with suppress(KeyError, ValueError):
+            return max(1, int(os.environ[name]))
+    return 1
+
+
+def _rooms(groups: Path, mount: Path) -> Iterator[int]:
+    """Yields what the control groups of a process, and those that hold them, leave to it, in bytes."""
+    yield _UNLIMITED
+    with suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if "memory" in kinds.split(","):
+                root, files = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                cached = "total_inactive_file"
+            elif not kinds:
+                root = mount / "unified" if (mount / "unified").is_dir() else mount
+                files, cached = ("memory.max", "memory.current"), "inactive_file"
+            else:
+                continue
+            own = root / path.lstrip("/")  # in a container it may be the mount itself
+            for folder in [own, *own.parents][: len(own.relative_to(root).parts) + 1]:
+                with suppress(OSError, ValueError):  # no such group, or `max`
+                    limit, used = (int((folder / name).read_text()) for name in files)
+                    numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    if limit < _UNLIMITED:
+                        yield limit - used + int(numbers.get(cached, 0))  # the page cache makes room
+
+
+def _own_rooms(process: Any) -> Iterator[int]:
+    """Yields what the limits of a process leave to it, in bytes."""
+    yield _UNLIMITED
+    with suppress(ImportError, AttributeError):  # Windows has none, and macOS other numbers
+        import resource
+
+        taken = process.memory_info()
+        for kind, used in ((resource.RLIMIT_AS, taken.vms), (resource.RLIMIT_DATA, taken.data)):
+            limit = resource.getrlimit(kind)[0]
+            if limit != resource.RLIM_INFINITY:
+                yield limit - used
 
 
 @cache

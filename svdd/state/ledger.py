@@ -63,6 +63,14 @@ class Ledger:
                 spent = start.elapsed_time(end) / 1000
             setattr(self, field, getattr(self, field) + spent)
 
+    def entered(self) -> dict[str, Any]:
+        """Returns what is entered so far, for `restore`."""
+        return {**vars(self), "_open": [*self._open]}
+
+    def restore(self, entered: dict[str, Any]) -> None:
+        """Drops what was entered since then."""
+        vars(self).update(entered)
+
     def per_image(self, images: int) -> dict[str, float]:
         """Returns each entry's share of one of `images` images; counts that divide evenly stay integers."""
         self._read()
