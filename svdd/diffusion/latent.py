@@ -58,7 +58,7 @@ class LatentDiffusion(PipelineParts):
         negative_prompt: What to avoid, for prompts without a negative prompt of their own.
         height: Image height in pixels, a multiple of the model's factor (mostly 8 or 16); by default the model's own.
         width: Image width in pixels.
-        chunk_size: Latents that go through the network at once, or `auto`: all, halved when memory runs out. Without
+        chunk_size: Latents that go through the network at once, or `auto`: as many as fit into memory. Without
             effect in the reproducible mode.
         reproducible: Compute each image apart from others, so that its bits do not depend on the batch, the number of
             devices or threads, or an interruption. `auto`: on a CPU, if the sampler gives an image about 8 rows or
