@@ -76,6 +76,15 @@ def read_rows():
 
 
 @pytest.fixture
+def one_thread():
+    """The number of threads affects the last bit of a sum."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """An empty, importable working directory; its modules are unloaded afterwards."""
     before = set(sys.modules)

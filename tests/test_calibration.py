@@ -4,10 +4,7 @@ import csv
 import io
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from svdd.values.base import Value
 from svdd.values.training.allocation import allocate, expected_maximum, reliability, shrink
 from svdd.values.training.calibration import Calibration, measure, plot, write
 from tests.analytic import ExactSoftValue, GaussianDiffusion, Linear, run
+from tests.faults.harness import run_in_two
 from tests.test_samplers import largest_of
 
 
@@ -326,25 +324,12 @@ def test_a_folder_of_something_else_is_left_alone(calibrate, tmp_path, capsys, o
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["results.jsonl"]
 
 
-@pytest.fixture
-def one_thread():
-    """The number of threads affects the last bit of a sum."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [["apple", "panda", "car"], ["apple"]], ids=["uneven shares", "an empty share"])
 def test_two_processes_measure_the_same_as_one(calibrate, one_thread, tmp_path, prompts):
     words = ["--data.prompts", json.dumps(prompts), "--data.batch_size", "1"]
     assert calibrate(*words, "--output", str(tmp_path / "one")) == 0
-    words += ["--output", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command = [sys.executable, "-m", "svdd", *calibrate.words, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_in_two([*calibrate.words, *words, "--output", str(tmp_path / "two")], tmp_path / "log.txt")
     one, two = (json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("one", "two"))
     assert one["chains"] == two["chains"] == 3 * len(prompts)
     assert one["steps"] == two["steps"]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from svdd.__main__ import main
 from svdd.commands.parser import Parser
+from tests.faults.harness import run_in_two
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -736,29 +737,24 @@ def test_two_processes_fit_a_value(config, tmp_path):
     """DDP expects gradients of all trainable parameters; the pretrained ones are excluded."""
     words = ["fit", "--config", str(fit_config(config)), "--data.num_rollouts", "140", "--data.batch_size", "64"]
     words += ["--data.cache", str(tmp_path / "cache"), "--trainer.max_epochs", "1", "--output", str(tmp_path / "value")]
-    words += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "svdd", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_in_two(words, tmp_path / "log.txt")
     assert (tmp_path / "value" / "value.safetensors").is_file()
     (cache,) = (tmp_path / "cache").iterdir()
     assert len(list(cache.glob("rollouts-*.safetensors"))) == 3  # of 64, drawn by two
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_same_images(config, tmp_path, read_rows):
-    """One thread each, since the number of threads affects the last bit of a sum."""
-    base = [sys.executable, "-m", "svdd", "predict", "--config", str(config), "--data.batch_size", "1"]
-    base += ["--model.sampler.alpha", "auto"]
+def test_two_processes_draw_the_same_images(config, one_thread, tmp_path, read_rows):
+    words = ["predict", "--config", str(config), "--data.batch_size", "1", "--model.sampler.alpha", "auto"]
+    assert main([*words, "--output", str(tmp_path / "one")]) == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     (tmp_path / "json.py").write_text("raise SystemExit('from the working directory')")
-    for name, options in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
-        command = [*base, "--output", str(tmp_path / name), *options]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=400, check=False, env=environment, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    words += ["--output", str(tmp_path / "two"), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [sys.executable, "-m", "svdd", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
     assert [row["sha256"] for row in one] == [row["sha256"] for row in two]
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]

@@ -22,6 +22,7 @@ from svdd.rewards.z_scored import ZScored
 from svdd.runs.config import write_config
 from svdd.runs.folder import RunFolder
 from svdd.runs.pictures import find_pictures
+from tests.faults.harness import run_in_two
 
 PROMPTS = ["red apple", "blue car", "panda", "owl"]
 
@@ -246,11 +247,7 @@ def test_one_of_two_processes_measures_for_both(predict, sd15, tmp_path, tiny_cl
     words = ["--model.reward", "Brightness", "--evaluation.features", tiny_clip, "--evaluation.baseline", str(plain)]
     words += ["--evaluation.distances", "[cmmd,kid,fid]", "--evaluation.distance_features", "clip"]
     one = predict("one", *words)
-    words = command(sd15, tmp_path / "two", *words, "--trainer.devices", "2", "--trainer.strategy", "ddp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "svdd", *words]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=400, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_in_two(command(sd15, tmp_path / "two", *words), tmp_path / "log.txt")
     found, expected = summary_of(tmp_path / "two"), summary_of(one)
     for name in ("diversity", "distances", "baseline"):
         assert found[name].keys() == expected[name].keys()

@@ -115,21 +115,7 @@ class Case:
         self.port = free_port()
         several = ["--trainer.strategy", "ddp", "--trainer.devices", str(devices or world_size)]
         return [
-            self.fork(
-                *several,
-                *options,
-                environment={
-                    **(environment or {}),
-                    "TORCHELASTIC_RUN_ID": "test",
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world_size),
-                    "LOCAL_WORLD_SIZE": str(world_size),
-                    "GROUP_RANK": "0",
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(self.port),
-                },
-            )
+            self.fork(*several, *options, environment={**(environment or {}), **torchrun(rank, world_size, self.port)})
             for rank in range(world_size)
         ]
 
@@ -232,6 +218,36 @@ class Case:
         for pid in self.pids():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def torchrun(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Returns the variables that torchrun sets in one process of a single machine."""
+    return {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def run_in_two(words: list[str], log: Path) -> None:
+    """Runs a command in two forks of this process, as under torchrun; fails unless both succeed."""
+    words, port = [*words, "--trainer.strategy", "ddp", "--trainer.devices", "2"], free_port()
+    processes = [
+        multiprocessing.get_context("fork").Process(
+            target=_run, args=(words, torchrun(rank, 2, port), str(log), None, None), daemon=True
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], log.read_text()[-3000:]
 
 
 def listens(port: int) -> bool:
