@@ -524,8 +524,10 @@ def test_the_summary_states_the_largest_peak_of_memory(tmp_path, whole, first, s
     (folder / "summary.json").unlink()
     assert run(folder, peak=lambda module: 10_000).drawn == []
     assert stated() == max(first + 4, second - 2)
-    run(folder, overwrite=True, peak=lambda module: 7)
-    assert stated() == 7
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(folder, overwrite=True, stop_at=4, peak=lambda module: 10_000)
+    run(folder, overwrite=True, peak=lambda module: 10 - len(module.drawn))
+    assert stated() == 8
     run(folder, overwrite=True, peak=lambda module: None)  # a device that cannot tell
     assert stated() is None
     assert read_all(folder) == read_all(whole)

@@ -111,7 +111,6 @@ class RunFolder:
         try:
             with os_errors_explained(self.path):
                 self._lock_and_clear(config, overwrite, prompts)
-                self.peaks.fold()
                 rows, lines = self._rows.scan(self.images.is_whole)
                 finished = _finished(rows)
                 kept = {key: place for key, place in rows.items() if key[0] in finished}

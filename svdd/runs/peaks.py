@@ -1,7 +1,7 @@
 """The most memory that a process of a run has taken on its device.
 
-Each process keeps its own number in a file such as `memory-00001.json`, which survives a kill. Rank 0 folds these files
-into the fingerprints when a run begins and when it ends.
+Each process keeps its own number in a file such as `memory-00001.json`, which survives a kill. At the end of the run,
+rank 0 folds these files into the fingerprints.
 """
 
 import re
