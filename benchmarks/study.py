@@ -24,19 +24,20 @@ from typing import Any
 
 from svdd.commands.drawing import Drawing
 from svdd.evaluation.studies.specification import Cell
+from svdd.runs.peaks import PEAK_MEMORY
 
 __all__ = ["differences", "main"]
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Returns what a run folder holds, by file, without times and the name of the folder."""
+    """Returns what a run folder holds, by file, without times, memory and the name of the folder."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".jsonl":
-            found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+            found[name] = [_reproducible(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.suffix == ".json":
-            found[name] = _timeless(json.loads(path.read_text()))
+            found[name] = _reproducible(json.loads(path.read_text()))
         elif path.name == "config.yaml":
             found[name] = [line for line in path.read_text().splitlines() if not line.startswith("output:")]
         else:
@@ -44,10 +45,11 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _timeless(tree: Any) -> Any:
+def _reproducible(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {name: _timeless(value) for name, value in tree.items() if "seconds" not in name}
-    return [_timeless(value) for value in tree] if isinstance(tree, list) else tree
+        left = {name: value for name, value in tree.items() if "seconds" not in name and name != PEAK_MEMORY}
+        return {name: _reproducible(value) for name, value in left.items()}
+    return [_reproducible(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def differences(one: Path, other: Path) -> list[str]:

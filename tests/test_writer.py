@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -58,10 +59,13 @@ def trace(prompt_index, image_index, choices=3):
 
 
 class Tiny(L.LightningModule):
-    """The contract of GuidedDiffusion without a diffusion model."""
+    """The contract of GuidedDiffusion without a diffusion model; `peak(module)` is the memory it has taken."""
 
-    def __init__(self, images_per_prompt=2, size=8, stop_at=None, choices=3):
+    def __init__(self, images_per_prompt=2, size=8, stop_at=None, choices=3, peak=None):
         super().__init__()
+        if peak is not None:
+            memory = SimpleNamespace(peak=lambda: peak(self))
+            self.diffusion = SimpleNamespace(peak_memory=lambda: memory)
         self.images_per_prompt, self.size = images_per_prompt, size
         self.stop_at, self.choices = stop_at, choices
         self.statistics = RewardStatistics()
@@ -140,6 +144,8 @@ def read_all(folder):
     files = read_folder(folder)
     summary = json.loads(files.pop("summary.json"))
     assert summary.pop("wall_seconds") >= 0
+    if "peak_memory_bytes" in summary:
+        assert json.loads(files.pop("fingerprints.json")) == {"peak_memory_bytes": summary.pop("peak_memory_bytes")}
     files.pop(".lock")
     return files, summary
 
@@ -499,6 +505,31 @@ def test_resume_after_an_error(tmp_path, whole):
         run(folder, stop_at=4)
     assert not (folder / "summary.json").exists()
     assert run(folder).drawn == [4, 5]
+    assert read_all(folder) == read_all(whole)
+
+
+@pytest.mark.parametrize(("first", "second"), [(9000, 5000), (5000, 9000)])
+def test_the_summary_states_the_largest_peak_of_memory(tmp_path, whole, first, second):
+    """Of an interrupted run and its continuation; a run that begins anew forgets it."""
+    folder = tmp_path / "run"
+
+    def stated():
+        return json.loads((folder / "summary.json").read_text()).get("peak_memory_bytes")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(folder, stop_at=4, peak=lambda module: first + len(module.drawn))
+    assert run(folder, peak=lambda module: second - len(module.drawn)).drawn == [4, 5]
+    assert stated() == max(first + 4, second - 2)
+    assert read_all(folder) == read_all(whole)
+    (folder / "summary.json").unlink()
+    assert run(folder, peak=lambda module: 10_000).drawn == []
+    assert stated() == max(first + 4, second - 2)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(folder, overwrite=True, stop_at=4, peak=lambda module: 10_000)
+    run(folder, overwrite=True, peak=lambda module: 10 - len(module.drawn))
+    assert stated() == 8
+    run(folder, overwrite=True, peak=lambda module: None)  # a device that cannot tell
+    assert stated() is None
     assert read_all(folder) == read_all(whole)
 
 
@@ -971,7 +1002,8 @@ from test_writer import CONFIG, RunWriter, Tiny, predict
 writer = RunWriter({folder!r}, CONFIG)
 finished = writer.open()
 prompts = [p for p in range(int(sys.argv[1])) if p not in finished]
-predict(writer, Tiny(), prompts, batch_size=1, devices=2, strategy="ddp")
+module = Tiny(peak=lambda module: 1000 * (module.global_rank + 1) + len(module.drawn))
+predict(writer, module, prompts, batch_size=1, devices=2, strategy="ddp")
 """
 
 
@@ -989,10 +1021,12 @@ def test_two_processes(tmp_path, whole):
 
     launch(3)
     assert [row["prompt_index"] for row in read_rows(folder)] == [0, 0, 1, 1, 2, 2]
+    assert json.loads((folder / "summary.json").read_text())["peak_memory_bytes"] == 2001  # of rank 1
     launch(6)
     assert read_all(folder) == read_all(whole)
     (folder / "summary.json").unlink()  # as if killed before the final step: nothing is left to draw
     launch(6)
+    assert json.loads((folder / "summary.json").read_text())["peak_memory_bytes"] == 2001
     assert read_all(folder) == read_all(whole)
 
 
@@ -1034,7 +1068,7 @@ def work_through(folder, overwrite=False, label="new", count=3):
         drawn = [p for p in range(count) if p not in finished]
         for p in drawn:
             row = {**ROW, "prompt_index": p}
-            run_folder.write([(row, f"{label} {p}".encode())], [trace(p, 0)])
+            run_folder.write([(row, f"{label} {p}".encode())], [trace(p, 0)], peak=100 * count + p)
         run_folder.close_shard()
         run_folder.merge()
         run_folder.write_summary({"images": 3})

@@ -21,7 +21,7 @@ from svdd.runs.rows import result_row
 from svdd.samplers.base import Sampler
 from svdd.state.start import Start
 
-__all__ = ["Estimate", "describe", "estimate"]
+__all__ = ["Estimate", "describe", "describe_peak", "estimate"]
 
 _WORK = ("denoiser_rows", "network_rows", "gradient_rows", "decoded_images", "reward_calls")
 _PICTURES, _PICTURES_SECONDS = 4, 60.0  # drawn plainly for the size of a file, and how long that may take
@@ -143,8 +143,7 @@ def describe(found: Estimate, devices: int, device: torch.device) -> list[str]:
     memory = "not known on this device"
     if found.peak_bytes is not None and found.loaded_bytes is not None:
         grown = found.peak_bytes - found.loaded_bytes
-        what = "of the process" if device.type == "cpu" else "allocated"
-        memory = f"{in_units(found.peak_bytes)} {what} at most, {in_units(grown)} above the loaded model"
+        memory = f"{describe_peak(found.peak_bytes, device)}, {in_units(grown)} above the loaded model"
     return [
         *table.splitlines(),
         f"time: {'; '.join(times)}; {found.seconds / found.images:.3g} s an image",
@@ -153,6 +152,11 @@ def describe(found: Estimate, devices: int, device: torch.device) -> list[str]:
         f"disk: {in_units(found.disk_bytes)}",
         "not included: loading the model, and what --evaluation measures afterwards; nothing was written",
     ]
+
+
+def describe_peak(peak: int, device: torch.device) -> str:
+    """Returns a peak of `PeakMemory` in words."""
+    return f"{in_units(peak)} {'of the process' if device.type == 'cpu' else 'allocated'} at most"
 
 
 def _time(hours: float) -> str:

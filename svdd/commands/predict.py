@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from svdd import Incomplete, UserError, say
 from svdd.commands.base import ModelCLI
-from svdd.commands.estimate import Estimate, describe, estimate
+from svdd.commands.estimate import Estimate, describe, describe_peak, estimate
 from svdd.commands.parser import as_user_errors
 from svdd.commands.progress import progress
 from svdd.commands.score import print_measurements
@@ -148,6 +148,8 @@ class PredictCLI(ModelCLI):
             say(f"{name}: mean {entry['mean']:.4g}, {said}{spread}")
         rows, network_rows = (summary[f"{name}_per_image"] for name in ("denoiser_rows", "network_rows"))
         say(f"denoiser rows per image: {rows:.0f}, network rows: {network_rows:.0f}")
+        if (peak := self.writer.folder.peaks.largest()) is not None:
+            say(f"memory: {describe_peak(peak, self.trainer.strategy.root_device)}")
         if said := idle(self.model.sampler, summary):
             say(f"svdd: warning: {said}", error=True)
         self._evaluate(summary)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from svdd import UserError, is_integer
 from svdd.assets.content import digest
 from svdd.diffusion.chunking import Chunker, Reproducible
+from svdd.diffusion.memory import PeakMemory
 from svdd.diffusion.preview import Preview
 
 __all__ = ["Denoised", "Diffusion", "per_row"]
@@ -69,6 +70,10 @@ class Diffusion(nn.Module, ABC):
     def device(self) -> torch.device:
         """The device of latents."""
         return self.anchor.device
+
+    def peak_memory(self) -> PeakMemory:
+        """Begins to measure the memory that is taken on the device of latents."""
+        return PeakMemory(self.device)
 
     @property
     def stochastic(self) -> bool:

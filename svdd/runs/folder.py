@@ -22,6 +22,7 @@ from svdd.runs.fingerprints import FINGERPRINTS, compare, compare_contents, is_r
 from svdd.runs.images import RunImages, is_complete
 from svdd.runs.json_lines import RowIndex, ShardedFile, encode
 from svdd.runs.output import check, hold
+from svdd.runs.peaks import Peaks
 from svdd.runs.reading import has_rows, read_rows, read_sampler, read_summary
 from svdd.runs.recorded_prompts import PROMPTS, PromptChanges, write_prompts
 from svdd.runs.rows import ResultRow
@@ -50,6 +51,7 @@ class RunFolder:
         self.summary = self.path / SUMMARY_FILE
         self.images = RunImages(self.path, tar)
         self._fingerprints = self.path / FINGERPRINTS
+        self.peaks = Peaks(self._fingerprints)
         self._condemned = self.path / ".overwriting"  # exists while an earlier run is removed
         self._rows = ShardedFile(self.results, is_complete)
         self._traces = ShardedFile(self.path / "trace.jsonl")
@@ -144,11 +146,17 @@ class RunFolder:
                 self.summary.unlink(missing_ok=True)  # it becomes outdated
         self._rank = self.images.rank = rank
 
-    def write(self, images: Iterable[tuple[ResultRow, bytes]], traces: Entries = (), failures: Entries = ()) -> None:
+    def write(
+        self,
+        images: Iterable[tuple[ResultRow, bytes]],
+        traces: Entries = (),
+        failures: Entries = (),
+        peak: int | None = None,
+    ) -> None:
         """Puts a batch on disk: first each image, then, in one write each, the traces and a row for each image.
 
-        `images` holds the row and the PNG file's bytes of each image; the rest is as in `Prediction`. After an error,
-        earlier batches stay, and this one leaves no rows.
+        `images` holds the row and the PNG file's bytes of each image, and `peak` is this process's peak memory in
+        bytes; the rest is as in `Prediction`. After an error, earlier batches stay, and this one leaves no rows.
 
         Raises:
             ValueError: If a row or a trace could not be read back, for example a row without `num_images`.
@@ -156,6 +164,8 @@ class RunFolder:
         """
         assert self._rank is not None, "call open_shard first"
         with os_errors_explained(self.path):
+            if peak is not None:
+                self.peaks.record(self._rank, peak)
             rows = self.images.write(images)
             for file, entries in ((self._traces, traces), (self._failures, failures), (self._rows, rows)):
                 if entries:
@@ -175,6 +185,7 @@ class RunFolder:
     def merge(self) -> tuple[int, int, int]:
         """Merges all shards and returns the number of prompts with images, of images, and of failed prompts."""
         with os_errors_explained(self.path):
+            self.peaks.fold()
             rows, _ = self._rows.scan()
             self._rows.merge(rows)
             self._merge_traces(rows)
@@ -231,7 +242,7 @@ class RunFolder:
             path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         for file in files if anew else (self._failures,):  # failed prompts are tried again
             file.remove()
-        for path in (self.summary, self._fingerprints) if anew else ():
+        for path in (self.summary, self._fingerprints, *self.peaks.files()) if anew else ():
             path.unlink(missing_ok=True)
         self.images.remove(everything=anew)
         if anew or recorded is None or recorded.config.get("data") != plain(config).get("data"):  # of more prompts

@@ -16,6 +16,7 @@ from svdd.runs.background import Background
 from svdd.runs.encoding import VERSIONS, encoded, pixels_of
 from svdd.runs.files import RunError
 from svdd.runs.folder import Entries, RunFolder
+from svdd.runs.peaks import PEAK_MEMORY
 from svdd.runs.prediction import Prediction
 from svdd.runs.processes.group import is_rank_zero
 from svdd.runs.prompts import PromptDataset
@@ -60,6 +61,7 @@ class RunWriter(L.Callback):
         self._drawn = self._held = False
         self.rank: int | None = None  # under which this process writes, if it is not that of the Trainer
         self._rows_at_once: int | None = None  # as recorded
+        self._memory: Any = None  # a `PeakMemory`; None if the module has no diffusion model that measures it
         self._failures = 0  # in a row, up to now
         self._tracebacks = Tracebacks()
         self._writing = Background("svdd-writer")
@@ -108,9 +110,11 @@ class RunWriter(L.Callback):
         self._compare(trainer, pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens this process's shards."""
+        """Opens this process's shards, and begins to measure its memory: the module is on its device."""
         self._drawn = True
         self.folder.open_shard(self._rank(trainer))
+        diffusion = cast(Any, getattr(pl_module, "diffusion", None))
+        self._memory = diffusion.peak_memory() if hasattr(diffusion, "peak_memory") else None
 
     def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the module what an earlier run left, after its own `on_predict_start`: its rows, and rows at once."""
@@ -148,7 +152,8 @@ class RunWriter(L.Callback):
             raise ValueError(f"predict_step must return a Prediction, got {type(outputs).__name__}")
         if (chunker := _chunker(pl_module)) is not None and chunker.most != self._rows_at_once:  # memory ran out
             self._rows_at_once = self.folder.record_rows_at_once(chunker.most, self._rank(trainer))
-        self._writing.start(self._write, pixels_of(outputs), outputs.rows, outputs.traces, outputs.failures)
+        peak = None if self._memory is None else self._memory.peak()
+        self._writing.start(self._write, pixels_of(outputs), outputs.rows, outputs.traces, outputs.failures, peak)
         for failure in outputs.failures:
             said = f"svdd: skipped {failure['prompt']!r}: {failure['error']}"
             self._tracebacks.show(failure.get("traceback", ""), said)
@@ -159,10 +164,12 @@ class RunWriter(L.Callback):
                 "finished images are kept: fix the cause and start the same command again"
             )
 
-    def _write(self, pixels: np.ndarray, rows: list[ResultRow], traces: Entries, failures: Entries) -> None:
+    def _write(
+        self, pixels: np.ndarray, rows: list[ResultRow], traces: Entries, failures: Entries, peak: int | None
+    ) -> None:
         """Runs in a thread of its own."""
         with closing(encoded(pixels, rows)) as images:
-            self.folder.write(images, traces, failures)
+            self.folder.write(images, traces, failures, peak)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Waits until all batches are on disk: then come the statistics, and the wait for other processes."""
@@ -218,8 +225,10 @@ class RunWriter(L.Callback):
         assert self._started is not None
         prompts, images, self.failed_prompts = self.folder.merge()
         counts = {"prompts": prompts, "images": images, "failed_prompts": self.failed_prompts}
-        seconds = round(time.monotonic() - self._started, 3)
-        self.folder.write_summary({**counts, **cast(Any, pl_module).summary, "wall_seconds": seconds})
+        cost: dict[str, Any] = {"wall_seconds": round(time.monotonic() - self._started, 3)}
+        if (peak := self.folder.peaks.largest()) is not None:
+            cost[PEAK_MEMORY] = peak
+        self.folder.write_summary({**counts, **cast(Any, pl_module).summary, **cost})
 
     def _release(self) -> None:
         if self._held:  # until `close`, which raises the error of the last batch

@@ -195,12 +195,12 @@ class Case:
         return sum(after.get(name) != entry for name, entry in before.items())
 
     def content(self) -> tuple[dict[str, bytes], dict]:
-        """Returns all images, loose or in shards, and the rest of the run without times."""
+        """Returns all images, loose or in shards, and the rest of the run without times and memory."""
         summary = json.loads((self.folder / "summary.json").read_text())
         rows = [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
         traces = (self.folder / "trace.jsonl").read_text().splitlines()
         images = {Path(row["file"]).name: read_image(self.folder, row["file"]) for row in rows}
-        del summary["wall_seconds"]
+        del summary["wall_seconds"], summary["peak_memory_bytes"]
         for entry in (summary, *rows):
             entry["ledger"] = {name: n for name, n in entry["ledger"].items() if not name.endswith("seconds")}
         rows = [row | {"file": Path(row["file"]).name} for row in rows]

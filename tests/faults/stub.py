@@ -67,6 +67,7 @@ class StubReward(Reward):
     Args:
         gate: Scoring a prompt with the word "wait" creates `gate`.PID and blocks until the file `gate` exists.
 
+    Scoring a prompt with the word "large" takes 256 MiB for a moment.
     Prompts that contain the word in the environment variable STUB_BAD raise the error that STUB_RAISES names.
     """
 
@@ -85,6 +86,8 @@ class StubReward(Reward):
                 ctypes.PyDLL(None).sleep(120)  # keeps the interpreter's lock
             while not os.path.exists(self.gate) and time.monotonic() < end:
                 time.sleep(0.01)
+        if any("large" in prompt for prompt in prompts):
+            torch.ones(2**26)
         bad = os.environ.get("STUB_BAD")
         if bad and any(bad in prompt for prompt in prompts):
             raise _ERRORS[os.environ.get("STUB_RAISES", "RuntimeError")](bad)

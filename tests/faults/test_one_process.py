@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from svdd.diffusion.memory import in_units
 from svdd.evaluation.evaluation import Evaluation
 from svdd.runs.files import write_atomically
 from tests.faults.conftest import PROMPTS
@@ -383,6 +384,20 @@ def test_a_full_disk(case: Case, whole: Case, table: Callable):
     lost = case.resume(before=before)
     assert case.content() == whole.content()
     table("a full disk", "ended with the path and the way out", process.exitcode, lost)
+
+
+def test_the_summary_states_the_peak_of_memory(tmp_path, capsys):
+    """Of the run, where the system can tell: what an earlier run of the same process took does not count."""
+    found = []
+    for number, prompt in enumerate(("apple", "large apple", "apple")):
+        case = Case(tmp_path / str(number), [prompt])
+        assert case.run() == 0
+        found.append(json.loads((case.folder / "summary.json").read_text())["peak_memory_bytes"])
+        assert f"\nmemory: {in_units(found[-1])} of the process at most\n" in capsys.readouterr().out
+    before, most, after = found
+    assert before > 100e6  # PyTorch alone takes more
+    assert most > before + 200e6
+    assert after < most - 200e6 or sys.platform != "linux"
 
 
 def test_out_of_memory_in_the_network(case: Case, whole: Case, table: Callable):
