@@ -147,7 +147,7 @@ def page(records: dict[str, dict[str, Any]], failures: list[Sequence[Any]]) -> s
     """Returns the page."""
     rows = []
     for name, found in records.items():
-        calls = "; ".join(f"{part} {_calls(found['calls'][part])}" for part in ("network", "decoder", "reward"))
+        calls = "; ".join(f"{part} {_calls(found['calls'][part])}" for part in ("network", "decoder"))
         limit = "none" if found["ulimit"] is None else f"{found['ulimit'] / 1e9:.1f}"
         memory = [f"{found[key] / 1e9:.1f}" for key in ("free", "before", "peak")]
         rows.append([name, limit, *memory, calls, f"{found['seconds'] / 60:.0f}", found["threads"]])
