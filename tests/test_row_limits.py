@@ -145,6 +145,33 @@ def test_a_part_that_does_not_fit_lowers_the_rows_and_the_batch_is_drawn_again(f
     assert sum("may change last bits" in str(each.message) for each in caught) == 1
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("short", [3, 1000])
+def test_a_start_with_few_rows_decides_nothing_for_larger_parts(free, short):
+    chunker, function = Chunker(reproducible=True), Hungry()
+    chunker.concurrent = True
+    for rows, left in ((8, short), (40, 1000), (40, 1)):  # 1 row of each of 8 images, then 10 of each of 4
+        free(left * ROW)
+        chunker.map(function, 8 if rows == 8 else 4, LATENTS[:rows], parallel=True, work=("network",))
+    assert [chunker.most, function.calls[-4:]] == [20, [10] * 4]  # parts that were computed stay, whatever is left
+    few = Chunker(reproducible=True)
+    free(short * ROW)
+    few.map(Hungry(), 8, LATENTS[:8], work=("network",))
+    free(8 * ROW)
+    with pytest.raises(torch.OutOfMemoryError, match="draw the batch again"), pytest.warns(UserWarning, match="fit"):
+        few.map(Hungry(), 4, LATENTS, work=("network",))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_measured_row_that_does_not_fit_is_such_an_error(free, mode):
+    def function(rows):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    free(ROW)
+    with pytest.raises(OutOfMemory, match="a row does not fit in the decoder on cpu"):
+        Chunker(reproducible=mode).map(function, 4, LATENTS, work=("decoder",))
+
+
 def test_parts_of_large_rows_are_smaller_whatever_is_free(free):
     free(10**14)
     for side, name, part in ((8, "decoder", 20), (64, "network", 20), (64, "decoder", 2), (128, "network", 5)):

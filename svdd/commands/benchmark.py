@@ -153,7 +153,10 @@ def _judge(
         own = [entries[k] for k in indices]
         judgements = benchmark.judge(shown, own)
         prompts = [columns.text(entry) for entry in own]
-        measured = {reward.name: chunker.map(reward.score, len(part), shown, prompts).tolist() for reward in rewards}
+        measured = {
+            reward.name: chunker.map(reward.score, len(part), shown, prompts, work=("reward", reward)).tolist()
+            for reward in rewards
+        }
         for j, (picture, index, entry, judgement) in enumerate(zip(part, indices, own, judgements, strict=True)):
             row = {"file": str(picture.folder / picture.file), "prompt_index": index, "prompt": entry.text}
             row |= {"image": picture.image, "category": entry.category, **judgement.details}

@@ -165,14 +165,19 @@ class Chunker:
         """Returns how many of the `wanted` rows to compute at once; measures a row if it must."""
 
         def one() -> Any:
-            before, self.measures = self._entered(), True
+            before, measured, self.measures = self._entered(), self.measures, True
             try:
                 return compute(slice(0, 1))
             finally:
-                self.measures = False
+                self.measures = measured
                 self._drop(before)
 
-        return self.limits.rows(call, wanted, one, least)
+        try:
+            return self.limits.rows(call, wanted, one, least)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise does_not_fit(call, 1, error) from error
 
     def _entered(self) -> Any:
         return None if self.ledger is None else self.ledger.entered()

@@ -157,6 +157,9 @@ class _Guards:
     @contextmanager
     def checked(self) -> Iterator[None]:
         """Excludes other threads until the graph begins."""
+        if getattr(self._state, "held", False):
+            yield
+            return
         self._lock.acquire()
         self._state.held = True
         try:

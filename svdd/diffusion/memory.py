@@ -27,7 +27,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cpu":
         return _free_on_cpu()
     if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     module = _module(device)
     if module is None or not hasattr(module, "mem_get_info"):
         return None
@@ -35,9 +35,17 @@ def free_memory(device: torch.device) -> int | None:
     return int(module.mem_get_info(device)[0] + held)
 
 
-def release_memory(device: torch.device) -> None:
-    """Returns unused memory to the device: of dropped objects, of the allocator's cache, of the C library's heap."""
+def release_memory(device: torch.device | None) -> None:
+    """Returns unused memory to the device: of dropped objects, of the allocator's cache, of the C library's heap.
+
+    None stands for the CPU and the machine's accelerator.
+    """
     gc.collect()
+    if device is None:
+        release_memory(torch.device("cpu"))
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        return
     if device.type == "cpu":
         if (trim := _trim()) is not None:
             trim(0)
@@ -60,7 +68,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device, self._most = device, 0
         for other in self._all:  # the system keeps one maximum, which is reset here
-            if other._device == device:
+            if other._device.type == device.type:
                 other.peak()
         self.resets = _reset(device)
         self.before = _most(device)

@@ -36,9 +36,10 @@ class Call:
 
     Attributes:
         name: Of the part of the model, for messages.
-        kind: What decides the memory of a row: the function, and the shape and type of a row of each argument.
+        kind: What decides the memory of a row: the function, whether it has a graph for gradients, and the shape and
+            type of a row of each argument. It refers to no object.
         rows: Their number.
-        device: Of the first tensor; the CPU if there is none.
+        device: Of the first tensor; None, which is unknown, if there is none.
     """
 
     def __init__(self, function: Callable[..., Any], arguments: Sequence[Any], work: Work) -> None:
@@ -48,9 +49,10 @@ class Call:
         self.name = str(work[0]) if work else "function"
         shapes = ((*each.shape[1:], each.dtype) if isinstance(each, Tensor) else type(each) for each in arguments)
         name = getattr(function, "__qualname__", type(function).__qualname__)
-        self.kind: Hashable = (work or (name,), tuple(shapes))
+        work = work or (name, id(getattr(function, "__self__", None)))
+        self.kind: Hashable = (*map(hash, work), torch.is_grad_enabled(), *shapes)
         self.rows = len(arguments[0])
-        self.device = self._tensors[0].device if self._tensors else torch.device("cpu")
+        self.device = self._tensors[0].device if self._tensors else None
 
     def compute(self, part: slice) -> Any:
         """Evaluates the function on some rows."""
@@ -107,7 +109,7 @@ class RowLimits:
     def rows(self, call: Call, wanted: int, one: Callable[[], Any], least: int = 1) -> int:
         """Returns how many of the `wanted` rows to compute at once.
 
-        That is less than `least` only the first time, if so many do not fit.
+        That is less than `least` only if so many have not been computed yet and do not fit.
 
         Args:
             call: The call.
@@ -121,7 +123,7 @@ class RowLimits:
         if call.beside or not (known.calls >= _EVERY or limit > _LARGER * known.looked):
             return limit
         known.calls = 0
-        if (free := free_memory(call.device)) is None:
+        if call.device is None or (free := free_memory(call.device)) is None:
             return limit
         if known.need is None:
             if 2 * limit * call.bound() <= free or not _measure(known, one, call.device):
@@ -130,7 +132,7 @@ class RowLimits:
             free = free_memory(call.device) or free
         assert known.need is not None
         fits = max(1, int((_SHARE * free - wanted * known.result) / known.need))
-        if known.looked:
+        if least <= known.looked:  # it has been computed
             fits = max(fits, least)
         known.looked = min(limit, fits)
         if known.rows is None and fits < limit:
@@ -138,28 +140,29 @@ class RowLimits:
             each = f"{in_units(known.need)} a row, {in_units(free)} free on {call.device}"
             say(f"svdd: the {call.name} computes {fits} of {wanted} rows at once ({each})", error=True)
         elif known.rows is not None and (fits < limit or fits >= 2 * known.rows):
-            known.rows = min(fits, 2 * known.rows)
-        return min(wanted, known.rows or wanted)
+            known.rows = min(fits, max(2 * known.rows, least))
+        return min(wanted, max(known.rows or wanted, min(fits, least)))
 
     def lower(self, call: Call, failed: int) -> int:
         """Returns half of the rows for which memory ran out, from now on the limit; frees what is not used."""
         known = self._known.setdefault(call.kind, _Known())
         release_memory(call.device)
-        if (free := free_memory(call.device)) is not None:
-            known.need = max(known.need or 0.0, free / failed)
+        if call.device is not None and (free := free_memory(call.device)) is not None:
+            known.need = min(max(known.need or 0.0, free / failed), 2 * (known.need or free))
         known.rows, known.calls = max(1, failed // 2), 0
         return known.rows
 
 
 def does_not_fit(call: Call, rows: int, error: BaseException, fixed: bool = False) -> OutOfMemory:
     """Returns an error in one line: which function, how many rows, what is free, and what to do."""
-    free = free_memory(call.device)
-    known = "" if free is None else f", {in_units(free)} are free"
+    free = None if call.device is None else free_memory(call.device)
+    known = f" on {call.device}" * (call.device is not None)
+    known += "" if free is None else f", {in_units(free)} are free"
     count = "a row does" if rows == 1 else f"{rows} rows at once do"
     less = {"reward": "take a smaller reward or smaller pictures", "decoder": "set vae_slicing or vae_tiling"}
     help = f"{less.get(call.name, 'take smaller pictures')}, dtype bfloat16 or offload model (model.diffusion.…)"
     help = "lower model.diffusion.chunk_size, or set it to auto" if fixed else help
-    what = f"out of memory: {count} not fit in the {call.name} on {call.device}{known} ({first_line(error)})"
+    what = f"out of memory: {count} not fit in the {call.name}{known} ({first_line(error)})"
     return OutOfMemory(f"{what}; {help}")
 
 

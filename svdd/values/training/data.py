@@ -216,7 +216,7 @@ class RolloutDataModule(L.LightningDataModule):
         rewards, read = torch.zeros(prompts.shape), columns_of(module.reward)
 
         def score(ends: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
-            images = module.diffusion.decode(ends.to(module.device))
+            images = module.diffusion.decode(ends)
             columns = [module.reward.score(images, list(column)) for column in zip(*texts, strict=True)]
             return torch.stack(columns, 1).cpu()
 
@@ -227,7 +227,7 @@ class RolloutDataModule(L.LightningDataModule):
             ):
                 part = slice(start, start + len(end))
                 texts = [[read.text(self.prompts[p]) for p in row] for row in prompts[part].tolist()]
-                rewards[part] = module.diffusion.chunker.map(score, len(end), end, texts)
+                rewards[part] = module.diffusion.chunker.map(score, len(end), end.to(module.device), texts)
         return trainer.strategy.reduce(rewards.to(module.device), reduce_op="sum").cpu()
 
 
