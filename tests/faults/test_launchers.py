@@ -136,7 +136,7 @@ def test_settings_of_another_run(case: Case, whole: Case, table: Callable):
     before = case.finished()
     command = case.fork(*TWO, "--model.seed", "5")
     assert end(case, command) == 2
-    assert case.said().count("\n") == 4  # three lines of the first run
+    assert case.said().count("\n") == 5  # four lines of the first run
     assert "holds a run with other settings: model.seed was 0, now 5" in case.said()
     lost = case.resume(before=before)
     assert case.content() == whole.content()
