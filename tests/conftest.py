@@ -78,10 +78,19 @@ def read_rows():
 @pytest.fixture
 def one_thread():
     """The number of threads affects the last bit of a sum."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    yield from threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    yield from threads(2)
+
+
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -14,6 +14,10 @@ from svdd.diffusion import memory, row_limits
 from svdd.diffusion.chunking import Chunker, redrawn
 from svdd.diffusion.memory import free_memory
 from svdd.diffusion.row_limits import OutOfMemory
+from svdd.diffusion.stable_diffusion import StableDiffusion
+from svdd.guided_diffusion import GuidedDiffusion
+from svdd.rewards.jpeg import Compressibility
+from svdd.samplers.svdd import SVDD
 from svdd.state.ledger import Ledger
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a row is measured on Linux only")
@@ -89,14 +93,6 @@ def test_without_a_measure_memory_errors_halve_and_the_function_grows_again(free
     for _ in range(30):
         chunker.map(function, 4, LATENTS, work=("network",))
     assert calls[-1] == 40
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -182,11 +178,6 @@ def test_parts_of_large_rows_are_smaller_whatever_is_free(free):
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_rewards_in_threads_never_see_the_measured_row(free, mode):
-    from svdd.diffusion.stable_diffusion import StableDiffusion
-    from svdd.guided_diffusion import GuidedDiffusion
-    from svdd.rewards.jpeg import Compressibility
-    from svdd.samplers.svdd import SVDD
-
     seen, counts, images = [], [], []
 
     class Counted(Compressibility):
@@ -194,13 +185,16 @@ def test_rewards_in_threads_never_see_the_measured_row(free, mode):
             seen.append(len(images))
             return super().forward(images, prompts)
 
-    for number in (10**12, 2 * 10**9):
+    for number in (10**12, 2 * 10**8):
         seen.clear()
         free(number)
         model = GuidedDiffusion(Counted(), StableDiffusion("emoji", 2, reproducible=mode), SVDD(4))
+        decode, decoded = model.diffusion.decode, []
+        model.diffusion.decode = lambda x0, decode=decode, decoded=decoded: decoded.append(len(x0)) or decode(x0)
         images.append(model.sample(["apple"], seed=1))
-        counts.append(sum(seen))
-    assert counts[0] == counts[1]
+        counts.append((sum(seen), sum(decoded)))
+    assert counts[0][0] == counts[1][0]
+    assert counts[0][1] < counts[1][1]  # a row was measured
     torch.testing.assert_close(*images, atol=1e-4, rtol=0)
 
 
