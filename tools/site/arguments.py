@@ -1,4 +1,4 @@
-"""An extension of griffe that completes the tables of a class: arguments passed on to a base, and commented attributes."""
+"""An extension of griffe: documents the arguments that a class passes on to its base, and commented attributes."""
 
 import re
 from inspect import Parameter, formatannotation
@@ -12,6 +12,7 @@ from tools.site.reference import public_classes
 
 __all__ = ["Arguments"]
 
+_MODULE = re.compile(r"\b(?:\w+\.)+(?=\w)")
 _COMMENT = re.compile(r"  # (?!noqa|type:)(.+)")
 
 
@@ -50,7 +51,7 @@ def _row(parameter: ParamData) -> griffe.DocstringParameter:
     required = parameter.default is Parameter.empty
     return griffe.DocstringParameter(
         parameter.name,
-        annotation=formatannotation(parameter.annotation),
+        annotation=_MODULE.sub("", formatannotation(parameter.annotation)),
         description=parameter.doc or "",
         value=None if required else repr(parameter.default),
     )
@@ -75,7 +76,7 @@ def _comment(attribute: griffe.Attribute) -> str:
     lines = attribute.lines_collection[attribute.filepath]  # type: ignore[index]
     first = attribute.lineno - 1  # type: ignore[operator]
     if found := _COMMENT.search(lines[first]):
-        return found[1]
+        return found[1][0].upper() + found[1][1:]
     above: list[str] = []
     while lines[first - len(above) - 1].strip().startswith("# "):
         above.insert(0, lines[first - len(above) - 1].strip().removeprefix("# "))

@@ -1,7 +1,9 @@
 """The generated pages of the reference: classes, commands and configurations."""
 
 import io
+import json
 import os
+import re
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from importlib import import_module
@@ -44,24 +46,33 @@ def public_names() -> dict[str, Any]:
 @cache
 def public_classes() -> dict[str, str]:
     """Returns the name that users import for each public class, by the name of its definition."""
-    return {f"{found.__module__}.{found.__qualname__}": name for name, found in public_names().items() if isclass(found)}
+    return {_definition(found): name for name, found in public_names().items() if isclass(found)}
 
 
 def _classes(package: str) -> str:
     """Returns the page of a package: base classes, then the others, then functions and constants."""
-    own = {name: found for name, found in public_names().items() if name.rpartition(".")[0] == package}
-    names = [name for name, found in own.items() if public_classes().get(_definition(found), name) == name]
-    names = [name for name in names if name not in _PACKAGES]
-    names.sort(key=lambda name: (not isclass(own[name]), not _definition(own[name]).startswith(f"{package}.base."), name))
-    lines = [f"# {_PACKAGES[package]}", "", f"::: {package}", *_options(members="false", show_root_heading="false"), ""]
-    for name in names:
+    title, own = _PACKAGES[package], {}
+    for name, found in public_names().items():
+        elsewhere = isclass(found) and public_classes()[_definition(found)] != name
+        if name.rpartition(".")[0] == package and not elsewhere and name not in _PACKAGES:
+            own[name] = found
+    lines = [
+        f"---\ntitle: {title}\n---",
+        f"::: {package}",
+        *_options(heading=title, heading_level=1, members=False),
+        "",
+    ]
+    base = f"{package}.base."
+    for name in sorted(
+        own, key=lambda name: (not isclass(own[name]), not _definition(own[name]).startswith(base), name)
+    ):
         inherits = isclass(own[name]) and "__init__" not in vars(own[name]) and _inherits_public(own[name])
-        lines += [f"::: {name}", *(_options(merge_init_into_class="false") if inherits else []), ""]
+        lines += [f"::: {name}", *(_options(merge_init_into_class=False) if inherits else []), ""]
     return "\n".join(lines)
 
 
-def _options(**options: str) -> list[str]:
-    return ["    options:", *(f"      {name}: {value}" for name, value in options.items())]
+def _options(**options: str | int) -> list[str]:
+    return ["    options:", *(f"      {name}: {json.dumps(value)}" for name, value in options.items())]
 
 
 def _definition(found: Any) -> str:
@@ -83,9 +94,9 @@ def _commands() -> str:
 
 
 def _help(words: list[str]) -> str:
-    with patch.dict(os.environ, COLUMNS="100"), redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
+    with patch.dict(os.environ, COLUMNS="80"), redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
         main([*words, "--help"])
-    return printed.getvalue()
+    return re.sub(".\b", "", printed.getvalue())  # a character that the next one erases
 
 
 def _configs() -> str:

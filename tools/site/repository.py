@@ -8,7 +8,11 @@ from pathlib import Path
 __all__ = ["ROOT", "address", "pages", "rewrite"]
 
 ROOT = Path(__file__).parents[2]
-_LINK = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1 *$|(?<=\]\()(?!\w+:|#)(?P<link>[^)\s]+)", re.MULTILINE | re.DOTALL)
+# A fenced block, or the target of a link, after the text of the link if that is the name of a page.
+_LINK = re.compile(
+    r"^ *(`{3,}|~{3,}).*?^ *\1 *$|(\[(?P<name>[\w/.-]+\.md)\]\(|(?<=\]\())(?!\w+:|#)(?P<link>[^)\s]+)",
+    re.MULTILINE | re.DOTALL,
+)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".cff": "yaml"}
 _PREFIX = "repository/"  # of these pages on the site
 
@@ -47,7 +51,7 @@ def targets(path: str, text: str) -> Iterator[str]:
 
 
 def rewrite(path: str, text: str) -> str:
-    """Returns the text with links to files of the repository turned into links to their pages.
+    """Returns the text with links to files of the repository turned into links to their pages, named by their titles.
 
     A link to nothing becomes a link to no page, which mkdocs reports.
     """
@@ -56,8 +60,11 @@ def rewrite(path: str, text: str) -> str:
         if not match["link"]:
             return match[0]
         target, _, anchor = match["link"].partition("#")
-        place, _, section = address(_resolve(path, target)).partition("#")
-        return os.path.relpath(place, os.path.dirname(address(path))) + (f"#{anchor or section}".rstrip("#"))
+        file = _resolve(path, target)
+        place, _, section = address(file).partition("#")
+        link = os.path.relpath(place, os.path.dirname(address(path))) + f"#{anchor or section}".rstrip("#")
+        named = match["name"] and (ROOT / file).is_file()
+        return f"[{_title(ROOT / file)}]({link}" if named else match[0].removesuffix(match["link"]) + link
 
     return _LINK.sub(replace, text)
 
@@ -78,13 +85,16 @@ def _text(path: Path) -> str:
     return f"{head}\n{fence}{_LANGUAGES.get(path.suffix, 'text')}\n{text}\n{fence}\n"
 
 
+def _title(page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
 def _index(folder: Path) -> str:
     """Returns the page of a folder: its pages with their titles, then its other texts by name."""
     files = sorted(path for path in folder.glob("**/*") if path.suffix in {".md", *_LANGUAGES})
-    titles = {path: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for path in files}
     title = folder.relative_to(ROOT).as_posix().capitalize()
     lines = [f"# {title}", ""]
     for path in sorted(files, key=lambda path: (path.suffix != ".md", path)):
         name = path.relative_to(folder).as_posix()
-        lines.append(f"- [{titles[path] if path.suffix == '.md' else name}]({name})")
+        lines.append(f"- [{_title(path) if path.suffix == '.md' else name}]({name})")
     return "\n".join([*lines, ""])
