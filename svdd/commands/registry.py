@@ -5,14 +5,15 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import NamedTuple
 
-from svdd import UserError, first_line, say
+from svdd import UserError, did_you_mean, first_line, say
+from svdd.commands.options import Options
 from svdd.runs.tracebacks import Tracebacks, users_traceback
 
-__all__ = ["KINDS", "Entry", "catalogue", "import_all", "show"]
+__all__ = ["KINDS", "Entry", "catalogue", "import_all", "list_parser", "plugins", "show"]
 
 KINDS = {  # kind: (package of the built-ins, base class)
     "diffusion": ("svdd.diffusion", "Diffusion"),
@@ -20,8 +21,7 @@ KINDS = {  # kind: (package of the built-ins, base class)
     "value": ("svdd.values", "Value"),
     "reward": ("svdd.rewards", "Reward"),
 }
-
-
+_PLURALS = "samplers, values, rewards, diffusions"
 _tracebacks = Tracebacks()
 
 
@@ -34,13 +34,18 @@ class Entry(NamedTuple):
     package: str
 
 
+def plugins() -> list[EntryPoint]:
+    """Returns the entry points of the plug-ins that are installed."""
+    return list(entry_points(group="svdd.plugins"))
+
+
 def import_all() -> None:
     """Imports every built-in class and every plug-in; one that fails to import warns after its traceback."""
     for package, _ in KINDS.values():
         folder = import_module(package)
         for name in folder.__all__:
             getattr(folder, name)  # imported on first use
-    for plugin in entry_points(group="svdd.plugins"):
+    for plugin in plugins():
         try:
             plugin.load()
         except Exception as error:  # a third-party package can raise anything, and must not stop the others
@@ -50,19 +55,31 @@ def import_all() -> None:
             warnings.warn(f"plug-in {plugin.name!r} of {source} was skipped: {reason}", stacklevel=2)
 
 
-def catalogue() -> list[Entry]:
-    """Returns all selectable classes, by kind and name; built-in ones are read from their source, not imported."""
+def catalogue(plug_ins: bool = True) -> list[Entry]:
+    """Returns all selectable classes, by kind and name; built-in ones are read from their source, not imported.
+
+    Plug-ins are imported, and torch with them, unless `plug_ins` is false.
+    """
     entries = {entry for kind in KINDS for entry in _read_sources(kind)}
-    if entry_points(group="svdd.plugins"):
+    if plug_ins and plugins():
         import_all()
         entries |= {entry for kind in KINDS for entry in _read_imported(kind)}
     return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry))
 
 
-def show(kinds: list[str]) -> None:
+def list_parser() -> Options:
+    """Returns the parser of `svdd list`."""
+    parser = Options("svdd list", "Lists the classes that can be selected by name, each with what it does.")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{_PLURALS}; by default all")
+    return parser
+
+
+def show(words: list[str]) -> None:
     """Runs `svdd list` for the given kinds, by default for all; raises UserError if one is unknown."""
+    kinds = [word.lower() for word in list_parser().parse_args(words).kinds]
+    kinds = [kind if kind in KINDS else kind.removesuffix("s") for kind in kinds]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
+        raise UserError(f"svdd list takes {_PLURALS} or nothing, got {unknown[0]!r}{did_you_mean(unknown[0], KINDS)}")
     entries = [entry for entry in catalogue() if not kinds or entry.kind in kinds]
     width = max(len(entry.name) for entry in entries)
     for kind in kinds or KINDS:
