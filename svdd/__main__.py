@@ -29,7 +29,7 @@ _COMMANDS = {  # name: module and function in svdd.commands
     "compare": "compare:compare",
     "report": "report:report",
     "gallery": "report:gallery",
-    "list": "registry:show",
+    "list": "show:show",
     "completion": "completion:completion",
 }
 _HELP = """\

@@ -1,4 +1,4 @@
-"""The classes that can be selected by name, built-in ones, those of plug-ins and a user's own, and `svdd list`."""
+"""The classes that can be selected by name, built-in ones, those of plug-ins and a user's own."""
 
 import ast
 import inspect
@@ -9,11 +9,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import NamedTuple
 
-from svdd import UserError, did_you_mean, first_line, say
-from svdd.commands.options import Options
+from svdd import first_line
 from svdd.runs.tracebacks import Tracebacks, users_traceback
 
-__all__ = ["KINDS", "Entry", "catalogue", "import_all", "list_parser", "plugins", "show"]
+__all__ = ["KINDS", "Entry", "catalogue", "import_all", "plugins"]
 
 KINDS = {  # kind: (package of the built-ins, base class)
     "diffusion": ("svdd.diffusion", "Diffusion"),
@@ -21,7 +20,6 @@ KINDS = {  # kind: (package of the built-ins, base class)
     "value": ("svdd.values", "Value"),
     "reward": ("svdd.rewards", "Reward"),
 }
-_PLURALS = "samplers, values, rewards, diffusions"
 _tracebacks = Tracebacks()
 
 
@@ -65,27 +63,6 @@ def catalogue(plug_ins: bool = True) -> list[Entry]:
         import_all()
         entries |= {entry for kind in KINDS for entry in _read_imported(kind)}
     return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry))
-
-
-def list_parser() -> Options:
-    """Returns the parser of `svdd list`."""
-    parser = Options("svdd list", "Lists the classes that can be selected by name, each with what it does.")
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{_PLURALS}; by default all")
-    return parser
-
-
-def show(words: list[str]) -> None:
-    """Runs `svdd list` for the given kinds, by default for all; raises UserError if one is unknown."""
-    kinds = [word.lower() for word in list_parser().parse_args(words).kinds]
-    kinds = [kind if kind in KINDS else kind.removesuffix("s") for kind in kinds]
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(f"svdd list takes {_PLURALS} or nothing, got {unknown[0]!r}{did_you_mean(unknown[0], KINDS)}")
-    entries = [entry for entry in catalogue() if not kinds or entry.kind in kinds]
-    width = max(len(entry.name) for entry in entries)
-    for kind in kinds or KINDS:
-        say(f"{kind}:")
-        for name, description, package in (entry[1:] for entry in entries if entry.kind == kind):
-            say(f"  {name:<{width}}  {description}{'' if package == 'svdd' else f'  [{package}]'}")
 
 
 def _read_sources(kind: str) -> Iterator[Entry]:

@@ -1,7 +1,6 @@
 """All settings of a command, in the order of its help."""
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,9 +23,7 @@ class Setting(NamedTuple):
 _COMMON = (
     Setting("config", "NAME|FILE", "A shipped configuration or a YAML file with settings. Later ones win.", None),
     Setting("print_config", "", "Print the whole configuration as YAML, and do nothing else.", None),
-    Setting(
-        "seed_everything", "INT", "Seed of random numbers outside of the samplers, such as those of a training.", False
-    ),
+    Setting("seed_everything", "INT", "Seed of other random numbers than the samplers', such as a training's.", False),
 )
 
 
@@ -65,26 +62,23 @@ def appended(setting: Setting) -> bool:
 
 
 @cache
-def class_settings(command: str) -> tuple[str, ...]:
-    """Returns the dotted names of all arguments of the built-in classes that a command takes, each once."""
-    return tuple(dict.fromkeys(_class_settings(command)))
-
-
-def _class_settings(command: str) -> Iterator[str]:
+def class_settings(command: str) -> dict[str, tuple[str, ...]]:
+    """Returns the dotted names of the arguments of all built-in classes that a command takes, each with its classes."""
+    found = dict[str, tuple[str, ...]]()
     default = COMMANDS[command].classes
     for setting in settings_of(command):
         if kind := kind_of(setting.name):
             names = [entry.name for entry in catalogue(plug_ins=False) if entry.kind == kind]
-            paths = [f"{KINDS[kind][0]}.{name}" for name in names]
-            for path in (*([default[kind]] if kind in default else []), *paths):
-                yield from (f"{setting.name}.{each.name}" for each in parameters(path))
+            chosen = default.get(kind, "").rpartition(".")[2]
+            for name in sorted(names, key=lambda name: name != chosen):
+                for each in parameters(f"{KINDS[kind][0]}.{name}"):
+                    key = f"{setting.name}.{each.name}"
+                    found[key] = (*found.get(key, ()), name)
+    return found
 
 
 def _text(kind: Any) -> str:
-    return (
-        kind
-        if isinstance(kind, str)
-        else kind.__name__
-        if isinstance(kind, type) and not hasattr(kind, "__args__")
-        else str(kind)
-    )
+    """Returns a type as it is written."""
+    if isinstance(kind, str):
+        return kind
+    return str(kind.__name__ if type(kind) is type else kind)

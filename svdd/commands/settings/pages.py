@@ -68,8 +68,10 @@ def _section(heading: str, lines: Iterable[str]) -> str:
 
 def _wrapped(text: str, width: int, indent: int = 2) -> str:
     first, more = " " * indent, " " * 6
-    options = {"break_on_hyphens": False, "break_long_words": False}
-    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=more, **options)
+    wrapper = textwrap.TextWrapper(
+        width, initial_indent=first, subsequent_indent=more, break_on_hyphens=False, break_long_words=False
+    )
+    return wrapper.fill(text)
 
 
 def _entry(setting: Setting, short: str, width: int) -> str:

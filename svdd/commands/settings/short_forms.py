@@ -16,9 +16,7 @@ _PREDICT = {
 _OTHERS = {short: forms for short, forms in _PREDICT.items() if short != "-s"}
 _OWN = {short: (long, long[2:]) for short, (long, _) in _OTHERS.items() if short != "-m"}
 
-SHORT_FORMS: Mapping[
-    str, Mapping[str, tuple[str, str]]
-] = {  # by command: the two short forms of a setting, and its name
+SHORT_FORMS: Mapping[str, Mapping[str, tuple[str, str]]] = {  # by command: two short forms of a setting, and its name
     "predict": _PREDICT,
     "study": _PREDICT,
     "fit": _OTHERS,
@@ -29,10 +27,10 @@ SHORT_FORMS: Mapping[
 
 
 def spelled_out(command: str, words: Sequence[str]) -> list[str]:
-    """Returns a command line with whole names in place of short forms, also of those with `=` or a part behind a dot."""
-    names = {
-        form: f"--{name}" for short, (long, name) in SHORT_FORMS.get(command, {}).items() for form in (short, long)
-    }
+    """Returns a command line with whole names in place of short forms; `=` or what follows a dot stays."""
+    names = dict[str, str]()
+    for short, (long, name) in SHORT_FORMS.get(command, {}).items():
+        names |= {short: f"--{name}", long: f"--{name}"}
     found = list(words)
     for k, word in enumerate(words):
         form, rest = re.fullmatch(r"(-\w|--\w+|)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]

@@ -39,7 +39,9 @@ def parameters(path: str) -> tuple[Parameter, ...]:
     }
     assigned = [each for each in tree.body if isinstance(each, ast.Assign)]
     aliases = {target.id: each.value for each in assigned for target in each.targets if isinstance(target, ast.Name)}
-    own = [] if init is None else list(_own(init, helps, _Aliases(aliases)))
+    given = _fields(node) if init is None else _arguments(init)
+    typed = ((each, ast.unparse(_Aliases(aliases).visit(kind)), value) for each, kind, value in given)
+    own = [Parameter(each, words_of(kind), helps.get(each, ""), value) for each, kind, value in typed]
     taken = {each.name for each in own}
     if init is None or init.args.kwarg is not None:
         for base in _bases(node, module, tree):
@@ -99,14 +101,28 @@ class _Aliases(ast.NodeTransformer):
         return self._aliases.get(node.id, node)
 
 
-def _own(init: ast.FunctionDef, helps: dict[str, str], aliases: _Aliases) -> Iterator[Parameter]:
-    given = init.args
-    positional = given.args[1:]
+def _arguments(init: ast.FunctionDef) -> Iterator[tuple[str, ast.expr, Any]]:
+    """Yields the name, the type and the default of each argument of a constructor."""
+    given, positional = init.args, init.args.args[1:]
     defaults = [None] * (len(positional) - len(given.defaults)) + list(given.defaults)
     pairs = [*zip(positional, defaults, strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
     for argument, default in pairs:
-        kind = words_of(ast.unparse(aliases.visit(argument.annotation))) if argument.annotation else ""
-        yield Parameter(argument.arg, kind, helps.get(argument.arg, ""), _value(default))
+        yield argument.arg, argument.annotation or ast.Constant(None), _value(default)
+
+
+def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr, Any]]:
+    """Yields the same of the fields of a dataclass; nothing for another class."""
+    if not any("dataclass" in ast.unparse(each) for each in node.decorator_list):
+        return
+    for part in node.body:
+        if isinstance(part, ast.AnnAssign) and "ClassVar" not in ast.unparse(part.annotation):
+            value = part.value
+            if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+                options = {each.arg: each.value for each in value.keywords}
+                if "init" in options:
+                    continue
+                value = options.get("default", options.get("default_factory"))
+            yield ast.unparse(part.target), part.annotation, _value(value)
 
 
 def _value(node: ast.expr | None) -> Any:
