@@ -91,7 +91,7 @@ def adapt_anew(value: Any, typehint: Any, *args: Any, **options: Any) -> Any:
 
 
 def _takes_a_list(typehint: Any) -> bool:
-    """Returns whether a type is a list of classes or of known words, perhaps also one of them, but no text or number."""
+    """Returns whether a type is a list of classes or known words, perhaps also one of them, but no text or number."""
     members = {*_members(typehint)}
     elements = {each for member in members if get_origin(member) is list for each in _members(*get_args(member))}
     return bool(elements) and not {str, int, float, bool, Any} & (members | elements)

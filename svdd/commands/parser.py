@@ -22,13 +22,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, did_you_mean, missing_methods
+from svdd.commands.configs import find_config
 from svdd.commands.own_code import adapt_anew, discard_all, own_error, resolve_help
 from svdd.commands.registry import KINDS, catalogue, import_all
 from svdd.commands.settings.nearest import hint, hint_in_class, missing, nearest, setting_names
 from svdd.runs.config import is_older
 from svdd.runs.yaml_text import check_yaml, read_yaml
 
-__all__ = ["Parser", "as_user_errors", "explain", "find_config", "with_shipped_configs"]
+__all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
 
 _MAX_CONFIG = 2**24  # bytes
 _SECTIONS = {"model", "data", "trainer", "evaluation"}
@@ -150,24 +151,6 @@ def with_shipped_configs(words: list[str]) -> list[str]:
         elif k > 0 and words[k - 1] in ("-c", "--config"):
             found[k] = _check_config(find_config(word))
     return found
-
-
-def find_config(name: str, study: bool = False) -> str:
-    """Returns the path of a shipped configuration or study, or the name itself if it is a path; else a UserError."""
-    if not re.fullmatch(r"[\w-]+(/[\w-]+)*(\.yaml)?", name) or Path(name).is_file():
-        return name
-    wheel, source_tree = Path(__file__).parents[1] / "assets" / "configs", Path(__file__).parents[2] / "configs"
-    root, stem = wheel if wheel.is_dir() else source_tree, name.removesuffix(".yaml")
-    paths = [path for path in sorted(root.glob("**/*.yaml")) if ("\nvariants:" in path.read_text("utf-8")) == study]
-    known = {path.relative_to(root).with_suffix("").as_posix().removeprefix("studies/"): str(path) for path in paths}
-    if Path(f"{stem}.yaml").is_file():
-        return f"{stem}.yaml"
-    if stem in known:
-        return known[stem]
-    if not (root / name).parent.is_dir():
-        return name  # a path of the user's
-    what, kind = (name, "study") if study else (f"--config {name}", "configuration")
-    raise UserError(f"{what}: no such file or shipped {kind}; known: {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def _check_config(name: str) -> str:

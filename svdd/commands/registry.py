@@ -4,6 +4,7 @@ import ast
 import inspect
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -65,8 +66,9 @@ def catalogue(plug_ins: bool = True) -> list[Entry]:
     return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry))
 
 
-def _read_sources(kind: str) -> Iterator[Entry]:
-    """Yields the concrete built-in classes below the base class of this kind, however far."""
+@cache
+def _read_sources(kind: str) -> tuple[Entry, ...]:
+    """Returns the concrete built-in classes below the base class of this kind, however far."""
     package, base = KINDS[kind]
     paths = (Path(__file__).parents[1] / package.split(".")[1]).glob("[!_]*.py")
     nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
@@ -75,9 +77,9 @@ def _read_sources(kind: str) -> Iterator[Entry]:
     known = {base}
     while below := {name for name, above in parents.items() if above & known} - known:
         known |= below
-    for name in known - {base}:
-        if not name.startswith("_") and not _is_abstract(name, classes, parents):
-            yield Entry(kind, name, (ast.get_docstring(classes[name]) or "").partition("\n")[0], "svdd")
+    names = [name for name in known - {base} if not name.startswith("_") and not _is_abstract(name, classes, parents)]
+    descriptions = [(ast.get_docstring(classes[name]) or "").partition("\n")[0] for name in names]
+    return tuple(Entry(kind, *each, "svdd") for each in zip(names, descriptions, strict=True))
 
 
 def _is_abstract(name: str, classes: dict[str, ast.ClassDef], parents: dict[str, set[str]]) -> bool:
