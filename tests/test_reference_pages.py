@@ -67,11 +67,12 @@ def runs(sd15, tmp_path_factory):
         short += ["--data.prompts", "prompts.csv", "--model.reward", "Compressibility"]
         plain = [*short, "--model.diffusion.pretrained", sd15]
         fit = [*plain, "--data.num_rollouts", "8", "--trainer.max_epochs", "1"]
-        held_out = """--model.eval_rewards '["Similarity(clip)", "FunctionReward(run_folder_rewards.darkness, higher_is_better=False)"]'"""
+        dark = "FunctionReward(run_folder_rewards.darkness, higher_is_better=False)"
+        held_out = [*plain, f'--model.eval_rewards=["Similarity(clip)", "{dark}"]']
         (folder / "study.yaml").write_text("base: quickstart\nvariants: {a: {model.sampler: Unguided}}\n")
         for code, settings, line in (
             (0, plain, "predict --output plain --model.sampler Unguided"),
-            (0, plain, f"predict --output smc --model.sampler SMC --model.budget 9 {_MEASURED} {held_out}"),
+            (0, held_out, f"predict --output smc --model.sampler SMC --model.budget 9 {_MEASURED}"),
             (3, plain, f"predict --output all --model.sampler SMC --model.sampler.returns all --tar {_FRAGILE}"),
             (0, plain, "calibrate --output calibration --model.images_per_prompt 8 --model.candidates 3"),
             (0, fit, "fit --output fit --data.cache cache"),
