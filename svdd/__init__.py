@@ -22,12 +22,17 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from svdd.diffusion import StableDiffusion as StableDiffusion
+    from svdd.evaluation.image_grid import image_grid as image_grid
     from svdd.guided_diffusion import GuidedDiffusion as GuidedDiffusion
 
 __getattr__, _, __all__ = lazy_loader.attach(  # imports on first use, so that `import svdd` stays fast
     __name__,
     ["diffusion", "rewards", "samplers", "state", "values"],
-    {"diffusion.stable_diffusion": ["StableDiffusion"], "guided_diffusion": ["GuidedDiffusion"]},
+    {
+        "diffusion.stable_diffusion": ["StableDiffusion"],
+        "evaluation.image_grid": ["image_grid"],
+        "guided_diffusion": ["GuidedDiffusion"],
+    },
 )
 __all__ += [
     "Incomplete",

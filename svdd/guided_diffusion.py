@@ -40,9 +40,6 @@ from svdd.values.posterior_mean import PosteriorMean
 
 __all__ = ["GuidedDiffusion"]
 
-# Rows of an image at once from which a CPU gains nothing by more: benchmarks/reproducible.md
-_TOGETHER, _TOGETHER_UNDECODED = 6.5, 12
-
 
 class GuidedDiffusion(L.LightningModule):
     """A pretrained diffusion model whose samples are steered towards a reward.
@@ -107,9 +104,8 @@ class GuidedDiffusion(L.LightningModule):
         self.cost: Cost | None = None  # of a returned image; None if it cannot be counted
         self._costs_nothing = False  # the reproducible mode on a CPU
         with suppress(Uncountable):  # a mistake in a sampler shows here, before anything is drawn
-            self.cost = cost = count(self.sampler, self.diffusion, self.value)
-            often = 2 * cost.decoded_images >= cost.denoiser_rows  # small calls of the decoder are the cheaper ones
-            self._costs_nothing = cost.together >= (_TOGETHER if often else _TOGETHER_UNDECODED)
+            self.cost = count(self.sampler, self.diffusion, self.value)
+            self._costs_nothing = self.cost.fills_a_cpu
         self.columns = columns_of(*self.rewards.values())
         best = {name: reward.higher_is_better for name, reward in self.rewards.items()}
         self.statistics = RunStatistics(best, STATISTICS, [each.name for each in fields(Ledger)])
@@ -290,6 +286,11 @@ class GuidedDiffusion(L.LightningModule):
                     if math.isfinite(number)
                 }
             )
+
+    def __repr__(self) -> str:
+        """Returns one line, where a module would list all its parts."""
+        model = f"{type(self.diffusion).__name__} of {self.diffusion.num_inference_steps} steps"
+        return f"GuidedDiffusion({self.reward.name}, {model}, {self.sampler!r}, {type(self.value).__name__})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedDiffusion":
         """Moves and converts the model, as `to` and Lightning do; rewards keep their precision."""

@@ -56,6 +56,12 @@ class Sampler(ABC):
         sampler.arguments = args, kwargs
         return sampler
 
+    def __repr__(self) -> str:
+        """Returns the call that made the sampler."""
+        positional, named = self.arguments
+        given = [*map(repr, positional), *(f"{name}={value!r}" for name, value in named.items())]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     @abstractmethod
     def sample(self, start: Start, value: Value) -> State:
         """Takes `start(n)`, n rows per image at i = 0, to the end of the chain; returns equally many rows per image."""

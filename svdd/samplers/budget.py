@@ -24,6 +24,9 @@ from svdd.values.screened import Screened
 
 __all__ = ["Cost", "Uncountable", "count", "current_count", "fit_budget", "settings"]
 
+# Rows of an image at once from which a CPU gains nothing by more: benchmarks/reproducible.md
+_TOGETHER, _TOGETHER_UNDECODED = 6.5, 12
+
 
 class Cost(NamedTuple):
     """The cost of one returned image: exact, or an upper bound if the value takes several denoiser rows per row."""
@@ -40,6 +43,12 @@ class Cost(NamedTuple):
     def rows(self) -> float:
         """The unit of a budget: whole denoiser rows, where a backward pass counts as two more, a preview as a part."""
         return self.network_rows + 2 * self.gradient_rows
+
+    @property
+    def fills_a_cpu(self) -> bool:
+        """Whether a CPU gains nothing from rows of several images in one call."""
+        often = 2 * self.decoded_images >= self.denoiser_rows  # small calls of the decoder are the cheaper ones
+        return self.together >= (_TOGETHER if often else _TOGETHER_UNDECODED)
 
 
 class Uncountable(UserError):
