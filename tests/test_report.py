@@ -265,7 +265,7 @@ def test_the_folder_of_a_study_stands_for_its_cells(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the following arguments are required: RUN; `svdd report --help` lists all settings"),
+        ([], "RUN is required: run folders, also of unfinished runs"),
         (["absent"], "absent holds no results.jsonl"),
         (["run", "--limit", "0"], "--limit must be >= 1, got 0"),
         (["run", "--embed=maybe"], "expected true or false, got 'maybe'"),

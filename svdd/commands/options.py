@@ -42,7 +42,7 @@ class Options(argparse.ArgumentParser):
             raise UserError(said + where)
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             own = [name.lstrip("-") for each in self._actions for name in each.option_strings if name[:2] == "--"]
-            found = nearest(unknown[1], [*own, *self.others])
+            found = nearest(unknown[1], own) or nearest(unknown[1], self.others)
             where = f"; did you mean --{found}?" if found else where
         raise UserError(message + where)
 

@@ -77,7 +77,7 @@ class Parser(LightningArgumentParser):
         """Raises UserError; jsonargparse's parser of one class has no command in its `prog`."""
         program, _, command = self.prog.rpartition(" ")
         below = next(iter(self._subcommands_action.choices), None) if self._subcommands_action else None
-        raise UserError(explain(message, command if program else below))
+        raise UserError(explain(message, command if program.startswith("svdd") else below))
 
 
 def _allow_flags(parser: argparse.ArgumentParser) -> None:

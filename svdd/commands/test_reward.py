@@ -22,13 +22,14 @@ from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.tracebacks import Tracebacks
 
-__all__ = ["test_reward"]
+__all__ = ["reward_parser", "test_reward"]
 
 _MOST = 8  # pictures
 _WORDS = {True: "pass", False: "FAIL", None: "skip"}
 
 
-def _parser() -> Parser:
+def reward_parser() -> Parser:
+    """Returns the parser of `svdd test-reward`."""
     parser = Parser(prog="svdd test-reward")
     parser.add_argument("--config", action="config")
     add_options(parser, COMMANDS["test-reward"].options, reward=Reward)
@@ -42,7 +43,7 @@ def test_reward(words: list[str]) -> None:
         UserError: If the reward cannot be built, or pictures or prompts cannot be read.
         SystemExit: With code 1, if a check fails.
     """
-    parser = _parser()
+    parser = reward_parser()
     named = ["--reward", *words] if words and not words[0].startswith("-") else words
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(named))

@@ -29,7 +29,7 @@ _HEADINGS = {  # by section
     "trainer": "options of Lightning's Trainer",
 }
 _TRAINER = "The first sentences of its documentation: https://lightning.ai/docs/pytorch/stable/common/trainer.html"
-_LEAST, _LONGEST = 40, 120  # characters of these sentences, as far as they are no longer themselves
+_LEAST, _LONGEST = 40, 120  # characters: less is followed by a further sentence, more is not
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?([\w.]+)`")
 _DEFAULT = re.compile(r" ?Default: (``.*?``|\S+?)\.?(?= |$)")
 
@@ -105,9 +105,9 @@ def _classes(command: str, settings: Iterable[Setting], width: int) -> Iterator[
     """Yields how classes are named and set, which there are of each kind, and how lists are given."""
     entries, default = catalogue(plug_ins=False), COMMANDS[command].classes
     by_kind = {kind: each.name for each in reversed([*settings]) if (kind := kind_of(each.name))}
-    own, known = f"a class of your own is my_file.MyClass{'; also those of ' * bool(plugins())}", list[str]()
-    known += [each.name for each in plugins()]
-    yield _wrapped(f"`svdd list` describes the classes; {own}{', '.join(known)}.", width)
+    others = ", ".join(plugin.name for plugin in plugins())
+    also = f", also those of {others}" if others else ""
+    yield _wrapped(f"`svdd list` describes the classes{also}; a class of your own is my_file.MyClass.", width)
     for kind in [kind for kind in ("reward", "sampler", "value", "diffusion") if kind in by_kind]:
         names = ", ".join(entry.name for entry in entries if entry.kind == kind)
         yield _wrapped(f"--{by_kind[kind]}: {names}.", width)
