@@ -184,11 +184,13 @@ def _drawn(
     """Draws a prompt's pictures and reports where they are."""
     preview = _Preview(model.diffusion, model.images_per_prompt)
     steps = model.diffusion.num_inference_steps
+    values: list[float | None] = [None]
 
     def on_step(i: int, value: float | None) -> None:
         if stop.is_set():
             raise Stopped
-        put(Progress(guided, i, steps, value, preview.frames))
+        values.append(values[-1] if value is None else value)
+        put(Progress(guided, i, steps, values[-1], preview.frames))
 
     def look(i: int, state: State) -> None:
         if not state.done:

@@ -9,7 +9,7 @@ import gradio as gr
 from svdd.commands.app.controls import Control, controls_of, named_class
 from svdd.commands.app.engine import Engine
 from svdd.commands.app.template import MAX_IMAGES, Template
-from svdd.commands.app.views import message
+from svdd.commands.app.views import LATER, message
 from svdd.commands.app.visits import Visits
 from svdd.commands.registry import catalogue
 
@@ -37,9 +37,9 @@ def build(template: Template, engine: Engine, guidance_scale: float | None) -> g
                 status = gr.HTML(message("Ready."), elem_id="status")
                 shown = gr.HTML(elem_id="pictures")
                 with gr.Accordion("Rewards and cost", open=True):
-                    table, cost = gr.HTML(elem_id="rewards"), gr.HTML(elem_id="cost")
+                    table, cost = gr.HTML(LATER, elem_id="rewards"), gr.HTML(elem_id="cost")
                 with gr.Accordion("Values and effective sample size", open=True):
-                    chart = gr.HTML(elem_id="plot")
+                    chart = gr.HTML(LATER, elem_id="plot")
                 with gr.Accordion("The same pictures with svdd predict", open=True):
                     command = _copied("Command", "command")
                     yaml = _copied("YAML", "yaml")
@@ -69,8 +69,8 @@ def _form(template: Template, guidance_scale: float | None) -> list[Any]:
         elem_id="reward",
     )
     sampler, sampler_arguments = _chooser(template, "sampler", first.sampler_arguments)
-    hint = "Denoiser rows an image, from which the sampler's count follows. Empty: the count above"
-    budget = _number("Budget", first.budget, info=hint)
+    hint = "Denoiser rows an image, from which the sampler's count follows. 0: the count in its arguments"
+    budget = _number("Budget", first.budget or 0, info=hint)
     with gr.Row():
         steps = _number("Steps", first.num_inference_steps)
         scale = gr.Number(
@@ -125,7 +125,8 @@ def _component(control: Control, value: Any) -> Any:
 
 
 def _copied(label: str, name: str) -> gr.Textbox:
-    return gr.Textbox(label=label, lines=3, max_lines=12, interactive=False, buttons=["copy"], elem_id=name)
+    names: Any = {"elem_id": name, "elem_classes": "svdd-copied"}
+    return gr.Textbox(label=label, lines=3, max_lines=12, interactive=False, buttons=["copy"], **names)
 
 
 def _described(template: Template) -> str:

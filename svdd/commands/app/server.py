@@ -22,12 +22,12 @@ _BODY = 2**18  # bytes of a request
 _ANSWERED = re.compile(  # what the page itself asks for: no files, no uploads, no interface for programs
     r"/|/config/?|/favicon\.ico|/manifest\.json|/(gradio_api/)?theme\.css|/(assets|static)/[\w./@-]+|/(login|logout)/?"
     r"|/(gradio_api/)?(user|token|login_check|app_id|startup-events)/?"
-    r"|/gradio_api/(queue/(join|data)|cancel|reset|heartbeat/[\w-]+)/?"
+    r"|/gradio_api/(run/predict|queue/(join|data)|cancel|reset|heartbeat/[\w-]+)/?"
 )
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'self'; object-src 'none'"
+    "base-uri 'self'; form-action 'self'; object-src 'none'"
 )
 
 

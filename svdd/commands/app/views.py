@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdd.commands.app.engine import Drawn, Progress
 
-__all__ = ["costs", "message", "pictures", "plot", "progress", "rewards"]
+__all__ = ["LATER", "costs", "message", "pictures", "plot", "progress", "rewards"]
 
 _UNGUIDED, _GUIDED, _SPREAD = "#777777", "#0072B2", "#56B4E9"
 
@@ -19,6 +19,9 @@ _UNGUIDED, _GUIDED, _SPREAD = "#777777", "#0072B2", "#56B4E9"
 def message(text: str, is_error: bool = False) -> str:
     """Returns a line of text."""
     return f'<p class="svdd-status{" svdd-error" if is_error else ""}" role="status">{escape(text)}</p>'
+
+
+LATER = message("Shown when the pictures are drawn.")
 
 
 def progress(now: Progress) -> str:
@@ -52,10 +55,10 @@ def rewards(plain: Drawn, guided: Drawn, held_out_from: int = 1) -> str:
         before, after = (_mean([row["rewards"][name] for row in drawn.rows]) for drawn in (plain, guided))
         role = "guides" if k < held_out_from else "held out"
         cells = f"<td>{before:.4g}</td><td>{after:.4g}</td><td>{after - before:+.2g}</td>"
-        lines.append(f"<tr><th>{escape(name)}</th><td>{role}</td>{cells}</tr>")
-    head = "<tr><th>reward</th><th></th><th>unguided</th><th>guided</th><th>change</th></tr>"
-    count = len(guided.rows)
-    said = f"Means of {count} images. One prompt shows no effect: run a study for intervals."
+        lines.append(f"<tr><th>{escape(name)}<small>{role}</small></th>{cells}</tr>")
+    head = "<tr><th>reward</th><th>unguided</th><th>guided</th><th>change</th></tr>"
+    means = f"Means of {len(guided.rows)} images. " if len(guided.rows) > 1 else ""
+    said = f"{means}One prompt shows no effect: svdd study compares many, with intervals."
     return f'<table class="svdd-table">{head}{"".join(lines)}</table>{message(said)}'
 
 
@@ -66,7 +69,7 @@ def costs(plain: Drawn, guided: Drawn) -> str:
         f"<td>{drawn.rows[0]['ledger']['decoded_images']:g}</td><td>{drawn.seconds / len(drawn.rows):.2f}</td></tr>"
         for name, drawn in (("unguided", plain), ("guided", guided))
     )
-    head = "<tr><th>per image</th><th>denoiser rows</th><th>decoded images</th><th>seconds</th></tr>"
+    head = "<tr><th>an image costs</th><th>denoiser rows</th><th>decoded</th><th>seconds</th></tr>"
     return f'<table class="svdd-table">{head}{lines}</table>'
 
 

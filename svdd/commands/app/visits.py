@@ -10,7 +10,7 @@ from svdd import UserError, first_line, say
 from svdd.commands.app.controls import controls_of, named_class
 from svdd.commands.app.engine import Drawn, Engine, Progress, Stopped
 from svdd.commands.app.template import Form, Template
-from svdd.commands.app.views import costs, message, pictures, plot, progress, rewards
+from svdd.commands.app.views import LATER, costs, message, pictures, plot, progress, rewards
 from svdd.runs.secrets import redact
 
 __all__ = ["Visits"]
@@ -55,7 +55,7 @@ class Visits:
                 raise UserError("this job was not begun with Draw; reload the page")
             wanted = self._template.wanted(_read(self._template, values))
             copied = [wanted.command(self._accelerator), wanted.yaml()]
-            yield [message("Loading."), "", "", "", "", *copied, *running]
+            yield [message("Loading."), "", LATER, "", LATER, *copied, *running]
             for update in self._engine.draw(wanted, stop):
                 if isinstance(update, Progress):
                     shown = pictures(drawn.get(False), None, update)
