@@ -3,7 +3,7 @@
 import os
 from importlib.util import find_spec
 
-from svdd import UserError, require_at_least, say
+from svdd import UserError, say
 from svdd.commands.options import Options
 
 __all__ = ["app"]
@@ -33,7 +33,8 @@ def app(words: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at, 0 for any (default: 7860)")
     given = parser.parse_args(parser.spelled_out(words))
-    require_at_least(1, max_rows=given.max_rows)
+    if given.max_rows < 1:
+        raise UserError(f"--max_rows must be >= 1, got {given.max_rows}")
     if find_spec("gradio") is None:
         raise UserError("svdd app needs gradio: pip install 'svdd[app]'")
     from svdd.commands.app.server import LOCAL, listen, private_folder, serve

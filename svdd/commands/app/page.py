@@ -34,12 +34,12 @@ def build(template: Template, engine: Engine, guidance_scale: float | None) -> g
                     draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
                     stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=100)
             with gr.Column(scale=3, min_width=320):
-                status = gr.HTML(message("Ready."), elem_id="status")
-                shown = gr.HTML(elem_id="pictures")
+                status = _html(message("Ready."), "status")
+                shown = _html("", "pictures")
                 with gr.Accordion("Rewards and cost", open=True):
-                    table, cost = gr.HTML(LATER, elem_id="rewards"), gr.HTML(elem_id="cost")
+                    table, cost = _html(LATER, "rewards"), _html("", "cost")
                 with gr.Accordion("Values and effective sample size", open=True):
-                    chart = gr.HTML(LATER, elem_id="plot")
+                    chart = _html(LATER, "plot")
                 with gr.Accordion("The same pictures with svdd predict", open=True):
                     command = _copied("Command", "command")
                     yaml = _copied("YAML", "yaml")
@@ -49,7 +49,9 @@ def build(template: Template, engine: Engine, guidance_scale: float | None) -> g
         quick: Any = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         begun = draw.click(visits.begin, None, [status, draw, stop], **quick)
         slow: Any = {"concurrency_limit": 1, "api_visibility": "private", "show_progress": "minimal"}
-        begun.success(visits.draw, form, outputs, show_progress_on=status, **slow)
+        slow |= {"preprocess": False, "show_progress_on": status}  # values are checked by `Template.wanted`
+        drawn = begun.success(visits.draw, form, outputs, **slow)
+        drawn.failure(visits.end, None, [draw, stop], **quick)
         stop.click(visits.stop, None, status, **quick)
         page.unload(visits.leave)
     return page.queue(max_size=_QUEUE, api_open=False)
@@ -122,6 +124,10 @@ def _component(control: Control, value: Any) -> Any:
         return gr.Textbox(str(value), **shown)
     whole = {"precision": 0} if control.kind == "integer" else {"step": 0.05}
     return gr.Number(None if isinstance(value, list | dict) else value, **whole, **shown)
+
+
+def _html(value: str, name: str) -> gr.HTML:
+    return gr.HTML(value, elem_id=name, apply_default_css=False)
 
 
 def _copied(label: str, name: str) -> gr.Textbox:

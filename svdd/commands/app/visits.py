@@ -16,6 +16,7 @@ from svdd.runs.secrets import redact
 __all__ = ["Visits"]
 
 _SAME = gr.skip()
+_READY = [gr.update(interactive=True), gr.update(interactive=False)]  # the buttons Draw and Stop
 
 
 class Visits:
@@ -46,9 +47,14 @@ class Visits:
         if (stop := self._stops.get(request.session_hash)) is not None:
             stop.set()
 
+    def end(self, request: gr.Request) -> list[Any]:
+        """Forgets a job that was refused, as the queue is full."""
+        self._stops.pop(request.session_hash, None)
+        return _READY
+
     def draw(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Yields where the visitor's job is, and its pictures."""
-        running, ready = [_SAME] * 2, [gr.update(interactive=True), gr.update(interactive=False)]
+        running, ready = [_SAME] * 2, _READY
         drawn: dict[bool, Drawn] = {}
         try:
             if (stop := self._stops.get(request.session_hash)) is None:
