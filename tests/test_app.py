@@ -2,17 +2,13 @@
 
 import base64
 import json
-import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
+from benchmarks.app_memory import Server
 from svdd import UserError
 from svdd.__main__ import main
 
@@ -21,74 +17,16 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 from svdd.commands.app.controls import arguments, controls_of, named_class
 from svdd.commands.app.rewards import checked_reward, in_short
 from svdd.commands.app.template import Template
-from svdd.commands.registry import catalogue
+from svdd.commands.registry import catalogue, import_all
 
 STEPS, CANDIDATES = 4, 7  # with 7 candidates, the bytes do not depend on the batch or on the number of threads
 REWARDS = [entry.name for entry in catalogue() if entry.kind == "reward"]
 
 
-class Server:
-    """A running `svdd app`, and its protocol."""
-
-    def __init__(self, folder: Path, *words: str, **environment: str):
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
-        known = {**os.environ, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1", **environment}
-        command = [sys.executable, "-m", "svdd", "app", "--port", "0", "--device", "cpu", *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=known, **pipes)
-        line = self.process.stdout.readline()
-        assert "http://" in line, self.process.communicate()[1]
-        self.url = re.search(r"http://\S+", line)[0]
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-
-    def config(self) -> dict:
-        return self.http.get("/config").json()
-
-    def values(self, **changed: object) -> list:
-        """Returns what the page sends when it is as at the start, but for some components, by their id."""
-        config = self.config()
-        parts = {part["id"]: part["props"] for part in config["components"]}
-        draw = next(each for each in config["dependencies"] if len(each["inputs"]) > 10)
-        assert changed.keys() <= {parts[number].get("elem_id") for number in draw["inputs"]}
-        return [changed.get(parts[number].get("elem_id"), parts[number].get("value")) for number in draw["inputs"]]
-
-    def send(self, name: str, session: str, values: list) -> None:
-        """Calls a function of the page: begin, draw or stop."""
-        functions = self.config()["dependencies"]
-        k = next(k for k, each in enumerate(functions) if len(each["inputs"]) > 10)
-        number = functions[{"begin": k - 1, "draw": k, "stop": k + 1}[name]]["id"]
-        body = {"fn_index": number, "data": values, "session_hash": session}
-        path = "/gradio_api/queue/join" if name == "draw" else "/gradio_api/run/predict"
-        self.http.post(path, json=body).raise_for_status()
-
-    def results(self, session: str):
-        """Yields the outputs of the session's job; of a stream of changes, the changes."""
-        with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("data:"):
-                    message = json.loads(line[5:])
-                    if "output" in message:
-                        yield json.dumps(message["output"])
-                    if message["msg"] == "process_completed":
-                        return
-
-    def draw(self, session: str, **changed: object) -> list[str]:
-        self.send("begin", session, [])
-        self.send("draw", session, self.values(**changed))
-        return list(self.results(session))
-
-    def close(self) -> None:
-        self.http.close()
-        self.process.send_signal(signal.SIGINT)
-        assert "SIGINT" in self.process.communicate(timeout=30)[1]
-        assert self.process.returncode == 0
-        assert list(self.temporary.glob("svdd-app-*")) == []
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
+    (temporary := folder / "temporary").mkdir()
     (folder / "tiny.yaml").write_text(f"""
 model:
   reward: {{class_path: CLIPScore, init_args: {{pretrained: emoji}}}}
@@ -98,9 +36,14 @@ model:
   images_per_prompt: 2
 data: {{prompts: [panda]}}
 """)
-    started = Server(folder, "--config", str(folder / "tiny.yaml"), "--max_rows", "800")
+    started = Server("--config", str(folder / "tiny.yaml"), "--max_rows", "800", TMPDIR=str(temporary))
+    (private,) = temporary.glob("svdd-app-*")
+    assert private.stat().st_mode & 0o777 == 0o700
     yield started
-    started.close()
+    assert [path for path in private.rglob("*") if path.is_file()] == []  # all pictures are in the page
+    code, error = started.close()
+    assert (code, error) == (0, "svdd: SIGINT: the current step is finished first; once more ends it at once\n")
+    assert list(temporary.glob("svdd-app-*")) == []
 
 
 class Visit:
@@ -255,7 +198,19 @@ def test_only_ones_own_job_is_stopped(server):
     assert "Stopped" in list(server.results("two"))[-1]
 
 
+def test_a_closed_page_stops_its_job(server):
+    with server.http.stream("GET", "/gradio_api/heartbeat/closed") as heartbeat:
+        next(heartbeat.iter_lines())
+        server.send("begin", "closed", [])
+        server.send("draw", "closed", server.values(steps=56))
+        results = server.results("closed")
+        while "step" not in next(results):
+            pass
+    assert "Stopped" in list(results)[-1]
+
+
 def test_every_reward_that_names_a_file_or_a_module_is_refused(tmp_path, monkeypatch):
+    import_all()
     monkeypatch.chdir(tmp_path)
     Path("my_rewards.py").write_text("raise RuntimeError('imported')")
     Path("Brightness + 1").write_text("class_path: os.system")

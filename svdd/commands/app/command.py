@@ -61,5 +61,6 @@ def app(words: list[str]) -> None:
             if not is_local:
                 asks = "who knows the password" if password else f"({_PASSWORD} in the environment asks for a password)"
                 say(f"svdd: warning: everyone who can reach this machine can use the page {asks}", error=True)
+            opened.listen()
             say(f"svdd app: http://{host}:{port} (Ctrl-C ends it)")
             serve(page, opened, LOCAL if is_local else (), password, theme=THEME, css=CSS)

@@ -13,7 +13,7 @@ from svdd import UserError
 from svdd.commands.app.controls import arguments, checked_number, controls_of, named_class, offered
 from svdd.commands.app.rewards import Allowed, checked_reward, in_short, values_in
 from svdd.commands.parser import with_shipped_configs
-from svdd.commands.registry import catalogue
+from svdd.commands.registry import catalogue, import_all
 from svdd.commands.reward_sums import expand
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.yaml_text import read_yaml
@@ -88,6 +88,7 @@ class Template:
     def __init__(
         self, config: str, pretrained: str | None = None, reward: str | None = None, names: Sequence[str] = ()
     ) -> None:
+        import_all()
         (path,) = with_shipped_configs([f"--config={config}"])
         given = read_yaml(Path(path.removeprefix("--config=")).read_text(encoding="utf-8-sig"))
         settings: dict[str, Any] = given if isinstance(given, dict) else {}
