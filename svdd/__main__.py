@@ -29,6 +29,7 @@ _COMMANDS = {  # name: module and function in svdd.commands
     "compare": "compare:compare",
     "report": "report:report",
     "gallery": "report:gallery",
+    "app": "app.command:app",
     "list": "show:show",
     "completion": "completion:completion",
 }
@@ -57,6 +58,8 @@ commands:
              svdd report runs/unguided runs/svdd --output report.html
   gallery    write that page into a run's folder and open it in the browser:
              svdd gallery runs/first
+  app        draw in the browser, unguided beside guided pictures (needs pip install 'svdd[app]'):
+             svdd app
   list       show every sampler, value, reward and diffusion that can be selected by name
   completion print a script that completes commands, options and names in your shell:
              svdd completion --help

@@ -53,7 +53,7 @@ def unpack(page: Path, folder: Path) -> list[str]:
     """Writes the page's files to a folder and returns the module names among them."""
     modules = []
     for language, file_name, code in blocks(page):
-        if file_name is not None and language in ("python", "toml"):
+        if file_name is not None and language in ("python", "toml", "yaml"):
             path = folder / file_name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(code, encoding="utf-8")

@@ -343,29 +343,6 @@ return low;
 """
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    binary, driver = next(filter(None, found), None), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip(f"{'Chromium' if binary is None else 'chromedriver'} is not installed")
-    options = selenium.ChromeOptions()
-    options.binary_location = binary
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1400,1000",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
-    yield started
-    started.quit()
-
-
 class Tab:
     """A page in the browser, as a user meets it: with clicks and keys."""
 

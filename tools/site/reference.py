@@ -56,16 +56,10 @@ def _classes(package: str) -> str:
         elsewhere = isclass(found) and public_classes()[_definition(found)] != name
         if name.rpartition(".")[0] == package and not elsewhere and name not in _PACKAGES:
             own[name] = found
-    lines = [
-        f"---\ntitle: {title}\n---",
-        f"::: {package}",
-        *_options(heading=title, heading_level=1, members=False),
-        "",
-    ]
-    base = f"{package}.base."
-    for name in sorted(
-        own, key=lambda name: (not isclass(own[name]), not _definition(own[name]).startswith(base), name)
-    ):
+    lines = [f"---\ntitle: {title}\n---", f"::: {package}"]
+    lines += [*_options(heading=title, heading_level=1, members=False), ""]
+    bases = {name for name, found in own.items() if _definition(found).startswith(f"{package}.base.")}
+    for name in sorted(own, key=lambda name: (not isclass(own[name]), name not in bases, name)):
         inherits = isclass(own[name]) and "__init__" not in vars(own[name]) and _inherits_public(own[name])
         lines += [f"::: {name}", *(_options(merge_init_into_class=False) if inherits else []), ""]
     return "\n".join(lines)
