@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from svdd import UserError
-from svdd.__main__ import main
+from svdd.__main__ import _COMMANDS, main
 from svdd.commands.benchmark import benchmark_parser
 from svdd.commands.calibrate import CalibrateCLI
 from svdd.commands.fit import FitCLI
@@ -124,7 +124,7 @@ def test_help_and_lists_import_no_torch():
     code += "for words in (*pages, ['list', 'samplers'], ['completion', 'bash']):\n"
     code += "    try: assert main(words) == 0\n    except SystemExit as error: assert error.code == 0\n"
     code += "assert not {'torch', 'lightning', 'diffusers', 'transformers', 'torchmetrics'} & {*sys.modules}"
-    names = [*PAGES, "study", "compare", "report", "gallery", "list", "completion"]
+    names = [*PAGES, "study", "compare", "report", "gallery", "app", "list", "completion"]
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -236,6 +236,7 @@ def test_bash_completes_commands_options_classes_and_files(tmp_path, capsys):
     (tmp_path / "svdd.sh").write_text(capsys.readouterr().out)
     (tmp_path / "my_prompts.txt").write_text("apple")
     lines = {
+        "svdd ": sorted(_COMMANDS),
         "svdd pred": ["predict"],
         "svdd predict --model.bud": ["--model.budget"],
         "svdd predict -r Compress": ["Compressibility"],
@@ -259,4 +260,5 @@ def test_bash_completes_commands_options_classes_and_files(tmp_path, capsys):
         script += f"COMP_WORDS=({words}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))\n"
         script += '_shtab_svdd; echo "${COMPREPLY[@]}"\n'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert dict(zip(lines, map(str.split, done.stdout.splitlines()), strict=True)) == lines
+    found = [sorted(line.split()) for line in done.stdout.splitlines()]
+    assert dict(zip(lines, found, strict=True)) == lines

@@ -8,6 +8,7 @@ from typing import Any
 import shtab
 
 from svdd import say
+from svdd.commands.app.command import app_parser
 from svdd.commands.compare import compare_parser
 from svdd.commands.configs import shipped
 from svdd.commands.options import Options
@@ -56,7 +57,12 @@ def _whole_parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers()
     parsers: dict[str, argparse.ArgumentParser] = {name: _configured(name) for name in COMMANDS if " " not in name}
     parsers |= {"study": study_parser(), "compare": compare_parser(), "report": report_parser()}
-    parsers |= {"gallery": gallery_parser(), "list": list_parser(), "completion": completion_parser()}
+    parsers |= {
+        "gallery": gallery_parser(),
+        "app": app_parser(),
+        "list": list_parser(),
+        "completion": completion_parser(),
+    }
     others = {setting.name for setting in settings_of("predict") if "." not in setting.name} - {"config"}
     _add_settings(parsers["study"], "predict", others)
     for name, parser in parsers.items():

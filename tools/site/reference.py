@@ -82,7 +82,7 @@ def _inherits_public(cls: type) -> bool:
 def _commands() -> str:
     """Returns the page of the command line, with the help that each command prints."""
     lines = ["# Commands", "", "What each command prints with `--help`."]
-    for words in ([], *([name] for name in _COMMANDS if name != "list")):
+    for words in ([], *([name] for name in _COMMANDS)):
         lines += ["", f"## {' '.join(['svdd', *words])}", "", "```text", _help(words).rstrip(), "```"]
     return "\n".join([*lines, ""])
 

@@ -6,17 +6,13 @@ from importlib.util import find_spec
 from svdd import UserError, say
 from svdd.commands.options import Options
 
-__all__ = ["app"]
+__all__ = ["app", "app_parser"]
 
 _PASSWORD = "SVDD_APP_PASSWORD"
 
 
-def app(words: list[str]) -> None:
-    """Runs `svdd app` with the command line after its name, until a signal comes.
-
-    Raises:
-        UserError: If a setting or the model cannot be used, or nothing can listen at the address.
-    """
+def app_parser() -> Options:
+    """Returns the parser of `svdd app`."""
     parser = Options("svdd app", "A page in the browser: unguided beside guided pictures of one prompt.")
     config = "YAML file of `svdd predict`, or the name of one that ships with svdd (default: quickstart)"
     parser.add_argument("--config", default="quickstart", metavar="NAME|FILE", help=config)
@@ -32,6 +28,16 @@ def app(words: list[str]) -> None:
     parser.add_flag("--downloads", "whether visitors' rewards may be downloaded from the hub (default: false)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at, 0 for any (default: 7860)")
+    return parser
+
+
+def app(words: list[str]) -> None:
+    """Runs `svdd app` with the command line after its name, until a signal comes.
+
+    Raises:
+        UserError: If a setting or the model cannot be used, or nothing can listen at the address.
+    """
+    parser = app_parser()
     given = parser.parse_args(parser.spelled_out(words))
     if given.max_rows < 1:
         raise UserError(f"--max_rows must be >= 1, got {given.max_rows}")
