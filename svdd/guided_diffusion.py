@@ -61,7 +61,7 @@ class GuidedDiffusion(L.LightningModule):
     Raises:
         ValueError: If an argument is out of range, or the sampler cannot work on this chain, with this value or budget.
 
-    Example:
+    Examples:
         >>> from svdd.rewards.jpeg import Compressibility
         >>> from svdd.samplers.svdd import SVDD
         >>> model = GuidedDiffusion(Compressibility(), AutoDiffusion("emoji", 4), SVDD(num_candidates=2))

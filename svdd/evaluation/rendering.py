@@ -45,7 +45,7 @@ def render(headers: Sequence[str], rows: Sequence[Sequence[Cell]], form: Form) -
         rows: A cell for each column.
         form: `text` for a terminal, `md` for GitHub, `tex` for LaTeX with the package booktabs, `csv`.
 
-    Example:
+    Examples:
         >>> print(render(["run", "mean"], [["SVDD_pm", "0.50"], ["unguided", None]], "md"), end="")
         | run      |   mean |
         |:---------|-------:|

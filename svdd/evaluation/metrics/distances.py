@@ -20,7 +20,7 @@ _WIDTH, _SCALE, _AT_ONCE = 10.0, 1000.0, 2048
 class CMMD(GatheredMetric):
     """CLIP maximum mean discrepancy of two sets of images: 0 for equal sets; lower is closer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> cmmd = CMMD()
         >>> cmmd.update(torch.eye(3), real=True)

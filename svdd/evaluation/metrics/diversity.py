@@ -22,7 +22,7 @@ class Diversity(GatheredMetric):
     share. ``pairwise_within`` and ``vendi_within`` are the means over the prompts with several images.
     All are NaN without images; ``pairwise`` needs two, the means a prompt with two.
 
-    Example:
+    Examples:
         >>> import torch
         >>> diversity = Diversity()
         >>> diversity.update(torch.eye(4), torch.tensor([0, 0, 1, 1]))

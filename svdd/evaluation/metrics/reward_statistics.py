@@ -50,7 +50,7 @@ class RewardStatistics(GatheredMetric):
         higher_is_better: Whether the best images are those of the highest scores.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from svdd.evaluation.metrics import RewardStatistics
         >>> statistics = RewardStatistics()

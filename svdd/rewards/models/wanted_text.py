@@ -22,7 +22,7 @@ _ALIKE = str.maketrans("’‘`´“”„–—−", "''''\"\"\"---")
 def quoted(prompt: str) -> list[str]:
     """Returns the texts in quotation marks, straight or typographic, of a prompt.
 
-    Example:
+    Examples:
         >>> quoted('a sign that says "OPEN" and a note “don’t knock”')
         ['OPEN', 'don’t knock']
         >>> quoted("the shop's sign 'it's open'")
