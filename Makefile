@@ -7,7 +7,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 WORK ?= build/embedded-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check oldest gpu format benchmarks embedded-model clean
+.PHONY: help demo docs test check oldest gpu format benchmarks embedded-model clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -22,6 +22,9 @@ demo: $(INSTALLED)  ## Set up, draw with and without guidance on the embedded mo
 	$(BIN)/svdd predict --config configs/quickstart.yaml --output runs/demo/best-of-8 --overwrite true --model.sampler BestOfN --model.sampler.num_particles 8
 	$(BIN)/svdd predict --config configs/quickstart.yaml --output runs/demo/svdd --overwrite true
 	$(BIN)/svdd compare runs/demo/unguided runs/demo/best-of-8 runs/demo/svdd --output demo.png
+
+docs: $(INSTALLED)  ## Build the documentation site in build/site, which opens without a server; any broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 test: $(INSTALLED)  ## Set up and run all tests
 	$(TESTS)

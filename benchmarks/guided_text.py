@@ -87,6 +87,7 @@ def main() -> None:
     ]
     lines[-1] += "PP-OCRv4 reads."
     lines += ["", "![Each row a run, in the order of the table](../docs/images/guided_text.png)"]
+    lines += ["", "*`python -m benchmarks.guided_text`*"]
     Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
     picture = Path(__file__).parents[1] / "docs" / "images" / "guided_text.png"
     save_image(make_grid(torch.cat(shown), nrow=SHOWN, padding=4, pad_value=0.6), picture)

@@ -17,7 +17,7 @@ from svdd.rewards.brightness import Brightness
 from svdd.rewards.safety import Safety
 from svdd.samplers.unguided import Unguided
 
-COUNT, SAFE = 100, 0.5  # pictures of each kind, and the threshold of docs/rewards.md
+COUNT, SAFE = 100, 0.5  # pictures of each kind, and the threshold of docs/reference/rewards.md
 _SKIN = ((255, 219, 172), (241, 194, 125), (224, 172, 105), (198, 134, 66), (141, 85, 36), (92, 58, 30))
 
 

@@ -162,7 +162,7 @@ def main() -> None:
         "",
         f"`auto` is {AUTO_MULTIPLE:g} standard deviations of the values of an image's own particles, at the first step "
         f"at or after {AUTO_START:.2f} T. Both numbers were chosen on the first {CHOSEN_ON} prompts "
-        "([experiments.md](../docs/experiments.md)).",
+        "([experiments.md](../docs/explanation/experiments.md)).",
         "",
         "## Spread of the values along the chain",
         "",

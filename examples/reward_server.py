@@ -1,4 +1,4 @@
-"""Serves a reward of svdd to `HTTPReward`: python reward_server.py CLIPScore 8000. Protocol: docs/rewards.md."""
+"""Serves a reward to `HTTPReward`: python reward_server.py CLIPScore 8000. Protocol: docs/how_to/reward_service.md."""
 
 import base64
 import io

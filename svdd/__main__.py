@@ -9,6 +9,8 @@ from contextlib import suppress
 from pkgutil import resolve_name
 
 from svdd import UserError, __version__, did_you_mean, first_line, is_out_of_memory, printable, say
+from svdd.commands.settings.own import COMMANDS
+from svdd.commands.settings.short_forms import spelled_out
 from svdd.commands.streams import exits_explained, protect_streams
 from svdd.runs.processes.environment import ignore_incomplete
 from svdd.runs.processes.signals import AGENT, die_with_parent, signals
@@ -27,7 +29,9 @@ _COMMANDS = {  # name: module and function in svdd.commands
     "compare": "compare:compare",
     "report": "report:report",
     "gallery": "report:gallery",
-    "list": "registry:show",
+    "app": "app.command:app",
+    "list": "show:show",
+    "completion": "completion:completion",
 }
 _HELP = """\
 usage: svdd COMMAND [options]
@@ -54,7 +58,11 @@ commands:
              svdd report runs/unguided runs/svdd --output report.html
   gallery    write that page into a run's folder and open it in the browser:
              svdd gallery runs/first
+  app        draw in the browser, unguided beside guided pictures (needs pip install 'svdd[app]'):
+             svdd app
   list       show every sampler, value, reward and diffusion that can be selected by name
+  completion print a script that completes commands, options and names in your shell:
+             svdd completion --help
 
 options:
   -h, --help       this help; `svdd predict --help` lists all settings
@@ -89,6 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}{hint}")
+        words = spelled_out(command, words)
+        if command in COMMANDS and {"-h", "--help"} & {*words}:
+            from svdd.commands.settings.pages import help_page
+
+            say(help_page(command))
+            return 0
         with exits_explained():
             run = resolve_name(f"svdd.commands.{_COMMANDS[command]}")
             warnings.formatwarning = _one_line  # after Lightning's import, which sets its own

@@ -203,12 +203,12 @@ class GuidedDiffusion(L.LightningModule):
         return prediction
 
     @redrawn
-    def predict(self, batch: list[Prompt]) -> Prediction:
+    def predict(self, batch: list[Prompt], recorder: Recorder | None = None) -> Prediction:
         """Draws `images_per_prompt` images for every prompt of the batch and scores them with all rewards."""
         jobs = [(prompt, k) for prompt in batch for k in range(self.images_per_prompt)]
         seeds = [seed for prompt in batch for seed in prompt.image_seeds(self.seed, self.images_per_prompt)]
         texts = [self.columns.text(prompt) for prompt, _ in jobs]
-        final = self.draw(texts, seeds, [prompt.negative_prompt for prompt, _ in jobs])
+        final = self.draw(texts, seeds, [prompt.negative_prompt for prompt, _ in jobs], recorder)
         returned = len(final.x) // len(jobs)
         found = score_all(self.rewards, self.diffusion.chunker, final.images, final.prompts, len(jobs), len(batch))
         scores = {name: rounded(values) for name, values in found.items()}

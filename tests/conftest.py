@@ -2,6 +2,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,6 +92,24 @@ def threads(number):
     torch.set_num_threads(number)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser without a window, where Chromium and chromedriver are installed."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    binary, driver = next(filter(None, found), None), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip(f"{'Chromium' if binary is None else 'chromedriver'} is not installed")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1400,1000"):
+        options.add_argument(f"--{word}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield started
+    started.quit()
 
 
 @pytest.fixture

@@ -382,7 +382,7 @@ def test_the_folder_of_a_study_is_no_run(compare, tmp_path):
 
 
 def test_a_command_without_runs_is_refused(compare):
-    assert "the following arguments are required: RUN" in compare(code=2)
+    assert "RUN is required: run folders" in compare(code=2)
 
 
 def test_control_characters_of_prompts_and_rewards_are_escaped(compare, tmp_path):

@@ -29,7 +29,8 @@ from svdd.state.state import State
 from svdd.values.posterior_mean import PosteriorMean
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("**/*.md"))
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("**/*.md"))
 SOURCES = sorted((ROOT / "svdd").glob("**/*.py"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# ([\w./-]+\.\w+)\n")
@@ -52,7 +53,7 @@ def unpack(page: Path, folder: Path) -> list[str]:
     """Writes the page's files to a folder and returns the module names among them."""
     modules = []
     for language, file_name, code in blocks(page):
-        if file_name is not None and language in ("python", "toml"):
+        if file_name is not None and language in ("python", "toml", "yaml"):
             path = folder / file_name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(code, encoding="utf-8")
@@ -64,7 +65,7 @@ def unpack(page: Path, folder: Path) -> list[str]:
 @pytest.fixture
 def examples(workspace):
     """The files of extending.md, in the working directory."""
-    unpack(ROOT / "docs" / "extending.md", workspace)
+    unpack(DOCS / "how_to" / "extending.md", workspace)
     return workspace
 
 
@@ -100,7 +101,7 @@ def test_python_snippets_run(page, workspace):
 
 
 def commands() -> list[list[str]]:
-    text = "".join(code for language, _, code in blocks(ROOT / "docs" / "extending.md") if language == "bash")
+    text = "".join(code for language, _, code in blocks(DOCS / "how_to" / "extending.md") if language == "bash")
     return [shlex.split(line)[1:] for line in text.replace("\\\n", " ").splitlines() if line.startswith("svdd ")]
 
 
@@ -140,7 +141,7 @@ def test_commands_of_extending_run(words, installed, sd15, read_rows, capsys):
 
 
 def test_the_evening_runs(workspace, sd15, capsys):
-    page = ROOT / "docs" / "evening.md"
+    page = DOCS / "how_to" / "reward_package.md"
     unpack(page, workspace)
     (workspace / "svdd").symlink_to(ROOT)
     small = ["--model.diffusion.pretrained", sd15, "--model.diffusion.num_inference_steps", "2"]
@@ -361,7 +362,7 @@ def test_the_package_has_few_entries_and_short_files():
 
 
 def test_the_tree_in_architecture_is_that_of_the_code():
-    tree = next(code for language, _, code in blocks(ROOT / "docs" / "architecture.md") if language == "text")
+    tree = next(code for language, _, code in blocks(DOCS / "explanation" / "architecture.md") if language == "text")
     drawn, folder = {}, ""
     for indent, name, text in re.findall(r"^( +)(\S+) *(.*)$", tree, re.M):
         path = name if len(indent) == 2 else folder + name

@@ -222,7 +222,7 @@ def test_a_run_is_measured_against_its_baseline(predict, capsys, tiny_clip):
 
 @pytest.mark.slow
 def test_two_rewards_rise_at_once_on_the_embedded_model(tmp_path):
-    """The recipe of docs/rewards.md in fewer steps; benchmarks/over_optimisation.md has the numbers of all."""
+    """The recipe of docs/reference/rewards.md in fewer steps; benchmarks/over_optimisation.md has all numbers."""
     words = ["predict", "--config", "configs/weighted_sum.yaml", "--trainer.accelerator", "cpu"]
     words += ["--model.diffusion.num_inference_steps", "12"]
     plain = ["--model.sampler", "Unguided", "--model.images_per_prompt", "4", "--output", str(tmp_path / "plain")]

@@ -37,7 +37,7 @@ from svdd.values.posterior_mean import PosteriorMean
 from tests.tiny_families import FAMILIES
 from tests.tiny_families.drawing import GUIDANCE, NUM_STEPS, PROMPTS, SEEDS, Reference, build, draw
 
-MODELS_PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+MODELS_PAGE = Path(__file__).parent.parent / "docs" / "reference" / "models.md"
 
 
 def families(distinct):

@@ -121,7 +121,7 @@ def test_one_inner_step_is_the_gaussian_step():
     ("inner_steps", "spreads"), [(1, (0.861, 0.769, 0.648)), (3, (0.856, 0.851, 0.821)), (6, (0.884, 0.885, 0.879))]
 )
 def test_the_spread_of_a_chain_at_equal_network_evaluations(inner_steps, spreads):
-    """The table of docs/transitions.md: data N(0, 1), 24 evaluations."""
+    """The table of docs/explanation/transitions.md: data N(0, 1), 24 evaluations."""
     steps = 24 // inner_steps
     for arguments, spread in zip(({}, {"rho": 0.4}, {"noise": "fresh"}), spreads, strict=True):
         transition = Transition(**arguments, inner_steps=inner_steps)

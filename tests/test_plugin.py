@@ -56,7 +56,7 @@ def site(tmp_path_factory) -> Path:
         "from svdd_kinds.my_samplers import SparseSVDD\n"
         "from svdd_kinds.my_values import Tempered\n",
     )
-    unpack(ROOT / "docs" / "extending.md", pages := tmp_path_factory.mktemp("pages"))
+    unpack(ROOT / "docs" / "how_to" / "extending.md", pages := tmp_path_factory.mktemp("pages"))
     for name in ("my_diffusion.py", "my_samplers.py", "my_values.py"):
         (kinds / "svdd_kinds" / name).write_text((pages / name).read_text())
     broken = make_package(source / "bad", "broken", "raise RuntimeError('not today')\n")

@@ -265,7 +265,7 @@ def test_the_folder_of_a_study_stands_for_its_cells(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the following arguments are required: RUN; `svdd report --help` lists all settings"),
+        ([], "RUN is required: run folders, also of unfinished runs"),
         (["absent"], "absent holds no results.jsonl"),
         (["run", "--limit", "0"], "--limit must be >= 1, got 0"),
         (["run", "--embed=maybe"], "expected true or false, got 'maybe'"),
@@ -341,29 +341,6 @@ while (walker.nextNode()) {
 }
 return low;
 """
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    binary, driver = next(filter(None, found), None), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip(f"{'Chromium' if binary is None else 'chromedriver'} is not installed")
-    options = selenium.ChromeOptions()
-    options.binary_location = binary
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1400,1000",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
-    yield started
-    started.quit()
 
 
 class Tab:

@@ -156,9 +156,9 @@ def own(path: str, name: str) -> Any:
 
 
 def redness() -> Reward:
-    """Returns the reward that docs/extending.md defines."""
+    """Returns the reward that docs/how_to/extending.md defines."""
     with TemporaryDirectory() as folder:
-        unpack(ROOT / "docs" / "extending.md", Path(folder))
+        unpack(ROOT / "docs" / "how_to" / "extending.md", Path(folder))
         return own(f"{folder}/my_rewards.py", "Redness")(weight=2.0)
 
 
@@ -258,7 +258,7 @@ TESTED: dict[str, Case] = {
     "Threshold": Case(lambda models: rewards.Threshold(rewards.Brightness(), at_least=0.7)),
     "WinRate": Case(lambda models: rewards.WinRate(rewards.CLIPScore(models("clip")), temperature=0.5)),
     "a user's network": Case(lambda models: Edges()),
-    "the reward of docs/extending.md": Case(lambda models: redness()),
+    "the reward of docs/how_to/extending.md": Case(lambda models: redness()),
     "the example plug-in": Case(
         lambda models: own(str(ROOT / "examples/plugin/svdd_warmth/__init__.py"), "Warmth")(strength=2.0)
     ),

@@ -36,10 +36,16 @@ def keeping_weights() -> Iterator[None]:
         _kept = before
 
 
-def next_run(context: Hashable) -> None:
-    """Takes back what the last run has borrowed; a run of another context (device, precision) does not get it."""
+def next_run(context: Hashable, latest_only: bool = False) -> None:
+    """Takes back what the last run has borrowed; a run of another context (device, precision) does not get it.
+
+    With `latest_only`, what the last run has not borrowed is dropped, so that memory does not grow with the number of
+    different runs.
+    """
     if _kept is None:
         return
+    if latest_only:
+        _kept.free = {}
     for key, loaded in _kept.lent:
         _kept.free.setdefault(key, []).append(loaded)
     _kept.context, _kept.lent = context, []

@@ -1,7 +1,6 @@
 """The base of the commands on LightningCLI: predict, fit and calibrate."""
 
 import errno
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from svdd import Stopped, UserError
 from svdd.commands.own_code import own_error
 from svdd.commands.parser import Parser, as_user_errors, explain, with_shipped_configs
+from svdd.commands.settings.own import COMMANDS, add_options
 from svdd.runs.changes import require_same
 from svdd.runs.command_line import overwriting
 from svdd.runs.config import HARMLESS, read_config, write_config
@@ -40,15 +40,8 @@ _HALF = {"bf16": "bfloat16", "16": "float16"}  # by the beginning of `trainer.pr
 class ModelCLI(LightningCLI):
     """A command that builds a module, its data and a Trainer from `words`, the command line after its name."""
 
-    command: ClassVar[str]  # its name, and that of the Trainer's method
-    purpose: ClassVar[str]  # the first line of its help
+    command: ClassVar[str]  # its name, a key of COMMANDS, and that of the Trainer's method
     builds: ClassVar[tuple[type[L.LightningModule], type[L.LightningDataModule], type[L.Trainer]]]
-    classes: ClassVar[dict[str, str]] = {  # whose arguments can be given without naming them
-        "diffusion": "svdd.diffusion.auto.AutoDiffusion",
-        "sampler": "svdd.samplers.svdd.SVDD",
-        "value": "svdd.values.posterior_mean.PosteriorMean",
-    }
-    defaults: ClassVar[dict[str, Any]] = {}  # of other settings
     folder: Path  # the output folder
     hidden = frozenset(  # arguments of the Trainer's method that are no options
         {"model", "datamodule", "dataloaders", "return_predictions", "weights_only", "ckpt_path"}
@@ -56,17 +49,16 @@ class ModelCLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         self._words = [self.command, *words]
-        usage = f"svdd {self.command} [--config FILE] [--SETTING VALUE ...]"
+        self.about = COMMANDS[self.command]
         with self._other_run_explained(), ExitStack() as self._around:  # what is released when the command ends
             super().__init__(
                 *self.builds[:2],
                 trainer_class=self.builds[2],
                 save_config_callback=None,
                 seed_everything_default=False,
-                trainer_defaults={"enable_model_summary": False, "logger": False, "enable_checkpointing": False},
                 auto_configure_optimizers=False,
                 parser_class=Parser,
-                parser_kwargs={"prog": "svdd", self.command: {"description": self.purpose, "usage": usage}},
+                parser_kwargs={"prog": "svdd"},
                 args=[self.command, *with_shipped_configs(words)],
             )
 
@@ -85,17 +77,10 @@ class ModelCLI(LightningCLI):
         return {cls.command: {*cls.hidden}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the run folder, the restarts and the defaults."""
-        parser.add_argument("--output", type=str, default="runs/latest", help="Run folder; a started one continues.")
-        parser.add_argument("--overwrite", type=bool, default=False, help="Remove the earlier run in the folder.")
-        parser.add_argument(
-            "--max_restarts", type=int, default=0, help="How often all processes restart after one of several has died."
-        )
-        if self.command != "fit":
-            path = "A learned value's file, or checkpoint, which takes the place of `model.value`."
-            parser.add_argument("--ckpt_path", type=str | None, default=None, help=path)
-        known = self.classes.keys() & inspect.signature(self.builds[0]).parameters
-        parser.set_defaults({f"model.{k}": {"class_path": self.classes[k]} for k in known} | self.defaults)
+        """Adds the command's own options, and the defaults."""
+        add_options(parser, self.about.options)
+        chosen = {f"model.{name}": {"class_path": path} for name, path in self.about.classes.items()}
+        parser.set_defaults(chosen | {**self.about.defaults})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Starts or joins the other processes as soon as the Trainer's settings are known."""
@@ -139,7 +124,7 @@ class ModelCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Checks a learned value's file early; `--ckpt_path FILE` selects its value in place of the default one."""
         value, path = self.settings.model.value, self.settings.get("ckpt_path")
-        value = value or Namespace(class_path=self.classes["value"], init_args=Namespace())
+        value = value or Namespace(class_path=self.about.classes["value"], init_args=Namespace())
         arguments, made = value.get("init_args", Namespace()), resolve_name(value.class_path)
         if path is None:
             if arguments.get("pretrained") and (not isinstance(made, type) or issubclass(made, LearnedValue)):
@@ -148,7 +133,7 @@ class ModelCLI(LightningCLI):
         known = learned_class(path)
         name = known.__name__
         if "pretrained" not in arguments:
-            if made is not resolve_name(self.classes["value"]):
+            if made is not resolve_name(self.about.classes["value"]):
                 found = f"--ckpt_path {path} holds a {name}, but model.value is {made.__name__}, which has no weights"
                 raise UserError(f"{found}: give --model.value {name}, or leave out --ckpt_path")
             value = Namespace(class_path=f"{known.__module__}.{name}", init_args=Namespace())

@@ -11,6 +11,7 @@ import yaml
 
 from svdd import UserError, did_you_mean, require_at_least, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
+from svdd.commands.settings.own import COMMANDS, add_options
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.benchmarks import BENCHMARKS
 from svdd.evaluation.benchmarks.base import Benchmark, Entry
@@ -34,20 +35,11 @@ __all__ = ["benchmark_parser", "score_benchmark"]
 
 def benchmark_parser() -> Parser:
     """Returns the parser of `svdd score --benchmark`."""
-    parser = Parser(prog="svdd score", description="Measures the pictures of a run on a public benchmark.")
-    parser.add_argument("--config", action="config", help="YAML file with these settings.")
-    names = f"{', '.join(BENCHMARKS)}; `--benchmark.help NAME` shows its own settings."
-    parser.add_argument("--benchmark", type=Benchmark, required=True, help=names)
+    parser = Parser(prog="svdd score")
+    parser.add_argument("--config", action="config")
+    kinds = {"benchmark": Benchmark, "reward": Reward | None, "eval_rewards": list[Reward]}
+    add_options(parser, COMMANDS["score --benchmark"].options, **kinds)
     parser.add_argument("run", type=str, help="Run folder, drawn with the benchmark's prompts.")
-    prompts = "The benchmark's prompt file as published. Default: the prompts that the run recorded."
-    parser.add_argument("--benchmark_prompts", type=str | None, default=None, help=prompts)
-    partial = "Measure what is there, if prompts lack pictures."
-    parser.add_argument("--partial", type=bool, default=False, help=partial)
-    parser.add_argument("--reward", type=Reward | None, default=None, help="A reward that is measured by category.")
-    parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
-    parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
-    parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     return parser
 
 

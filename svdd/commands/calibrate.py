@@ -4,7 +4,7 @@ import inspect
 import shlex
 from argparse import SUPPRESS
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
@@ -34,9 +34,7 @@ class CalibrationTrainer(L.Trainer):
 class CalibrateCLI(ModelCLI):
     """Draws new unguided chains for the prompts and writes table and plot into the output folder."""
 
-    purpose = "Measures how well a value predicts the reward, step by step."
     command, builds = "calibrate", (Calibration, PromptDataModule, CalibrationTrainer)
-    defaults: ClassVar = {"output": "runs/calibration"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Accepts, and hides from `--help`, the settings of `svdd predict` that a shared configuration holds."""

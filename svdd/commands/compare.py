@@ -16,7 +16,7 @@ from svdd.evaluation.sides import Positions, Side, read_side
 from svdd.runs.config import read_config
 from svdd.runs.files import write_atomically
 
-__all__ = ["compare"]
+__all__ = ["compare", "compare_parser"]
 
 _DESCRIPTION = """\
 Compares runs: what differs between their settings, then a row for each run with the mean of every reward, its standard
@@ -35,16 +35,17 @@ _HELP = {
 }
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def compare_parser() -> Options:
+    """Returns the parser of `svdd compare`."""
     parser = Options("svdd compare", _DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--baseline", type=Path, metavar="RUN", help=_HELP["baseline"])
     for name in ("unpaired", "shared"):
         parser.add_flag(f"--{name}", _HELP[name])
     parser.add_argument("--format", choices=("text", "md", "csv", "tex"), default="text", help=_HELP["format"])
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help=_HELP["output"])
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.png", help=_HELP["output"])
     parser.add_argument("--limit", type=int, default=8, help=_HELP["limit"])
-    return parser.parse_args(parser.spelled_out(words))
+    return parser
 
 
 def compare(words: list[str]) -> None:
@@ -53,7 +54,8 @@ def compare(words: list[str]) -> None:
     Raises:
         UserError: If a folder holds no run or a damaged one, runs cannot be paired, or the output cannot be written.
     """
-    options = _parse(words)
+    parser = compare_parser()
+    options = parser.parse_args(parser.spelled_out(words))
     output: Path | None = options.output
     if options.limit < 1:
         raise UserError(f"--limit must be >= 1, got {options.limit}")

@@ -11,7 +11,7 @@ from typing import Any
 from svdd import Stopped, UserError, first_line, say
 from svdd.assets.loaded import keeping_weights
 from svdd.commands.cells import attempt, work
-from svdd.commands.parser import find_config
+from svdd.commands.configs import find_config
 from svdd.commands.plans import Cost, Plan
 from svdd.commands.progress import duration
 from svdd.evaluation.rendering import render

@@ -5,7 +5,7 @@ import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
@@ -41,11 +41,8 @@ _RESULTS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "value.safetensors
 class FitCLI(ModelCLI):
     """Keeps checkpoints and logs in the output folder, and continues an interrupted training there."""
 
-    purpose = "Trains a learned value on rollouts of the pretrained model."
     command, builds = "fit", (ValueFitting, RolloutDataModule, L.Trainer)
     hidden = ModelCLI.hidden | {"train_dataloaders", "val_dataloaders"}
-    classes: ClassVar = ModelCLI.classes | {"value": "svdd.values.latent_conv.LatentConvValue"}
-    defaults: ClassVar = {"output": "runs/fit", "trainer.max_epochs": 20, "trainer.num_sanity_val_steps": 0}
 
     def before_instantiate_classes(self) -> None:
         """Claims the output folder for this configuration, and finds the checkpoint to continue from."""

@@ -1,6 +1,7 @@
 """Command lines of the commands that have no configuration."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ class Options(argparse.ArgumentParser):
     def __init__(self, name: str, description: str, **more: Any) -> None:
         super().__init__(name, description=description, allow_abbrev=False, **more)
         self._flags: set[str] = set()
+        self.others: list[str] = []  # names of options that the parser leaves to another
 
     def add_flag(self, name: str, purpose: str) -> None:
         """Adds an option that takes true or false, by default false."""
@@ -31,7 +33,18 @@ class Options(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises a UserError."""
-        raise UserError(f"{message}; `{self.prog} --help` lists all settings")
+        from svdd.commands.settings.nearest import nearest
+
+        where = f"; `{self.prog} --help` lists all settings"
+        if lacking := re.match("the following arguments are required: (.*)", message):
+            helps = {str(each.metavar): each.help for each in self._actions if not each.option_strings}
+            said = "; ".join(f"{name} is required: {helps[name]}" for name in lacking[1].split(", "))
+            raise UserError(said + where)
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            own = [name.lstrip("-") for each in self._actions for name in each.option_strings if name[:2] == "--"]
+            found = nearest(unknown[1], own) or nearest(unknown[1], self.others)
+            where = f"; did you mean --{found}?" if found else where
+        raise UserError(message + where)
 
 
 def _truth(text: str) -> bool:

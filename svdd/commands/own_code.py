@@ -4,7 +4,8 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pkgutil import resolve_name
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import jsonargparse
 import jsonargparse._actions as actions
@@ -65,11 +66,14 @@ _adapt: Any = typehints.adapt_typehints
 
 
 def adapt_anew(value: Any, typehint: Any, *args: Any, **options: Any) -> Any:
-    """Reads a value as jsonargparse does, with three exceptions.
+    """Reads a value as jsonargparse does, with four exceptions.
 
-    A whole list replaces an earlier one, of which its elements keep no arguments. Where a reward belongs, a sum in the
-    short form becomes a `WeightedSum`, and a function a `FunctionReward`.
+    A whole list replaces an earlier one, of which its elements keep no arguments. A single class or word where a list
+    of them belongs is appended. Where a reward belongs, a sum in the short form becomes a `WeightedSum`, and a function
+    a `FunctionReward`.
     """
+    if isinstance(value, str | Mapping) and _takes_a_list(typehint):
+        options["append"] = True
     if isinstance(value, list) and not options.get("append") and isinstance(options.get("prev_val"), list):
         options["prev_val"] = None
     value = expanded(value, typehint)
@@ -84,6 +88,18 @@ def adapt_anew(value: Any, typehint: Any, *args: Any, **options: Any) -> Any:
             }
         value = {"class_path": _FUNCTION_REWARD, "init_args": {"function": path, **given}}
     return _adapt(value, typehint, *args, **options)
+
+
+def _takes_a_list(typehint: Any) -> bool:
+    """Returns whether a type is a list of classes or known words, perhaps also one of them, but no text or number."""
+    members = {*_members(typehint)}
+    elements = {each for member in members if get_origin(member) is list for each in _members(*get_args(member))}
+    return bool(elements) and not {str, int, float, bool, Any} & (members | elements)
+
+
+def _members(typehint: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, or the type itself."""
+    return get_args(typehint) if get_origin(typehint) in (Union, UnionType) else (typehint,)
 
 
 _resolve_help: Any = actions._ActionHelpClassPath.resolve_help_type

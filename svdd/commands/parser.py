@@ -22,12 +22,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from svdd import UserError, did_you_mean, missing_methods
+from svdd.commands.configs import find_config
 from svdd.commands.own_code import adapt_anew, discard_all, own_error, resolve_help
 from svdd.commands.registry import KINDS, catalogue, import_all
+from svdd.commands.settings.nearest import hint, hint_in_class, missing, nearest, setting_names
 from svdd.runs.config import is_older
 from svdd.runs.yaml_text import check_yaml, read_yaml
 
-__all__ = ["Parser", "as_user_errors", "explain", "find_config", "with_shipped_configs"]
+__all__ = ["Parser", "as_user_errors", "explain", "with_shipped_configs"]
 
 _MAX_CONFIG = 2**24  # bytes
 _SECTIONS = {"model", "data", "trainer", "evaluation"}
@@ -74,7 +76,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError; jsonargparse's parser of one class has no command in its `prog`."""
         program, _, command = self.prog.rpartition(" ")
-        raise UserError(explain(message, command if program else None))
+        below = next(iter(self._subcommands_action.choices), None) if self._subcommands_action else None
+        raise UserError(explain(message, command if program.startswith("svdd") else below))
 
 
 def _allow_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,24 +153,6 @@ def with_shipped_configs(words: list[str]) -> list[str]:
     return found
 
 
-def find_config(name: str, study: bool = False) -> str:
-    """Returns the path of a shipped configuration or study, or the name itself if it is a path; else a UserError."""
-    if not re.fullmatch(r"[\w-]+(/[\w-]+)*(\.yaml)?", name) or Path(name).is_file():
-        return name
-    wheel, source_tree = Path(__file__).parents[1] / "assets" / "configs", Path(__file__).parents[2] / "configs"
-    root, stem = wheel if wheel.is_dir() else source_tree, name.removesuffix(".yaml")
-    paths = [path for path in sorted(root.glob("**/*.yaml")) if ("\nvariants:" in path.read_text("utf-8")) == study]
-    known = {path.relative_to(root).with_suffix("").as_posix().removeprefix("studies/"): str(path) for path in paths}
-    if Path(f"{stem}.yaml").is_file():
-        return f"{stem}.yaml"
-    if stem in known:
-        return known[stem]
-    if not (root / name).parent.is_dir():
-        return name  # a path of the user's
-    what, kind = (name, "study") if study else (f"--config {name}", "configuration")
-    raise UserError(f"{what}: no such file or shipped {kind}; known: {', '.join(known)}{did_you_mean(name, known)}")
-
-
 def _check_config(name: str) -> str:
     """Returns the path of a configuration, or YAML; refuses a file that holds no settings."""
     if not os.path.exists(name):
@@ -218,7 +203,16 @@ def explain(message: str, command: str | None = None) -> str:
     name = setting[1] if setting else "model.CLASS"
     if foreign := re.match(r"Subcommand '(\w+)' does not accept option '([^']+)'", message):
         option, command = re.split(r"\.(?:class_path|init_args)\b", foreign[2])[0], foreign[1]
-        return f"`svdd {command}` has no setting {option!r}, remove it; `svdd {command} --help` lists all settings"
+        return _foreign(option, command)
+    if typo := re.match(r"unrecognized arguments: (\S+)", message):
+        return message + (hint(typo[1], command) if command else "")
+    if bare := re.match(r"argument (--[\w.]+)\S*: expected one argument", message):
+        return f"{bare[1]} needs a value"
+    if lacking := re.search(r"the following arguments are required: ([\w., ]+)", rest):
+        if not command:
+            return message  # which becomes part of the message about the command
+        around = f"{name}." if setting else ""
+        return missing([around + each.removeprefix(f"{command}.") for each in lacking[1].split(", ")], command)
     if unknown := re.search(r"Expected a dot import path string: (\S+)", rest):
         return key + _unknown(name, unknown[1])
     if untyped := re.search(r"Parameter '(\w+)' from '([\w.]+)\.__init__' does not specify a type", rest):
@@ -236,9 +230,11 @@ def explain(message: str, command: str | None = None) -> str:
         return f"{key}expected the name of a {base[1]}, or a mapping with class_path and init_args{_got(rest)}"
     if argument := re.search(r"Option '([^']+)' is not accepted", rest):
         if command and not key:
-            return f"`svdd {command}` has no setting {argument[1]!r}, remove it; `svdd {command} --help` lists all"
+            return _foreign(argument[1], command)
+        if not command:
+            return message
         told = f"{key}no argument {argument[1]!r}; `svdd {command} --{name}.help NAME` lists what class NAME takes"
-        return told if command else message  # which becomes part of the message about the command
+        return told + hint_in_class(argument[1], name, command)
     if path := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", rest):
         reason = " ".join(path[2].split())
         where = " (the working directory is searched for files)" if reason.startswith("No module named") else ""
@@ -253,6 +249,13 @@ def explain(message: str, command: str | None = None) -> str:
             return f"{key}expected {', '.join(names[:-1])} or {names[-1]}{_got(rest)}"
         reasons = [line for line in reasons if "Got value" in line] or reasons
     return key + _plain(" ".join(reasons) or rest)
+
+
+def _foreign(option: str, command: str) -> str:
+    """Returns a message about a setting in a configuration that the command does not have."""
+    found = nearest(option, setting_names(command))
+    rest = f"; did you mean {found!r}?" if found else f", remove it; `svdd {command} --help` lists all settings"
+    return f"`svdd {command}` has no setting {option!r}{rest}"
 
 
 def _got(message: str) -> str:

@@ -74,7 +74,7 @@ class Plan(CellCLI):
 
     def _part(self, name: str) -> Any:
         """Returns the settings of a part of the model; without any, those of its default class."""
-        return self.settings.model[name] or Namespace(class_path=self.classes[name])
+        return self.settings.model[name] or Namespace(class_path=self.about.classes[name])
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether the run of a cell with these settings is complete; a RunError if its folder cannot be used."""

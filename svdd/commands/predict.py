@@ -36,22 +36,14 @@ _ONE_PROMPT = "no standard error from one prompt"
 class PredictCLI(ModelCLI):
     """Opens the run folder and reads the prompts before any weight is loaded."""
 
-    purpose = "Draws guided images for a list of prompts, into a run folder."
     command, builds = "predict", (GuidedDiffusion, PromptDataModule, L.Trainer)
     finished: Collection[int] = ()  # indices of the prompts that the folder holds
     label: str | None = ""  # what stands before the progress; None hides it
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds how images are stored, how long a process waits for others, and what is measured on the images."""
+        """Adds what is measured on the images."""
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(Evaluation, "evaluation")
-        patience = "Seconds to wait for other processes, once done, while none of them finishes a batch."
-        parser.add_argument("--tar", type=bool, default=False, help="Write WebDataset tar shards instead of PNG files.")
-        parser.add_argument("--patience", type=float, default=3600.0, help=patience)
-        timeout = "Seconds after which a process whose step does not finish is ended; by default never."
-        parser.add_argument("--step_timeout", type=float | None, default=None, help=timeout)
-        dry = "Print rows, time, memory and disk of the run, from one measured batch, and write nothing."
-        parser.add_argument("--dry_run", type=bool, default=False, help=dry)
 
     def _join(self) -> Group | None:
         """Starts no other process for a dry run, and ends all but one that a launcher has started."""

@@ -1,18 +1,19 @@
-"""The classes that can be selected by name, built-in ones, those of plug-ins and a user's own, and `svdd list`."""
+"""The classes that can be selected by name, built-in ones, those of plug-ins and a user's own."""
 
 import ast
 import inspect
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import NamedTuple
 
-from svdd import UserError, first_line, say
+from svdd import first_line
 from svdd.runs.tracebacks import Tracebacks, users_traceback
 
-__all__ = ["KINDS", "Entry", "catalogue", "import_all", "show"]
+__all__ = ["KINDS", "Entry", "catalogue", "import_all", "plugins"]
 
 KINDS = {  # kind: (package of the built-ins, base class)
     "diffusion": ("svdd.diffusion", "Diffusion"),
@@ -20,8 +21,6 @@ KINDS = {  # kind: (package of the built-ins, base class)
     "value": ("svdd.values", "Value"),
     "reward": ("svdd.rewards", "Reward"),
 }
-
-
 _tracebacks = Tracebacks()
 
 
@@ -34,13 +33,18 @@ class Entry(NamedTuple):
     package: str
 
 
+def plugins() -> list[EntryPoint]:
+    """Returns the entry points of the plug-ins that are installed."""
+    return list(entry_points(group="svdd.plugins"))
+
+
 def import_all() -> None:
     """Imports every built-in class and every plug-in; one that fails to import warns after its traceback."""
     for package, _ in KINDS.values():
         folder = import_module(package)
         for name in folder.__all__:
             getattr(folder, name)  # imported on first use
-    for plugin in entry_points(group="svdd.plugins"):
+    for plugin in plugins():
         try:
             plugin.load()
         except Exception as error:  # a third-party package can raise anything, and must not stop the others
@@ -50,29 +54,21 @@ def import_all() -> None:
             warnings.warn(f"plug-in {plugin.name!r} of {source} was skipped: {reason}", stacklevel=2)
 
 
-def catalogue() -> list[Entry]:
-    """Returns all selectable classes, by kind and name; built-in ones are read from their source, not imported."""
+def catalogue(plug_ins: bool = True) -> list[Entry]:
+    """Returns all selectable classes, by kind and name; built-in ones are read from their source, not imported.
+
+    Plug-ins are imported, and torch with them, unless `plug_ins` is false.
+    """
     entries = {entry for kind in KINDS for entry in _read_sources(kind)}
-    if entry_points(group="svdd.plugins"):
+    if plug_ins and plugins():
         import_all()
         entries |= {entry for kind in KINDS for entry in _read_imported(kind)}
     return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), entry))
 
 
-def show(kinds: list[str]) -> None:
-    """Runs `svdd list` for the given kinds, by default for all; raises UserError if one is unknown."""
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(f"svdd list takes {', '.join(KINDS)} or nothing, got {unknown[0]!r}")
-    entries = [entry for entry in catalogue() if not kinds or entry.kind in kinds]
-    width = max(len(entry.name) for entry in entries)
-    for kind in kinds or KINDS:
-        say(f"{kind}:")
-        for name, description, package in (entry[1:] for entry in entries if entry.kind == kind):
-            say(f"  {name:<{width}}  {description}{'' if package == 'svdd' else f'  [{package}]'}")
-
-
-def _read_sources(kind: str) -> Iterator[Entry]:
-    """Yields the concrete built-in classes below the base class of this kind, however far."""
+@cache
+def _read_sources(kind: str) -> tuple[Entry, ...]:
+    """Returns the concrete built-in classes below the base class of this kind, however far."""
     package, base = KINDS[kind]
     paths = (Path(__file__).parents[1] / package.split(".")[1]).glob("[!_]*.py")
     nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
@@ -81,9 +77,9 @@ def _read_sources(kind: str) -> Iterator[Entry]:
     known = {base}
     while below := {name for name, above in parents.items() if above & known} - known:
         known |= below
-    for name in known - {base}:
-        if not name.startswith("_") and not _is_abstract(name, classes, parents):
-            yield Entry(kind, name, (ast.get_docstring(classes[name]) or "").partition("\n")[0], "svdd")
+    names = [name for name in known - {base} if not name.startswith("_") and not _is_abstract(name, classes, parents)]
+    descriptions = [(ast.get_docstring(classes[name]) or "").partition("\n")[0] for name in names]
+    return tuple(Entry(kind, *each, "svdd") for each in zip(names, descriptions, strict=True))
 
 
 def _is_abstract(name: str, classes: dict[str, ast.ClassDef], parents: dict[str, set[str]]) -> bool:

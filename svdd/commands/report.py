@@ -15,7 +15,7 @@ from svdd.evaluation.reports.data import read_run
 from svdd.evaluation.reports.page import check_page, write_page
 from svdd.runs.folder import RunFolder
 
-__all__ = ["gallery", "report"]
+__all__ = ["gallery", "gallery_parser", "report", "report_parser"]
 
 _SUFFIXES = (".html", ".htm")
 
@@ -26,8 +26,7 @@ def report(words: list[str]) -> None:
     Raises:
         UserError: If a folder holds no image or a damaged row, or the page cannot be written.
     """
-    parser = _parser("svdd report", "Runs as one HTML page that needs no server: pictures, rewards, traces, settings.")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file (default: report.html)")
+    parser = report_parser()
     _write(parser.parse_args(parser.spelled_out(words)))
 
 
@@ -36,7 +35,7 @@ def gallery(words: list[str]) -> None:
 
     In a folder that cannot be written, it goes to a temporary one. Raises a UserError as `report` does.
     """
-    parser = _parser("svdd gallery", "Writes gallery.html, a report, into the first run's folder and opens it.")
+    parser = gallery_parser()
     options = parser.parse_args(parser.spelled_out(words))
     options.output = options.runs[0] / "gallery.html"
     if options.runs[0].is_dir() and not os.access(options.runs[0], os.W_OK):
@@ -45,6 +44,19 @@ def gallery(words: list[str]) -> None:
     display = sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
     if not (display and webbrowser.open(Path(os.path.abspath(options.output)).as_uri())):
         say(f"no browser was found; open {os.path.abspath(options.output)} in one")
+
+
+def report_parser() -> Options:
+    """Returns the parser of `svdd report`."""
+    parser = _parser("svdd report", "Runs as one HTML page that needs no server: pictures, rewards, traces, settings.")
+    output = "HTML file (default: report.html)"
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help=output)
+    return parser
+
+
+def gallery_parser() -> Options:
+    """Returns the parser of `svdd gallery`."""
+    return _parser("svdd gallery", "Writes gallery.html, a report, into the first run's folder and opens it.")
 
 
 def _parser(name: str, description: str) -> Options:

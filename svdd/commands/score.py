@@ -16,6 +16,7 @@ import yaml
 
 from svdd import UserError, require_at_least, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
+from svdd.commands.settings.own import COMMANDS, add_options
 from svdd.diffusion.chunking import Chunker
 from svdd.evaluation.evaluation import Evaluation
 from svdd.evaluation.metrics import RewardStatistics
@@ -37,27 +38,16 @@ from svdd.state.scoring import score as call
 
 __all__ = ["print_measurements", "score", "score_parser"]
 
-_ABOUT = (
-    "Scores existing pictures with any reward. Numbers of public benchmarks: svdd score --benchmark NAME RUN; "
-    "`svdd score --benchmark geneval --help` lists the benchmarks and their settings."
-)
 _NO_PROMPTS = "no prompts are known, so rewards that read them saw empty ones: --prompts"
 
 
 def score_parser() -> Parser:
     """Returns the parser of `svdd score`."""
-    parser = Parser(prog="svdd score", description=_ABOUT)
-    parser.add_argument("--config", action="config", help="YAML file with these settings.")
-    parser.add_argument("--reward", type=Reward, required=True, help="What is measured.")
-    parser.add_argument("--eval_rewards", type=list[Reward], default=[], help="More of the same.")
-    parser.add_argument("--images", type=str, required=True, help="Folder of pictures, or a run folder.")
-    prompts = "The pictures' prompts, a file or a list, in the order of their names (2 before 10); a run has its own."
-    parser.add_argument("--prompts", type=list[str] | str | None, default=None, help=prompts)
-    parser.add_argument("--prompt_column", type=str, default="prompt", help="Column, or JSON key, of the prompts.")
-    parser.add_argument("--output", type=str | None, default=None, help="Folder for scores.jsonl and the summary.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
-    parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
-    parser.add_class_arguments(Evaluation, "evaluation", skip={"baseline", "batch_size", "unpaired"})
+    parser, about = Parser(prog="svdd score"), COMMANDS["score"]
+    parser.add_argument("--config", action="config")
+    add_options(parser, about.options, reward=Reward, eval_rewards=list[Reward])
+    skip = {name.removeprefix("evaluation.") for name in about.left_out}
+    parser.add_class_arguments(Evaluation, "evaluation", skip=skip)
     return parser
 
 

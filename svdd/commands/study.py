@@ -7,7 +7,7 @@ from typing import Any
 from svdd import Incomplete, UserError, say
 from svdd.commands.options import Options
 
-__all__ = ["study"]
+__all__ = ["study", "study_parser"]
 
 _PURPOSE = """\
 Draws the runs of a study and writes its tables and plots.
@@ -65,12 +65,12 @@ def study(words: list[str]) -> None:
         raise Incomplete(3)
 
 
-def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Returns the command's own options, and the settings of `svdd predict` by dotted keys."""
+def study_parser() -> Options:
+    """Returns the parser of the own options of `svdd study`."""
     usage, form = "svdd study STUDY [options] [--SETTING VALUE ...]", argparse.RawDescriptionHelpFormatter
     parser = Options("svdd study", _PURPOSE, usage=usage, formatter_class=form)
     parser.add_argument("study", metavar="STUDY", help="a YAML file, or the name of a study that ships with svdd")
-    parser.add_argument("--output", help="folder of the study (default: runs/ and the file's name)")
+    parser.add_argument("-o", "--output", help="folder of the study (default: runs/ and the file's name)")
     help = "processes that draw at once: on GPUs one each, on the CPU with an equal share of its cores (default: 1)"
     parser.add_argument("--devices", type=int, default=1, metavar="N", help=help)
     for name, purpose in {
@@ -78,6 +78,12 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "tables_only": "write tables and plots of what is drawn, and draw nothing",
     }.items():
         parser.add_flag(f"--{name}", purpose)
+    return parser
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns the command's own options, and the settings of `svdd predict` by dotted keys."""
+    parser = study_parser()
     options, rest = parser.parse_known_args(parser.spelled_out(words))
     if options.devices < 1:
         raise UserError(f"--devices must be >= 1, got {options.devices}")
@@ -85,6 +91,9 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     while rest:
         option = re.fullmatch(r"--([a-z]\w*(?:\.\w+)+\+?|config)(?:=(.*))?", word := rest.pop(0), re.DOTALL)
         if option is None:
+            from svdd.commands.settings.nearest import setting_names
+
+            parser.others = [name for name in setting_names("predict") if "." in name]
             parser.error(f"unrecognized arguments: {word}")
         if option[1].rstrip("+") == "model.budget":
             parser.error(f"{word.partition('=')[0]} is set by the study: use budgets in its file")

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from svdd import UserError, say
 from svdd.commands.parser import Parser, as_user_errors, with_shipped_configs
+from svdd.commands.settings.own import COMMANDS, add_options
 from svdd.evaluation.reward_checks import findings, seconds_per_image
 from svdd.evaluation.reward_trials import Trial, drawn
 from svdd.rewards.base import Reward
@@ -21,23 +22,17 @@ from svdd.runs.processes.devices import named_device
 from svdd.runs.prompts import PromptDataset
 from svdd.runs.tracebacks import Tracebacks
 
-__all__ = ["test_reward"]
+__all__ = ["reward_parser", "test_reward"]
 
 _MOST = 8  # pictures
 _WORDS = {True: "pass", False: "FAIL", None: "skip"}
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="svdd test-reward", description="Tests a reward, built-in or your own: class or function.")
-    parser.add_argument("--config", action="config", help="YAML file with these settings.")
-    parser.add_argument("--reward", type=Reward, required=True, help="What is tested; the word may be left out.")
-    pictures = f"Folder of pictures, or a run folder, of which up to {_MOST} are used; by default drawn shapes."
-    parser.add_argument("--images", type=str | None, default=None, help=pictures)
-    prompts = "The pictures' prompts, a file or a list, with the columns that the reward needs; by default file names."
-    parser.add_argument("--prompts", type=list[str] | str | None, default=None, help=prompts)
-    parser.add_argument("--prompt_column", type=str, default="prompt", help="Column, or JSON key, of the prompts.")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="How much rounding may change a score.")
-    parser.add_argument("--device", type=str, default="auto", help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
+def reward_parser() -> Parser:
+    """Returns the parser of `svdd test-reward`."""
+    parser = Parser(prog="svdd test-reward")
+    parser.add_argument("--config", action="config")
+    add_options(parser, COMMANDS["test-reward"].options, reward=Reward)
     return parser
 
 
@@ -48,7 +43,7 @@ def test_reward(words: list[str]) -> None:
         UserError: If the reward cannot be built, or pictures or prompts cannot be read.
         SystemExit: With code 1, if a check fails.
     """
-    parser = _parser()
+    parser = reward_parser()
     named = ["--reward", *words] if words and not words[0].startswith("-") else words
     with as_user_errors():
         given = parser.parse_args(with_shipped_configs(named))

@@ -38,7 +38,7 @@ def order_weights(part: nn.Module, device: torch.device, decodes: bool) -> None:
 
     With channels last, an image is not copied to another order before a convolution. Sums are added in another order,
     so the last bits of a result differ. On a CPU, decoders are faster with channels last, and a UNet in float32 alone
-    (docs/models.md). On a CUDA device, half-precision kernels work with channels last. A part without flat
+    (docs/reference/models.md). On a CUDA device, half-precision kernels work with channels last. A part without flat
     convolutions, or with convolutions in time as well, stays as it is.
 
     Args:

@@ -1,4 +1,4 @@
-"""A reward that a server computes: images and prompts go out as JSON, scores come back; docs/rewards.md says how."""
+"""A reward that a server computes: images and prompts go out as JSON, scores come back; docs/how_to has the protocol."""
 
 import json
 import re
@@ -27,7 +27,7 @@ _OWN = ("images", "format", "prompts", "columns")  # fields of a request
 class HTTPReward(Reward):
     """Scores from a server of your own, over HTTP.
 
-    docs/rewards.md states the protocol; examples/reward_server.py is a server.
+    docs/how_to/reward_service.md states the protocol; examples/reward_server.py is a server.
 
     Args:
         url: Where the requests go, `http://localhost:8000/score`. Host and port may change when a run continues.

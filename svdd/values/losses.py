@@ -46,7 +46,7 @@ class SoftLoss(ValueLoss):
     most 10 alpha / scale. Source: the linear-exponential loss of Garg et al., 2023, arXiv 2301.02328.
 
     Args:
-        alpha: Temperature in units of the reward, > 0; use the sampler's. For its lower limit see docs/values.md.
+        alpha: Temperature in units of the reward, > 0; use the sampler's. Its lower limit: docs/reference/values.md.
         bootstrap: As in every loss.
     """
 

@@ -1,4 +1,4 @@
-"""Reference runs, and the check that the table of faults in docs/scale.md matches the test results."""
+"""Reference runs, and the check that the table of faults in docs/how_to/many_gpus.md matches the test results."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.harness import REPOSITORY, Case, end_all
 
-PAGE = REPOSITORY / "docs" / "scale.md"
+PAGE = REPOSITORY / "docs" / "how_to" / "many_gpus.md"
 PROMPTS = [f"prompt {k}" for k in range(4)] + ["wait here", "wait there"] + [f"prompt {k}" for k in range(6, 11)]
 
 
@@ -35,7 +35,7 @@ def no_process_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def table() -> Iterator[Callable[[str, str, int, int], None]]:
-    """Checks a row of docs/scale.md: the fault, the outcome, the exit code, the number of finished images lost.
+    """Checks a row of docs/how_to/many_gpus.md: fault, outcome, exit code, number of finished images lost.
 
     With SVDD_WRITE_FAULTS=1 all rows are written there instead.
     """
@@ -46,7 +46,7 @@ def table() -> Iterator[Callable[[str, str, int, int], None]]:
         row = f"| {fault} | {happened} | {code} | {lost} |"
         rows.append(row)
         assert write or row in PAGE.read_text().splitlines(), (
-            f"write docs/scale.md anew, with SVDD_WRITE_FAULTS=1: {row}"
+            f"write docs/how_to/many_gpus.md anew, with SVDD_WRITE_FAULTS=1: {row}"
         )
 
     yield record

@@ -1,4 +1,4 @@
-"""Prints the parity table of docs/models.md: `python -m tests.tiny_families`.
+"""Prints the parity table of docs/reference/models.md: `python -m tests.tiny_families`.
 
 Counts, for every family, the draws whose pictures equal the pipeline's bit for bit in float32: every law of the steps,
 one and three pictures, two sizes.

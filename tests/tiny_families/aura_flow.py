@@ -1,4 +1,4 @@
-"""AuraFlow in small, for the example of a model family in docs/extending.md."""
+"""AuraFlow in small, for the example of a model family in docs/how_to/extending.md."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 Target: p(x' | x), where the noises of x and x' have the correlation rho; with DDPM's rho the exact reverse step.
 Source: Holderrieth et al., GLASS Flows: Transition Sampling for Alignment of Flow and Diffusion Models, 2025, arXiv
-2509.25170. The derivation is in docs/transitions.md.
+2509.25170. The derivation is in docs/explanation/transitions.md.
 """
 
 import math

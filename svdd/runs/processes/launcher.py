@@ -54,7 +54,7 @@ def join(trainer: Any, max_restarts: int, words: Sequence[str]) -> Group | None:
     elif probe.num_nodes > 1:
         raise UserError(
             f"trainer.num_nodes={probe.num_nodes} needs a launcher: start the command with torchrun on each machine, "
-            "or with srun (docs/scale.md)"
+            "or with srun (docs/how_to/many_gpus.md)"
         )
     elif probe.num_devices > 1:
         raise SystemExit(_launch(words, probe.num_devices, max_restarts))

@@ -1,0 +1,1 @@
+"""The page of `svdd app`: its controls from the registry, its one job at a time, and its server."""
