@@ -1,4 +1,4 @@
-"""A reward that a server computes: images and prompts go out as JSON, scores come back; docs/how_to has the protocol."""
+"""A reward that a server computes: images and prompts go out as JSON, and scores come back."""
 
 import json
 import re
