@@ -123,8 +123,7 @@ class GuidedDiffusion(L.LightningModule):
         """The sampler's count or schedule, by its name, and the rows that a returned image costs with it."""
         cost = count(self.sampler, self.diffusion, self.value)
         gradients = {"gradient_rows": cost.gradient_rows} if cost.gradient_rows else {}
-        whole = cost.network_rows
-        equivalent = {} if whole == cost.denoiser_rows else {"equivalent_rows": round(whole, 3)}
+        equivalent = {"equivalent_rows": round(cost.network_rows, 3)} if cost.network_rows != cost.denoiser_rows else {}
         return {**current_count(self.sampler), "denoiser_rows": cost.denoiser_rows, **equivalent, **gradients}
 
     @torch.no_grad()

@@ -19,7 +19,16 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 # Files that take longest, for their processes; several workers balance best if these come first.
 LONGEST = ("test_cli", "faults", "test_families", "test_writer", "test_study", "test_paper", "test_evaluation_commands")
-LONGEST += ("test_data", "test_plugin", "test_wheel", "test_calibration", "test_scale", "test_precision", "test_fuzz")
+LONGEST += (
+    "test_data",
+    "test_notebook",
+    "test_plugin",
+    "test_wheel",
+    "test_calibration",
+    "test_scale",
+    "test_precision",
+    "test_fuzz",
+)
 
 
 def pytest_collection_modifyitems(items):

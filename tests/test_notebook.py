@@ -104,4 +104,6 @@ def test_what_is_no_grid_is_refused(images, arguments, message):
 
 def test_a_model_shows_itself_in_one_line():
     model = GuidedDiffusion(lambda images, prompts: images.mean((1, 2, 3)), sampler=SVDD(4, alpha=0.1))
-    assert repr(model) == "GuidedDiffusion(lambda, StableDiffusion of 50 steps, SVDD(4, alpha=0.1), PosteriorMean)"
+    sampler = "SVDD(num_candidates=4, alpha=0.1)"
+    assert repr(model) == f"GuidedDiffusion(lambda, StableDiffusion of 50 steps, {sampler}, PosteriorMean)"
+    assert repr(SVDD(num_candidates=20)) == "SVDD()"

@@ -1,5 +1,6 @@
 """The base class of all samplers, the types in its signatures, and checks that several samplers share."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -57,10 +58,11 @@ class Sampler(ABC):
         return sampler
 
     def __repr__(self) -> str:
-        """Returns the call that made the sampler."""
-        positional, named = self.arguments
-        given = [*map(repr, positional), *(f"{name}={value!r}" for name, value in named.items())]
-        return f"{type(self).__name__}({', '.join(given)})"
+        """Returns the call that makes the sampler, without arguments that have their defaults."""
+        signature, (positional, named) = inspect.signature(type(self).__init__), self.arguments
+        given = [*signature.bind(self, *positional, **named).arguments.items()][1:]
+        changed = [f"{name}={value!r}" for name, value in given if value != signature.parameters[name].default]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     @abstractmethod
     def sample(self, start: Start, value: Value) -> State:
