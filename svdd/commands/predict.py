@@ -129,7 +129,8 @@ class PredictCLI(ModelCLI):
         count = summary["rewards"][summary["guide"]]["count"]
         if failed:
             where = f"see {self.writer.folder.failures}; the same command tries them again"
-            say(f"svdd: {failed} prompts could not be drawn: {where}", error=True)
+            what = "prompt" if failed == 1 else "prompts"
+            say(f"svdd: {failed} {what} could not be drawn: {where}", error=True)
             if not count:
                 raise UserError("no prompt could be drawn, so no picture was made")
         say(f"{count:.0f} images in {self.writer.folder.path}/images")

@@ -250,7 +250,7 @@ def test_a_reward_that_fails_on_one_prompt(case: Case, whole: Case, table: Calla
     process = case.fork("--model.on_error", "skip", environment=BAD)
     process.join(60)
     assert process.exitcode == 3
-    assert f"svdd: 1 prompts could not be drawn: see {case.folder}/failed.jsonl" in case.said()
+    assert f"svdd: 1 prompt could not be drawn: see {case.folder}/failed.jsonl" in case.said()
     failed = [json.loads(line) for line in (case.folder / "failed.jsonl").read_text().splitlines()]
     expected = {
         "prompt_index": 5,

@@ -78,7 +78,7 @@ def die_with_parent() -> None:
     """Asks Linux to kill this process when its parent ends; other systems do nothing."""
     import ctypes
 
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError, TypeError):  # Windows has no library of all symbols, macOS no prctl
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.environ.get(AGENT, str(os.getppid())) != str(os.getppid()):  # the parent ended before the call
         os._exit(1)
