@@ -24,7 +24,7 @@ demo: $(INSTALLED)  ## Set up, draw with and without guidance on the embedded mo
 	$(BIN)/svdd compare runs/demo/unguided runs/demo/best-of-8 runs/demo/svdd --output demo.png
 
 docs: $(INSTALLED)  ## Build the documentation site in build/site, which opens without a server; any broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(INSTALLED)  ## Set up and run all tests
 	$(TESTS)
