@@ -76,17 +76,14 @@ class Server:
         return self.process.returncode, error
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/app.md"))
-    output = parser.parse_args(arguments).output
-    server = Server()
+def measured(server: Server) -> list[str]:
+    """Draws the jobs; returns the rows of the table."""
     process, lines = psutil.Process(server.process.pid), []
     for k in range(1, JOBS + 1):
-        session, images = f"visitor{k}", 1 + k % 4
+        session, images = f"visitor{k}", 1 + k % 2
         changed = {"sampler": SAMPLERS[k % len(SAMPLERS)], "reward": REWARDS[k % len(REWARDS)], "seed": k}
         server.send("begin", session, [])
-        server.send("draw", session, server.values(**changed, steps=8, images=images))
+        server.send("draw", session, server.values(**changed, steps=4, images=images))
         if k % 10 == 0:
             server.send("stop", session, [])
         found = list(server.results(session))
@@ -95,21 +92,27 @@ def main(arguments: list[str] | None = None) -> None:
         if k % EVERY == 0:
             lines.append(f"| {k} | {process.memory_info().rss / MIB:.0f} | {process.num_threads()} |")
             print(lines[-1], flush=True)
-    server.close()
-    output.write_text(
-        f"""# Memory of svdd app
+    return lines
 
-{JOBS} jobs of as many visitors on the embedded model, T = 8, 1 to 4 images, by turns {", ".join(SAMPLERS)} and
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/app.md"))
+    output, server = parser.parse_args(arguments).output, Server()
+    try:
+        lines = measured(server)
+    finally:
+        server.close()
+    text = f"""# Memory of svdd app
+
+{JOBS} jobs of as many visitors on the embedded model, T = 4, 1 or 2 images, by turns {", ".join(SAMPLERS)} and
 {len(REWARDS)} rewards; every tenth job is stopped. Resident memory of the server's process after so many jobs. Made by
 `python -m benchmarks.app_memory`.
 
 | jobs | MiB | threads |
 |---:|---:|---:|
 """
-        + "\n".join(lines)
-        + "\n",
-        encoding="utf-8",
-    )
+    output.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -200,12 +200,13 @@ def test_only_ones_own_job_is_stopped(server):
 
 def test_a_closed_page_stops_its_job(server):
     with server.http.stream("GET", "/gradio_api/heartbeat/closed") as heartbeat:
-        next(heartbeat.iter_lines())
+        next(lines := heartbeat.iter_lines())  # the connection ends with the iterator
         server.send("begin", "closed", [])
         server.send("draw", "closed", server.values(steps=56))
         results = server.results("closed")
-        while "step" not in next(results):
+        while "Unguided: step" not in next(results):
             pass
+        del lines
     assert "Stopped" in list(results)[-1]
 
 

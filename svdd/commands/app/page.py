@@ -54,6 +54,7 @@ def build(template: Template, engine: Engine, guidance_scale: float | None) -> g
         drawn.failure(visits.end, None, [draw, stop], **quick)
         stop.click(visits.stop, None, status, **quick)
         page.unload(visits.leave)
+    page.state_session_capacity = 2 * _QUEUE  # gradio keeps the last outputs of so many visitors
     return page.queue(max_size=_QUEUE, api_open=False)
 
 
