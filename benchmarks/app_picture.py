@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("rewards", "cost"):
             print(driver.find_element("css selector", f"#{name}").text)
         height = driver.execute_script("return document.querySelector('#plot').getBoundingClientRect().bottom")
-        clip = {"x": 0, "y": 0, "width": given.width, "height": height + 20, "scale": 0.75}
+        clip = {"x": 0, "y": 0, "width": given.width, "height": height + 60, "scale": 0.75}
         shot: Any = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         with Image.open(io.BytesIO(base64.b64decode(shot["data"]))) as picture:
             picture.convert("RGB").quantize(256).save(given.output, optimize=True)
