@@ -73,6 +73,7 @@ benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (a day on 2 
 	$(BIN)/python -m benchmarks.safety
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps rapidocr-onnxruntime
 	$(BIN)/python -m benchmarks.guided_text
+	$(BIN)/python -m benchmarks.app_memory
 
 embedded-model: $(INSTALLED)  ## Rebuild the embedded model from its data (hours; continues where it stopped)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
