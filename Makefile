@@ -7,7 +7,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 WORK ?= build/embedded-model
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test check oldest gpu format benchmarks embedded-model clean
+.PHONY: help demo docs test check oldest gpu format notebook benchmarks embedded-model clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,9 @@ gpu: $(INSTALLED)  ## On a machine with a GPU: the tests marked gpu, and speed a
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+notebook: $(INSTALLED)  ## Execute examples/quickstart.ipynb again
+	$(BIN)/python -m tools.notebook
 
 benchmarks: $(INSTALLED)  ## Measure everything that the docs quote (a day on 2 cores; --processes and --device cuda shorten it; continued where it stopped)
 	$(BIN)/python -m benchmarks.coverage
