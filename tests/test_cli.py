@@ -760,3 +760,20 @@ def test_two_processes_draw_the_same_images(config, one_thread, tmp_path, read_r
     for name in ("rewards", "choices", "resamplings", "spread", "ess", "alpha"):
         assert summaries[0][name] == summaries[1][name]
     assert summaries[0]["ledger"]["denoiser_rows"] == summaries[1]["ledger"]["denoiser_rows"]
+
+
+def test_the_embedded_clips_are_out_of_place_on_a_larger_model(predict, capsys):
+    sums = [
+        "--model.reward",
+        "CLIPScore + Brightness",
+        "--data.limit",
+        "1",
+        "--model.diffusion.num_inference_steps",
+        "1",
+    ]
+    assert predict(*sums) == 0
+    assert "knows emoji" not in capsys.readouterr().err
+    large = ["--model.diffusion.height", "256", "--model.diffusion.width", "256", "--overwrite"]
+    assert predict(*sums, *large, "--model.eval_rewards", "CLIPScore(emoji-judge)") == 0
+    said = capsys.readouterr().err
+    assert "the CLIP 'emoji' and 'emoji-judge' knows emoji of 64 x 64 pixels only" in said

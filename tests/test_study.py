@@ -75,6 +75,11 @@ def test_lists_become_a_grid(tmp_path):
     ]
 
 
+def test_a_study_needs_no_base(tmp_path):
+    (cell,) = expand(write(tmp_path, "settings: {model.reward: Brightness}\nvariants: {a: {data.limit: 1}}")).cells
+    assert cell.words[:-2] == ["--model.reward=Brightness", "--data.limit=1"]
+
+
 def test_folders_have_new_valid_names(tmp_path):
     variants = {f"a{'b' * 100}": {}, "A/b": {}, "a?b": {}, "a_B": {}, "..": {}, "ä": {}}
     text = {"base": "quickstart", "variants": {name: {"data.limit": 1} for name in variants}}
@@ -383,6 +388,7 @@ def test_a_part_that_is_null_is_its_default(tmp_path):
     cell = Cell("a", "g", "v", None, {}, tmp_path)
     plan = Plan(["--config", "quickstart", "--model.sampler=null", "--model.diffusion=null"])
     assert plan.takes_budget
+    Plan(["--model.reward=Brightness", "--data.prompts=[cat]"]).check_prompts()  # without rewards that are held out
     assert plan.job(cell).model == Plan([*plan._words[1:], "--model.sampler=Unguided"]).job(cell).model
 
 

@@ -27,7 +27,8 @@ from svdd.runs.fingerprints import FINGERPRINTS
 from svdd.runs.folder import RunFolder
 
 GUIDE, JUDGE, ERROR = "G_%&$", "cell", "error"  # names that LaTeX or other columns also use
-LEDGER = {"denoiser_rows": 10, "network_rows": 20, "gradient_rows": 0, "total_seconds": 0.5}
+WORK = {"denoiser_rows": 10, "network_rows": 20, "gradient_rows": 0, "decoded_images": 7, "reward_calls": 6}
+LEDGER = {**WORK, "total_seconds": 0.5}
 PROMPTS = ["red apple, ripe", "=blue 'car'", "panda", "owl", "frog", "rocket", *"abcdef"]
 
 
@@ -199,7 +200,7 @@ def test_study_csv_holds_a_line_per_picture_with_all_that_its_row_says(tmp_path,
         known |= {key: row[key] for key in ("prompt_index", "image_index", "prompt", "seed")}
         known |= {key: row.get(key) for key in ("particle", "particle_weight", "path_kl_sample")}
         known |= {f"reward.{name}": row["rewards"].get(name) for name in (GUIDE, JUDGE)}
-        known |= {key: row["ledger"].get(key) for key in ("denoiser_rows", "network_rows", "gradient_rows")}
+        known |= {key: row["ledger"].get(key) for key in WORK}
         known["seconds"] = row["ledger"].get("total_seconds")
         assert (tmp_path / line.pop("file")).samefile(cell.folder / row["file"])
         assert line == {key: "" if value is None else str(value) for key, value in known.items()}
@@ -306,7 +307,7 @@ def test_tables_escape_names_and_show_what_is_significant(tmp_path, no_plots):
     assert text.count("{") == text.count("}")
     for line in text.splitlines():
         if line.endswith(r"\\"):
-            assert len(re.findall(r"(?<!\\)&", line)) == 8, line
+            assert len(re.findall(r"(?<!\\)&", line)) == 9, line
     first, second = (tmp_path / "table.md").read_text().split("\n## ")[1:]
     assert first.startswith("Guide A_1 (G)\n")
     rows = {line.split(" | ")[0].strip("| "): line.count("**") for line in first.splitlines() if line.startswith("|")}

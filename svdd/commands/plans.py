@@ -58,7 +58,7 @@ class Plan(CellCLI):
     def check_prompts(self) -> None:
         """Raises UserError if a prompt lacks a column that a reward needs."""
         model = self.settings.model
-        for reward in (model.reward, *model.eval_rewards):
+        for reward in (model.reward, *(model.eval_rewards or ())):
             _check_columns(json.dumps(self.settings.data.as_dict()), json.dumps(reward.as_dict(), default=str))
 
     def job(self, cell: Cell) -> Job:

@@ -1,6 +1,8 @@
 """`svdd predict`: guided images for a set of prompts, in a run folder."""
 
+import json
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -30,6 +32,7 @@ from svdd.runs.writer import RunWriter
 
 __all__ = ["PredictCLI"]
 
+_PHOTOGRAPHS = 24  # latents a side: models of larger pictures than the embedded ones
 _ONE_PROMPT = "no standard error from one prompt"
 
 
@@ -120,6 +123,18 @@ class PredictCLI(ModelCLI):
             words = ", ".join(f"{name}={number}" for name, number in chosen.items())
             backward = " (a backward pass counts as 2 more rows)" if "gradient_rows" in chosen else ""
             say(f"budget {self.model.budget}: {type(self.model.sampler).__name__} with {words} per image{backward}")
+        if self.trainer.is_global_zero and (said := self._out_of_place()):
+            say(f"svdd: warning: {said}", error=True)
+
+    def _out_of_place(self) -> str:
+        """Returns a warning if a reward of the embedded CLIPs, such as that of `quickstart`, meets a larger model."""
+        model, known = self.settings.model, {"emoji", "emoji-judge"}
+        rewards = json.dumps([reward.as_dict() for reward in (model.reward, *(model.eval_rewards or ()))], default=str)
+        found = sorted(known & {*re.findall(r'"pretrained": "([^"]*)"', rewards)})
+        if not found or min(self.model.diffusion.latent_shape[-2:]) < _PHOTOGRAPHS:
+            return ""
+        advice = "give another CLIP, such as CLIPScore with pretrained: openai/clip-vit-large-patch14"
+        return f"the CLIP {' and '.join(map(repr, found))} knows emoji of 64 x 64 pixels only; {advice}"
 
     def after_predict(self) -> None:
         """Prints where the images are and how they score; raises Incomplete at the end if prompts have failed."""
@@ -160,8 +175,12 @@ class PredictCLI(ModelCLI):
             found["baseline"] = {"folder": str(baseline), "rewards": comparison, "over_optimised": fallen}
             for name, entry in comparison.items():
                 say(f"{name} - {baseline}: {difference_words(entry)}")
+            if lacking := [name for name in better if name not in comparison and name != summary["guide"]]:
+                say(f"svdd: warning: {baseline} has no {', '.join(lacking)} to compare with", error=True)
             if said := verdict(comparison, summary["guide"], fallen, baseline):
                 say(f"svdd: warning: {said}", error=True)
+            else:
+                say(f"over-optimisation: none found against {baseline}")
         if found:
             folder.amend_summary(found)
             print_measurements(found)

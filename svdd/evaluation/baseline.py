@@ -180,9 +180,13 @@ def over_optimised(comparison: Comparison, guide: str, higher_is_better: Mapping
 
 
 def verdict(comparison: Comparison, guide: str, fallen: list[str] | None, baseline: Path) -> str:
-    """Returns the message for what `over_optimised` found; empty if there is nothing to report."""
+    """Returns the message for what `over_optimised` found; empty if it tested and found nothing."""
     held_out = len(comparison) - (guide in comparison)
-    if fallen is None and guide in comparison and held_out:
+    if guide not in comparison:
+        return f"over-optimisation is not tested: {baseline} has no {guide}; draw it with the same --model.reward"
+    if not held_out:
+        return f"over-optimisation is not tested: no other reward than {guide} is known of both; add eval_rewards"
+    if fallen is None:
         least, count = _least_prompts(held_out), _prompts(comparison)
         what = f"over-optimisation cannot be tested with {count} prompts and {held_out} held-out rewards"
         return f"{what}; draw at least {least} prompts"

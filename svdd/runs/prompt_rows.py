@@ -196,7 +196,8 @@ def find_columns(names: tuple[str, ...], prompt_column: str, aliases: bool = Fal
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         what = f"no column {prompt_column!r} among the columns {shown}{more}"
         wide = next((mark for mark in "\uff0c\uff1b\u3001" if any(mark in name for name in names)), "")
-        hint = did_you_mean(prompt_column, names, ", ")
+        apart = re.split(r"[,;|\t]", names[0]) if len(names) == 1 else names  # of another delimiter than expected
+        hint = did_you_mean(prompt_column, apart, ", ")
         if wide:
             raise PromptError(f"{what}, which hold the fullwidth mark {wide!r}; put ASCII commas between the columns")
         raise PromptError(f"{what}{hint}; say with prompt_column which one holds the prompts")

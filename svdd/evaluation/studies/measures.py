@@ -26,8 +26,10 @@ from svdd.runs.rows import ResultRow
 
 __all__ = ["Drawn", "read_cells"]
 
-_WORK = {"denoiser_rows": "denoiser_rows", "network_rows": "network_rows", "gradient_rows": "gradient_rows"}
-_WORK |= {"seconds": "total_seconds"}  # column of ours: entry of the ledger
+_WORK = {  # column of ours: entry of the ledger
+    **{name: name for name in ("denoiser_rows", "network_rows", "gradient_rows", "decoded_images", "reward_calls")},
+    "seconds": "total_seconds",
+}
 _ABOUT = ("cell", "guide", "variant", "budget", "prompt_index", "image_index", "prompt", "seed", "file")
 _PARTICLE = ("particle", "particle_weight")
 _EMBEDDED = ("emoji", "emoji-flow")
@@ -44,7 +46,8 @@ class Drawn:
         images: The number of the image among those of its prompt, equal for all its particles, int64 [n].
         weights: The share of the picture in its image: 1, or that of a particle, float64 [n].
         rewards: The scores by reward, the guide first, float64 [n]; NaN where a row has none.
-        work: `denoiser_rows`, `network_rows`, `gradient_rows` and `seconds`, float64 [n]; NaN where they are unknown.
+        work: `denoiser_rows`, `network_rows`, `gradient_rows`, `decoded_images`, `reward_calls` and `seconds`, float64
+            [n]; NaN where they are unknown.
         divergence: `path_kl_sample`, float64 [n]; NaN where it is unknown.
         finished: Whether the run is complete.
         expected: The pictures of the finished run; None if that is unknown.

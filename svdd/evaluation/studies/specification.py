@@ -132,9 +132,9 @@ class Specification:
             raise UserError(f"a key is no text ({error}); put it in quotes") from error
         if unknown := [key for key in content if key not in _KEYS]:
             raise UserError(f"unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}{did_you_mean(unknown[0], _KEYS)}")
-        base = content.get("base")
+        base = content.get("base", [])
         base = [base] if isinstance(base, str) else base
-        if not isinstance(base, list) or not base or not all(isinstance(name, str) for name in base):
+        if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
             raise UserError(f"base must be the name of a configuration, or a list of them, got {shortened(base)}")
         settings = _flat("settings", content.get("settings") or {})
         variants = _mapping("variants", content.get("variants"))

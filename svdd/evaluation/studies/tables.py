@@ -14,6 +14,7 @@ __all__ = ["write_csv", "write_markdown", "write_tex"]
 
 _WORDS = {"mean": "mean", "median": "median", "top10": "top 10 %", "top20": "top 20 %"}
 _STANDINGS = {"front": "yes", "open": "within noise", "dominated": "no"}
+_WORK = ("denoiser_rows", "network_rows", "gradient_rows", "rows", "decoded_images", "reward_calls", "seconds")
 _DIVERSITY = ("pairwise_within", "vendi_within", "pairwise", "vendi")
 
 
@@ -27,7 +28,7 @@ def write_csv(study: Study, groups: Sequence[Group]) -> str:
         parts = ("difference", "difference.standard_error", "low", "high", "p_value", "prompts")
         headers += [f"{reward}.{key}.{part}" for part in parts]
     headers += [f"diversity.{name}" for name in _DIVERSITY] + ["path_kl", "path_kl.standard_error"]
-    headers += ["denoiser_rows", "network_rows", "gradient_rows", "rows", "seconds", "over_optimised"]
+    headers += [*_WORK, "over_optimised"]
     return render(headers, [_line(group, each, keys) for group in groups for each in group.entries], "csv")
 
 
@@ -41,7 +42,7 @@ def _line(group: Group, entry: Entry, keys: Sequence[Key]) -> list[Cell]:
         line += entry.differences.get(key, (None,) * len(Difference._fields))
     line += [entry.diversity.get(name) for name in _DIVERSITY]
     line += entry.path_kl or (None, None)
-    line += [entry.work[name] for name in ("denoiser_rows", "network_rows", "gradient_rows", "rows", "seconds")]
+    line += [entry.work[name] for name in _WORK]
     return [*line, None if entry.over_optimised is None else "; ".join(entry.over_optimised)]
 
 
@@ -93,7 +94,7 @@ def _table(study: Study, group: Group) -> tuple[list[str], list[list[Cell]]]:
         columns += [(f"front {x} / {y}", [_STANDINGS.get(found.get(each.drawn.cell.name, "")) for each in entries])]
     columns += [("diversity", [_text(each.diversity.get(_diversity(group)), "{:.3f}".format) for each in entries])]
     columns += [("KL", [_value(each.path_kl, _digits([each.path_kl])) for each in entries])]
-    for name, heading in (("rows", "rows"), ("seconds", "seconds")):
+    for name, heading in (("rows", "rows"), ("decoded_images", "decoded"), ("seconds", "seconds")):
         columns += [(heading, [_text(each.work[name], _short) for each in entries])]
     kept = [(heading, cells) for heading, cells in columns if heading == "variant" or any(cells)]
     return [heading for heading, _ in kept], [list(row) for row in zip(*(cells for _, cells in kept), strict=True)]
@@ -130,7 +131,8 @@ def _notes(study: Study, group: Group) -> list[str]:
         notes += ["KL: an estimate of a bound on the divergence from the pretrained model, in nats."]
     per = "" if group.unit == 1 else f", {group.unit} network rows each"
     notes += [
-        f"Rows: denoiser rows per image{per}; a backward pass counts as two more. Seconds: in the sampler, per image."
+        f"Rows: denoiser rows per image{per}; a backward pass counts as two more. Budgets match rows, not how many "
+        "pictures are decoded per image, nor the seconds in the sampler per image."
     ]
     if unfinished := [each for each in group.entries if not each.drawn.finished]:
         notes += [f"{len(unfinished)} of {len(group.entries)} cells are unfinished; images: those drawn of all."]
