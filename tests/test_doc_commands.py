@@ -10,6 +10,7 @@ import pytest
 
 from svdd.__main__ import main
 from svdd.commands import study
+from svdd.commands.app.command import app_parser
 from svdd.commands.benchmark import _with_class, benchmark_parser
 from svdd.commands.drawing import Drawing
 from svdd.commands.parser import with_shipped_configs
@@ -23,7 +24,7 @@ MISSING = re.compile(
     r"stabilityai/|stable-diffusion-|FLUX|Qwen|Aesthetic|PickScore|HPS|ImageReward|VQAScore|HTTPReward|ObjectCount|"
     r"UnifiedReward|RubricJudge|Similarity|http://|paper/|svdd_pm|several_nodes|prompts\.csv|prompts\.txt|--benchmark"
 )
-LONG = re.compile(r"^study |candidates")  # test_study.py and test_calibration.py run them in small
+LONG = re.compile(r"^(study|app)\b|candidates")  # test_study.py, test_app.py and test_calibration.py run them in small
 # What the pages name and do not define: a reader's own function, and what a command that is not run would write.
 NAMED = {
     "my_file.py": "def ask(images, prompts):\n    return images.mean((1, 2, 3))\n",
@@ -60,6 +61,8 @@ def parse(words: list[str]) -> None:
         if Path(options.study).exists():  # the page's own, whose settings are checked
             with Drawing(options.study, more, options.output, options.devices) as drawing:
                 assert drawing.study().cells
+    elif name == "app":
+        app_parser().parse_args(rest)
     elif "--benchmark" in rest:
         benchmark_parser().parse_args(_with_class(rest))
     else:
