@@ -207,7 +207,7 @@ def explain(message: str, command: str | None = None) -> str:
     if typo := re.match(r"unrecognized arguments: (\S+)", message):
         return message + (hint(typo[1], command) if command else "")
     if bare := re.match(r"argument (--[\w.]+)\S*: expected one argument", message):
-        return f"{bare[1]} needs a value"
+        return f"{bare[1]} needs a value; one that begins with a dash follows an equals sign, as in --NAME=-x"
     if lacking := re.search(r"the following arguments are required: ([\w., ]+)", rest):
         if not command:
             return message  # which becomes part of the message about the command

@@ -25,6 +25,7 @@ _MAX_TEXT = 1_000  # characters of a prompt
 _MAX_STEPS = 1_000
 _MAX_BUDGET = 10**6
 _SEEDS = 2**53  # that a page's script holds exactly
+_PLAIN = re.compile(r"(?!null$)\w[\w ,./'()-]*", re.IGNORECASE)  # a text that a command line takes as it is
 _DEFAULTS = {"sampler": "SVDD", "value": "PosteriorMean", "diffusion": "AutoDiffusion"}
 
 
@@ -62,7 +63,7 @@ class Wanted(NamedTuple):
     def command(self, accelerator: str) -> str:
         """Returns a command line that draws the same pictures."""
         words = [["--output", "runs/app"], ["--data.prompts", json.dumps([self.prompt], ensure_ascii=False)]]
-        words += [["--model.reward", self.reward], *([f"--model.eval_rewards+={each}"] for each in self.held_out)]
+        words += [[f"--model.reward={self.reward}"], *([f"--model.eval_rewards+={each}"] for each in self.held_out)]
         for name, setting in self.model.items():
             if isinstance(setting, dict) and name != "reward":
                 words += _options(f"--model.{name}", setting)
@@ -211,9 +212,11 @@ def _without_empty(setting: Any) -> Any:
 
 
 def _options(option: str, setting: dict[str, Any]) -> list[list[str]]:
-    """Returns the options of a class with its arguments; nested ones as JSON."""
+    """Returns the options of a class with its arguments; nested ones, and texts that YAML reads otherwise, as JSON."""
     given = setting.get("init_args") or {}
     plain = {name: value for name, value in given.items() if value is not None}
+    if not all(_PLAIN.fullmatch(value) for value in plain.values() if isinstance(value, str)):
+        return [[option, json.dumps(setting, ensure_ascii=False)]]
     return [
         [option, setting["class_path"]],
         *(
