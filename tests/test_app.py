@@ -187,6 +187,11 @@ def test_bad_input_is_one_message(server, changed, said):
     assert "Traceback" not in last
 
 
+def test_previews_leave_gradients_and_a_budget_counts_before_the_default(server):
+    found = server.draw("gradient", sampler="NoiseOptimisation", steps=20, images=1, budget=100)
+    assert "Done" in found[-1]
+
+
 def test_only_ones_own_job_is_stopped(server):
     server.send("begin", "one", [])
     server.send("draw", "one", server.values(steps=40, images=1))

@@ -220,13 +220,14 @@ class _Preview:
         with suppress(UserError):  # this model has none, or it is not on this machine
             self._decode = diffusion.load_decoder("tiny").to(diffusion.device).eval()
 
-    @torch.no_grad()
     def look(self, state: State) -> None:
         """Decodes the present predictions, unless it has just done so."""
         if time.monotonic() < self._next:
             return
-        first = state.x0.view(state.num_images, -1, *state.x0.shape[1:])[:, 0]
-        images = self._decode(first).float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        x0 = state.x0  # which the state keeps, so with the graph that the sampler may need
+        with torch.no_grad():
+            images = self._decode(x0.view(state.num_images, -1, *x0.shape[1:])[:, 0])
+        images = images.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
         self.frames = list(self.frames)
         for image, frame in zip(state.context.images, images, strict=True):
             self.frames[image] = frame
