@@ -267,6 +267,33 @@ def test_every_sampler_has_controls_of_its_arguments():
     assert wanted.model["value"]["init_args"]["cheap"]["init_args"]["decoder"] == "tiny"
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model: {reward: {class_path: my_rewards.Brightness}}", "'my_rewards.Brightness': the page takes registered"),
+        ("model: {sampler: my_samplers.SVDD}", "model.sampler is my_samplers.SVDD; the page takes registered"),
+        ("data: emoji", "expected its parts as mappings"),
+    ],
+)
+def test_a_configuration_with_classes_or_files_of_its_own_is_refused(settings, said, tmp_path):
+    (tmp_path / "own.yaml").write_text(settings)
+    with pytest.raises(UserError) as refused:
+        (template := Template(str(tmp_path / "own.yaml"))).wanted(template.first())
+    assert said in str(refused.value)
+
+
+def test_the_copied_command_keeps_odd_texts():
+    template = Template("weighted_sum")  # rewards around a reward that is only named
+    form = template.first()._replace(held_out="Sharpness", prompt="-s 'it' \"q\"")
+    assert template.wanted(form).model["reward"]["init_args"]["weights"] == [1.0, 1.0]
+    for text in ["-s", "null", "a: b", "[x]", "C:\\x"]:
+        words = shlex.split(template.wanted(form._replace(negative_prompt=text)).command("cpu").replace("\\\n", ""))
+        model = json.loads(words[words.index("--model.diffusion") + 1])
+        assert model["init_args"]["negative_prompt"] == text
+    guided = template.wanted(form._replace(reward="-Brightness")).command("cpu")
+    assert "--model.reward=-Brightness" in guided
+
+
 def test_bad_options_are_one_line(capsys, monkeypatch):
     for words, said in [
         (["--config", "quickstrat"], "did you mean"),

@@ -82,7 +82,9 @@ def _literal(value: Any) -> str:
 
 
 def _name(settings: Any) -> str:
-    return str(settings["class_path"]).rpartition(".")[2]
+    """Returns the name of a class of svdd; a path to another stays whole, as that class may have the same name."""
+    path = str(settings["class_path"])
+    return path.rpartition(".")[2] if path.startswith("svdd.") else path
 
 
 def _check(settings: dict[str, Any], names: Collection[str], allowed: Allowed) -> None:

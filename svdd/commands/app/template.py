@@ -91,11 +91,13 @@ class Template:
     ) -> None:
         import_all()
         (path,) = with_shipped_configs([f"--config={config}"])
-        given = read_yaml(Path(path.removeprefix("--config=")).read_text(encoding="utf-8-sig"))
+        if not (file := Path(path.removeprefix("--config="))).is_file():
+            raise UserError(f"--config {config}: no such file")
+        given = read_yaml(file.read_text(encoding="utf-8-sig"))
         settings: dict[str, Any] = given if isinstance(given, dict) else {}
-        model, trainer = settings.get("model") or {}, settings.get("trainer") or {}
-        if not isinstance(model, dict) or not isinstance(trainer, dict):
-            raise UserError(f"--config {config}: expected `model:` as a mapping, not as the name of another file")
+        model, trainer, data = (settings.get(name) or {} for name in ("model", "trainer", "data"))
+        if not (isinstance(model, dict) and isinstance(trainer, dict) and isinstance(data, dict)):
+            raise UserError(f"--config {config}: expected its parts as mappings, not as the names of other files")
         if str(trainer.get("precision") or "32-true") not in ("32", "32-true"):
             found = f"trainer.precision={trainer['precision']}"
             raise UserError(f"--config {config}: the page has no Trainer, got {found}; set model.diffusion.dtype")
@@ -103,23 +105,26 @@ class Template:
         if pretrained is not None:
             self.parts["diffusion"]["init_args"]["pretrained"] = pretrained
         self.reward = reward or in_short(model.get("reward") or "Brightness")
-        self.held_out = [in_short(each) for each in model.get("eval_rewards") or []]
+        held_out = model.get("eval_rewards") or []
+        held_out = held_out if isinstance(held_out, list) else [held_out]
+        self.held_out = [in_short(each) for each in held_out]
         self.model = {name: model[name] for name in ("images_per_prompt", "budget", "seed") if model.get(name)}
-        prompts = (settings.get("data") or {}).get("prompts")
-        self.prompt = prompts[0] if isinstance(prompts, list) and isinstance(prompts[0], str) else "red apple"
+        prompts = data.get("prompts")
+        self.prompt = prompts[0] if isinstance(prompts, list) and [*map(type, prompts[:1])] == [str] else "red apple"
         registered = {kind: [entry.name for entry in catalogue() if entry.kind == kind] for kind in _KINDS}
         self.rewards = frozenset(names or registered["reward"])
         if unknown := self.rewards - {*registered["reward"]}:
             raise UserError(f"--rewards: unknown {', '.join(sorted(unknown))}; `svdd list reward` lists all")
         self.allowed: Allowed = frozenset(
-            found for each in (model.get("reward"), *(model.get("eval_rewards") or [])) for found in values_in(each)
+            found for each in (model.get("reward"), *held_out) for found in values_in(each)
         ) | frozenset(values_in(expand(reward or "")))
         self.choices = {
             kind: [name for name in registered[kind] if offered(kind, name)] for kind in ("sampler", "value")
         }
         for kind, names_of_kind in self.choices.items():
-            if (own := self.class_of(kind)) not in registered[kind]:
-                raise UserError(f"--config {config}: model.{kind} is {own}; the page takes registered classes only")
+            own, path = self.class_of(kind), str(self.parts[kind]["class_path"])
+            if own not in registered[kind] or not (path == own or path.startswith("svdd.")):
+                raise UserError(f"--config {config}: model.{kind} is {path}; the page takes registered classes only")
             names_of_kind += [own] if own not in names_of_kind else []
 
     def class_of(self, kind: str) -> str:
