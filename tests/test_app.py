@@ -225,7 +225,11 @@ def test_every_reward_that_names_a_file_or_a_module_is_refused(tmp_path, monkeyp
         "WeightedSum(rewards=[{'class_path': 'my_rewards.Redness'}])",
     ]
     hidden = "WeightedSum(rewards=[{'class_path': 'FunctionReward', '%s': {'function': 'os.system'}}])"
-    bad += [hidden % "dict_kwargs", hidden % "init_args", "WeightedSum(rewards=[{'class_path': 'Brightness', 'init_args': 'x'}])"]
+    bad += [
+        hidden % "dict_kwargs",
+        hidden % "init_args",
+        "WeightedSum(rewards=[{'class_path': 'Brightness', 'init_args': 'x'}])",
+    ]
     bad += ["Threshold(FunctionReward(function='os.system'))", "Threshold('os.system')", "Threshold(reward='Nothing')"]
     bad += ["ZScored(reward=Brightness, statistics='/etc/passwd')", "HTTPReward(url='http://localhost')"]
     bad += ["Aesthetic(head='x.pt')", "Brightness + 1", "a" * 501, "(" * 400, "", "my_rewards", "./my_rewards.py"]
@@ -240,7 +244,11 @@ def test_every_reward_that_names_a_file_or_a_module_is_refused(tmp_path, monkeyp
             checked_reward(text, REWARDS, frozenset())
     allowed = frozenset({("Aesthetic", "head", "'x.pt'")})
     assert checked_reward("Aesthetic(head='x.pt')", REWARDS, allowed)["class_path"] == "Aesthetic"
-    for text in ["Brightness", "WinRate(reward=Brightness)", "Brightness - 0.5 * CLIPScore(pretrained=emoji-judge, dtype=bfloat16)"]:
+    for text in [
+        "Brightness",
+        "WinRate(reward=Brightness)",
+        "Brightness - 0.5 * CLIPScore(pretrained=emoji-judge, dtype=bfloat16)",
+    ]:
         settings = checked_reward(text, REWARDS, frozenset())
         assert checked_reward(in_short(settings), REWARDS, frozenset()) == settings
 

@@ -107,9 +107,7 @@ def settings(sampler: Sampler) -> dict[str, Any]:
     return found
 
 
-def fit_budget(
-    sampler: Sampler, budget: int, diffusion: Diffusion, value: Value, limit: float = math.inf
-) -> Sampler:
+def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value, limit: float = math.inf) -> Sampler:
     """Returns the same sampler with the largest count whose cost, as `Cost.rows`, does not exceed the budget.
 
     Where the count is a schedule, its counts are scaled, each at least 1.
