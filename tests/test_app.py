@@ -187,6 +187,11 @@ def test_bad_input_is_one_message(server, changed, said):
     assert "Traceback" not in last
 
 
+def test_previews_leave_gradients_and_a_budget_counts_before_the_default(server):
+    found = server.draw("gradient", sampler="NoiseOptimisation", steps=20, images=1, budget=100)
+    assert "Done" in found[-1]
+
+
 def test_only_ones_own_job_is_stopped(server):
     server.send("begin", "one", [])
     server.send("draw", "one", server.values(steps=40, images=1))
@@ -220,6 +225,13 @@ def test_every_reward_that_names_a_file_or_a_module_is_refused(tmp_path, monkeyp
         "WeightedSum(rewards=['my_rewards.Redness'])",
         "WeightedSum(rewards=[{'class_path': 'my_rewards.Redness'}])",
     ]
+    hidden = "WeightedSum(rewards=[{'class_path': 'FunctionReward', '%s': {'function': 'os.system'}}])"
+    bad += [
+        hidden % "dict_kwargs",
+        hidden % "init_args",
+        "WeightedSum(rewards=[{'class_path': 'Brightness', 'init_args': 'x'}])",
+    ]
+    bad += ["Threshold(FunctionReward(function='os.system'))", "Threshold('os.system')", "Threshold(reward='Nothing')"]
     bad += ["ZScored(reward=Brightness, statistics='/etc/passwd')", "HTTPReward(url='http://localhost')"]
     bad += ["Aesthetic(head='x.pt')", "Brightness + 1", "a" * 501, "(" * 400, "", "my_rewards", "./my_rewards.py"]
     bad += [
@@ -233,7 +245,11 @@ def test_every_reward_that_names_a_file_or_a_module_is_refused(tmp_path, monkeyp
             checked_reward(text, REWARDS, frozenset())
     allowed = frozenset({("Aesthetic", "head", "'x.pt'")})
     assert checked_reward("Aesthetic(head='x.pt')", REWARDS, allowed)["class_path"] == "Aesthetic"
-    for text in ["Brightness", "Brightness - 0.5 * CLIPScore(pretrained=emoji-judge, dtype=bfloat16)"]:
+    for text in [
+        "Brightness",
+        "WinRate(reward=Brightness)",
+        "Brightness - 0.5 * CLIPScore(pretrained=emoji-judge, dtype=bfloat16)",
+    ]:
         settings = checked_reward(text, REWARDS, frozenset())
         assert checked_reward(in_short(settings), REWARDS, frozenset()) == settings
 
@@ -258,6 +274,33 @@ def test_every_sampler_has_controls_of_its_arguments():
     wanted = template.wanted(template.first())  # a schedule and a value with values inside stay as configured
     assert wanted.model["sampler"]["init_args"]["num_candidates"] == {0.2: 3, 0.5: 12, 1.0: 20}
     assert wanted.model["value"]["init_args"]["cheap"]["init_args"]["decoder"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model: {reward: {class_path: my_rewards.Brightness}}", "'my_rewards.Brightness': the page takes registered"),
+        ("model: {sampler: my_samplers.SVDD}", "model.sampler is my_samplers.SVDD; the page takes registered"),
+        ("data: emoji", "expected its parts as mappings"),
+    ],
+)
+def test_a_configuration_with_classes_or_files_of_its_own_is_refused(settings, said, tmp_path):
+    (tmp_path / "own.yaml").write_text(settings)
+    with pytest.raises(UserError) as refused:
+        (template := Template(str(tmp_path / "own.yaml"))).wanted(template.first())
+    assert said in str(refused.value)
+
+
+def test_the_copied_command_keeps_odd_texts():
+    template = Template("weighted_sum")  # rewards around a reward that is only named
+    form = template.first()._replace(held_out="Sharpness", prompt="-s 'it' \"q\"")
+    assert template.wanted(form).model["reward"]["init_args"]["weights"] == [1.0, 1.0]
+    for text in ["-s", "null", "a: b", "[x]", "C:\\x"]:
+        words = shlex.split(template.wanted(form._replace(negative_prompt=text)).command("cpu").replace("\\\n", ""))
+        model = json.loads(words[words.index("--model.diffusion") + 1])
+        assert model["init_args"]["negative_prompt"] == text
+    guided = template.wanted(form._replace(reward="-Brightness")).command("cpu")
+    assert "--model.reward=-Brightness" in guided
 
 
 def test_bad_options_are_one_line(capsys, monkeypatch):

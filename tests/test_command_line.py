@@ -104,6 +104,9 @@ def test_the_help_is_whole_and_begins_with_what_most_runs_set(command, width, mo
     assert len(lines) < 290
     for setting in settings_of(command):
         assert f"--{setting.name} " in page or f"--{setting.name}\n" in page
+    text = " ".join(page.split())
+    assert command not in CLASSES or "restart after one of several has died. [default: 0]" in text
+    assert command != "fit" or re.search(r"--trainer.max_epochs INT [^\[]*\[default: 20\]", text)
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert headings[0] == "used most:"
     if command in CLASSES:
@@ -190,6 +193,7 @@ RUN = ["predict", "-r", "Compressibility", "-p", "emoji"]
         ([*RUN, "--dry-run"], "did you mean --dry_run?"),
         ([*RUN, "--model.images-per-prompt", "2"], "did you mean --model.images_per_prompt?"),
         ([*RUN, "--model.smapler.alpha", "2"], "did you mean --model.sampler.alpha?"),
+        ([*RUN, "--trainer.device", "2"], "did you mean --trainer.devices?"),
         ([*RUN, "--zzzz"], "unrecognized arguments: --zzzz; `svdd predict --help` lists all settings"),
         ([*RUN, "--model.sampler.num_candidate", "3"], "did you mean 'num_candidates'?"),
         ([*RUN, "--model.diffusion.steps", "3"], "did you mean 'num_inference_steps'?"),

@@ -204,10 +204,10 @@ def explain(message: str, command: str | None = None) -> str:
     if foreign := re.match(r"Subcommand '(\w+)' does not accept option '([^']+)'", message):
         option, command = re.split(r"\.(?:class_path|init_args)\b", foreign[2])[0], foreign[1]
         return _foreign(option, command)
-    if typo := re.match(r"unrecognized arguments: (\S+)", message):
+    if typo := re.match(r"(?:unrecognized arguments|ambiguous option): (\S+)", message):
         return message + (hint(typo[1], command) if command else "")
     if bare := re.match(r"argument (--[\w.]+)\S*: expected one argument", message):
-        return f"{bare[1]} needs a value"
+        return f"{bare[1]} needs a value; one that begins with a dash follows an equals sign, as in --NAME=-x"
     if lacking := re.search(r"the following arguments are required: ([\w., ]+)", rest):
         if not command:
             return message  # which becomes part of the message about the command

@@ -107,13 +107,14 @@ def settings(sampler: Sampler) -> dict[str, Any]:
     return found
 
 
-def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value) -> Sampler:
+def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value, limit: float = math.inf) -> Sampler:
     """Returns the same sampler with the largest count whose cost, as `Cost.rows`, does not exceed the budget.
 
     Where the count is a schedule, its counts are scaled, each at least 1.
 
     Raises:
-        UserError: If even a count of 1 exceeds the budget, or the count does not change the cost.
+        UserError: If even a count of 1 exceeds the budget, or the count does not change the cost; without a message if
+            a count of 1 takes more than `limit` denoiser rows.
     """
     name, kind = sampler.budget_argument, type(sampler).__name__
     if name is None:
@@ -125,7 +126,7 @@ def fit_budget(sampler: Sampler, budget: int, diffusion: Diffusion, value: Value
         bound.arguments[name] = scaled(given, number, steps) if isinstance(given, list | dict) else number
         return type(sampler)(*bound.args, **bound.kwargs)
 
-    least = count(build(1), diffusion, value)
+    least = count(build(1), diffusion, value, limit)
     if least.rows > budget:
         raise UserError(
             f"budget={budget} is too small: {kind} with {name}=1 costs {least.rows:g} denoiser rows per image"

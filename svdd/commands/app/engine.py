@@ -23,7 +23,7 @@ from svdd.rewards.base import Reward
 from svdd.runs.encoding import encoded, pixels_of
 from svdd.runs.rows import Prompt, ResultRow
 from svdd.samplers.base import Sampler
-from svdd.samplers.budget import count
+from svdd.samplers.budget import count, fit_budget
 from svdd.samplers.unguided import Unguided
 from svdd.state.recorder import Recorder
 from svdd.state.state import State
@@ -138,19 +138,22 @@ class Engine:
             next_run(str(self.device), latest_only=True)
             parts = self._parser.instantiate(parsed).as_dict()
             parts["eval_rewards"], parts["value"] = parts["eval_rewards"] or [], parts["value"] or PosteriorMean()
-            self._check_cost(parts, settings)
+            self._fit_cost(parts, settings)
             return GuidedDiffusion(**parts, **settings).to(self.device).eval()
 
-    def _check_cost(self, parts: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Raises UserError if a job would cost too many rows, or hold too many pictures at once."""
-        images, budget = settings["images_per_prompt"], settings.get("budget") or 0
+    def _fit_cost(self, parts: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Fits the sampler to the budget; UserError if the job costs too many rows or holds too many pictures."""
+        images, budget = settings["images_per_prompt"], settings.pop("budget", None)
         most = self._max_rows // images
         over = f"this job costs more than {self._max_rows} denoiser rows, the most that this page draws"
         over += "; lower the counts of the sampler, the steps, the images or the budget"
-        if budget > most:
+        diffusion, value = parts["diffusion"], parts["value"]
+        if budget is not None and budget > most:
             raise UserError(over)
         try:
-            cost = count(parts["sampler"], parts["diffusion"], parts["value"], limit=most)
+            if budget is not None:
+                parts["sampler"] = fit_budget(parts["sampler"], budget, diffusion, value, limit=most)
+            cost = count(parts["sampler"], diffusion, value, limit=most)
         except UserError as error:
             raise UserError(str(error) or over) from error  # beyond the limit, the count has no message
         if (held := cost.together * images * self._picture_bytes) > _MAX_DECODED:
@@ -217,13 +220,14 @@ class _Preview:
         with suppress(UserError):  # this model has none, or it is not on this machine
             self._decode = diffusion.load_decoder("tiny").to(diffusion.device).eval()
 
-    @torch.no_grad()
     def look(self, state: State) -> None:
         """Decodes the present predictions, unless it has just done so."""
         if time.monotonic() < self._next:
             return
-        first = state.x0.view(state.num_images, -1, *state.x0.shape[1:])[:, 0]
-        images = self._decode(first).float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        x0 = state.x0  # which the state keeps, so with the graph that the sampler may need
+        with torch.no_grad():
+            images = self._decode(x0.view(state.num_images, -1, *x0.shape[1:])[:, 0])
+        images = images.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
         self.frames = list(self.frames)
         for image, frame in zip(state.context.images, images, strict=True):
             self.frames[image] = frame

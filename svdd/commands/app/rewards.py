@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from svdd import UserError, did_you_mean
 from svdd.commands.app.controls import MAX_COUNT, named_class, parameters_of
 from svdd.commands.reward_sums import expand
+from svdd.rewards.base import Reward
 from svdd.rewards.weighted_sum import WeightedSum
 
 __all__ = ["Allowed", "checked_reward", "in_short", "values_in"]
@@ -76,12 +77,14 @@ def values_in(settings: Any) -> Iterator[tuple[str, str, str]]:
 def _literal(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         return in_short(value)
-    is_word = isinstance(value, str) and re.fullmatch(r"[a-z_][a-z0-9_-]*", value)
+    is_word = isinstance(value, str) and re.fullmatch(r"(?!(True|False|None)$)[A-Za-z_]\w*(-[A-Za-z_]\w*)*", value)
     return value if is_word else repr(value)
 
 
 def _name(settings: Any) -> str:
-    return str(settings["class_path"]).rpartition(".")[2]
+    """Returns the name of a class of svdd; a path to another stays whole, as that class may have the same name."""
+    path = str(settings["class_path"])
+    return path.rpartition(".")[2] if path.startswith("svdd.") else path
 
 
 def _check(settings: dict[str, Any], names: Collection[str], allowed: Allowed) -> None:
@@ -90,11 +93,19 @@ def _check(settings: dict[str, Any], names: Collection[str], allowed: Allowed) -
         raise UserError(
             f"unknown reward {path!r}; the page takes {', '.join(sorted(names))}{did_you_mean(name, names)}"
         )
+    given = settings.get("init_args") or {}
+    if settings.keys() - {"class_path", "init_args"} or not isinstance(given, dict):  # jsonargparse reads more
+        raise UserError(f"{name}: expected class_path and a mapping init_args, got {str(settings)[:80]}")
     known = named_class("reward", name)
-    hints = {each.name: each.annotation for each in parameters_of(known)}
-    for argument, value in (settings.get("init_args") or {}).items():
+    parameters = parameters_of(known)
+    if lacking := [each.name for each in parameters if each.default is each.empty and each.name not in given]:
+        raise UserError(f"{name} needs {' and '.join(lacking)}, as in {name}({lacking[0]}=...)")
+    hints = {each.name: each.annotation for each in parameters}
+    for argument, value in given.items():
         for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, dict) and "class_path" in each:
+            if isinstance(each, str) and hints.get(argument) is Reward:
+                _check({"class_path": each}, names, allowed)
+            elif isinstance(each, dict) and "class_path" in each:
                 _check(each, names, allowed)
             elif not _harmless(each, hints.get(argument)) and (name, argument, repr(each)) not in allowed:
                 what = f"{name}: the page does not take {argument}={str(each)[:40]!r}"

@@ -25,6 +25,7 @@ _MAX_TEXT = 1_000  # characters of a prompt
 _MAX_STEPS = 1_000
 _MAX_BUDGET = 10**6
 _SEEDS = 2**53  # that a page's script holds exactly
+_PLAIN = re.compile(r"(?!null$)\w[\w ,./'()-]*", re.IGNORECASE)  # a text that a command line takes as it is
 _DEFAULTS = {"sampler": "SVDD", "value": "PosteriorMean", "diffusion": "AutoDiffusion"}
 
 
@@ -62,7 +63,7 @@ class Wanted(NamedTuple):
     def command(self, accelerator: str) -> str:
         """Returns a command line that draws the same pictures."""
         words = [["--output", "runs/app"], ["--data.prompts", json.dumps([self.prompt], ensure_ascii=False)]]
-        words += [["--model.reward", self.reward], *([f"--model.eval_rewards+={each}"] for each in self.held_out)]
+        words += [[f"--model.reward={self.reward}"], *([f"--model.eval_rewards+={each}"] for each in self.held_out)]
         for name, setting in self.model.items():
             if isinstance(setting, dict) and name != "reward":
                 words += _options(f"--model.{name}", setting)
@@ -90,11 +91,13 @@ class Template:
     ) -> None:
         import_all()
         (path,) = with_shipped_configs([f"--config={config}"])
-        given = read_yaml(Path(path.removeprefix("--config=")).read_text(encoding="utf-8-sig"))
+        if not (file := Path(path.removeprefix("--config="))).is_file():
+            raise UserError(f"--config {config}: no such file")
+        given = read_yaml(file.read_text(encoding="utf-8-sig"))
         settings: dict[str, Any] = given if isinstance(given, dict) else {}
-        model, trainer = settings.get("model") or {}, settings.get("trainer") or {}
-        if not isinstance(model, dict) or not isinstance(trainer, dict):
-            raise UserError(f"--config {config}: expected `model:` as a mapping, not as the name of another file")
+        model, trainer, data = (settings.get(name) or {} for name in ("model", "trainer", "data"))
+        if not (isinstance(model, dict) and isinstance(trainer, dict) and isinstance(data, dict)):
+            raise UserError(f"--config {config}: expected its parts as mappings, not as the names of other files")
         if str(trainer.get("precision") or "32-true") not in ("32", "32-true"):
             found = f"trainer.precision={trainer['precision']}"
             raise UserError(f"--config {config}: the page has no Trainer, got {found}; set model.diffusion.dtype")
@@ -102,23 +105,26 @@ class Template:
         if pretrained is not None:
             self.parts["diffusion"]["init_args"]["pretrained"] = pretrained
         self.reward = reward or in_short(model.get("reward") or "Brightness")
-        self.held_out = [in_short(each) for each in model.get("eval_rewards") or []]
+        held_out = model.get("eval_rewards") or []
+        held_out = held_out if isinstance(held_out, list) else [held_out]
+        self.held_out = [in_short(each) for each in held_out]
         self.model = {name: model[name] for name in ("images_per_prompt", "budget", "seed") if model.get(name)}
-        prompts = (settings.get("data") or {}).get("prompts")
-        self.prompt = prompts[0] if isinstance(prompts, list) and isinstance(prompts[0], str) else "red apple"
+        prompts = data.get("prompts")
+        self.prompt = prompts[0] if isinstance(prompts, list) and [*map(type, prompts[:1])] == [str] else "red apple"
         registered = {kind: [entry.name for entry in catalogue() if entry.kind == kind] for kind in _KINDS}
         self.rewards = frozenset(names or registered["reward"])
         if unknown := self.rewards - {*registered["reward"]}:
             raise UserError(f"--rewards: unknown {', '.join(sorted(unknown))}; `svdd list reward` lists all")
         self.allowed: Allowed = frozenset(
-            found for each in (model.get("reward"), *(model.get("eval_rewards") or [])) for found in values_in(each)
+            found for each in (model.get("reward"), *held_out) for found in values_in(each)
         ) | frozenset(values_in(expand(reward or "")))
         self.choices = {
             kind: [name for name in registered[kind] if offered(kind, name)] for kind in ("sampler", "value")
         }
         for kind, names_of_kind in self.choices.items():
-            if (own := self.class_of(kind)) not in registered[kind]:
-                raise UserError(f"--config {config}: model.{kind} is {own}; the page takes registered classes only")
+            own, path = self.class_of(kind), str(self.parts[kind]["class_path"])
+            if own not in registered[kind] or not (path == own or path.startswith("svdd.")):
+                raise UserError(f"--config {config}: model.{kind} is {path}; the page takes registered classes only")
             names_of_kind += [own] if own not in names_of_kind else []
 
     def class_of(self, kind: str) -> str:
@@ -211,9 +217,11 @@ def _without_empty(setting: Any) -> Any:
 
 
 def _options(option: str, setting: dict[str, Any]) -> list[list[str]]:
-    """Returns the options of a class with its arguments; nested ones as JSON."""
+    """Returns the options of a class with its arguments; nested ones, and texts that YAML reads otherwise, as JSON."""
     given = setting.get("init_args") or {}
     plain = {name: value for name, value in given.items() if value is not None}
+    if not all(_PLAIN.fullmatch(value) for value in plain.values() if isinstance(value, str)):
+        return [[option, json.dumps(setting, ensure_ascii=False)]]
     return [
         [option, setting["class_path"]],
         *(

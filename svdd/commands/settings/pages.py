@@ -97,7 +97,8 @@ def _help(setting: Setting) -> str:
         text = whole
     if default is ...:
         return f"{text} [required]"
-    shown = default not in (None, False, []) and "default" not in text.lower()
+    stated = "default" in text.lower() and str(default) in text
+    shown = default is not None and default is not False and default != [] and not stated
     return f"{text} [default: {default}]" if shown else text
 
 
