@@ -12,9 +12,12 @@ from svdd.__main__ import main
 from svdd.commands import study
 from svdd.commands.app.command import app_parser
 from svdd.commands.benchmark import _with_class, benchmark_parser
+from svdd.commands.compare import compare_parser
 from svdd.commands.drawing import Drawing
 from svdd.commands.parser import with_shipped_configs
+from svdd.commands.report import report_parser
 from svdd.commands.score import score_parser
+from svdd.commands.test_reward import reward_parser
 from tests.test_docs import DOCS, PAGES, ROOT, blocks, name_of, unpack
 
 ALL = [*PAGES, ROOT / "README.md"]
@@ -24,7 +27,7 @@ MISSING = re.compile(
     r"stabilityai/|stable-diffusion-|FLUX|Qwen|Aesthetic|PickScore|HPS|ImageReward|VQAScore|HTTPReward|ObjectCount|"
     r"UnifiedReward|RubricJudge|Similarity|http://|paper/|svdd_pm|several_nodes|prompts\.csv|prompts\.txt|--benchmark"
 )
-LONG = re.compile(r"^(study|app)\b|candidates")  # test_study.py, test_app.py and test_calibration.py run them in small
+LONG = re.compile(r"^(study|app)\b|candidates|runs/study\b")  # other files test what takes long or needs their results
 # What the pages name and do not define: a reader's own function, and what a command that is not run would write.
 NAMED = {
     "my_file.py": "def ask(images, prompts):\n    return images.mean((1, 2, 3))\n",
@@ -35,6 +38,7 @@ SMALL = {
     "calibrate": "--data.limit 2 --model.images_per_prompt 2 --model.diffusion.num_inference_steps 2",
     "fit": "--data.num_rollouts 4 --data.batch_size 4 --trainer.max_steps 1 --model.diffusion.num_inference_steps 2",
 }
+PARSERS = {"app": app_parser, "report": report_parser, "compare": compare_parser}
 CPU = "--trainer.accelerator cpu --trainer.devices 1"
 
 
@@ -61,8 +65,10 @@ def parse(words: list[str]) -> None:
         if Path(options.study).exists():  # the page's own, whose settings are checked
             with Drawing(options.study, more, options.output, options.devices) as drawing:
                 assert drawing.study().cells
-    elif name == "app":
-        app_parser().parse_args(rest)
+    elif name == "test-reward":
+        reward_parser().parse_args(["--reward", *rest])
+    elif name in PARSERS:
+        PARSERS[name]().parse_args(rest)
     elif "--benchmark" in rest:
         benchmark_parser().parse_args(_with_class(rest))
     else:

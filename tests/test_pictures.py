@@ -5,6 +5,7 @@ import os
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageCms
 
@@ -21,6 +22,7 @@ from svdd.runs.prompts import PromptWarning
 RAMP = np.tile(np.arange(0, 65535, 1040, dtype=np.uint16), (64, 1))  # 64 x 64, 0 .. 65520
 GREY = (RAMP / 257).round().astype(np.uint8)
 COLOUR = np.stack([GREY, GREY.T, 255 - GREY], -1)
+READS_YCBCR_TIFF = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow 12 calls them truncated")
 ALPHA = np.dstack([COLOUR, GREY])
 OVER_WHITE = COLOUR * (GREY[..., None] / 255) + 255 - GREY[..., None]
 
@@ -63,7 +65,7 @@ def animated(second):
         ("rgb.bmp", COLOUR, {}, COLOUR, 0),
         ("cmyk.tif", Image.fromarray(COLOUR).convert("CMYK"), {}, COLOUR, 0),
         ("cmyk.jpg", Image.fromarray(COLOUR).convert("CMYK"), {"quality": 100, "subsampling": 0}, COLOUR, 4),
-        ("ycbcr.tif", Image.fromarray(COLOUR).convert("YCbCr"), {}, COLOUR, 10),
+        pytest.param("ycbcr.tif", Image.fromarray(COLOUR).convert("YCbCr"), {}, COLOUR, 10, marks=READS_YCBCR_TIFF),
         ("lab.tif", lab(), {}, COLOUR, 40),
         ("alpha.png", ALPHA, {}, OVER_WHITE, 1),
         ("alpha.webp", ALPHA, {"lossless": True}, OVER_WHITE, 1),

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -480,7 +481,9 @@ def test_a_fall_of_six_prompts_is_found():
     assert over_optimised({"guide": risen, "held": fallen}, "guide", {}) == ["held"]
     assert over_optimised({"guide": risen} | {str(k): fallen for k in range(7)}, "guide", {}) is None
     assert over_optimised({"guide": risen}, "guide", {}) is None
-    assert verdict({"guide": risen}, "guide", None, None) == ""
+    assert "not tested: no other reward than guide is known of both" in verdict({"guide": risen}, "guide", None, None)
+    assert "not tested: runs/plain has no guide" in verdict({"held": fallen}, "guide", None, Path("runs/plain"))
+    assert verdict({"guide": risen, "held": risen}, "guide", [], Path("runs/plain")) == ""
 
 
 def test_a_single_prompt_gives_no_interval(tmp_path):
