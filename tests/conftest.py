@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use no hub
 
+import lightning.pytorch  # noqa: F401  (before gradio: typing's cache then keeps the order of Lightning's int | float)
 import pytest
 import torch
 
