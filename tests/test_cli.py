@@ -772,8 +772,8 @@ def test_the_embedded_clips_are_out_of_place_on_a_larger_model(predict, capsys):
         "1",
     ]
     assert predict(*sums) == 0
-    assert "knows emoji" not in capsys.readouterr().err
+    assert "is for emoji" not in capsys.readouterr().err
     large = ["--model.diffusion.height", "256", "--model.diffusion.width", "256", "--overwrite"]
     assert predict(*sums, *large, "--model.eval_rewards", "CLIPScore(emoji-judge)") == 0
     said = capsys.readouterr().err
-    assert "the CLIP 'emoji' and 'emoji-judge' knows emoji of 64 x 64 pixels only" in said
+    assert "pretrained: emoji or emoji-judge is for emoji of 64 x 64 pixels only" in said

@@ -133,8 +133,8 @@ class PredictCLI(ModelCLI):
         found = sorted(known & {*re.findall(r'"pretrained": "([^"]*)"', rewards)})
         if not found or min(self.model.diffusion.latent_shape[-2:]) < _PHOTOGRAPHS:
             return ""
-        advice = "give another CLIP, such as CLIPScore with pretrained: openai/clip-vit-large-patch14"
-        return f"the CLIP {' and '.join(map(repr, found))} knows emoji of 64 x 64 pixels only; {advice}"
+        advice = "choose another CLIP, such as pretrained: openai/clip-vit-large-patch14"
+        return f"CLIPScore with pretrained: {' or '.join(found)} is for emoji of 64 x 64 pixels only; {advice}"
 
     def after_predict(self) -> None:
         """Prints where the images are and how they score; raises Incomplete at the end if prompts have failed."""

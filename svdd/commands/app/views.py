@@ -33,7 +33,7 @@ def progress(now: Progress) -> str:
 
 
 def pictures(plain: Drawn | None, guided: Drawn | None, now: Progress | None = None) -> str:
-    """Returns unguided and guided pictures side by side, or where they are not drawn yet what is known of them."""
+    """Returns the unguided and guided pictures side by side, with previews of those that are still being drawn."""
     columns = {False: _column(plain), True: _column(guided)}
     if now is not None and not columns[now.guided]:
         columns[now.guided] = [_preview(frame) for frame in now.frames]

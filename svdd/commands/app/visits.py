@@ -43,7 +43,7 @@ class Visits:
         return message("Stopping.")
 
     def leave(self, request: gr.Request) -> None:
-        """Stops the job of a visitor who has closed the page."""
+        """Stops a visitor's job when the page is closed."""
         if (stop := self._stops.get(request.session_hash)) is not None:
             stop.set()
 
